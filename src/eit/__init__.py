@@ -1,0 +1,65 @@
+"""EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).
+
+>>> import eit
+>>> model = eit.create_model("eit_mini", num_classes=10)
+"""
+
+import importlib
+import importlib.util
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version as _version
+from types import ModuleType
+from typing import Any
+
+__version__ = _version("eit")
+
+# Public name -> its module. Imported on first use, so that `eit --version` does not wait for torch.
+_PUBLIC = {
+    "EIT": "model",
+    "complexity": "macs",
+    "create_model": "zoo",
+    "list_models": "zoo",
+    "load": "checkpoint",
+    "load_weights": "checkpoint",
+    "UserError": "errors",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"eit.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'eit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _RegisterWithTimm(MetaPathFinder, Loader):
+    """Registers our models as soon as timm is imported: `import eit` alone then costs neither torch nor timm."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        importlib.import_module("eit.zoo")
+
+
+if "timm" in sys.modules:
+    importlib.import_module("eit.zoo")
+else:
+    sys.meta_path.insert(0, _RegisterWithTimm())

@@ -1,0 +1,3 @@
+from eit.cli import main
+
+main()

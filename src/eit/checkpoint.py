@@ -1,0 +1,382 @@
+"""Weights and training state on disk. Nothing here unpickles arbitrary objects.
+
+Weights (`*.safetensors`) describe themselves in their metadata, see `Card`. A training checkpoint is a folder
+`checkpoints/step-N/` with model.safetensors, ema.safetensors, state.pt and manifest.json (sha256 of each); it appears
+under its name only when all of it is on the disk.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from eit import __version__
+from eit.errors import UserError
+from eit.model import EIT
+from eit.zoo import FAMILIES, MODEL_ARGUMENTS, VARIANTS, create_model
+
+StateDict = Mapping[str, Tensor]
+
+
+class Card(BaseModel):
+    """What weights say about themselves: enough to build the model and to feed it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str  # a name of the zoo
+    arguments: dict[str, Any]  # of `eit.create_model`, family included
+    classes: list[str]  # names, in the order of the logits
+    mean: tuple[float, ...]  # of pixels in 0..1, one a channel
+    std: tuple[float, ...]
+    size: int  # pixels of the model's square input
+    resize: int  # pixels of the shorter side before the centre crop
+    interpolation: str
+    version: str = __version__  # of this package
+    recipe: dict[str, Any] | None = None
+
+    @property
+    def in_chans(self) -> int:
+        return len(self.mean)
+
+
+# -- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def find_weights(path: str | os.PathLike[str]) -> Path:
+    """A weights file: the path itself, or `best.safetensors` (else `final.safetensors`) of a run folder."""
+    path = Path(path)
+    if path.is_dir():
+        for name in ("best.safetensors", "final.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: a .safetensors or .pth file, or a run folder, is expected")
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> EIT:
+    """A self-describing checkpoint (a file or a run folder), or the authors' .pth -> model in evaluation mode.
+
+    The `Card` is the model's attribute `card`.
+
+    Raises:
+        UserError: no such file, damaged, untrusted, or one that does not say which model it is.
+    """
+    file = find_weights(path)
+    state, card = read_weights(file)
+    if card is None:
+        card = recognise(state, file)
+    state = our_names(state)
+    with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
+        model = create_model(card.model, num_classes=len(card.classes), **card.arguments)
+    check_fit(model, state, str(file))
+    model.load_state_dict(state, strict=True, assign=True)
+    model.requires_grad_(True).float().eval()
+    model.card = card
+    return model
+
+
+def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, reset_head: bool = False) -> nn.Module:
+    """Load our weights, timm's, or the authors' into `model`, strictly, and return it.
+
+    `source` is a file, a run folder, or a state dict. With `reset_head`, a head for another number of classes keeps the
+    model's own initial values.
+
+    Raises:
+        UserError: names or shapes differ (both are named), or the file cannot be trusted.
+    """
+    if isinstance(source, Mapping):
+        state, name = our_names(source), "the state dict"
+    else:
+        file = find_weights(source)
+        state, name = our_names(read_weights(file)[0]), str(file)
+    own = model.state_dict()
+    if reset_head:
+        state = {k: v for k, v in state.items() if not (k.startswith("head.") and own.get(k, v).shape != v.shape)}
+        state = {k: v for k, v in own.items() if k.startswith("head.")} | state
+    check_fit(model, state, name)
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
+    """Tensors by their names in the file, and what the file says about itself, if it does."""
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    return _read_pth(file), None
+
+
+def our_names(state: StateDict) -> dict[str, Tensor]:
+    """Published parameter names, and those of DDP and torch.compile, -> ours (timm's where the part is the same)."""
+    renames = [("module.", ""), ("_orig_mod.", ""), (".eit_p.conv.", ".proj."), (".eit_t.conv1.", ".attn.conv.")]
+    named = {}
+    for name, tensor in state.items():
+        for old, new in renames:
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def check_fit(model: nn.Module, state: StateDict, source: str) -> None:
+    """Raise a UserError that says how `state` differs from what `model` needs."""
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if shapes and {k.split(".")[0] for k in shapes} == {"head"} and not missing and not extra:
+        have, want = len(state["head.weight"]), len(own["head.weight"])
+        raise UserError(
+            f"{source} has a head for {have} classes, {want} are needed; model.reset_head=true makes a new one"
+        )
+    faults = [
+        *(f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in shapes),
+        *(f"{k} is missing" for k in missing),
+        *(f"{k} is unknown" for k in extra),
+    ]
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{source} does not fit the model: {', '.join(faults[:3])}{more}")
+
+
+def recognise(
+    state: StateDict, file: Path, model: str | None = None, arguments: Mapping[str, Any] | None = None, size: int = 224
+) -> Card:
+    """A card for weights without one: their shapes are matched to the four published models.
+
+    `model` and `arguments` (of `eit.EIT`) say what the weights are where the shapes alone do not.
+    """
+    state = our_names(state)
+    arguments = dict(arguments or {})
+    if "pre_logits.fc.weight" in state:
+        arguments["representation_size"] = len(state["pre_logits.fc.weight"])
+    if "head.weight" not in state:
+        raise UserError(f"{file} holds no weights of an EIT classifier (head.weight is missing)")
+    classes = len(state["head.weight"])
+    shapes = {k: v.shape for k, v in state.items()}
+    for name in [model] if model else VARIANTS:
+        with torch.device("meta"):
+            twin = create_model(name, num_classes=classes, img_size=size, **arguments)
+        if model:
+            check_fit(twin, state, str(file))
+        if {k: v.shape for k, v in twin.state_dict().items()} == shapes:
+            channels = twin.patch_embed.proj.in_channels
+            mean, std = default_mean_std(channels)
+            return Card(
+                model=name,
+                arguments=arguments | dict(img_size=size),
+                classes=default_class_names(classes),
+                mean=mean,
+                std=std,
+                size=size,
+                resize=round(size * 256 / 224) if size > 64 else size,
+                interpolation="bicubic",
+            )
+    raise UserError(
+        f"{file} does not say which model it is and fits none of {', '.join(VARIANTS)}: name it, {CONVERT_HELP}"
+    )
+
+
+CONVERT_HELP = "eit convert IN OUT --model eit_mini --size 32 kernel_size=3 ..."
+
+
+def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's for colour, 0.5 otherwise."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    if channels == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (0.5,) * channels, (0.5,) * channels
+
+
+def default_class_names(count: int) -> list[str]:
+    """ImageNet-1K's for 1000 classes, numbers otherwise."""
+    if count != 1000:
+        return [str(i) for i in range(count)]
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [info.index_to_description(i) for i in range(count)]
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as f:
+            metadata = f.metadata() or {}
+            state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} is not a readable safetensors file: {error}") from None
+    if "eit" not in metadata:
+        return state, None
+    try:
+        header = json.loads(metadata["eit"])
+        digest = header.pop("sha256")
+        card = Card.model_validate(header)
+    except (ValueError, KeyError, AttributeError, TypeError, ValidationError):
+        raise UserError(f"{file}: its description of the model is damaged") from None
+    if digest != _digest(state):
+        raise UserError(f"{file} is damaged: its weights do not match their checksum")
+    unknown = [a for a in card.arguments if a not in (*MODEL_ARGUMENTS, "family")]
+    if card.model not in VARIANTS or card.arguments.get("family", "eit") not in FAMILIES or unknown:
+        raise UserError(
+            f"{file} is of a model that this version ({__version__}) does not know; it was made by {card.version}"
+        )
+    return state, card
+
+
+def _read_pth(file: Path) -> dict[str, Tensor]:
+    """The weights of a .pth file. An argparse.Namespace is allowed beside them, as the authors' files have one."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {name.group(1)}" if name else "it holds more than tensors"
+        raise UserError(
+            f"{file} is refused: {what}, which could run code; only tensors and plain values are read"
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+        raise UserError(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{file} holds no weights: neither a state dict nor a checkpoint with one under 'model'")
+    return content
+
+
+# -- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def weights_bytes(state: StateDict, card: Card) -> bytes:
+    """A safetensors file with its card, and a checksum, for safetensors itself loads flipped bits without a word."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    header = card.model_dump(mode="json") | {"sha256": _digest(plain)}
+    return safetensors.torch.save(plain, metadata={"format": "pt", "eit": json.dumps(header)})
+
+
+def save_weights(path: Path, state: StateDict, card: Card) -> None:
+    write_file(path, weights_bytes(state, card))
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write durably: the file is either the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(state: StateDict) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+    return sha.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- Training state ---------------------------------------------------------------------------------------------------
+
+
+def save_step(run: Path, step: int, card: Card, model: StateDict, ema: StateDict | None, state: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-N/` durably, then drop all but the newest two."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files = {"model.safetensors": weights_bytes(model, card), "state.pt": buffer.getvalue()}
+    if ema is not None:
+        files["ema.safetensors"] = weights_bytes(ema, card)
+    folder = run / "checkpoints"
+    target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    manifest = dict(step=step, sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    files["manifest.json"] = json.dumps(manifest, indent=2).encode()
+    try:
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            write_file(temporary / name, content)
+        if target.exists():  # left by a run that was continued from an older step
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        need, free = sum(map(len, files.values())), shutil.disk_usage(run).free
+        reason = f"{error.strerror}; {need:,} bytes are needed, {free:,} are free"
+        raise OSError(f"checkpoint {target} was not written ({reason}); earlier ones are intact") from None
+    for old in saved_steps(run)[2:]:
+        shutil.rmtree(folder / f"step-{old}")
+    return target
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps that have a checkpoint, newest first."""
+    names = [p.name for p in (run / "checkpoints").glob("step-*")]
+    return sorted((int(n[5:]) for n in names if n[5:].isdigit()), reverse=True)
+
+
+def newest_step(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line on each newer one that is not.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged.
+    """
+    faults = []
+    for step in saved_steps(run):
+        folder = run / "checkpoints" / f"step-{step}"
+        if fault := _damage(folder):
+            faults.append(f"{folder} is damaged: {fault}")
+        else:
+            return folder, faults
+    if faults:
+        raise UserError("; ".join(faults) + "; no whole checkpoint is left: use another out= to start anew")
+    return None, []
+
+
+def load_step(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
+    """Model, moving average (or None) and state of a checkpoint that `newest_step` found whole."""
+    model, _ = _read_safetensors(folder / "model.safetensors")
+    ema = _read_safetensors(folder / "ema.safetensors")[0] if (folder / "ema.safetensors").exists() else None
+    return model, ema, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        digests = json.loads((folder / "manifest.json").read_text())["sha256"]
+        for name in ("model.safetensors", "state.pt", *digests):
+            content = (folder / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != digests[name]:
+                return f"{name} does not match its checksum"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not readable"
+    return None

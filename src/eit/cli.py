@@ -1,0 +1,375 @@
+"""The `eit` command. Heavy imports stand inside the commands, so that `eit --version` is quick."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import eit
+from eit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from eit.checkpoint import Card
+    from eit.data import Images
+
+
+class Commands(TyperGroup):
+    """Exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal, 1 anything else."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _complain(str(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # `eit models | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except FloatingPointError as error:
+            _complain(str(error))
+            raise typer.Exit(1) from None
+
+
+def _complain(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"eit: {text}" if rank == "0" else f"eit [rank {rank}]: {text}", file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).",
+)
+data_app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, help="Look at a data set.")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A weights file or a run folder.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"eit {eit.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or PATH.yaml.", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, or continue its stopped run: eit train cifar10 data.root=PATH train.epochs=100"""
+    if recipe is None:
+        recipes()
+        return
+    from eit.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides or ())
+    from eit import distributed
+    from eit.train import Stopped
+    from eit.train import train as run
+
+    try:
+        summary = run(resolved)
+    except Stopped as stop:
+        if distributed.is_main():
+            _complain(str(stop))
+        raise typer.Exit(128 + stop.signum) from None
+    else:
+        if distributed.is_main():
+            folder = resolved.run_folder()
+            _show(
+                summary | dict(folder=str(folder)),
+                as_json,
+                f"top-1 {summary['last_top1']:.2f}% after the last of {summary['epochs']} epochs "
+                f"(best {summary['best_top1']:.2f}% after epoch {summary['best_epoch'] + 1})\n"
+                f"run folder {folder}\n"
+                f"next: eit eval {folder}    eit predict {folder} IMAGE...",
+            )
+    finally:
+        distributed.stop()
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str | None, typer.Option(help="Data set or folder of classes; default: the run's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a process at a time.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Loader processes; default: one a core, at most 8.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Top-1, top-5 (percent), loss and per-class accuracy; also under torchrun."""
+    from eit import distributed
+    from eit.checkpoint import load
+    from eit.config import Data
+    from eit.data import open_evaluation
+    from eit.evaluate import evaluate as run
+    from eit.loader import EvaluationLoader
+    from eit.predict import view_of
+
+    try:
+        on = _device(device)
+        model = load(checkpoint)
+        recipe = (model.card.recipe or {}).get("data", {})
+        root = data or recipe.get("root") or ""
+        if not root:
+            raise UserError("--data PATH is needed: these weights do not name a data set")
+        own = root == recipe.get("root")
+        images = open_evaluation(root, recipe.get("val_fraction") if own else None, Data().max_pixels)
+        images = _with_classes_of(model.card, images)
+        loader = EvaluationLoader(images, view_of(model.card), batch_size, workers, on)
+        metrics = run(model.to(on), loader)
+        if distributed.is_main():
+            _show(asdict(metrics) | dict(checkpoint=checkpoint, data=root), as_json, _metrics_text(metrics))
+    finally:
+        distributed.stop()
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, folders, or - for a list on stdin.", show_default=False)
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Classes an image.")] = 5,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """The most likely classes of images."""
+    from eit.checkpoint import load
+    from eit.predict import expand
+    from eit.predict import predict as run
+
+    listed = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
+    files = expand(listed)
+    if not files:
+        raise UserError("no images: the list on stdin is empty")
+    model = load(checkpoint).to(_device(device))
+    for found in run(model, files, top):
+        if as_json:
+            print(json.dumps(dict(image=found.image, labels=[dict(label=n, probability=p) for n, p in found.labels])))
+        else:
+            print(found.image + "  " + "  ".join(f"{name} {100 * p:.1f}%" for name, p in found.labels), flush=True)
+
+
+@app.command()
+def models(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """The zoo: sizes, costs and published results."""
+    from eit.macs import complexity
+    from eit.zoo import AUTHORS_CODE, VARIANTS, create_model
+
+    rows = []
+    for name, variant in VARIANTS.items():
+        model = create_model(name)
+        cost = complexity(model)
+        rows.append(
+            dict(
+                name=name,
+                params=cost.params,
+                macs=cost.macs,
+                published_macs=cost.published_macs,
+                tokens=model.grid_size[0] * model.grid_size[1],
+                embed_dim=variant.embed_dim,
+                depth=variant.depth,
+                num_heads=variant.num_heads,
+                published_top1=variant.top1,
+                published_top5=variant.top5,
+                weights=variant.weights,
+                weights_ship=False,
+            )
+        )
+    note = (
+        "MACs: multiply-accumulates of one 224x224 image; beside them what the paper counts as FLOPs (no attention\n"
+        "products, but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here.\n"
+        f"The authors' weights do not ship with this package. They are at {AUTHORS_CODE}/tree/main/model;\n"
+        "eit predict and eit eval take their .pth files, eit convert makes safetensors of them."
+    )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    cells = [
+        (
+            str(r["name"]),
+            f"{r['params']:,}",
+            f"{r['macs'] / 1e9:.3f} G",
+            f"{r['published_macs'] / 1e9:.3f} G",
+            str(r["tokens"]),
+            f"{r['published_top1']}%",
+            f"{r['published_top5']}%",
+        )
+        for r in rows
+    ]
+    head = ("model", "parameters", "MACs", "paper's FLOPs", "tokens", "top-1", "top-5")
+    if markdown:
+        print("\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells)))
+        return
+    _table(head, cells)
+    print(note)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """The recipes that ship, with what they cost and should reach."""
+    from eit.config import recipe_header, recipe_names
+
+    if as_json:
+        print(json.dumps([dict(name=name, header=recipe_header(name)) for name in recipe_names()], indent=2))
+        return
+    for name in recipe_names():
+        print(name)
+        for line in recipe_header(name).splitlines():
+            print(f"    {line}")
+    print("train one with: eit train NAME [key=value ...]")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A .pth of the authors or of timm.", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file to write.", show_default=False)],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENT=VALUE]...", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name, where its shapes do not tell.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="Pixels of the model's input.")] = 224,
+    classes: Annotated[
+        str | None, typer.Option(help="A file with a class name a line, in the order of the logits.")
+    ] = None,
+) -> None:
+    """Weights of the authors' code, or timm's -> a self-describing safetensors file. Nothing in IN is executed."""
+    from pathlib import Path
+
+    from eit.checkpoint import find_weights, our_names, read_weights, recognise, save_weights
+    from eit.config import load_model_arguments
+
+    if not target.endswith(".safetensors"):
+        raise UserError(f"{target}: the file to write ends in .safetensors")
+    file = find_weights(source)
+    state, card = read_weights(file)
+    if card is None:
+        card = recognise(state, file, model, load_model_arguments(arguments or []), size)
+    elif model or arguments:
+        raise UserError(f"{file} says itself that it is {card.model}: --model and arguments do not apply")
+    if classes:
+        try:
+            names = Path(classes).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {classes}: {error}") from None
+        if len(names) != len(card.classes):
+            raise UserError(f"{classes} has {len(names)} names, the model {len(card.classes)} classes")
+        card = card.model_copy(update=dict(classes=names))
+    try:
+        save_weights(Path(target), our_names(state), card)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    print(f"{target}: {card.model}, {len(card.classes)} classes, {sum(v.numel() for v in state.values()):,} parameters")
+
+
+@data_app.command()
+def check(
+    path: Annotated[str, typer.Argument(help="A folder with train/ and val/, or sklearn:digits.", show_default=False)],
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Larger images count as unreadable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every image; exit status 1 where training would fail."""
+    from eit.data import check as run
+    from eit.images import MAX_PIXELS
+
+    report = run(path, max_pixels or MAX_PIXELS)
+    _show(report, as_json, _check_text(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def _device(name: str) -> "torch.device":
+    from eit import distributed
+    from eit.config import check_device
+
+    return distributed.start(check_device(name))
+
+
+def _with_classes_of(card: "Card", images: "Images") -> "Images":
+    """`images` with the model's class numbers: by name, or by order where converted weights have names of their own."""
+    from dataclasses import replace
+
+    from eit.console import say
+
+    unknown = [name for name in images.classes if name not in card.classes]
+    if not unknown:
+        number = {name: i for i, name in enumerate(card.classes)}
+        return replace(images, classes=card.classes, labels=[number[images.classes[y]] for y in images.labels])
+    if card.recipe is None and len(images.classes) == len(card.classes):
+        say("class names differ from the model's; matched by order")
+        return images
+    raise UserError(
+        f"the data have classes that the model does not know: {', '.join(unknown[:5])} "
+        f"(its {len(card.classes)} are {', '.join(card.classes[:5])}{' ...' if len(card.classes) > 5 else ''})"
+    )
+
+
+def _metrics_text(metrics: Any) -> str:
+    lines = [
+        f"top-1 {metrics.top1:.2f}%  ({metrics.correct1} of {metrics.images})",
+        f"top-5 {metrics.top5:.2f}%  ({metrics.correct5} of {metrics.images})",
+        f"loss  {metrics.loss:.4f}",
+    ]
+    known = sorted((c["top1"], name, c["images"]) for name, c in metrics.per_class.items() if c["images"])
+    shown = known[:10]
+    lines.append("per class" if len(known) <= 10 else f"the 10 weakest of {len(known)} classes (--json has all)")
+    lines += [f"  {top1:6.2f}%  {name} ({n})" for top1, name, n in shown]
+    return "\n".join(lines)
+
+
+def _check_text(report: dict[str, Any]) -> str:
+    lines = []
+    for name, part in report["splits"].items():
+        counts = part["classes"].values()
+        lines.append(
+            f"{name}: {part['images']:,} images of {len(counts)} classes, {min(counts)} to {max(counts)} a class"
+        )
+        lines.append("  sizes: " + ", ".join(f"{s['width']}x{s['height']} ({s['images']:,})" for s in part["sizes"]))
+        lines += [f"  unreadable: {fault}" for fault in part["unreadable"][:20]]
+        if len(part["unreadable"]) > 20:
+            lines.append(f"  and {len(part['unreadable']) - 20} more unreadable (--json has all)")
+    lines += [f"note: {note}" for note in report.get("notes", [])]
+    lines += [f"problem: {problem}" for problem in report["problems"]]
+    return "\n".join([*lines, "ready to train" if report["ok"] else "not ready to train"])
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(result, indent=2) if as_json else text)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from eit.console import out
+
+    table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def main() -> None:
+    app()

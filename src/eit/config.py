@@ -1,0 +1,302 @@
+"""Recipes: what a run is, as data. A YAML file (a shipped name or a path) plus `key=value` overrides."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eit.errors import UserError
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Pair = tuple[Positive, Positive]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """A name of the zoo, a family, and any argument of `eit.EIT`; null keeps the variant's or the family's own."""
+
+    name: str = "eit_mini"
+    family: Literal["eit", "lsra", "vit"] = "eit"
+    pretrained: str | None = None  # checkpoint to start from
+    reset_head: bool = False  # a new head where the checkpoint has another number of classes
+    kernel_size: Count | None = None
+    stride: Count | None = None
+    pool_size: Count | None = None
+    in_chans: Count | None = None
+    embed_dim: Count | None = None
+    depth: Count | None = None
+    num_heads: Count | None = None
+    schedule: str | tuple[int, ...] | None = None
+    stem: Literal["conv_pool", "patch"] | None = None
+    patch_size: Count | None = None
+    pos_embed: Literal["none", "learned"] | None = None
+    representation_size: Count | None = None
+    mlp_ratio: Positive | None = None
+    qkv_bias: bool | None = None
+    global_pool: Literal["token", "avg"] | None = None
+    drop_rate: Rate | None = None
+    pos_drop_rate: Rate | None = None
+    proj_drop_rate: Rate | None = None
+    attn_drop_rate: Rate | None = None
+    drop_path_rate: Rate | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `eit.EIT` that the recipe sets."""
+        return self.model_dump(exclude={"name", "family", "pretrained", "reset_head"}, exclude_none=True)
+
+
+class Data(Section):
+    root: str = ""  # an image folder, or sklearn:digits
+    image_size: Count = 224
+    batch_size: Count = 64  # per process and micro-batch
+    workers: Annotated[int, Field(ge=0)] | None = None  # loader processes; null: one a core, at most 8
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of train/ when there is no val/
+    cache: bool | None = None  # hold as uint8 in memory, augment in batches; null: up to 64x64, if it fits
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # evaluation: centre crop's share of the resized image
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mean: tuple[float, ...] | None = None  # of pixels in 0..1; null: ImageNet's, or 0.5 where in_chans is not 3
+    std: tuple[Positive, ...] | None = None
+    bad_image_budget: Probability = 0.001  # share of training images that may be unreadable
+    max_pixels: Count = 89_478_485  # an image with more is refused before it is decoded
+
+
+class Augment(Section):
+    crop_scale: Pair | None = None  # random resized crop: area range; null: off
+    crop_aspect: Pair = (3 / 4, 4 / 3)
+    pad_crop: Annotated[int, Field(ge=0)] = 0  # pixels of padding before a random crop
+    hflip: Probability = 0.0
+    rand_augment: str | None = None  # a policy of timm, "rand-m9-mstd0.5-inc1"
+    color_jitter: NotNegative = 0.0
+    erasing: Probability = 0.0
+    mixup: NotNegative = 0.0  # alpha; 0: off
+    cutmix: NotNegative = 0.0
+    mixup_prob: Probability = 1.0
+    mixup_switch_prob: Probability = 0.5  # cutmix instead of mixup where both are on
+    smoothing: Rate = 0.0
+    repeats: Count = 1  # repeated augmentation: copies of an image in a global batch
+
+
+class Optim(Section):
+    name: Literal["adamw", "lamb"] = "adamw"
+    lr: Positive = 1e-3
+    lr_batch: Count | None = 512  # the rate is lr * global batch / lr_batch; null: lr itself
+    min_lr: NotNegative = 1e-5
+    warmup_lr: NotNegative = 1e-6
+    weight_decay: NotNegative = 0.05
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_grad: Positive | None = None  # largest norm of the gradient
+
+
+class Train(Section):
+    epochs: Count = 300
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: Count = 1  # micro-batches a step
+    ema_decay: Rate | None = None  # moving average of the weights, evaluated too; null: off
+    save_every: Annotated[int, Field(ge=0)] = 0  # steps between checkpoints inside an epoch; 0: each epoch only
+    compile: bool = False
+    max_steps: Count | None = None  # end there, whatever the epochs say
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "custom"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    out: str | None = None  # run folder; null: runs/NAME
+    model: Model = Model()
+    data: Data = Data()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _together(self) -> "Recipe":
+        if self.train.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"train.warmup_epochs={self.train.warmup_epochs:g} is not less than train.epochs={self.train.epochs}"
+            )
+        for key in ("mean", "std"):
+            given, channels = getattr(self.data, key), self.model.in_chans or 3
+            if given is not None and len(given) != channels:
+                raise ValueError(f"data.{key} has {len(given)} values for {channels} channels")
+        return self
+
+    def run_folder(self) -> Path:
+        return Path(self.out or f"runs/{self.name}")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+
+
+# Keys that change no result: a run may be continued with other values.
+FREE_KEYS = {"out", "data.root", "data.workers", "data.bad_image_budget", "train.save_every"}
+
+_HINTS = {
+    "model.num_classes": "the class count comes from the data",
+    "model.img_size": "set data.image_size",
+    "data.num_classes": "the class count comes from the data",
+}
+
+
+def recipe_names() -> list[str]:
+    """Shipped recipes, smallest first."""
+    order = ["digits", "cifar10", "imagenet_mini", "imagenet_tiny", "imagenet_base", "imagenet_large"]
+    found = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
+    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def recipe_header(name: str) -> str:
+    """The comment at the top of a shipped recipe: command, cost, expected figure."""
+    text = resources.files("eit.recipes").joinpath(f"{name}.yaml").read_text()
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    return "\n".join(lines)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe or a YAML file, with `key=value` overrides.
+
+    Raises:
+        UserError: no such recipe, unknown key, wrong type or impossible value, in one line.
+
+    >>> load_recipe("digits", ["train.epochs=3", "optim.lr=1e-3"]).train.epochs
+    3
+    """
+    if name_or_path in recipe_names():
+        text = resources.files("eit.recipes").joinpath(f"{name_or_path}.yaml").read_text()
+    elif name_or_path.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read recipe {name_or_path}: {_reason(error)}") from None
+    else:
+        known = ", ".join(recipe_names())
+        raise UserError(
+            f"unknown recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())} (known: {known}, or a PATH.yaml)"
+        )
+    values = parse_yaml(text, name_or_path)
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{source} is not plain YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source} is not a recipe: sections such as model: and data: are expected")
+    return values
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Checked values, or one line that names the key, what was given and what is allowed."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def load_model_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """`argument=value` words -> checked arguments of `eit.create_model`."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        _apply(values, f"model.{pair}")
+    section = parse_recipe(values).model
+    return section.arguments() | ({"family": section.family} if "family" in section.model_fields_set else {})
+
+
+def check_device(name: str) -> str:
+    """The name of a device as in `train.device`, checked."""
+    return parse_recipe({"train": {"device": name}}).train.device
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for every key that differs and changes the result."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in FREE_KEYS]
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not key=value, such as train.epochs=10")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"unknown recipe key {key!r}: {section} has no keys of its own")
+    values[last] = value
+
+
+def _keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{name}.")
+        else:
+            yield prefix + name
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    known = list(_keys())
+    # A union reports its members one by one: (..., "int"), (..., "tuple[int, ...]"); the key is the longest known part.
+    parts = [str(part) for part in first["loc"]]
+    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), ".".join(parts))
+    if first["type"] == "extra_forbidden":
+        return (
+            f"unknown recipe key {key!r}: {_HINTS[key]}"
+            if key in _HINTS
+            else f"unknown recipe key {key!r}{_nearest(key, known)}"
+        )
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"{key}={_short(first['input'])}: {message}" if key else message
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    by_last = {k.rpartition(".")[2]: k for k in known}
+    found = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(
+        word.rpartition(".")[2], by_last, n=1
+    )
+    return f"; did you mean {by_last.get(found[0], found[0])!r}?" if found else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return _short(str(error))
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else _one_line(error)

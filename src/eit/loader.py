@@ -1,0 +1,404 @@
+"""`Images` -> normalised batches on the device. Order and augmentation are functions of counters, not of random state.
+
+`CachedLoader` holds small images as uint8 and augments whole batches; `StreamLoader` reads and augments image by image
+in worker processes, with timm's transforms; `EvaluationLoader` gives the same batches on any number of ranks.
+"""
+
+import math
+import os
+import random
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import functional as TF
+
+from eit import distributed
+from eit.config import Augment, Data
+from eit.console import say, track
+from eit.data import Images
+from eit.errors import UserError
+from eit.images import UnreadableImage, View, normalise, resize_and_crop
+
+CACHE_SIZE = 64  # pixels: images up to this size are held in memory
+CACHE_BYTES = 2 << 30
+
+
+def seed_of(*counters: int) -> int:
+    """A 64-bit seed that is a function of the counters."""
+    return int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(*counters: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*counters))
+
+
+def set_seed(*counters: int) -> None:
+    """Seed the global generators of Python, NumPy and torch, which timm and dropout draw from."""
+    seed = seed_of(*counters)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(*counters: int) -> Iterator[None]:
+    """`set_seed` for the block; the generators are put back after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    set_seed(*counters)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an epoch is cut: into steps of `accumulate` micro-batches of `batch_size` images on each of `world` ranks."""
+
+    images: int
+    batch_size: int
+    accumulate: int
+    world: int
+    repeats: int
+    seed: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.accumulate * self.world
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch; the images that do not fill a last one are left out, other ones each epoch."""
+        return self.images // self.global_batch
+
+    def order(self, epoch: int) -> Tensor:
+        """(steps, global_batch, 2): index and repeat of each sample, a function of seed and epoch alone.
+
+        With repeated augmentation each image stands `repeats` times in a row, so that ranks share its copies, and an
+        epoch is as long as without: it shows a part of the images (Hoffer et al. 2020, as in the DeiT code).
+        """
+        shuffled = torch.randperm(self.images, generator=generator(self.seed, epoch, 0))
+        index = shuffled.repeat_interleave(self.repeats)
+        repeat = torch.arange(self.repeats).repeat(self.images)
+        used = self.steps * self.global_batch
+        return torch.stack((index, repeat), dim=1)[:used].view(self.steps, self.global_batch, 2)
+
+    def batches(self, epoch: int, first_step: int, rank: int) -> Iterator[Tensor]:
+        """(batch_size, 2) for each micro-batch of this rank, from `first_step` on; neighbours go to different ranks."""
+        for step in self.order(epoch)[first_step:]:
+            yield from step.view(self.accumulate, self.batch_size, self.world, 2)[:, :, rank]
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, channels, height, width) float, normalised, on the device
+    labels: Tensor  # (B,) int64, on the device
+    valid: int  # the first so many count; the rest pads a last evaluation block
+
+
+def train_loader(
+    images: Images, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+) -> "CachedLoader | StreamLoader":
+    """The loader that suits: from memory where the images are small and no policy works image by image."""
+    by_image = augment.crop_scale is not None or augment.rand_augment is not None or augment.color_jitter > 0
+    fits = view.size <= CACHE_SIZE and len(images) * view.channels * view.size**2 <= CACHE_BYTES
+    if config.cache and by_image:
+        raise UserError("data.cache=true augments whole batches: it has no crop_scale, rand_augment or color_jitter")
+    if (config.cache is None and fits and not by_image) or config.cache:
+        return CachedLoader(images, view, plan, config.bad_image_budget, augment, device)
+    return StreamLoader(images, view, plan, config, augment, device)
+
+
+class BadImages:
+    """Unreadable training images: named once each, and counted against the budget."""
+
+    def __init__(self, images: Images, budget: float) -> None:
+        self.total, self.allowed = len(images), int(budget * len(images))
+        self.seen: set[str] = set()
+
+    def add(self, fault: str) -> None:
+        if fault in self.seen:
+            return
+        self.seen.add(fault)
+        say(f"unreadable image, its neighbour is used instead: {fault}")
+        if len(self.seen) > self.allowed:
+            raise UserError(
+                f"{len(self.seen)} of {self.total} training images are unreadable, data.bad_image_budget allows "
+                f"{self.allowed}; the last: {fault}"
+            )
+
+
+def read_or_neighbour(images: Images, index: int, channels: int) -> tuple[Image.Image, int, list[str]]:
+    """Image `index`, or the next one that can be read; its label; what could not be read."""
+    faults: list[str] = []
+    for i in range(index, index + len(images)):
+        try:
+            return images.read(i % len(images), channels), images.labels[i % len(images)], faults
+        except UnreadableImage as error:
+            faults.append(str(error))
+    raise UserError(f"none of {len(images)} images can be read; the first: {faults[0]}")
+
+
+class CachedLoader:
+    """Small images in memory as uint8, on the device; pad-crop, flip and erasing for a whole batch at a time.
+
+    A sample's draws stand in row (index, repeat) of a table made once an epoch from (seed, epoch).
+    """
+
+    def __init__(
+        self, images: Images, view: View, plan: Plan, budget: float, augment: Augment, device: torch.device
+    ) -> None:
+        self.view, self.plan, self.augment, self.device = view, plan, augment, device
+        bad = BadImages(images, budget)
+        pixels = torch.empty(len(images), view.channels, view.size, view.size, dtype=torch.uint8)
+        labels = torch.empty(len(images), dtype=torch.int64)
+
+        def fill(index: int) -> list[str]:
+            image, labels[index], faults = read_or_neighbour(images, index, view.channels)
+            pixels[index] = view.pixels(image)
+            return faults
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for faults in track(pool.map(fill, range(len(images))), "reading images", len(images)):
+                for fault in faults:
+                    bad.add(fault)
+        self.pixels, self.labels = pixels.to(device), labels.to(device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        plan = self.plan
+        draws = torch.rand(plan.images, plan.repeats, 8, generator=generator(plan.seed, epoch, 1)).to(self.device)
+        noise = torch.empty(0)
+        if self.augment.erasing:
+            shape = (NOISE_FIELDS, *self.pixels.shape[1:])
+            noise = torch.randn(shape, generator=generator(plan.seed, epoch, 2)).to(self.device)
+        for rows in plan.batches(epoch, first_step, distributed.rank()):
+            index, repeat = rows.to(self.device).unbind(1)
+            row = draws[index, repeat].unbind(1)
+            x = self.pixels[index]
+            if self.augment.pad_crop or self.augment.hflip:
+                x = shift_and_flip(x, self.augment.pad_crop, self.augment.hflip, *row[:3])
+            x = normalise(x, self.view.mean, self.view.std)
+            if self.augment.erasing:
+                x = erase(x, self.augment.erasing, noise, *row[3:])
+            yield Batch(x, self.labels[index], len(index))
+
+
+NOISE_FIELDS = 64  # of erasing, an epoch
+
+
+def shift_and_flip(x: Tensor, pad: int, hflip: float, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
+    """Crop each (B, C, H, W) image out of its zero-padded self, and mirror some; `dy`, `dx`, `flip` are (B,) in [0, 1)."""
+    batch, _, height, width = x.shape
+    x = F.pad(x, (pad,) * 4)
+    rows = torch.arange(height, device=x.device) + (dy * (2 * pad + 1)).long()[:, None]  # (B, H)
+    columns = torch.arange(width, device=x.device).expand(batch, -1)
+    columns = torch.where(flip[:, None] < hflip, columns.flip(1), columns) + (dx * (2 * pad + 1)).long()[:, None]
+    one = torch.arange(batch, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[one, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def erase(x: Tensor, probability: float, noise: Tensor, *draws: Tensor) -> Tensor:
+    """Random erasing (Zhong et al. 2020) of (B, C, H, W): a box of 2 to 33% of the area becomes noise.
+
+    `noise` is (fields, C, H, W), of which each image uses one; `draws` are five (B,) tensors in [0, 1).
+    """
+    height, width = x.shape[2:]
+    chosen, area, aspect, top, left = draws
+    field_ = (chosen / probability * len(noise)).long().clamp(max=len(noise) - 1)  # uniform where it matters
+    area = (0.02 + area * (1 / 3 - 0.02)) * height * width
+    aspect = torch.exp((2 * aspect - 1) * math.log(1 / 0.3))
+    h = (area * aspect).sqrt().round().clamp(1, height - 1)
+    w = (area / aspect).sqrt().round().clamp(1, width - 1)
+    top, left = (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor()
+    y, x_ = (torch.arange(n, device=x.device) for n in (height, width))
+    inside_y = (y >= top[:, None]) & (y < (top + h)[:, None])
+    inside_x = (x_ >= left[:, None]) & (x_ < (left + w)[:, None])
+    box = inside_y[:, None, :, None] & inside_x[:, None, None, :] & (chosen < probability)[:, None, None, None]
+    return torch.where(box, noise[field_], x)
+
+
+class _Samples(Dataset):
+    """(epoch, index, repeat) -> augmented sample. Used in worker processes."""
+
+    def __init__(self, images: Images, view: View, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+        self.images, self.view, self.transform, self.seed = images, view, transform, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, list[str]]:
+        epoch, index, repeat = key
+        image, label, faults = read_or_neighbour(self.images, index, self.view.channels)
+        with seeded(self.seed, epoch, index, repeat, 3):
+            return self.transform(image), label, faults
+
+
+class _Batches(Sampler):
+    """Keys of the micro-batches of the epoch that was last asked for; the workers live on from epoch to epoch."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.epoch, self.first_step = plan, 0, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for rows in self.plan.batches(self.epoch, self.first_step, distributed.rank()):
+            yield [(self.epoch, index, repeat) for index, repeat in rows.tolist()]
+
+
+class StreamLoader:
+    """Images read, cropped, augmented and normalised one by one in worker processes, with timm's transforms."""
+
+    def __init__(
+        self, images: Images, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+    ) -> None:
+        self.device = device
+        self.bad = BadImages(images, config.bad_image_budget)
+        self.batches = _Batches(plan)
+        samples = _Samples(images, view, image_transform(view, augment), plan.seed)
+        self.loader = DataLoader(
+            samples,
+            batch_sampler=self.batches,
+            collate_fn=_collate,
+            **_worker_options(config.workers, device),
+        )
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        self.batches.epoch, self.batches.first_step = epoch, first_step
+        for images, labels, faults in self.loader:
+            for fault in faults:
+                self.bad.add(fault)
+            yield Batch(
+                images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), len(labels)
+            )
+
+
+def image_transform(view: View, augment: Augment) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> normalised, augmented (channels, size, size) float."""
+    if view.channels != 3 and augment.rand_augment:
+        raise UserError("augment.rand_augment needs colour images: model.in_chans=3")
+    common = dict(
+        input_size=view.size,
+        is_training=True,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.rand_augment,
+        interpolation=view.interpolation,
+        hflip=augment.hflip,
+        re_prob=augment.erasing,
+        re_mode="pixel",
+        mean=view.mean,
+        std=view.std,
+    )
+    if augment.crop_scale is not None:
+        return create_transform(**common, scale=augment.crop_scale, ratio=augment.crop_aspect)
+    _, *rest = create_transform(**common).transforms  # timm's random resized crop is left out
+
+    def transform(image: Image.Image) -> Any:
+        image = resize_and_crop(image, view.size, view.size, view.interpolation)
+        if pad := augment.pad_crop:
+            top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
+            image = TF.crop(TF.pad(image, pad), top, left, view.size, view.size)
+        for step in rest:
+            image = step(image)
+        return image
+
+    return transform
+
+
+def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels, faults = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), [fault for one in faults for fault in one]
+
+
+def _worker_options(workers: int | None, device: torch.device) -> dict[str, Any]:
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if workers is None:
+        workers = min((os.cpu_count() or 1) // local_world, 8)
+    return dict(
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@dataclass
+class EvaluationLoader:
+    """Blocks of `batch_size` images in order, block j on rank j mod world, the last one padded: the same batches, and so
+    the same figures, on any number of ranks. Small images are read once and kept."""
+
+    images: Images
+    view: View
+    batch_size: int
+    workers: int | None
+    device: torch.device
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    @property
+    def own_blocks(self) -> range:
+        return range(distributed.rank(), self.blocks, distributed.world_size())
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        """(block number, batch) of this rank.
+
+        Raises:
+            UserError: an image cannot be read; it is named.
+        """
+        if len(self._kept) == len(self.own_blocks):
+            pairs: Iterable[tuple[Tensor, Tensor]] = [self._kept[block] for block in self.own_blocks]
+        else:
+            pairs = self._read()
+        keep = self.view.size <= CACHE_SIZE and len(self.images) * self.view.channels * self.view.size**2 <= CACHE_BYTES
+        for block, (pixels, labels) in zip(self.own_blocks, pairs, strict=True):
+            pixels, labels = pixels.to(self.device), labels.to(self.device)
+            if keep:
+                self._kept[block] = pixels, labels
+            valid = min(self.batch_size, len(self.images) - block * self.batch_size)
+            yield block, Batch(normalise(pixels, self.view.mean, self.view.std), labels, valid)
+
+    def _read(self) -> Iterable[tuple[Tensor, Tensor]]:
+        last = len(self.images) - 1
+        keys = [[min(block * self.batch_size + i, last) for i in range(self.batch_size)] for block in self.own_blocks]
+        loader = DataLoader(
+            _Pixels(self.images, self.view),
+            batch_sampler=keys,
+            collate_fn=_collate_pixels,
+            **(_worker_options(self.workers, self.device) | dict(persistent_workers=False)),
+        )
+        for pixels, labels, faults in loader:
+            if faults:
+                raise UserError(f"unreadable validation image: {faults[0]}")
+            yield pixels, labels
+
+
+class _Pixels(Dataset):
+    def __init__(self, images: Images, view: View) -> None:
+        self.images, self.view = images, view
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
+        try:
+            return self.view.pixels(self.images.read(index, self.view.channels)), self.images.labels[index], []
+        except UnreadableImage as error:
+            return torch.empty(0), 0, [str(error)]
+
+
+def _collate_pixels(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    faults = [fault for *_, one in samples for fault in one]
+    return (torch.empty(0), torch.empty(0), faults) if faults else _collate(samples)

@@ -1,0 +1,51 @@
+"""Parameters and multiply-accumulates (MACs), true and as the paper counts them."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """`params`: parameters. `macs`: multiply-accumulates of all matrix products and convolutions, for one image.
+    `published_macs`: the paper's "FLOPs", which leave out the two attention products but count the stem's bias, the
+    max-pool's inputs and 2 per LayerNorm element."""
+
+    params: int
+    macs: int
+    published_macs: int
+
+
+def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
+    """Count `model` on one image of `input_size` (channels, height, width). Nothing is computed or changed.
+
+    >>> from eit import create_model
+    >>> complexity(create_model("eit_mini"))
+    Complexity(params=3512750, macs=1926348500, published_macs=1733398000)
+    """
+    params = sum(p.numel() for p in model.parameters())
+    twin = copy.deepcopy(model).to("meta").eval()
+    extras = 0
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal extras
+        if isinstance(module, nn.MaxPool2d):
+            extras += inputs[0].numel()
+        elif isinstance(module, nn.LayerNorm):
+            extras += 2 * output.numel()
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            extras += output.numel()
+
+    for module in twin.modules():
+        module.register_forward_hook(count)
+    # The math kernel is two batched products, which the counter tells apart from the linear layers.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        twin(torch.empty(1, *input_size, device="meta"))
+    flops = counter.get_flop_counts()["Global"]
+    attention = flops.get(torch.ops.aten.bmm, 0)
+    return Complexity(params, sum(flops.values()) // 2, (sum(flops.values()) - attention) // 2 + extras)

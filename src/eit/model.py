@@ -1,0 +1,424 @@
+"""EIT, LSRA and plain ViT as one model family (arXiv 2203.07116).
+
+They differ in the *schedule*: how many of a layer's channels go through attention, the rest going through a depthwise
+3x3 convolution (EIT-T in the paper). The stem (EIT-P) makes overlapping patches with a convolution and a max-pool.
+
+Legend of the shape comments: B batch, N tokens (class token first), C channels, H heads, D head width; h, w token grid.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Schedule = str | tuple[int, ...] | list[int]
+
+
+def decreasing_conv(dim: int, depth: int, heads: int) -> list[int]:
+    """The paper's schedule: attention grows linearly with depth, the last layer is all attention (section 3.3)."""
+    return [int(dim // heads * (layer + 1) / depth) * heads for layer in range(depth - 1)] + [dim]
+
+
+def increasing_conv(dim: int, depth: int, heads: int) -> list[int]:
+    """The paper's schedule upside down, for ablation."""
+    return decreasing_conv(dim, depth, heads)[::-1]
+
+
+def constant_half(dim: int, depth: int, heads: int) -> list[int]:
+    """LSRA: half of the channels in every layer."""
+    return [(dim // heads) // 2 * heads] * depth
+
+
+def no_conv(dim: int, depth: int, heads: int) -> list[int]:
+    """Plain ViT."""
+    return [dim] * depth
+
+
+# (embed_dim, depth, num_heads) -> attention channels of each layer. A new schedule is a new line here.
+SCHEDULES: dict[str, Callable[[int, int, int], list[int]]] = {
+    "eit": decreasing_conv,
+    "increasing": increasing_conv,
+    "lsra": constant_half,
+    "vit": no_conv,
+}
+
+
+def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads: int) -> list[int]:
+    """Attention channels of each layer; the other `embed_dim - n` channels are convolved.
+
+    `schedule` is a key of `SCHEDULES` or a sequence of `depth` ints, each a multiple of `num_heads` in [0, embed_dim].
+
+    >>> attention_channels("eit", embed_dim=250, depth=5, num_heads=10)
+    [50, 100, 150, 200, 250]
+    """
+    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+        raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
+    if depth < 1:
+        raise ValueError(f"depth={depth}: at least one layer is needed")
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}, nor a list of ints")
+        return SCHEDULES[schedule](embed_dim, depth, num_heads)
+    channels = list(schedule)
+    if len(channels) != depth:
+        raise ValueError(f"schedule={channels} has {len(channels)} entries for depth={depth}")
+    for n in channels:
+        if not isinstance(n, int) or n % num_heads or not 0 <= n <= embed_dim:
+            raise ValueError(f"schedule={channels}: {n} is not a multiple of num_heads={num_heads} in 0..{embed_dim}")
+    return channels
+
+
+class ConvPoolStem(nn.Module):
+    """EIT-P: overlapping patches from a convolution and a max-pool. (B, in_chans, height, width) -> (B, C, h, w)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, kernel_size: int, stride: int, pool_size: int) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.pool_size = kernel_size, stride, pool_size
+        self.pitch = stride * pool_size  # pixels from one token to the next
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2)
+        self.pool = nn.MaxPool2d(pool_size, pool_size)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
+        pad = 2 * (self.kernel_size // 2)
+        h, w = (((n + pad - self.kernel_size) // self.stride + 1) // self.pool_size for n in (height, width))
+        return max(h, 0), max(w, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.proj(x))
+
+
+class PatchStem(nn.Module):
+    """ViT's stem: patches that do not overlap. (B, in_chans, height, width) -> (B, C, h, w)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.pitch = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
+        return height // self.pitch, width // self.pitch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class ConvAttention(nn.Module):
+    """Token mixer: the first channels through a depthwise 3x3 convolution, the last through attention, concatenated.
+
+    The class token is not part of the grid: its convolution channels pass unchanged.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn_channels: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attn_channels = attn_channels
+        self.conv_channels = dim - attn_channels
+        self.num_heads = num_heads
+        self.attn_drop_rate = attn_drop
+        if self.attn_channels > 0:
+            self.qkv = nn.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias)
+            self.proj = nn.Linear(attn_channels, attn_channels)
+            self.proj_drop = nn.Dropout(proj_drop)
+        if self.conv_channels > 0:
+            self.conv = nn.Conv2d(
+                self.conv_channels, self.conv_channels, 3, padding=1, groups=self.conv_channels, bias=False
+            )
+            self.conv_drop = nn.Dropout(attn_drop)
+
+    def convolve(self, x: Tensor, h: int, w: int) -> Tensor:
+        # Token layout is channels_last, so the image is a view: (B, 1+h*w, C) -> (B, C, h, w) -> (B, 1+h*w, C)
+        image = x[:, 1:].unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        image = self.conv_drop(self.conv(image))
+        return torch.cat((x[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+    def attend(self, x: Tensor) -> Tensor:
+        # (B, N, 3*H*D) -> (3, B, H, N, D), views all the way
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.attn_drop_rate if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, H, N, D) -> (B, N, H*D)
+
+    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, 1+h*w, C) -> the same shape."""
+        if self.conv_channels == 0:
+            return self.attend(x)
+        if self.attn_channels == 0:
+            return self.convolve(x, h, w)
+        conv, attn = x.split([self.conv_channels, self.attn_channels], dim=2)
+        return torch.cat((self.convolve(conv, h, w), self.attend(attn)), dim=2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block around `ConvAttention`."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn_channels: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ConvAttention(dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        """(B, 1+h*w, C) -> the same shape."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), h, w))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class EIT(nn.Module):
+    """A pyramid-free vision transformer with convolution in a share of each layer's channels.
+
+    Takes images (B, in_chans, height, width) of any size that gives at least one token, square or not, and returns
+    logits (B, num_classes). The defaults are EIT16/4/3-mini of the paper.
+
+    Args:
+        img_size: pixels, an int or (height, width). Only the learned position table depends on it.
+        kernel_size, stride, pool_size: of the `conv_pool` stem, "EIT16/4/3" in the paper's names.
+        in_chans: image channels.
+        num_classes: logits; 0 for features.
+        embed_dim, depth, num_heads: width, layers, heads; `embed_dim` is a multiple of `num_heads`.
+        schedule: attention channels of each layer, see `attention_channels`.
+        stem: `conv_pool` (EIT-P) or `patch` (ViT).
+        patch_size: of the `patch` stem.
+        pos_embed: `none` (the paper), or `learned`: a table for the tokens of `img_size`, interpolated to other sizes.
+        representation_size: width of an optional Linear + tanh before the head.
+        global_pool: what the head reads: `token`, `avg` (mean over the grid), or "" for all tokens.
+        drop_rate: dropout before the head. pos_drop_rate: after the stem. proj_drop_rate: in the attention projection
+            and the MLP. attn_drop_rate: attention weights and convolution output. drop_path_rate: stochastic depth,
+            linear from 0 in the first layer.
+
+    Raises:
+        ValueError: arguments that do not make a model; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        kernel_size: int = 16,
+        stride: int = 4,
+        pool_size: int = 3,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 250,
+        depth: int = 5,
+        num_heads: int = 10,
+        schedule: Schedule = "eit",
+        stem: str = "conv_pool",
+        patch_size: int = 16,
+        pos_embed: str = "none",
+        representation_size: int | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if stem not in ("conv_pool", "patch"):
+            raise ValueError(f"stem={stem!r} is not one of conv_pool, patch")
+        if pos_embed not in ("none", "learned"):
+            raise ValueError(f"pos_embed={pos_embed!r} is not one of none, learned")
+        for name, size in dict(kernel_size=kernel_size, stride=stride, pool_size=pool_size, in_chans=in_chans).items():
+            if size < 1:
+                raise ValueError(f"{name}={size} is not positive")
+        channels = attention_channels(schedule, embed_dim, depth, num_heads)
+        self.img_size: tuple[int, int] = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.num_classes = num_classes
+        self.num_features = self.embed_dim = embed_dim
+        self.head_hidden_size = representation_size or embed_dim
+        self.num_prefix_tokens = 1
+        self.global_pool = global_pool
+        self.grad_checkpointing = False
+
+        if stem == "patch":
+            self.patch_embed: ConvPoolStem | PatchStem = PatchStem(in_chans, embed_dim, patch_size)
+        else:
+            self.patch_embed = ConvPoolStem(in_chans, embed_dim, kernel_size, stride, pool_size)
+        self.grid_size = self.patch_embed.grid_size(*self.img_size)
+        if 0 in self.grid_size:
+            raise ValueError(f"img_size={img_size} is smaller than the stem needs: it makes no token")
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed: nn.Parameter | None = None
+        if pos_embed == "learned":
+            tokens = 1 + self.grid_size[0] * self.grid_size[1]
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                attn_channels,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                proj_drop_rate,
+                attn_drop_rate,
+                drop_path=drop_path_rate * layer / max(depth - 1, 1),
+            )
+            for layer, attn_channels in enumerate(channels)
+        )
+        self.feature_info = [
+            dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.pitch) for i in range(depth)
+        ]
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.pre_logits: nn.Module = nn.Identity()
+        if representation_size:
+            self.pre_logits = nn.Sequential()
+            self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size))
+            self.pre_logits.add_module("act", nn.Tanh())
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initial values as in the published code."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(_init_module)
+
+    @property
+    def attn_channels(self) -> list[int]:
+        """Attention channels of each layer; the layer's other channels are convolved."""
+        return [block.attn.attn_channels for block in self.blocks]
+
+    def embed(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """Images (B, in_chans, height, width) -> tokens (B, 1+h*w, C) with the class token first, h, w."""
+        x = self.patch_embed(x)
+        h, w = x.shape[2], x.shape[3]
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        if self.pos_embed is not None:
+            x = x + resample_abs_pos_embed(self.pos_embed, [h, w], list(self.grid_size), num_prefix_tokens=1)
+        return self.pos_drop(x), h, w
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, height, width) -> normalised tokens (B, 1+h*w, C), class token first."""
+        x, h, w = self.embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, h, w, use_reentrant=False)
+            else:
+                x = block(x, h, w)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, 1+h*w, C) -> logits (B, num_classes), or the features before them."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, 1:].mean(dim=1)
+        x = self.head_drop(self.pre_logits(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of chosen blocks, by timm's conventions.
+
+        Args:
+            x: images (B, in_chans, height, width).
+            indices: the last n blocks, a list of blocks (negative from the end), or None for all.
+            return_prefix_tokens: give (map, class token (B, 1, C)) pairs.
+            norm: apply the final norm to each output.
+            stop_early: leave out the blocks after the last one wanted.
+            output_fmt: `NCHW` (B, C, h, w) or `NLC` (B, h*w, C).
+            intermediates_only: leave out the final features.
+
+        Returns:
+            (final normalised tokens, list of outputs), or the list alone.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NLC")
+        depth = len(self.blocks)
+        wanted = (
+            range(depth) if indices is None else range(depth - indices, depth) if isinstance(indices, int) else indices
+        )
+        wanted = [i % depth if -depth <= i < depth else i for i in wanted]
+        if any(not 0 <= i < depth for i in wanted):
+            raise ValueError(f"indices={indices} go beyond the {depth} blocks")
+        batch = x.shape[0]
+        outputs = []
+        x, h, w = self.embed(x)
+        for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
+            x = block(x, h, w)
+            if i in wanted:
+                y = self.norm(x) if norm else x
+                image = y[:, 1:]
+                if output_fmt == "NCHW":
+                    image = image.transpose(1, 2).reshape(batch, self.embed_dim, h, w)
+                outputs.append((image, y[:, :1]) if return_prefix_tokens else image)
+        return outputs if intermediates_only else (self.norm(x), outputs)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, with new initial values, for another number of classes; 0 removes it."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        like = self.cls_token
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        self.head.to(like.device, like.dtype).apply(_init_module)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizer factory must not decay, beside all of one axis."""
+        return {"cls_token", "pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning rates, by timm's conventions."""
+        return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+
+def _init_module(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.01)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

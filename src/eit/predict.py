@@ -1,0 +1,71 @@
+"""Images -> ranked labels."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eit.checkpoint import Card
+from eit.data import EXTENSIONS
+from eit.errors import UserError
+from eit.images import UnreadableImage, View, decode, normalise
+from eit.model import EIT
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`labels`: (class name, probability), the most likely first."""
+
+    image: str
+    labels: list[tuple[str, float]]
+
+
+def view_of(card: Card) -> View:
+    return View(card.size, card.resize, card.interpolation, card.mean, card.std)
+
+
+@torch.no_grad()
+def predict(
+    model: EIT, images: Sequence[str | os.PathLike[str]], top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction]:
+    """The `top` classes of each image file, by a model of `eit.load`.
+
+    Raises:
+        UserError: a file is not an image; those before it were given.
+    """
+    view = view_of(model.card)
+    device = next(model.parameters()).device
+    for start in range(0, len(images), batch_size):
+        pixels, fault = [], None
+        names = images[start : start + batch_size]
+        for name in names:
+            try:
+                pixels.append(view.pixels(decode(name, view.channels)))
+            except UnreadableImage as error:
+                fault = error
+                break
+        if pixels:
+            logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
+            values, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+            for name, v, i in zip(names, values.tolist(), indices.tolist(), strict=False):
+                yield Prediction(str(name), [(model.card.classes[k], p) for k, p in zip(i, v, strict=True)])
+        if fault:
+            raise UserError(str(fault))
+
+
+def expand(paths: Sequence[str]) -> list[str]:
+    """Files, and the images below each folder, sorted."""
+    files: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            found = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not found:
+                raise UserError(f"no images below {path} (read are {' '.join(EXTENSIONS)})")
+            files += found
+        elif os.path.exists(path):
+            files.append(path)
+        else:
+            raise UserError(f"no such image: {path}")
+    return files

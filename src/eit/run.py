@@ -1,0 +1,174 @@
+"""A run folder: recipe, lock, environment, log, curves, summary, weights."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eit import distributed
+from eit.checkpoint import newest_step, saved_steps, write_file
+from eit.config import Recipe, differences, parse_recipe, parse_yaml
+from eit.console import say
+from eit.errors import UserError
+
+
+class Run:
+    """The folder `path` of `recipe`, held by this process alone until it ends."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held for the life of the process)
+        except OSError as error:
+            raise UserError(f"out={path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by another process; give this one its own out=") from None
+        file = path / "recipe.yaml"
+        if file.exists():
+            old = parse_recipe(parse_yaml(file.read_text(), str(file)))
+            if different := differences(old, recipe):
+                raise UserError(
+                    f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
+                )
+        elif saved_steps(path) or (path / "log.jsonl").exists():
+            raise UserError(f"{path} holds a run but no recipe.yaml; give this one its own out=")
+        write_file(file, recipe.to_yaml())
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary, where the run has ended."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.exists() and (self.path / "final.safetensors").exists() else None
+
+    def checkpoint(self) -> tuple[Path | None, list[str]]:
+        return newest_step(self.path)
+
+    def lines(self) -> list[dict[str, Any]]:
+        file = self.path / "log.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def cut_log(self, step: int) -> None:
+        """Drop what was logged after `step`, the checkpoint that the run continues from; a torn last line too."""
+        file = self.path / "log.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            kept.append(line + "\n")
+        write_file(file, "".join(kept))
+
+    def start_logging(self, environment: dict[str, Any], step: int) -> None:
+        """Note the environment, and open TensorBoard's file, where events after `step` no longer count."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.write_json("environment.json", environment)
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, **line: Any) -> None:
+        """An epoch's line: to log.jsonl, TensorBoard, curves.png and the screen."""
+        with open(self.path / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        for key, value in line.items():
+            if key not in ("epoch", "step") and value is not None:
+                self._board.add_scalar(key, value, line["step"])
+        self._board.flush()
+        draw_curves(self.lines(), self.path / "curves.png")
+        ema = "" if line["ema_top1"] is None else f"  ema {line['ema_top1']:.2f}%"
+        say(
+            f"epoch {line['epoch'] + 1}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
+            f"top-1 {line['val_top1']:.2f}%  top-5 {line['val_top5']:.2f}%{ema}  lr {line['lr']:.2e}  "
+            f"{line['images_per_s']:.0f} images/s"
+        )
+
+    def finish(self, **summary: Any) -> dict[str, Any]:
+        self._board.close()
+        self.write_json("summary.json", summary)
+        return summary
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_file(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def draw_curves(lines: list[dict[str, Any]], file: Path) -> None:
+    """Loss and top-1 over the epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in lines]
+    series = [
+        (left, "train_loss", "training (augmented)", "#0072b2"),
+        (left, "val_loss", "validation", "#d55e00"),
+        (right, "val_top1", "weights", "#d55e00"),
+        (right, "ema_top1", "moving average", "#009e73"),
+    ]
+    for axis, key, label, colour in series:
+        values = [line.get(key) for line in lines]
+        if any(value is not None for value in values):
+            axis.plot(epochs, values, label=label, color=colour, marker="." if len(lines) < 40 else None)
+    for axis, title in ((left, "loss"), (right, "validation top-1 (%)")):
+        axis.set(xlabel="epoch", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    temporary = file.with_name(f".{file.name}")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    os.replace(temporary, file)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the recipe."""
+    cuda = device.type == "cuda"
+    return dict(
+        eit=version("eit"),
+        commit=_commit(),
+        python=platform.python_version(),
+        packages={name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "numpy")},
+        system=f"{platform.system()} {platform.machine()}",
+        device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {_cpu_name()}",
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        world_size=distributed.world_size(),
+        command=" ".join(["eit", *sys.argv[1:]]),
+    )
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout, with + where files differ from it."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        inside = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        if inside.returncode:
+            return None
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return head + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", here]).returncode else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,380 @@
+"""The one training loop. One machine or many, any device; a stopped run continues to the same weights."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from eit import distributed
+from eit.checkpoint import Card, default_mean_std, load_step, load_weights, save_step, save_weights
+from eit.config import Recipe
+from eit.console import progress, say
+from eit.data import open_data
+from eit.errors import UserError
+from eit.evaluate import evaluate
+from eit.images import View
+from eit.loader import EvaluationLoader, Plan, set_seed, train_loader
+from eit.model import EIT
+from eit.run import Run, environment
+from eit.zoo import create_model
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The run was asked to end by a signal, and has saved its state."""
+
+    def __init__(self, signum: int, folder: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command continues from {folder}")
+        self.signum = signum
+
+
+@dataclass
+class Progress:
+    """What a checkpoint knows of a run beside weights and optimizer."""
+
+    step: int = 0  # optimizer steps taken
+    loss_sum: float = 0.0  # of this epoch's steps so far
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0  # of training steps, over all continuations
+    fixed: dict[str, Any] = field(default_factory=dict)  # what a continuation must share: data, global batch
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train, or continue, the run of `recipe`; the summary of the finished run, on every rank.
+
+    Raises:
+        UserError: bad data, values or weights, before anything is trained.
+        Stopped: SIGTERM or SIGINT came; the run is saved.
+        FloatingPointError: the loss is not finite; the weights were not updated with it.
+    """
+    # What is trained on what. All that can be wrong is found here.
+    device = distributed.start(recipe.train.device)
+    train_images, val_images = open_data(recipe.data)
+    view = make_view(recipe)
+    plan = Plan(
+        images=len(train_images),
+        batch_size=recipe.data.batch_size,
+        accumulate=recipe.train.accumulate,
+        world=distributed.world_size(),
+        repeats=recipe.augment.repeats,
+        seed=recipe.seed,
+    )
+    check_plan(recipe, plan)
+    model = build_model(recipe, len(train_images.classes))
+    card = make_card(recipe, view, train_images.classes)
+    at = Progress(fixed=dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=plan.global_batch))
+    if len(set(distributed.gather(at.fixed["data"]))) > 1:
+        raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
+
+    # The run folder, which rank 0 alone holds
+    run: Run | None = None
+
+    def open_run() -> dict[str, Any] | None:
+        nonlocal run
+        run = Run(recipe.run_folder(), recipe)
+        return run.finished()
+
+    if finished := distributed.on_main(open_run):
+        say(f"{recipe.run_folder()} is finished; give another out= to train again")
+        return finished
+
+    # The machinery of a step
+    model = model.to(device, memory_format=torch.channels_last)
+    ema = ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
+    optimizer = make_optimizer(recipe, model, plan)
+    schedule = make_schedule(recipe, optimizer, plan)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
+    mix = make_mixup(recipe, len(card.classes))
+    loader = train_loader(train_images, view, plan, recipe.data, recipe.augment, device)
+    val_loader = EvaluationLoader(val_images, view, recipe.data.batch_size, recipe.data.workers, device)
+    resume(run, model, ema, optimizer, scaler, at)
+    network: Any = model
+    if plan.world > 1:
+        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if recipe.train.compile:
+        network = torch.compile(network)
+
+    def autocast() -> Any:
+        dtype = LOW_PRECISION.get(recipe.train.precision)
+        return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+    def backward(micro: int, batches: Iterator[Any]) -> Tensor:
+        """One micro-batch's share of the step's loss, its gradients added."""
+        x, y, _ = next(batches)
+        set_seed(recipe.seed, at.step, micro, distributed.rank(), 4)
+        x, target = mix(x, y) if mix else (x, y)
+        hold_gradients = plan.world > 1 and micro + 1 < plan.accumulate
+        with network.no_sync() if hold_gradients else nullcontext():
+            with autocast():
+                logits = network(x)
+            smoothing = 0.0 if mix else recipe.augment.smoothing  # mixup smooths its targets itself
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing) / plan.accumulate
+            scaler.scale(loss).backward()
+        return loss.detach()
+
+    def save() -> Path:
+        """Every rank calls it, rank 0 writes."""
+
+        def write() -> Path:
+            assert run is not None
+            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), progress=asdict(at))
+            averaged = ema.module.state_dict() if ema else None
+            return save_step(run.path, at.step, card, model.state_dict(), averaged, state)
+
+        return distributed.on_main(write)
+
+    total_steps = min(recipe.train.epochs * plan.steps, recipe.train.max_steps or 2**63)
+    if run:
+        run.start_logging(environment(device), at.step)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"{recipe.name}: {parameters:,} parameters, {len(train_images):,} images of {len(card.classes)} classes, "
+        f"{plan.steps} steps of {plan.global_batch} an epoch, on {plan.world} x {device.type}"
+    )
+    with stop_signals() as asked:
+        while at.step < total_steps:
+            epoch, first_step = divmod(at.step, plan.steps)
+            end = min((epoch + 1) * plan.steps, total_steps)
+            if first_step == 0:
+                at.loss_sum = 0.0
+            network.train()
+            batches = loader.epoch(epoch, first_step)
+            began = mark = time.monotonic()
+            began_step = at.step
+            title = f"epoch {epoch + 1}/{recipe.train.epochs}"
+            with progress(title, plan.steps, start=first_step) as advance:
+                while at.step < end:
+                    schedule.step_update(at.step)
+                    loss = sum((backward(micro, batches) for micro in range(plan.accumulate)), torch.zeros(()))
+                    # One small collective a step: the mean loss, and the signals that any rank was sent.
+                    shared = torch.tensor([float(loss) / plan.world, *asked()], device=device)
+                    mean_loss, *signals = distributed.sum_over_ranks(shared).tolist()
+                    if not math.isfinite(mean_loss):
+                        raise FloatingPointError(
+                            f"the loss is {mean_loss} in epoch {epoch}, step {at.step}; the weights were not updated; "
+                            f"{recipe.run_folder()} has the last checkpoint; try a lower optim.lr or optim.clip_grad=1"
+                        )
+                    if recipe.optim.clip_grad:
+                        scaler.unscale_(optimizer)
+                        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad(set_to_none=True)
+                    at.step += 1
+                    at.loss_sum += mean_loss
+                    if ema:
+                        ema.update(model, at.step)
+
+                    now = time.monotonic()
+                    at.seconds, mark = at.seconds + now - mark, now
+                    images_per_s = (at.step - began_step) * plan.global_batch / (now - began)
+                    lr = optimizer.param_groups[0]["lr"]
+                    advance(loss=mean_loss, lr=lr, **{"images/s": round(images_per_s)})
+                    if at.step < end and any(signals):
+                        raise Stopped(which_signal(signals), save())
+                    if at.step < end and recipe.train.save_every and at.step % recipe.train.save_every == 0:
+                        save()
+
+            network.eval()
+            metrics = evaluate(model, val_loader, autocast())
+            averaged = evaluate(ema.module.eval(), val_loader, autocast()) if ema else None
+            best = metrics.top1 > at.best_top1
+            if best:
+                at.best_top1, at.best_epoch = metrics.top1, epoch
+            if run:
+                if best:
+                    save_weights(run.path / "best.safetensors", model.state_dict(), card)
+                run.log(
+                    epoch=epoch,
+                    step=at.step,
+                    lr=lr,
+                    train_loss=at.loss_sum / (at.step - epoch * plan.steps),
+                    val_loss=metrics.loss,
+                    val_top1=metrics.top1,
+                    val_top5=metrics.top5,
+                    ema_top1=averaged.top1 if averaged else None,
+                    images_per_s=round(images_per_s, 1),
+                )
+            folder = save()
+            if any(signals) and at.step < total_steps:
+                raise Stopped(which_signal(signals), folder)
+
+    def finish() -> dict[str, Any]:
+        assert run is not None
+        last = run.lines()[-1]
+        save_weights(run.path / "final.safetensors", model.state_dict(), card)
+        return run.finish(
+            best_top1=at.best_top1,
+            best_epoch=at.best_epoch,
+            last_top1=last["val_top1"],
+            last_top5=last["val_top5"],
+            last_ema_top1=last["ema_top1"],
+            epochs=last["epoch"] + 1,
+            seconds=round(at.seconds, 1),
+            params=parameters,
+        )
+
+    return distributed.on_main(finish)
+
+
+# -- Parts, each from the recipe --------------------------------------------------------------------------------------
+
+
+def make_view(recipe: Recipe) -> View:
+    """What the model sees of an image."""
+    data, channels = recipe.data, recipe.model.in_chans or 3
+    if channels not in (1, 3):
+        raise UserError(f"model.in_chans={channels}: images are read with 1 or 3 channels")
+    mean, std = default_mean_std(channels)
+    resize = math.floor(data.image_size / data.crop_ratio)
+    return View(data.image_size, resize, data.interpolation, data.mean or mean, data.std or std)
+
+
+def check_plan(recipe: Recipe, plan: Plan) -> None:
+    """Raise a UserError where batches cannot be made as asked."""
+    if plan.steps == 0:
+        parts = f"data.batch_size={plan.batch_size} x train.accumulate={plan.accumulate} x {plan.world} processes"
+        raise UserError(f"a batch of {plan.global_batch} ({parts}) is larger than the {plan.images} training images")
+    if (recipe.augment.mixup or recipe.augment.cutmix) and plan.batch_size % 2:
+        raise UserError(f"data.batch_size={plan.batch_size} is odd: mixup and cutmix mix pairs")
+
+
+def build_model(recipe: Recipe, classes: int) -> EIT:
+    """The model with its initial values, a function of the seed, or those of `model.pretrained`."""
+    section = recipe.model
+    set_seed(recipe.seed, 5)
+    size = recipe.data.image_size
+    model = create_model(section.name, section.family, num_classes=classes, img_size=size, **section.arguments())
+    if section.pretrained:
+        load_weights(model, section.pretrained, reset_head=section.reset_head)
+    return model
+
+
+def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
+    """What the weights will say about themselves."""
+    return Card(
+        model=recipe.model.name,
+        arguments=recipe.model.arguments() | dict(family=recipe.model.family, img_size=recipe.data.image_size),
+        classes=classes,
+        mean=view.mean,
+        std=view.std,
+        size=view.size,
+        resize=view.resize,
+        interpolation=view.interpolation,
+        recipe=recipe.model_dump(mode="json"),
+    )
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+    """Weight decay spares norms, biases, the class token and position embeddings."""
+    o = recipe.optim
+    lr = o.lr * plan.global_batch / o.lr_batch if o.lr_batch else o.lr
+    return create_optimizer_v2(model, o.name, lr=lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+
+
+def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, plan: Plan) -> CosineLRScheduler:
+    """Linear warm-up, then cosine, step by step from step 0 (the published runs were an epoch late)."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.train.epochs * plan.steps,
+        lr_min=recipe.optim.min_lr,
+        warmup_t=round(recipe.train.warmup_epochs * plan.steps),
+        warmup_lr_init=recipe.optim.warmup_lr,
+        t_in_epochs=False,
+    )
+
+
+def make_mixup(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    a = recipe.augment
+    if not (a.mixup or a.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=a.mixup,
+        cutmix_alpha=a.cutmix,
+        prob=a.mixup_prob,
+        switch_prob=a.mixup_switch_prob,
+        label_smoothing=a.smoothing,
+        num_classes=classes,
+    )
+
+
+def resume(
+    run: Run | None,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    at: Progress,
+) -> None:
+    """Continue from the newest whole checkpoint, if there is one. Rank 0 reads it and hands it to the others."""
+
+    def read() -> tuple[Any, Any, Any] | None:
+        assert run is not None
+        folder, faults = run.checkpoint()
+        for fault in faults:
+            say(fault)
+        if folder is None:
+            run.cut_log(0)
+            return None
+        weights, averaged, state = load_step(folder)
+        saved = Progress(**state["progress"])
+        for key, now in at.fixed.items():
+            if saved.fixed[key] != now:
+                raise UserError(
+                    f"{run.path} was trained with another {key}: {saved.fixed[key]}, now {now}; use another out="
+                )
+        say(f"continuing {run.path} from step {saved.step}")
+        run.cut_log(saved.step)
+        return weights, averaged, state
+
+    if (found := distributed.on_main(read)) is None:
+        return
+    weights, averaged, state = found
+    model.load_state_dict(weights)
+    if ema:
+        ema.module.load_state_dict(averaged)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    vars(at).update(state["progress"])
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], list[float]]]:
+    """SIGTERM and SIGINT are noted for the loop to see: 1.0 for each that came. A second SIGINT ends at once."""
+    seen: set[int] = set()
+
+    def note(signum: int, _: Any) -> None:
+        if signum == signal.SIGINT and signum in seen:
+            raise KeyboardInterrupt
+        seen.add(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+        yield lambda: [0.0] * len(STOP_SIGNALS)
+        return
+    before = {signum: signal.signal(signum, note) for signum in STOP_SIGNALS}
+    try:
+        yield lambda: [float(signum in seen) for signum in STOP_SIGNALS]
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def which_signal(signals: list[float]) -> int:
+    return next(signum for signum, sent in zip(STOP_SIGNALS, signals, strict=True) if sent)

@@ -1,0 +1,133 @@
+"""The zoo: variants, families, published results, and their registration with timm."""
+
+import difflib
+import inspect
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model
+
+from eit.errors import UserError
+from eit.model import EIT
+
+AUTHORS_CODE = "https://github.com/MrHaiPi/EIT"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published model. `top1`, `top5` (percent) and `flops` (G, the paper's convention) are the paper's figures."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    top1: float
+    top5: float
+    flops: float
+    weights: str
+
+
+def _weights(name: str) -> str:
+    return f"{AUTHORS_CODE}/tree/main/model/eit-16-4-3-{name}"
+
+
+VARIANTS = {
+    "eit_mini": Variant(250, 5, 10, 70.0, 89.6, 1.73, _weights("mini")),
+    "eit_tiny": Variant(330, 8, 10, 78.1, 94.0, 3.84, _weights("tiny")),
+    "eit_base": Variant(400, 10, 16, 80.6, 95.3, 6.52, _weights("base")),
+    "eit_large": Variant(464, 12, 16, 81.8, 95.6, 10.0, _weights("large")),
+}
+
+# LSRA is our reading: the paper's vision configuration of it is not public.
+FAMILIES: dict[str, dict[str, str]] = {
+    "eit": dict(schedule="eit", stem="conv_pool", pos_embed="none"),
+    "lsra": dict(schedule="lsra", stem="conv_pool", pos_embed="none"),
+    "vit": dict(schedule="vit", stem="patch", pos_embed="learned"),
+}
+
+MODEL_ARGUMENTS = tuple(inspect.signature(EIT).parameters)
+
+default_cfgs = {
+    name: dict(
+        url="",
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=None,
+        crop_pct=224 / 256,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embed.proj",
+        classifier="head",
+        license="apache-2.0",
+        paper_ids="arXiv:2203.07116",
+        origin_url=AUTHORS_CODE,
+    )
+    for name in VARIANTS
+}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` takes.
+
+    >>> list_models()
+    ['eit_mini', 'eit_tiny', 'eit_base', 'eit_large']
+    """
+    return list(VARIANTS)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no known word is near."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def create_model(name: str, family: str | None = None, **arguments: Any) -> EIT:
+    """A model with initial values.
+
+    Args:
+        name: one of `list_models()`.
+        family: `eit` (default), `lsra` or `vit`: the preset of schedule, stem and position embedding.
+        arguments: any argument of `eit.EIT`; those given win over the preset.
+
+    Raises:
+        UserError: an unknown name, family or argument, or values that make no model.
+
+    >>> create_model("eit_mini", num_classes=10, family="lsra").attn_channels
+    [120, 120, 120, 120, 120]
+    """
+    if name not in VARIANTS:
+        raise UserError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)})")
+    if family is not None and family not in FAMILIES:
+        raise UserError(f"unknown family {family!r}{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
+    for argument in arguments:
+        if argument not in MODEL_ARGUMENTS:
+            raise UserError(f"{name} has no argument {argument!r}{nearest(argument, MODEL_ARGUMENTS)}")
+    try:
+        return timm.create_model(name, family=family, **arguments)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _register(name: str, variant: Variant) -> None:
+    def build(pretrained: bool = False, family: str | None = None, **arguments: Any) -> EIT:
+        defaults = dict(embed_dim=variant.embed_dim, depth=variant.depth, num_heads=variant.num_heads)
+        return build_model_with_cfg(
+            EIT,
+            name,
+            pretrained,
+            feature_cfg=dict(out_indices=(-3, -2, -1), feature_cls="getter"),
+            **(defaults | FAMILIES[family or "eit"] | arguments),
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = __name__
+    build.__doc__ = f"EIT16/4/3-{name.removeprefix('eit_')}: {variant.top1}% ImageNet-1K top-1 (published)."
+    setattr(sys.modules[__name__], name, register_model(build))
+
+
+for _name, _variant in VARIANTS.items():
+    _register(_name, _variant)
