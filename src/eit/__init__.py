@@ -46,15 +46,18 @@ class _RegisterWithTimm(MetaPathFinder, Loader):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        if spec is not None:
-            self.loader, spec.loader = spec.loader, self
+        if spec is None or spec.loader is None:
+            return None
+        self.loader: Loader = spec.loader
+        spec.loader = self
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         importlib.import_module("eit.zoo")
 

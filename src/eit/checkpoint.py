@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from eit import __version__
 from eit.errors import UserError
 from eit.model import EIT
-from eit.zoo import FAMILIES, MODEL_ARGUMENTS, VARIANTS, create_model
+from eit.zoo import FAMILIES, VARIANTS, create_model, model_arguments
 
 StateDict = Mapping[str, Tensor]
 
@@ -230,7 +230,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         raise UserError(f"{file}: its description of the model is damaged") from None
     if digest != _digest(state):
         raise UserError(f"{file} is damaged: its weights do not match their checksum")
-    unknown = [a for a in card.arguments if a not in (*MODEL_ARGUMENTS, "family")]
+    unknown = [a for a in card.arguments if a not in model_arguments()]
     if card.model not in VARIANTS or card.arguments.get("family", "eit") not in FAMILIES or unknown:
         raise UserError(
             f"{file} is of a model that this version ({__version__}) does not know; it was made by {card.version}"
@@ -292,7 +292,7 @@ def _digest(state: StateDict) -> str:
     for name in sorted(state):
         tensor = state[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        sha.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return sha.hexdigest()
 
 

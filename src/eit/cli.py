@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,38 +179,17 @@ def models(
     from eit.macs import complexity
     from eit.zoo import AUTHORS_CODE, VARIANTS, create_model
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, variant in VARIANTS.items():
         model = create_model(name)
-        cost = complexity(model)
-        rows.append(
-            dict(
-                name=name,
-                params=cost.params,
-                macs=cost.macs,
-                published_macs=cost.published_macs,
-                tokens=model.grid_size[0] * model.grid_size[1],
-                embed_dim=variant.embed_dim,
-                depth=variant.depth,
-                num_heads=variant.num_heads,
-                published_top1=variant.top1,
-                published_top5=variant.top5,
-                weights=variant.weights,
-                weights_ship=False,
-            )
-        )
-    note = (
-        "MACs: multiply-accumulates of one 224x224 image; beside them what the paper counts as FLOPs (no attention\n"
-        "products, but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here.\n"
-        f"The authors' weights do not ship with this package. They are at {AUTHORS_CODE}/tree/main/model;\n"
-        "eit predict and eit eval take their .pth files, eit convert makes safetensors of them."
-    )
+        size = dict(tokens=model.grid_size[0] * model.grid_size[1], **asdict(complexity(model)))
+        rows.append(dict(name=name, **size, **asdict(variant), weights_ship=False))
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     cells = [
         (
-            str(r["name"]),
+            r["name"],
             f"{r['params']:,}",
             f"{r['macs'] / 1e9:.3f} G",
             f"{r['published_macs'] / 1e9:.3f} G",
@@ -221,10 +201,15 @@ def models(
     ]
     head = ("model", "parameters", "MACs", "paper's FLOPs", "tokens", "top-1", "top-5")
     if markdown:
-        print("\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells)))
+        print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)))
         return
     _table(head, cells)
-    print(note)
+    print(
+        "MACs: multiply-accumulates of one 224x224 image; beside them what the paper counts as FLOPs (no attention\n"
+        "products, but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here.\n"
+        f"The authors' weights do not ship with this package. They are at {AUTHORS_CODE}/tree/main/model;\n"
+        "eit predict and eit eval take their .pth files, eit convert makes safetensors of them."
+    )
 
 
 @app.command()
@@ -357,7 +342,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(result, indent=2) if as_json else text)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

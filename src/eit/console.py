@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 class Advance(Protocol):
-    def __call__(self, done: int = 1, **fields: Any) -> None: ...
+    def __call__(self, steps: int = 1, **fields: Any) -> None: ...
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def progress(title: str, total: int, start: int = 0, every: float = 10.0) -> Ite
     """
     done, began, last = start, time.monotonic(), time.monotonic()
     if not distributed.is_main():
-        yield lambda done=1, **fields: None
+        yield lambda steps=1, **fields: None
         return
     if not err.is_terminal:
 

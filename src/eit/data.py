@@ -87,7 +87,7 @@ def open_data(config: Data) -> tuple[Images, Images]:
 
 
 def open_evaluation(root: str, val_fraction: float | None, max_pixels: int) -> Images:
-    """The images to evaluate on: val/, else what `val_fraction` holds out of train/, else the class folders of `root`."""
+    """What to evaluate on: val/, else what `val_fraction` holds out of train/, else the class folders of `root`."""
     if root == DIGITS:
         return _digits(val_fraction or 0.2)[1]
     folder = _folder(root)

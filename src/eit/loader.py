@@ -199,7 +199,7 @@ NOISE_FIELDS = 64  # of erasing, an epoch
 
 
 def shift_and_flip(x: Tensor, pad: int, hflip: float, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
-    """Crop each (B, C, H, W) image out of its zero-padded self, and mirror some; `dy`, `dx`, `flip` are (B,) in [0, 1)."""
+    """Crop each (B, C, H, W) image out of its zero-padded self, and mirror some; draws are (B,) in [0, 1)."""
     batch, _, height, width = x.shape
     x = F.pad(x, (pad,) * 4)
     rows = torch.arange(height, device=x.device) + (dy * (2 * pad + 1)).long()[:, None]  # (B, H)
@@ -337,8 +337,10 @@ def _start_worker(worker: int) -> None:
 
 @dataclass
 class EvaluationLoader:
-    """Blocks of `batch_size` images in order, block j on rank j mod world, the last one padded: the same batches, and so
-    the same figures, on any number of ranks. Small images are read once and kept."""
+    """Blocks of `batch_size` images in order, block j on rank j mod world, the last one padded.
+
+    So the batches, and the figures, are the same on any number of ranks. Small images are read once and kept.
+    """
 
     images: Images
     view: View

@@ -215,6 +215,8 @@ class EIT(nn.Module):
         ValueError: arguments that do not make a model; the message names the argument.
     """
 
+    card: Any  # set by `eit.load`: what the weights say about classes and preprocessing
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -248,8 +250,9 @@ class EIT(nn.Module):
         for name, size in dict(kernel_size=kernel_size, stride=stride, pool_size=pool_size, in_chans=in_chans).items():
             if size < 1:
                 raise ValueError(f"{name}={size} is not positive")
-        channels = attention_channels(schedule, embed_dim, depth, num_heads)
-        self.img_size: tuple[int, int] = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.attn_channels = attention_channels(schedule, embed_dim, depth, num_heads)  # the others are convolved
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = height, width
         self.num_classes = num_classes
         self.num_features = self.embed_dim = embed_dim
         self.head_hidden_size = representation_size or embed_dim
@@ -281,7 +284,7 @@ class EIT(nn.Module):
                 attn_drop_rate,
                 drop_path=drop_path_rate * layer / max(depth - 1, 1),
             )
-            for layer, attn_channels in enumerate(channels)
+            for layer, attn_channels in enumerate(self.attn_channels)
         )
         self.feature_info = [
             dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.pitch) for i in range(depth)
@@ -302,11 +305,6 @@ class EIT(nn.Module):
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_module)
-
-    @property
-    def attn_channels(self) -> list[int]:
-        """Attention channels of each layer; the layer's other channels are convolved."""
-        return [block.attn.attn_channels for block in self.blocks]
 
     def embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Images (B, in_chans, height, width) -> tokens (B, 1+h*w, C) with the class token first, h, w."""

@@ -49,8 +49,9 @@ def predict(
         if pixels:
             logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
             values, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-            for name, v, i in zip(names, values.tolist(), indices.tolist(), strict=False):
-                yield Prediction(str(name), [(model.card.classes[k], p) for k, p in zip(i, v, strict=True)])
+            ranked = torch.stack((values.double(), indices.double()), dim=2).tolist()
+            for name, pairs in zip(names, ranked, strict=False):
+                yield Prediction(str(name), [(model.card.classes[int(i)], p) for p, i in pairs])
         if fault:
             raise UserError(str(fault))
 

@@ -96,7 +96,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return finished
 
     # The machinery of a step
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     ema = ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
     optimizer = make_optimizer(recipe, model, plan)
     schedule = make_schedule(recipe, optimizer, plan)
