@@ -213,13 +213,18 @@ def default_class_names(count: int) -> list[str]:
     return [info.index_to_description(i) for i in range(count)]
 
 
+def _first_line(error: Exception) -> str:
+    """The error in a line, and never an empty one."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
     try:
         with safetensors.safe_open(file, framework="pt") as f:
             metadata = f.metadata() or {}
             state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} is not a readable safetensors file: {error}") from None
+        raise UserError(f"{file} is not a readable safetensors file: {_first_line(error)}") from None
     if "eit" not in metadata:
         return state, None
     try:
@@ -245,12 +250,10 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {name.group(1)}" if name else "it holds more than tensors"
-        raise UserError(
-            f"{file} is refused: {what}, which could run code; only tensors and plain values are read"
-        ) from None
+        what = f"it asks for {name.group(1)}" if name else "it is no checkpoint"
+        raise UserError(f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
-        raise UserError(f"{file} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file} is not a readable checkpoint: {_first_line(error)}") from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -129,7 +129,7 @@ class Recipe(Section):
             )
         for key in ("mean", "std"):
             given, channels = getattr(self.data, key), self.model.in_chans or 3
-            if given is not None and len(given) != channels:
+            if given is not None and len(given) not in (channels, 3):
                 raise ValueError(f"data.{key} has {len(given)} values for {channels} channels")
         return self
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -39,6 +39,8 @@ def decode(path: str | os.PathLike[str], channels: int = 3, max_pixels: int = MA
             return to_mode(ImageOps.exif_transpose(image), channels)
     except UnreadableImage:
         raise
+    except UnidentifiedImageError:
+        raise UnreadableImage(f"{path}: no image, or of an unknown format") from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{path}: {error}") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...

@@ -141,7 +141,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         eit=version("eit"),
         commit=_commit(),
         python=platform.python_version(),
-        packages={name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "numpy")},
+        packages={"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")},
         system=f"{platform.system()} {platform.machine()}",
         device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {_cpu_name()}",
         cores=os.cpu_count(),

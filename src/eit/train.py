@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -243,8 +244,11 @@ def make_view(recipe: Recipe) -> View:
     if channels not in (1, 3):
         raise UserError(f"model.in_chans={channels}: images are read with 1 or 3 channels")
     mean, std = default_mean_std(channels)
+    mean, std = data.mean or mean, data.std or std
+    if channels == 1:  # a recipe's colour statistics serve grey images too
+        mean, std = (fmean(mean),), (fmean(std),)
     resize = math.floor(data.image_size / data.crop_ratio)
-    return View(data.image_size, resize, data.interpolation, data.mean or mean, data.std or std)
+    return View(data.image_size, resize, data.interpolation, mean, std)
 
 
 def check_plan(recipe: Recipe, plan: Plan) -> None:

@@ -1,0 +1,258 @@
+import argparse
+import json
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+
+import eit
+from eit.checkpoint import Card, load_step, newest_step, save_step, save_weights, saved_steps
+from tests import reference
+from tests.conftest import run_eit
+
+SMALL = dict(img_size=16, kernel_size=3, stride=1, pool_size=4, embed_dim=16, depth=2, num_heads=2)
+
+
+def card(**changes):
+    values = dict(
+        model="eit_mini",
+        arguments=SMALL,
+        classes=["cat", "dog", "owl"],
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        size=16,
+        resize=16,
+        interpolation="bicubic",
+    )
+    return Card(**(values | changes))
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    model = eit.create_model("eit_mini", num_classes=3, **SMALL)
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), card())
+    return model, tmp_path / "w.safetensors"
+
+
+def official(tmp_path, name="eit_mini", **changes):
+    """A checkpoint as the authors' code writes it, with everything that it holds beside the weights."""
+    case = reference.case(name)
+    content = dict(
+        model=reference.published_state(case),
+        optimizer=dict(state={0: dict(step=3, exp_avg=torch.ones(2))}, param_groups=[dict(lr=1e-3, params=[0])]),
+        lr_scheduler=dict(base_values=[1e-3], last_epoch=3),
+        epoch=299,
+        model_ema=reference.published_state(case),
+        scaler=dict(scale=65536.0),
+        args=argparse.Namespace(model="eit_tiny", lr=1e-3, resume=""),
+    )
+    torch.save(content | changes, tmp_path / "official.pth")
+    return case, tmp_path / "official.pth"
+
+
+def test_weights_describe_themselves(weights):
+    model, file = weights
+    loaded = eit.load(file)
+    assert not loaded.training
+    assert loaded.card.classes == ["cat", "dog", "owl"]
+    assert loaded.card.version == eit.__version__
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(x), model.eval()(x))
+    loaded(x).sum().backward()  # the parameters can be trained
+
+
+def test_a_run_folder_stands_for_its_best_weights(weights, tmp_path):
+    weights[1].rename(tmp_path / "final.safetensors")
+    assert eit.load(tmp_path).card.size == 16
+    torch.manual_seed(1)
+    save_weights(tmp_path / "best.safetensors", weights[0].state_dict(), card(classes=["a", "b", "c"]))
+    assert eit.load(tmp_path).card.classes == ["a", "b", "c"]
+
+
+def test_published_weights_are_recognised_by_their_shapes_and_nothing_else_is_believed(tmp_path):
+    case, file = official(tmp_path)  # `args` in it names another model
+    model = eit.load(file)
+    assert model.card.model == "eit_mini"
+    assert len(model.card.classes) == 1000 and "tench" in model.card.classes[0]
+    assert (model.card.size, model.card.resize) == (224, 256)
+    with torch.no_grad():
+        logits = model(reference.images(case))
+    torch.testing.assert_close(
+        logits[:, :8].double(), torch.tensor(case["logits_first8"], dtype=torch.float64), atol=2e-5, rtol=0
+    )
+
+
+def test_published_weights_convert_and_predict(tmp_path, folder):
+    _, file = official(tmp_path)
+    done = run_eit("convert", file, tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "eit_mini, 1000 classes, 3,512,750 parameters" in done.stdout
+    assert torch.equal(eit.load(tmp_path / "out.safetensors").head.weight, eit.load(file).head.weight)
+    image = folder / "val" / "digit0" / "000.png"
+    images = [
+        json.loads(run_eit("predict", f, folder / "val" / "digit0" / "000.png", "--json").stdout)
+        for f in (file, tmp_path / "out.safetensors")
+    ]
+    assert images[0] == images[1]
+    assert len(images[0]["labels"]) == 5
+    assert image.parent.exists()
+
+
+def test_other_published_weights_are_named_by_the_user(tmp_path):
+    _, file = official(tmp_path, "eit_small_data")
+    done = run_eit("convert", file, tmp_path / "out.safetensors")
+    assert done.returncode == 2
+    assert "does not say which model it is" in done.stderr and "--model" in done.stderr
+    named = ["--model", "eit_mini", "--size", "32", "kernel_size=3", "stride=1", "pool_size=4"]
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
+    done = run_eit("convert", file, tmp_path / "out.safetensors", *named, "--classes", tmp_path / "names.txt")
+    assert done.returncode == 0, done.stderr
+    assert eit.load(tmp_path / "out.safetensors").card.classes == list("abcdefghij")
+    assert eit.load(tmp_path / "out.safetensors").card.size == 32
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_file_is_refused_by_name_and_not_executed(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "evil.pth"
+    if zipped:
+        _, file = official(tmp_path, extra=Malicious())
+    else:
+        file.write_bytes(pickle.dumps(dict(model=Malicious())))
+    with pytest.raises(eit.UserError, match=rf"{file.name} is refused: .*could run code") as error:
+        eit.load(file)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "pwned").exists()
+    torch.load(file, weights_only=False) if zipped else pickle.loads(file.read_bytes())
+    assert (tmp_path / "pwned").exists()  # the file was a live one
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04broken"])
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_damaged_file_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(eit.UserError, match=name) as error:
+        eit.load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_flipped_bits_are_noticed(weights):
+    _, file = weights
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(eit.UserError, match="damaged: its weights do not match their checksum"):
+        eit.load(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(eit.UserError, match=r"no weights at .*gone\.pth"):
+        eit.load(tmp_path / "gone.pth")
+    with pytest.raises(eit.UserError, match=r"neither best\.safetensors nor final\.safetensors"):
+        eit.load(tmp_path)
+
+
+def test_the_model_of_a_newer_version_is_named(tmp_path, weights):
+    save_weights(tmp_path / "n.safetensors", weights[0].state_dict(), card(model="eit_huge", version="9.9"))
+    with pytest.raises(eit.UserError, match=r"does not know; it was made by 9\.9"):
+        eit.load(tmp_path / "n.safetensors")
+
+
+def test_state_dicts_of_timm_ddp_and_compile_load(weights):
+    model, _ = weights
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod."):
+        state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+        other = eit.create_model("eit_mini", num_classes=3, **SMALL)
+        assert eit.load_weights(other, state) is other
+        assert torch.equal(other.head.weight, model.head.weight)
+
+
+def test_loading_is_strict_and_says_what_differs(weights):
+    model, file = weights
+    deeper = eit.create_model("eit_mini", num_classes=3, **(SMALL | dict(depth=3)))
+    with pytest.raises(eit.UserError, match=r"does not fit the model: .*blocks.0.attn.qkv.weight is .* more"):
+        eit.load_weights(deeper, file)
+    state = model.state_dict()
+    del state["norm.bias"]
+    with pytest.raises(eit.UserError, match="norm.bias is missing"):
+        eit.load_weights(model, state)
+    with pytest.raises(eit.UserError, match="extra is unknown"):
+        eit.load_weights(model, model.state_dict() | {"extra": torch.ones(1)})
+
+
+def test_a_head_of_another_size_is_refused_unless_reset(weights):
+    model, file = weights
+    other = eit.create_model("eit_mini", num_classes=7, **SMALL)
+    head = other.head.weight.clone()
+    with pytest.raises(eit.UserError, match="a head for 3 classes, 7 are needed; model.reset_head=true"):
+        eit.load_weights(other, file)
+    eit.load_weights(other, file, reset_head=True)
+    assert torch.equal(other.head.weight, head)
+    assert torch.equal(other.norm.weight, model.norm.weight)
+
+
+def test_plain_safetensors_of_a_published_model_load(tmp_path):
+    case = reference.case("eit_tiny")
+    safetensors.torch.save_file(reference.published_state(case), tmp_path / "plain.safetensors")
+    assert eit.load(tmp_path / "plain.safetensors").card.model == "eit_tiny"
+
+
+# -- Training state
+
+
+@pytest.fixture
+def steps(tmp_path, weights):
+    state = weights[0].state_dict()
+    for step in (10, 20, 30):
+        save_step(tmp_path, step, card(), state, {k: v + 1 for k, v in state.items()}, dict(progress=step))
+    return tmp_path
+
+
+def test_the_newest_two_are_kept_with_checksums(steps):
+    assert saved_steps(steps) == [30, 20]
+    folder, faults = newest_step(steps)
+    assert folder.name == "step-30" and faults == []
+    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "state.pt", "manifest.json"}
+    model, ema, state = load_step(folder)
+    assert state == dict(progress=30)
+    assert torch.equal(ema["norm.bias"], model["norm.bias"] + 1)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lambda file: file.write_bytes(b""), lambda file: file.unlink()])
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(steps, name, damage):
+    damage(steps / "checkpoints" / "step-30" / name)
+    folder, faults = newest_step(steps)
+    assert folder.name == "step-20"
+    assert len(faults) == 1 and "step-30 is damaged" in faults[0]
+
+
+def test_no_whole_checkpoint_is_an_error(steps):
+    for step in (20, 30):
+        truncate(steps / "checkpoints" / f"step-{step}" / "state.pt")
+    with pytest.raises(eit.UserError, match="no whole checkpoint is left"):
+        newest_step(steps)
+
+
+def test_a_half_written_checkpoint_does_not_count(steps):
+    (steps / "checkpoints" / ".step-40.tmp").mkdir()
+    (steps / "checkpoints" / ".step-40.tmp" / "state.pt").write_bytes(b"half")
+    assert newest_step(steps)[0].name == "step-30"

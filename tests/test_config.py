@@ -1,0 +1,138 @@
+import pytest
+import yaml
+
+from eit.config import Model, differences, load_recipe, parse_recipe, recipe_header, recipe_names
+from eit.errors import UserError
+
+
+def test_every_shipped_recipe_is_valid_and_says_command_cost_and_figure():
+    assert recipe_names() == ["digits", "cifar10", "imagenet_mini", "imagenet_tiny", "imagenet_base", "imagenet_large"]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        header = recipe_header(name)
+        assert f"eit train {name}" in header
+        assert "Cost:" in header and "Expected:" in header
+
+
+def test_the_model_section_has_every_argument_of_the_model():
+    from eit.zoo import model_arguments
+
+    of_recipe = set(Model.model_fields) - {"name", "pretrained", "reset_head"}
+    assert of_recipe == set(model_arguments()) - {"num_classes", "img_size"}
+
+
+def test_the_imagenet_recipes_are_the_papers():
+    for name in ("mini", "tiny", "base", "large"):
+        recipe = load_recipe(f"imagenet_{name}")
+        a, o, t = recipe.augment, recipe.optim, recipe.train
+        assert recipe.model.name == f"eit_{name}"
+        assert (a.rand_augment, a.hflip, a.erasing) == ("rand-m9-mstd0.5-inc1", 0.5, 0.25)
+        assert (a.mixup, a.cutmix, a.smoothing, a.repeats, a.color_jitter) == (0.8, 1.0, 0.1, 3, 0)
+        assert (a.crop_scale, recipe.data.crop_ratio, recipe.data.interpolation) == ((0.08, 1.0), 224 / 256, "bicubic")
+        assert (o.name, o.lr, o.lr_batch, o.weight_decay, o.min_lr, o.warmup_lr) == (
+            "adamw",
+            1e-3,
+            512,
+            0.05,
+            1e-5,
+            1e-6,
+        )
+        assert (t.epochs, t.warmup_epochs, t.ema_decay) == (300, 5, 0.99996)
+        assert not any(value for key, value in recipe.model.arguments().items() if "drop" in key)
+
+
+def test_the_cifar10_recipe_is_the_published_class_defaults():
+    recipe = load_recipe("cifar10")
+    m = recipe.model
+    assert (m.name, m.kernel_size, m.stride, m.pool_size) == ("eit_mini", 3, 1, 4)
+    assert (m.pos_drop_rate, m.proj_drop_rate, m.attn_drop_rate, m.drop_path_rate) == (0.2, 0.2, 0.15, 0.2)
+    assert (recipe.optim.lr, recipe.optim.lr_batch, recipe.optim.weight_decay) == (5.5e-4, None, 0.06)
+    assert (recipe.train.epochs, recipe.train.warmup_epochs) == (300, 10)
+    assert (recipe.augment.mixup, recipe.augment.cutmix, recipe.augment.smoothing) == (0.8, 1.0, 0.1)
+
+
+def test_overrides_and_files(tmp_path):
+    recipe = load_recipe(
+        "digits", ["optim.lr=1e-3", "model.schedule=[16,32,48,64]", "augment.crop_scale=[0.5,1]", "out=x"]
+    )
+    assert recipe.optim.lr == 1e-3
+    assert recipe.model.schedule == (16, 32, 48, 64)
+    assert recipe.augment.crop_scale == (0.5, 1.0)
+    file = tmp_path / "mine.yaml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(str(file)) == recipe
+    assert load_recipe(str(file), ["seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.famly=lsra", "unknown recipe key 'model.famly'; did you mean 'model.family'?"),
+        ("lr=1", "unknown recipe key 'lr'; did you mean 'optim.lr'?"),
+        ("model.num_classes=3", "unknown recipe key 'model.num_classes': the class count comes from the data"),
+        ("model.img_size=3", "unknown recipe key 'model.img_size': set data.image_size"),
+        ("train.epochs=many", "train.epochs=many: should be a valid integer"),
+        ("train.epochs=0", "train.epochs=0: should be greater than or equal to 1"),
+        ("train.epochs=2.5", "train.epochs=2.5: should be a valid integer"),
+        ("optim.lr=-1", "optim.lr=-1: should be greater than 0"),
+        ("optim.lr=.nan", "optim.lr=nan: should be a finite number"),
+        ("model.family=swin", "model.family=swin: should be 'eit', 'lsra' or 'vit'"),
+        ("train.precision=int8", "train.precision=int8: should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.device=gpu", "train.device=gpu: "),
+        ("augment.hflip=2", "augment.hflip=2: should be less than or equal to 1"),
+        ("train.warmup_epochs=60", "train.warmup_epochs=60 is not less than train.epochs=60"),
+        ("data.mean=[0.5]", "data.mean has 1 values for 3 channels"),
+        ("name=../up", "name=../up: "),
+        ("train=3", "train=3: "),
+        ("name.x=1", "unknown recipe key 'name.x'"),
+        ("nonsense", "'nonsense' is not key=value"),
+        ("=3", "'=3' is not key=value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(override, message):
+    with pytest.raises(UserError) as error:
+        load_recipe("digits", [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "is not a recipe"),
+        ("", "is not a recipe"),
+        ("a: [", "is not plain YAML"),
+        ("model: !!python/object/apply:os.system ['true']", "is not plain YAML"),
+        ("modle: {}", "unknown recipe key 'modle'"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, text, message):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_recipe(str(file))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_recipes_are_named():
+    with pytest.raises(UserError, match="unknown recipe 'digit'; did you mean 'digits'"):
+        load_recipe("digit")
+    with pytest.raises(UserError, match=r"cannot read recipe gone\.yaml"):
+        load_recipe("gone.yaml")
+
+
+def test_only_keys_that_change_the_result_count_as_differences():
+    old = load_recipe("digits")
+    free = ["out=elsewhere", "data.workers=7", "train.save_every=9"]
+    assert differences(old, load_recipe("digits", free)) == []
+    assert differences(old, load_recipe("digits", [*free, "optim.lr=1e-4", "seed=1"])) == [
+        "seed: 0 -> 1",
+        "optim.lr: 0.003 -> 0.0001",
+    ]
+
+
+def test_a_recipe_survives_yaml():
+    recipe = load_recipe("cifar10", ["model.schedule=lsra"])
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe

@@ -1,0 +1,56 @@
+"""Imports go one way: recipe -> config -> (data, zoo -> model) -> train -> checkpoint's users."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import eit
+
+SOURCE = Path(eit.__file__).parent
+# Lower layers first; a module imports from lower layers only.
+LAYERS = [
+    {"errors"},
+    {"model", "config", "distributed"},
+    {"zoo", "macs", "console", "images"},
+    {"checkpoint", "data"},
+    {"loader", "run", "predict"},
+    {"evaluate"},
+    {"train"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imported(file, top_level_only):
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{a.name}" for a in node.names) if node.module == "eit" else [node.module]
+
+
+def test_every_module_has_its_layer():
+    assert {file.stem for file in SOURCE.glob("*.py")} == set(LEVEL)
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.glob("*.py")), ids=lambda file: file.stem)
+def test_imports_go_down(file):
+    for name in imported(file, top_level_only=False):
+        package, _, module = name.partition(".")
+        module = module.split(".")[0]
+        if package == "eit" and module in LEVEL and file.stem != "__init__":
+            assert LEVEL[module] < LEVEL[file.stem], f"{file.stem} imports {module}"
+
+
+def test_the_model_needs_torch_and_timm_layers_alone():
+    allowed = ("torch", "timm.layers", "collections.abc", "typing")
+    assert not [n for n in imported(SOURCE / "model.py", top_level_only=False) if not n.startswith(allowed)]
+
+
+def test_the_command_is_quick_to_start():
+    heavy = ("torch", "timm", "numpy", "PIL", "matplotlib", "sklearn", "pydantic", "eit.model", "eit.config")
+    assert not [n for n in imported(SOURCE / "cli.py", top_level_only=True) if n.startswith(heavy)]

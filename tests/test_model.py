@@ -1,0 +1,259 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eit import EIT, load_weights
+from eit.model import attention_channels
+from tests import reference
+
+SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)
+
+
+def small(**arguments):
+    torch.manual_seed(0)
+    model = EIT(**(SMALL | arguments)).eval()
+    for p in model.parameters():  # initial values are too tame to tell paths apart
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("case", reference.CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-5)])
+def test_agrees_with_the_published_architecture(case, dtype, tolerance):
+    model = load_weights(EIT(**reference.our_arguments(case)), reference.published_state(case)).to(dtype).eval()
+    assert sum(p.numel() for p in model.parameters()) == case["params"]
+    assert model.grid_size[0] * model.grid_size[1] == case["tokens"]
+    assert model.attn_channels == case["attn_channels"]
+    assert [model.embed_dim - n for n in model.attn_channels] == case["conv_channels"]
+    for block, conv in zip(model.blocks, case["conv_channels"], strict=True):
+        assert (block.attn.conv.weight.shape[0] if conv else 0) == conv
+
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        logits = model(reference.images(case).to(dtype))
+    torch.testing.assert_close(
+        logits[:, :8].double(), torch.tensor(case["logits_first8"], dtype=torch.float64), atol=tolerance, rtol=0
+    )
+    norms = torch.tensor(case["logits_l2"], dtype=torch.float64)
+    torch.testing.assert_close(logits.double().norm(dim=1), norms, atol=10 * tolerance, rtol=tolerance)
+    for output, mean, std in zip(outputs, case["block_output_mean"], case["block_output_std"], strict=True):
+        assert output.double().mean().item() == pytest.approx(mean, abs=10 * tolerance)
+        assert output.double().std(unbiased=False).item() == pytest.approx(std, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "channels"),
+    [
+        ("eit", [50, 100, 150, 200, 250]),
+        ("increasing", [250, 200, 150, 100, 50]),
+        ("lsra", [120] * 5),
+        ("vit", [250] * 5),
+        ((0, 10, 20, 30, 250), [0, 10, 20, 30, 250]),
+    ],
+)
+def test_schedules(schedule, channels):
+    assert attention_channels(schedule, embed_dim=250, depth=5, num_heads=10) == channels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(schedule="nope"), "schedule='nope' is not one of eit, increasing, lsra, vit"),
+        (dict(schedule=(4, 8)), "2 entries for depth=3"),
+        (dict(schedule=(4, 6, 24)), "6 is not a multiple of num_heads=4"),
+        (dict(schedule=(4, 8, 28)), "28 is not a multiple of num_heads=4 in 0..24"),
+        (dict(embed_dim=25), "embed_dim=25 is not a multiple of num_heads=4"),
+        (dict(depth=0), "depth=0"),
+        (dict(stem="conv"), "stem='conv' is not one of conv_pool, patch"),
+        (dict(pos_embed="sin"), "pos_embed='sin' is not one of none, learned"),
+        (dict(img_size=3), "img_size=3 is smaller than the stem needs"),
+    ],
+)
+def test_arguments_that_make_no_model_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(".", r"\.")):
+        EIT(**(SMALL | arguments))
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"), [((224, 224), 361), ((384, 384), 1024), ((160, 320), 13 * 27), ((16, 9), 1)]
+)
+def test_takes_any_image_of_at_least_one_token(size, tokens):
+    model = EIT(embed_dim=20, depth=2, num_heads=2, num_classes=3).eval()
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(1, 3, *size))
+    assert features.shape == (1, 1 + tokens, 20)
+    h, w = model.patch_embed.grid_size(*size)
+    assert h * w == tokens
+
+
+def test_too_small_an_image_has_no_tokens():
+    assert EIT(embed_dim=20, depth=1, num_heads=2).patch_embed.grid_size(7, 224)[0] == 0
+
+
+def test_the_position_table_has_the_actual_number_of_tokens_and_is_interpolated():
+    model = EIT(embed_dim=20, depth=1, num_heads=2, pos_embed="learned").eval()
+    assert model.pos_embed.shape == (1, 1 + 19 * 19, 20)
+    with torch.no_grad():
+        assert model.forward_features(torch.randn(1, 3, 160, 320)).shape == (1, 1 + 13 * 27, 20)
+        nn.init.constant_(model.pos_embed, 0.5)
+        x, h, w = model.embed(torch.zeros(1, 3, 160, 320))
+        torch.testing.assert_close(
+            x[:, 1:], torch.full((1, h * w, 20), 0.5)
+        )  # the biases are 0: only the table is seen
+
+
+def test_the_first_channels_are_convolved_and_the_class_token_is_not():
+    mixer = small(schedule=(8, 8, 24)).blocks[0].attn
+    x = torch.randn(2, 1 + 3 * 5, 24)
+    y = mixer(x, 3, 5)
+    image = x[:, 1:, :16].transpose(1, 2).reshape(2, 16, 3, 5)
+    expected = F.conv2d(image, mixer.conv.weight, padding=1, groups=16).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(y[:, 1:, :16], expected)
+    assert torch.equal(y[:, 0, :16], x[:, 0, :16])
+
+    q, k, v = mixer.qkv(x[:, :, 16:]).view(2, 16, 3, 4, 2).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-2, -1) / 2**0.5).softmax(dim=-1)
+    torch.testing.assert_close(y[:, :, 16:], mixer.proj((weights @ v).transpose(1, 2).reshape(2, 16, 8)))
+
+
+@pytest.mark.parametrize("schedule", [(0, 0, 0), (0, 12, 24), "vit"])
+def test_layers_of_one_kind_only(schedule):
+    model = small(schedule=schedule)
+    for n, block in zip(model.attn_channels, model.blocks, strict=True):
+        assert hasattr(block.attn, "qkv") == (n > 0)
+        assert hasattr(block.attn, "conv") == (n < 24)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_attention_is_fused_and_the_forward_pass_copies_only_what_it_must():
+    model = small().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with Operators() as seen, torch.no_grad():
+        model(x)
+    assert sum("scaled_dot_product" in name for name in seen.names) == 3
+    assert "_softmax" not in seen.names and "bmm" not in seen.names
+    # Linear layers copy the attention channels, which are strided (2 of 3 layers); all else is views.
+    assert [name for name in seen.names if name in ("clone", "copy_", "contiguous", "_to_copy")].count("clone") <= 2
+    assert not {"copy_", "contiguous", "_to_copy"} & set(seen.names)
+
+
+def test_memory_format_changes_nothing():
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(pos_embed="learned"), dict(stem="patch", schedule="vit", patch_size=4)])
+def test_compiles_into_one_graph(arguments):
+    model, x = small(**arguments), torch.randn(2, 3, 32, 48)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.slow
+def test_compiled_code_gives_the_same_logits_and_gradients():
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    model(x).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+    compiled(x).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-3, rtol=1e-3)
+
+
+def test_exports_with_dynamic_batch():
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    y = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(y), model(y))
+
+
+def test_checkpointed_gradients_are_the_same():
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    model(x).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model.train()(x).sum().backward()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_intermediates_are_the_blocks_outputs():
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    outputs = []
+    hooks = [b.register_forward_hook(lambda module, args, y: outputs.append(y)) for b in model.blocks]
+    final = model.forward_features(x)
+    for hook in hooks:
+        hook.remove()
+    last, maps = model.forward_intermediates(x)
+    assert torch.equal(last, final) and len(maps) == 3
+    for image, tokens in zip(maps, outputs, strict=True):
+        assert torch.equal(image.flatten(2).transpose(1, 2), tokens[:, 1:])
+    ((image, prefix),) = model.forward_intermediates(
+        x, [-2], return_prefix_tokens=True, norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+    )
+    normed = model.norm(outputs[1])
+    assert torch.equal(image, normed[:, 1:]) and torch.equal(prefix, normed[:, :1])
+    assert [m.shape[1] for m in model.forward_intermediates(x, 2, intermediates_only=True)] == [24, 24]
+    with pytest.raises(ValueError, match="beyond the 3 blocks"):
+        model.forward_intermediates(x, [3])
+
+
+def test_initial_values_are_the_published_ones():
+    torch.manual_seed(0)
+    model = EIT(pos_embed="learned")
+    block = model.blocks[0]
+    assert block.mlp.fc1.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    fan_out = 250 * 16 * 16
+    assert model.patch_embed.proj.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+    assert block.attn.conv.weight.std().item() == pytest.approx((2 / (200 * 9)) ** 0.5, rel=0.1)
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+
+
+def test_each_drop_rate_reaches_its_place():
+    model = EIT(**SMALL, drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3, attn_drop_rate=0.4, drop_path_rate=0.5)
+    block = model.blocks[1]
+    assert model.head_drop.p == 0.1
+    assert model.pos_drop.p == 0.2
+    assert block.attn.proj_drop.p == block.mlp.drop1.p == block.mlp.drop2.p == 0.3
+    assert block.attn.attn_drop_rate == block.attn.conv_drop.p == 0.4
+    assert [getattr(b.drop_path1, "drop_prob", 0.0) for b in model.blocks] == [0.0, 0.25, 0.5]
+    assert torch.equal(model.eval()(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
+
+
+def test_representation_layer_and_new_head():
+    model = small(representation_size=7)
+    features = model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)), pre_logits=True)
+    assert features.shape == (2, 7) and features.abs().max() < 1
+    model.reset_classifier(11)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 11)
+    model.reset_classifier(0)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
