@@ -77,7 +77,16 @@ def run_eit(*words, cwd=None, ranks: int = 0, stdin: str | None = None, env=None
 
 
 # A model that trains in seconds
-TINY = (
-    "model.kernel_size=3 model.stride=1 model.pool_size=4 model.embed_dim=16 model.depth=2 model.num_heads=2 "
-    "data.image_size=16 data.batch_size=8 data.workers=0 train.epochs=2 train.warmup_epochs=1"
-).split()
+TINY = [
+    "model.kernel_size=3",
+    "model.stride=1",
+    "model.pool_size=4",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "data.image_size=16",
+    "data.batch_size=8",
+    "data.workers=0",
+    "train.epochs=2",
+    "train.warmup_epochs=1",
+]

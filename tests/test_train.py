@@ -82,8 +82,12 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(folder, capsys):
 def test_a_second_process_is_kept_out(folder):
     r = recipe(folder)
     r.run_folder().mkdir()
-    code = f"import fcntl, time; f = open({str(r.run_folder() / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    lock = str(r.run_folder() / ".lock")
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print(flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE)
     holder.stdout.readline()
     with pytest.raises(eit.UserError, match="is in use by another process"):
         train(r)
@@ -336,7 +340,18 @@ def test_accumulated_micro_batches_make_the_same_step_as_one_batch(folder):
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4)
 
 
-@pytest.mark.parametrize("overrides", [["train.precision=bf16"], ["train.precision=fp16"], ["model.in_chans=1"], ["model.family=vit", "model.patch_size=4"], ["model.family=lsra"], ["optim.name=lamb", "optim.clip_grad=1"]], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.precision=bf16"],
+        ["train.precision=fp16"],
+        ["model.in_chans=1"],
+        ["model.family=vit", "model.patch_size=4"],
+        ["model.family=lsra"],
+        ["optim.name=lamb", "optim.clip_grad=1"],
+    ],
+    ids=" ".join,
+)
 def test_variants_train(folder, overrides):
     r = recipe(folder, *overrides)
     assert train(r)["epochs"] == 2
@@ -350,10 +365,8 @@ def test_a_compiled_run_trains(folder):
 
 def test_the_imagenet_pipeline_runs(folder):
     """RandAugment, random resized crops at 224, erasing, mixup, cutmix, repeated augmentation, EMA; small and short."""
-    r = load_recipe(
-        "imagenet_mini",
-        [f"data.root={folder}", f"out={folder.parent / 'run'}", "data.batch_size=6", "data.workers=2", "model.depth=1", "model.embed_dim=20", "train.max_steps=3"],
-    )  # fmt: skip
+    small = ["data.batch_size=6", "data.workers=2", "model.depth=1", "model.embed_dim=20", "train.max_steps=3"]
+    r = load_recipe("imagenet_mini", [f"data.root={folder}", f"out={folder.parent / 'run'}", *small])
     summary = train(r)
     assert summary["epochs"] == 1 and summary["last_ema_top1"] is not None
     assert eit.load(r.run_folder()).card.resize == 256

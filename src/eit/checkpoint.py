@@ -251,7 +251,9 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {name.group(1)}" if name else "it is no checkpoint"
-        raise UserError(f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code") from None
+        raise UserError(
+            f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code"
+        ) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
         raise UserError(f"{file} is not a readable checkpoint: {_first_line(error)}") from None
     for key in ("model", "state_dict"):

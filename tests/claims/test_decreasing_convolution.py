@@ -1,5 +1,7 @@
 """The convolution's part decreases with depth, down to none (section 3.3)."""
 
+from itertools import pairwise
+
 import pytest
 
 from eit import create_model, list_models
@@ -10,7 +12,7 @@ def test_convolution_decreases_strictly_and_the_last_layer_is_all_attention(name
     model = create_model(name)
     conv = [block.attn.conv.out_channels if block.attn.conv_channels else 0 for block in model.blocks]
     attention = [block.attn.qkv.in_features for block in model.blocks]
-    assert all(a > b for a, b in zip(conv, conv[1:], strict=False))
+    assert all(a > b for a, b in pairwise(conv))
     assert conv[0] > model.embed_dim / 2
     assert conv[-1] == 0 and attention[-1] == model.embed_dim
     assert [c + a for c, a in zip(conv, attention, strict=True)] == [model.embed_dim] * len(conv)

@@ -1,0 +1,64 @@
+# `make` lists the targets. PYTHON picks the interpreter of a new .venv: make PYTHON=python3.12 demo
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test test-slow lint format readme clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       set up, train the digits recipe (about a minute on 2 cores), predict a few"
+	@echo "make test       set up, run the tests (about 10 minutes on 2 cores)"
+	@echo "make test-slow  the tests that make test leaves out"
+	@echo "make lint       formatting, lint and types"
+	@echo "make format     rewrite the sources as lint wants them"
+	@echo "make readme     rebuild the tables and the figure of README.md from the zoo and results/"
+	@echo "make clean      remove .venv and caches"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than 3.11: install Python 3.11 or newer, or name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+
+# The stamps are newer than what they were made from, so a changed dependency is installed again.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the package into $(VENV) (a minute or two; about 5.5 GB)"
+	@$(PIP) --editable . || \
+	  { echo "installing failed: see the lines above; most often there is no network, or no room (5.5 GB) for PyTorch"; exit 1; }
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "installing the test dependencies"
+	@$(PIP) --editable '.[test]' || { echo "installing the test dependencies failed: see the lines above"; exit 1; }
+	@touch $@
+
+demo: $(VENV)/installed
+	@rm -rf runs/demo
+	@$(BIN)/eit train digits out=runs/demo
+	@$(BIN)/python docs/demo_images.py runs/demo/images
+	@echo "predictions for a few scanned digits that were held out (the folder is the truth):"
+	@$(BIN)/eit predict runs/demo runs/demo/images --top 3
+	@echo "try next: $(BIN)/eit train digits model.family=vit out=runs/vit"
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+readme: $(VENV)/installed
+	$(BIN)/python docs/build_readme.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

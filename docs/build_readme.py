@@ -1,0 +1,93 @@
+"""Rebuild what README.md shows from the zoo and from results/: `make readme`. With --check, only say what is stale."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+import eit
+from eit.zoo import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+CONV, ATTENTION, INK = "#0072b2", "#e69f00", "#333333"
+
+
+def zoo() -> str:
+    command = [sys.executable, "-m", "eit", "models", "--markdown"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def digits() -> str:
+    runs = sorted((ROOT / "results" / "digits").glob("seed-*"))
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    environment = json.loads((runs[0] / "environment.json").read_text())
+    last = [s["last_top1"] for s in summaries]
+    best = [s["best_top1"] for s in summaries]
+    seconds = [s["seconds"] for s in summaries]
+    parameters = {s["params"] for s in summaries}
+    assert len(parameters) == 1
+    head = "| recipe | seeds | parameters | last-epoch top-1: median (range) | best-epoch top-1: median | training: median |"
+    row = (
+        f"| digits | {len(runs)} | {parameters.pop():,} "
+        f"| {statistics.median(last):.2f}% ({min(last):.2f} to {max(last):.2f}) "
+        f"| {statistics.median(best):.2f}% | {statistics.median(seconds):.0f} s |"
+    )
+    machine = f"{environment['threads']} threads of {environment['device'].removeprefix('cpu: ')}"
+    note = f"{machine}; torch {environment['packages']['torch']}; from [results/digits](results/digits)."
+    return "\n".join([head, "| --- " * 6 + "|", row, "", note])
+
+
+def draw(file: Path) -> None:
+    """The family in one picture: which channels of each layer are convolved, and which attend."""
+    figure = Figure(figsize=(9.6, 3.9), dpi=130)
+    titles = {"eit": "EIT: convolution decreases with depth", "lsra": "LSRA: half in every layer", "vit": "ViT: none"}
+    for column, (family, title) in enumerate(titles.items()):
+        model = eit.create_model("eit_tiny", family=family)
+        axis = figure.add_axes((0.055 + 0.325 * column, 0.25, 0.275, 0.58))
+        depth, dim = len(model.attn_channels), model.embed_dim
+        layers = range(1, depth + 1)
+        conv = [dim - n for n in model.attn_channels]
+        axis.barh(layers, conv, color=CONV, height=0.78)
+        axis.barh(layers, model.attn_channels, left=conv, color=ATTENTION, height=0.78)
+        axis.set(xlim=(0, dim), ylim=(0.4, depth + 0.6), xticks=[0, dim], yticks=[1, depth])
+        axis.set_title(title, fontsize=10.5, color=INK)
+        axis.set_xlabel("channels", fontsize=9, labelpad=-8)
+        if column == 0:
+            axis.set_ylabel("layer (input at the bottom)", fontsize=9, labelpad=-4)
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[:].set_visible(False)
+        grid = f"{model.grid_size[0]}x{model.grid_size[1]} tokens + class token"
+        stem = {
+            "conv_pool": "conv 16x16 stride 4, max-pool 3:\noverlapping patches, no position embedding",
+            "patch": "patches of 16x16 that do not overlap,\nlearned position embedding",
+        }[FAMILIES[family]["stem"]]
+        axis.text(dim / 2, -0.75, f"{stem}\n{grid}", ha="center", va="top", fontsize=8.5, color=INK)
+    handles = [Patch(color=CONV, label="depthwise 3x3 convolution"), Patch(color=ATTENTION, label="attention")]
+    figure.legend(handles=handles, loc="upper center", ncols=2, frameon=False, fontsize=10.5)
+    FigureCanvasAgg(figure).print_png(str(file), metadata={"Software": None})
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, build in (("zoo", zoo), ("digits", digits)):
+        start, end = f"<!-- {name}: make readme -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        after = rest.partition(end)[2]
+        text = f"{before}{start}{build()}\n{end}{after}"
+    if "--check" in sys.argv:
+        if text != readme.read_text():
+            sys.exit("README.md disagrees with the zoo or results/: run `make readme`")
+        return
+    readme.write_text(text)
+    (ROOT / "docs" / "images").mkdir(exist_ok=True)
+    draw(ROOT / "docs" / "images" / "eit.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Commands as a user types them, and what they see when something is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eit
+from tests.conftest import TINY, run_eit, save_digits
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data/ and runs/mine, trained by the command."""
+    home = tmp_path_factory.mktemp("home")
+    save_digits(home / "data")
+    done = run_eit("train", "cifar10", "data.root=data", "name=mine", *TINY, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "run folder runs/mine" in done.stdout and "next: eit eval runs/mine" in done.stdout
+    return home
+
+
+def failed(status, *words, **options):
+    done = run_eit(*words, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip()
+
+
+def test_version():
+    assert run_eit("--version").stdout.strip() == f"eit {eit.__version__}"
+
+
+def test_version_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['eit', '--version']; from eit.cli import app; app(standalone_mode=False); "
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_installed_command_is_this_one():
+    command = Path(sys.executable).with_name("eit")
+    assert subprocess.run([command, "--version"], capture_output=True, text=True).stdout.startswith("eit ")
+
+
+def test_models():
+    text = run_eit("models").stdout
+    assert "25,305,592" in text and "do not ship" in text and "https://github.com/MrHaiPi/EIT" in text
+    rows = json.loads(run_eit("models", "--json").stdout)
+    assert [row["name"] for row in rows] == eit.list_models()
+    assert rows[0]["params"] == 3_512_750 and rows[0]["published_top1"] == 70.0 and rows[0]["tokens"] == 361
+    assert not any(row["weights_ship"] for row in rows)
+
+
+def test_train_without_a_recipe_prints_the_recipes():
+    text = run_eit("train").stdout
+    assert text == run_eit("recipes").stdout
+    assert all(name in text for name in ("digits", "cifar10", "imagenet_large"))
+
+
+def test_train_evaluate_predict(trained):
+    summary = json.loads((trained / "runs" / "mine" / "summary.json").read_text())
+    metrics = json.loads(run_eit("eval", "runs/mine/final.safetensors", "--data", "data", "--json", cwd=trained).stdout)
+    assert metrics["images"] == 12 and metrics["top1"] == pytest.approx(summary["last_top1"])
+    own = json.loads(run_eit("eval", "runs/mine/final.safetensors", "--json", cwd=trained).stdout)
+    assert own | dict(data="") == metrics | dict(data="")
+    text = run_eit("eval", "runs/mine", cwd=trained).stdout
+    assert "top-1" in text and "digit2 (4)" in text
+
+    files = [f"data/val/digit{i}/000.png" for i in range(3)]
+    listed = run_eit("predict", "runs/mine", "-", "--top", 2, cwd=trained, stdin="\n".join(files)).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == files
+    assert all(line.count("%") == 2 for line in listed.splitlines())
+    first = json.loads(run_eit("predict", "runs/mine", "data/val/digit0", "--json", cwd=trained).stdout.splitlines()[0])
+    assert first["image"] == files[0]
+    assert sum(label["probability"] for label in first["labels"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_data_check(trained, tmp_path):
+    report = json.loads(run_eit("data", "check", "data", "--json", cwd=trained).stdout)
+    assert report["ok"] and report["splits"]["train"]["images"] == 36
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "data" / "val" / "digit1").rename(tmp_path / "data" / "val" / "eins")
+    done = run_eit("data", "check", tmp_path / "data")
+    assert done.returncode == 1
+    assert "only in train/: digit1; only in val/: eins" in done.stdout and "not ready to train" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "digit"], "unknown recipe 'digit'; did you mean 'digits'?"),
+        (["train", "digits", "model.famly=vit"], "unknown recipe key 'model.famly'; did you mean 'model.family'?"),
+        (["train", "digits", "train.epochs=x"], "train.epochs=x: should be a valid integer"),
+        (["train", "cifar10"], "data.root is not set"),
+        (["train", "cifar10", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
+        (["eval", "gone.pth", "--data", "x"], "no weights at gone.pth"),
+        (["predict", "gone", "x.png"], "no such image: x.png"),
+        (["convert", "gone.pth", "x.safetensors"], "no weights at gone.pth"),
+        (["convert", "gone.pth", "x.bin"], "x.bin: the file to write ends in .safetensors"),
+        (["data", "check", "/nowhere"], "/nowhere is not a folder"),
+        (["eval", "gone", "--device", "gpu"], "train.device=gpu"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path, words, message):
+    error = failed(2, *words, cwd=tmp_path)
+    assert error.startswith("eit: ") and message in error and "\n" not in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_mistakes_about_a_trained_model(trained, tmp_path):
+    assert "no such image: gone.png" in failed(2, "predict", "runs/mine", "gone.png", cwd=trained)
+    (tmp_path / "text.png").write_text("text")
+    assert "text.png: no image" in failed(2, "predict", "runs/mine", tmp_path / "text.png", cwd=trained)
+    assert "list on stdin is empty" in failed(2, "predict", "runs/mine", "-", cwd=trained, stdin="")
+    save_digits(tmp_path / "other")
+    for part in ("train", "val"):
+        (tmp_path / "other" / part / "digit1").rename(tmp_path / "other" / part / "eins")
+    error = failed(2, "eval", "runs/mine", "--data", tmp_path / "other", cwd=trained)
+    assert "classes that the model does not know: eins" in error
+    assert "another recipe" in failed(
+        2, "train", "cifar10", "data.root=data", "name=mine", *TINY, "seed=1", cwd=trained
+    )
+
+
+def test_classes_are_matched_by_name(trained, tmp_path):
+    """A set with a part of the classes is evaluated with the right labels."""
+    shutil.copytree(trained / "data" / "val" / "digit2", tmp_path / "digit2")
+    whole = json.loads(run_eit("eval", "runs/mine", "--data", "data", "--json", cwd=trained).stdout)
+    part = json.loads(run_eit("eval", "runs/mine", "--data", tmp_path, "--json", cwd=trained).stdout)
+    assert part["images"] == 4 and part["per_class"]["digit2"] == whole["per_class"]["digit2"]
+
+
+def test_usage_errors_have_status_2():
+    assert failed(2, "evaluate")
+    assert failed(2, "predict")
+    assert failed(2, "eval", "x", "--batch-size", "0")

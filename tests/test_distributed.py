@@ -1,0 +1,69 @@
+"""Several processes, as torchrun starts them (gloo)."""
+
+import json
+
+import pytest
+import torch
+
+import eit
+from tests.conftest import TINY, run_eit
+
+
+def train(folder, out, ranks, *overrides):
+    done = run_eit("train", "cifar10", *TINY, f"data.root={folder}", f"out={out}", *overrides, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+DETERMINISTIC = [
+    "augment.mixup=0",
+    "augment.cutmix=0",
+    *(f"model.{name}_rate=0" for name in ("pos_drop", "proj_drop", "attn_drop", "drop_path")),
+]
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path):
+    one = train(folder, tmp_path / "one", 0, *DETERMINISTIC, "data.batch_size=8")
+    two = train(folder, tmp_path / "two", 2, *DETERMINISTIC, "data.batch_size=4")
+    for a, b in zip(one, two, strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+        assert (a["step"], a["lr"]) == (b["step"], b["lr"])
+    first, second = (eit.load(tmp_path / name / "final.safetensors").state_dict() for name in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=2e-4, rtol=0)
+
+    # and evaluation counts every image once, with the same figures, on any number of ranks
+    results = []
+    for ranks in (0, 2, 3):
+        done = run_eit("eval", tmp_path / "one", "--data", folder, "--batch-size", 5, "--json", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert results[0] == results[1] == results[2]
+    assert results[0]["images"] == 12
+
+
+def test_a_finished_run_and_a_mistake_end_on_all_ranks(folder, tmp_path):
+    train(folder, tmp_path / "run", 2)
+    again = run_eit("train", "cifar10", *TINY, f"data.root={folder}", f"out={tmp_path / 'run'}", ranks=2)
+    assert again.returncode == 0 and again.stderr.count("is finished") == 1
+    other = run_eit("train", "cifar10", *TINY, f"data.root={folder}", f"out={tmp_path / 'run'}", "seed=9", ranks=2)
+    assert other.returncode != 0
+    assert "eit: " in other.stderr and "another recipe (seed: 0 -> 9)" in other.stderr
+
+
+@pytest.mark.slow
+def test_cifar10_learns_on_two_processes(cifar10, tmp_path):
+    """A few hundred steps of the real recipe, narrower; loss falls, accuracy leaves chance far behind."""
+    small = ["model.embed_dim=60", "model.depth=4", "model.num_heads=6", "data.batch_size=64", "optim.lr=2e-3"]
+    short = ["train.epochs=1", "train.warmup_epochs=0.2", f"data.root={cifar10}", f"out={tmp_path / 'run'}"]
+    done = run_eit("train", "cifar10", *small, *short, ranks=2, timeout=600)
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert line["step"] == 390
+    assert line["train_loss"] < 2.25 and line["val_loss"] < 2.0 and line["val_top1"] > 24
+    counts = []
+    for ranks in (0, 2, 3):
+        done = run_eit("eval", tmp_path / "run", "--json", ranks=ranks)
+        counts.append(json.loads(done.stdout))
+    assert counts[0] == counts[1] == counts[2] and counts[0]["images"] == 10_000
