@@ -31,7 +31,7 @@ def digits() -> str:
     seconds = [s["seconds"] for s in summaries]
     parameters = {s["params"] for s in summaries}
     assert len(parameters) == 1
-    head = "| recipe | seeds | parameters | last-epoch top-1: median (range) | best-epoch top-1: median | training: median |"
+    head = "| recipe | seeds | parameters | last-epoch top-1, median (range) | best-epoch top-1 | training |"
     row = (
         f"| digits | {len(runs)} | {parameters.pop():,} "
         f"| {statistics.median(last):.2f}% ({min(last):.2f} to {max(last):.2f}) "

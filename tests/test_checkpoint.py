@@ -18,7 +18,7 @@ SMALL = dict(img_size=16, kernel_size=3, stride=1, pool_size=4, embed_dim=16, de
 def card(**changes):
     values = dict(
         model="eit_mini",
-        arguments=SMALL,
+        arguments={k: v for k, v in SMALL.items() if k != "img_size"},
         classes=["cat", "dog", "owl"],
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
@@ -153,6 +153,12 @@ def test_flipped_bits_are_noticed(weights):
         eit.load(file)
 
 
+def test_a_git_lfs_pointer_is_recognised(tmp_path):
+    (tmp_path / "best_checkpoint.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(eit.UserError, match="is a Git LFS pointer.*git lfs pull"):
+        eit.load(tmp_path / "best_checkpoint.pth")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(eit.UserError, match=r"no weights at .*gone\.pth"):
         eit.load(tmp_path / "gone.pth")
@@ -203,6 +209,50 @@ def test_plain_safetensors_of_a_published_model_load(tmp_path):
     case = reference.case("eit_tiny")
     safetensors.torch.save_file(reference.published_state(case), tmp_path / "plain.safetensors")
     assert eit.load(tmp_path / "plain.safetensors").card.model == "eit_tiny"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {1: torch.ones(1)},
+        {"head.weight": torch.tensor(1.0)},
+        {"head.weight": torch.ones(3, 4, dtype=torch.int64)},
+        {"head.weight": torch.ones(3, 4), "pre_logits.fc.weight": torch.tensor(1.0)},
+        [torch.ones(1)],
+    ],
+)
+def test_state_dicts_that_are_none_are_one_line(tmp_path, state):
+    torch.save(dict(model=state), tmp_path / "a.pth")
+    with pytest.raises(eit.UserError, match=r"a\.pth") as error:
+        eit.load(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(arguments=dict(num_classes=3)),
+        dict(arguments=dict(depth="deep")),
+        dict(arguments=dict(depth=10**9)),
+        dict(arguments=dict(global_pool="zzz")),
+        dict(model="eit_huge"),
+        dict(interpolation="foo"),
+        dict(size=-3),
+        dict(resize=10**6),
+        dict(mean=[0.5]),
+        dict(classes=["one"]),
+        dict(extra=1),
+    ],
+)
+def test_a_lying_description_is_one_line(tmp_path, weights, changes):
+    import safetensors
+
+    with safetensors.safe_open(weights[1], framework="pt") as f:
+        header = json.loads(f.metadata()["eit"]) | changes
+    safetensors.torch.save_file(weights[0].state_dict(), tmp_path / "lie.safetensors", {"eit": json.dumps(header)})
+    with pytest.raises(eit.UserError, match=r"lie\.safetensors") as error:
+        eit.load(tmp_path / "lie.safetensors")
+    assert "\n" not in str(error.value)
 
 
 # -- Training state

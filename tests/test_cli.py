@@ -97,13 +97,13 @@ def test_data_check(trained, tmp_path):
         (["train", "digits", "model.famly=vit"], "unknown recipe key 'model.famly'; did you mean 'model.family'?"),
         (["train", "digits", "train.epochs=x"], "train.epochs=x: should be a valid integer"),
         (["train", "cifar10"], "data.root is not set"),
-        (["train", "cifar10", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
+        (["train", "cifar10", "data.root=/nowhere"], "eit: /nowhere is not a folder"),
         (["eval", "gone.pth", "--data", "x"], "no weights at gone.pth"),
         (["predict", "gone", "x.png"], "no such image: x.png"),
         (["convert", "gone.pth", "x.safetensors"], "no weights at gone.pth"),
         (["convert", "gone.pth", "x.bin"], "x.bin: the file to write ends in .safetensors"),
         (["data", "check", "/nowhere"], "/nowhere is not a folder"),
-        (["eval", "gone", "--device", "gpu"], "train.device=gpu"),
+        (["eval", "gone", "--device", "gpu"], "device 'gpu' is not one of auto, cpu, mps, cuda, cuda:N"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, words, message):

@@ -54,11 +54,13 @@ def test_the_cifar10_recipe_is_the_published_class_defaults():
 
 def test_overrides_and_files(tmp_path):
     recipe = load_recipe(
-        "digits", ["optim.lr=1e-3", "model.schedule=[16,32,48,64]", "augment.crop_scale=[0.5,1]", "out=x"]
+        "digits",
+        ["optim.lr=1e-3", "model.schedule=[16,32,48,64]", "augment.crop_scale=[0.5,1]", "augment.pad_crop=0", "out=5"],
     )
     assert recipe.optim.lr == 1e-3
     assert recipe.model.schedule == (16, 32, 48, 64)
     assert recipe.augment.crop_scale == (0.5, 1.0)
+    assert recipe.out == "5"
     file = tmp_path / "mine.yaml"
     file.write_text(recipe.to_yaml())
     assert load_recipe(str(file)) == recipe
@@ -79,11 +81,17 @@ def test_overrides_and_files(tmp_path):
         ("optim.lr=.nan", "optim.lr=nan: should be a finite number"),
         ("model.family=swin", "model.family=swin: should be 'eit', 'lsra' or 'vit'"),
         ("train.precision=int8", "train.precision=int8: should be 'fp32', 'bf16' or 'fp16'"),
-        ("train.device=gpu", "train.device=gpu: "),
         ("augment.hflip=2", "augment.hflip=2: should be less than or equal to 1"),
         ("train.warmup_epochs=60", "train.warmup_epochs=60 is not less than train.epochs=60"),
         ("data.mean=[0.5]", "data.mean has 1 values for 3 channels"),
         ("name=../up", "name=../up: "),
+        ("train.epochs=true", "train.epochs=True: should be a valid integer"),
+        ("augment.crop_scale=[1.0,0.5]", "augment.crop_scale=[1.0, 0.5] is not a range from low to high"),
+        ("augment.crop_scale=[0.5,30]", "augment.crop_scale=[0.5, 30.0] is not a range from low to high, at most 1"),
+        ("augment.crop_scale=[0.5,1]", "augment.pad_crop=1 has no part beside augment.crop_scale"),
+        ("data.crop_ratio=0.01", "data.crop_ratio=0.01: should be greater than or equal to 0.1"),
+        ("optim.lr=1e38", "optim.lr=1e38: should be less than or equal to 1000000"),
+        ("model.depth=1000000000", "model.depth=1000000000: should be less than or equal to 1000"),
         ("train=3", "train=3: "),
         ("name.x=1", "unknown recipe key 'name.x'"),
         ("nonsense", "'nonsense' is not key=value"),
@@ -105,6 +113,8 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, message):
         ("a: [", "is not plain YAML"),
         ("model: !!python/object/apply:os.system ['true']", "is not plain YAML"),
         ("modle: {}", "unknown recipe key 'modle'"),
+        ("seed: 1\nseed: 2", "key 'seed' is given twice"),
+        ("a: 1\n? [b]\n: 2", "is not plain YAML"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, message):

@@ -91,15 +91,16 @@ def test_a_wrong_folder_is_one_line(folder, damage, message):
         open_data(Data(root=str(folder)))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    if damage is not no_val:  # that one trains, with a fraction
-        report = check(str(folder), MAX_PIXELS)
-        assert not report["ok"]
+    report = check(str(folder), MAX_PIXELS)
+    assert not report["ok"] and message.split(";")[0] in " ".join(report["problems"])
+    if damage is no_val:
+        assert check(str(folder), MAX_PIXELS, val_fraction=0.25)["ok"]
 
 
 def test_a_missing_root_is_one_line():
     with pytest.raises(UserError, match="data.root is not set"):
         open_data(Data())
-    with pytest.raises(UserError, match="data.root=/nowhere is not a folder"):
+    with pytest.raises(UserError, match="/nowhere is not a folder"):
         open_data(Data(root="/nowhere"))
 
 

@@ -52,6 +52,18 @@ def test_a_finished_run_and_a_mistake_end_on_all_ranks(folder, tmp_path):
     assert "eit: " in other.stderr and "another recipe (seed: 0 -> 9)" in other.stderr
 
 
+def test_what_one_rank_meets_is_said_and_counted_for_all(folder, tmp_path):
+    for name in ("000.png", "001.png", "002.png"):
+        (folder / "train" / "digit1" / name).write_bytes(b"nothing")
+    words = ["train", "cifar10", *TINY, f"data.root={folder}", "data.cache=false", f"out={tmp_path / 'run'}"]
+    done = run_eit(*words, "data.bad_image_budget=0.09", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert all(f"digit1/{name}" in done.stderr for name in ("000.png", "001.png", "002.png"))
+    done = run_eit(*words, "data.bad_image_budget=0.06", f"out={tmp_path / 'other'}", ranks=2)
+    assert done.returncode != 0
+    assert "3 of 36 training images are unreadable, data.bad_image_budget allows 2" in done.stderr
+
+
 @pytest.mark.slow
 def test_cifar10_learns_on_two_processes(cifar10, tmp_path):
     """A few hundred steps of the real recipe, narrower; loss falls, accuracy leaves chance far behind."""

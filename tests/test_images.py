@@ -77,7 +77,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height):
 def test_the_pixel_cap_can_be_set(tmp_path):
     file = saved(tmp_path, Image.new("L", (20, 10)), "a.png")
     assert decode(file, max_pixels=200).size == (20, 10)
-    with pytest.raises(UnreadableImage, match=r"a\.png: 20x10 is more than data\.max_pixels=199"):
+    with pytest.raises(
+        UnreadableImage, match=r"a\.png: 20x10 is more than the 199 pixels that data\.max_pixels allows"
+    ):
         decode(file, max_pixels=199)
 
 
@@ -110,6 +112,20 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre():
     assert cropped.size == (40, 40)
     assert np.array_equal(np.asarray(cropped)[0], np.arange(30, 70))
     assert resize_and_crop(image, 25, 20, "bilinear").size == (20, 20)
+
+
+def test_a_thread_of_an_image_does_not_grow_without_bound():
+    image = Image.fromarray(np.tile(np.arange(2, dtype=np.uint8)[:, None], (1, 60_000)))  # 60,000 wide, 2 high
+    assert resize_and_crop(image, 256, 224, "bicubic").size == (224, 224)
+    wide = Image.fromarray(np.random.RandomState(0).randint(0, 255, (16, 16 * 9), dtype=np.uint8))
+    whole = wide.resize((9 * 32, 32), Image.Resampling.BICUBIC).crop((4 * 32, 0, 5 * 32, 32))
+    assert np.abs(np.asarray(resize_and_crop(wide, 32, 32, "bicubic")) - np.asarray(whole, int)).max() <= 1
+
+
+def test_float_pixels_are_named(tmp_path):
+    file = saved(tmp_path, Image.fromarray(RAMP.astype(np.float32)), "f.tif")
+    with pytest.raises(UnreadableImage, match=r"f\.tif: 32-bit float pixels"):
+        decode(file)
 
 
 def test_evaluation_sees_what_timm_sees():

@@ -1,3 +1,4 @@
+import pickle
 import random
 
 import numpy as np
@@ -14,8 +15,10 @@ from eit.loader import (
     CachedLoader,
     EvaluationLoader,
     Plan,
+    Stream,
     StreamLoader,
     erase,
+    seed_of,
     seeded,
     set_seed,
     shift_and_flip,
@@ -84,12 +87,12 @@ def test_repeated_augmentation_shows_each_image_three_times_in_a_batch_and_a_thi
 
 def test_seeding_a_sample_leaves_the_generators_as_they_were():
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    with seeded(1, 2):
+    with seeded(Stream.SAMPLE, 2):
         first = random.random(), np.random.rand(), torch.rand(1)
     assert random.getstate() == states[0]
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert torch.equal(torch.get_rng_state(), states[2])
-    set_seed(1, 2)
+    set_seed(Stream.SAMPLE, 2)
     assert (random.random(), np.random.rand(), torch.rand(1)) == first
 
 
@@ -124,6 +127,7 @@ def test_erasing_replaces_one_box_by_noise():
 
 
 def everything(loader, epoch=0, first_step=0):
+    loader.prepare()
     return [(b.images.clone(), b.labels.clone()) for b in loader.epoch(epoch, first_step)]
 
 
@@ -186,13 +190,29 @@ def test_unreadable_training_images_are_named_and_budgeted(folder, capsys, cache
 
     def run(budget):
         config = Data(workers=0, cache=cache, bad_image_budget=budget)
-        return everything(train_loader(images, VIEW, plan(), config, Augment(), CPU))
+        loader = train_loader(images, VIEW, plan(), config, Augment(), CPU)
+        batches = everything(loader)
+        loader.bad.check(len(loader.bad.seen))  # as the training loop does each step
+        return batches
 
     batches = run(0.05)
     assert len(batches) == 9
     assert capsys.readouterr().err.count("003.png") == 1
     with pytest.raises(UserError, match=r"1 of 36 training images are unreadable.*bad_image_budget.*003\.png"):
         run(0.0)
+
+
+@pytest.mark.parametrize("augment", [STREAMED, Augment(pad_crop=1, hflip=0.5)])
+def test_samples_can_be_sent_to_workers_that_are_spawned(folder, augment):
+    images, _ = open_data(Data(root=str(folder)))
+    loader = train_loader(images, VIEW, plan(), Data(workers=0, cache=False), augment, CPU)
+    key = (0, 3, 0)
+    assert torch.equal(pickle.loads(pickle.dumps(loader.loader.dataset))[key][0], loader.loader.dataset[key][0])
+
+
+def test_streams_of_random_numbers_do_not_meet():
+    seeds = {seed_of(stream, *counters) for stream in Stream for counters in ((0,), (0, 0), (0, 5), (5, 0), (0, 5, 1))}
+    assert len(seeds) >= len(Stream) * 4
 
 
 # -- Evaluation

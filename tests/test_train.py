@@ -15,7 +15,8 @@ from eit import data as data_module
 from eit import train as train_module
 from eit.checkpoint import saved_steps
 from eit.config import load_recipe
-from eit.loader import Plan
+from eit.loader import Plan, Stream
+from eit.run import Run
 from eit.train import build_model, make_optimizer, make_schedule, train
 from tests.conftest import TINY, run_eit
 
@@ -96,13 +97,44 @@ def test_a_second_process_is_kept_out(folder):
     train(r)
 
 
+def test_the_lock_does_not_outlive_a_killed_process_in_its_workers(folder):
+    code = "import os, sys, time; from pathlib import Path; from eit.config import Recipe; from eit.run import Run; "
+    code += "run = Run(Path(sys.argv[1]), Recipe()); os.fork() or time.sleep(60); print(flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, start_new_session=True)
+    holder.stdout.readline()
+    try:
+        with pytest.raises(eit.UserError, match="is in use by another process"):
+            Run(folder, load_recipe("digits"))
+        holder.kill()
+        holder.wait()
+        Run(folder, load_recipe("digits")).__exit__()  # though the forked child lives
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_recipe_may_change_until_something_is_trained(folder, monkeypatch):
+    r = recipe(folder)
+    with monkeypatch.context() as patch:
+        die_at(patch, 0)
+        with pytest.raises(Killed):
+            train(r)
+    train(recipe(folder, "optim.lr=1e-3"))
+
+
 # -- Determinism and continuation
 
 
 def test_the_same_seed_gives_the_same_weights_with_any_workers(folder):
     runs = []
     for i, more in enumerate((["data.workers=0"], ["data.workers=2"], ["seed=1"])):
-        r = recipe(folder, "data.cache=false", "augment.crop_scale=[0.5,1]", f"out={folder.parent / str(i)}", *more)
+        r = recipe(
+            folder,
+            "data.cache=false",
+            "augment.pad_crop=0",
+            "augment.crop_scale=[0.5,1]",
+            f"out={folder.parent / str(i)}",
+            *more,
+        )
         train(r)
         runs.append(weights(r.run_folder()))
     assert same(runs[0], runs[1])
@@ -118,7 +150,7 @@ def die_at(monkeypatch, step):
     original = train_module.set_seed
 
     def set_seed(*counters):
-        if counters[-1] == 4 and counters[1] == step:
+        if counters[0] == Stream.STEP and counters[2] == step:
             raise Killed
         original(*counters)
 
@@ -152,16 +184,16 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("seeds", [3, 4])
-def test_the_check_on_continuation_can_fail(folder, monkeypatch, seeds):
-    """Negative controls: without the per-sample seed (3), or the per-step seed (4), a continued run goes astray."""
-    options = [*FULL, "data.cache=false", "augment.crop_scale=[0.5,1]"]
+@pytest.mark.parametrize("forgotten", [Stream.SAMPLE, Stream.STEP])
+def test_the_check_on_continuation_can_fail(folder, monkeypatch, forgotten):
+    """Negative controls: without the per-sample seed, or the per-step seed, a continued run goes astray."""
+    options = [*FULL, "data.cache=false", "augment.pad_crop=0", "augment.crop_scale=[0.5,1]"]
     from eit import loader
 
     original = loader.set_seed
 
     def forgetful(*counters):
-        if counters[-1] != seeds:
+        if counters[0] != forgotten:
             original(*counters)
 
     monkeypatch.setattr(train_module, "set_seed", forgetful)
@@ -393,6 +425,15 @@ def test_fine_tuning_starts_from_a_checkpoint(folder):
     train(recipe(folder, start, "model.reset_head=true", f"out={folder.parent / 'tuned'}"))
 
 
+def test_a_reset_head_is_new_for_an_equal_number_of_classes_too(folder):
+    first = recipe(folder)
+    train(first)
+    trained = weights(first.run_folder(), "best")
+    model = build_model(recipe(folder, f"model.pretrained={first.run_folder()}", "model.reset_head=true"), 3)
+    assert torch.equal(model.norm.weight, trained["norm.weight"])
+    assert not torch.equal(model.head.weight, trained["head.weight"])
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):
     r = recipe(folder)
     original = train_module.F.cross_entropy
@@ -421,6 +462,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):
         (["model.pretrained=gone.pth"], "no weights at gone.pth"),
         (["model.in_chans=1", "augment.rand_augment=rand-m9"], "augment.rand_augment needs colour images"),
         (["train.device=cuda:7"], "device cuda:7 is not there"),
+        (["train.device=gpu"], "device 'gpu' is not one of auto, cpu, mps, cuda, cuda:N"),
+        (["augment.rand_augment=foo"], "augment.rand_augment=foo: timm does not know this policy"),
+        (["optim.min_lr=0.1"], r"optim.min_lr=0.1 is more than the rate itself \(optim.lr=0.00055"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_before_anything_starts(folder, overrides, message):

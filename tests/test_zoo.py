@@ -24,7 +24,13 @@ def test_timm_creates_our_models():
 
 @pytest.mark.parametrize(
     "statements",
-    ["import eit, timm", "import timm, eit", "from eit.model import EIT; import timm", "import eit.train; import timm"],
+    [
+        "import eit, timm",
+        "import timm, eit",
+        "from eit.model import EIT; import timm",
+        "import eit.train; import timm",
+        "import eit, importlib.util; importlib.util.find_spec('timm'); import timm",
+    ],
 )
 def test_importing_eit_registers_with_timm_in_any_order(statements):
     code = f"{statements}; assert 'eit_mini' in timm.list_models(); timm.create_model('eit_mini', depth=1)"

@@ -41,11 +41,16 @@ def __dir__() -> list[str]:
 class _RegisterWithTimm(MetaPathFinder, Loader):
     """Registers our models as soon as timm is imported: `import eit` alone then costs neither torch nor timm."""
 
+    searching = False
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != "timm":
+        if name != "timm" or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
             return None
         self.loader: Loader = spec.loader
@@ -56,6 +61,7 @@ class _RegisterWithTimm(MetaPathFinder, Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)

@@ -13,21 +13,23 @@ import os
 import pickle
 import re
 import shutil
-import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from eit import __version__
+from eit.config import model_arguments
 from eit.errors import UserError
+from eit.images import MAX_PIXELS
 from eit.model import EIT
-from eit.zoo import FAMILIES, VARIANTS, create_model, model_arguments
+from eit.zoo import VARIANTS, create_model
 
 StateDict = Mapping[str, Tensor]
 
@@ -38,19 +40,34 @@ class Card(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str  # a name of the zoo
-    arguments: dict[str, Any]  # of `eit.create_model`, family included
+    arguments: dict[str, Any]  # of `eit.create_model`: family and all but num_classes and img_size
     classes: list[str]  # names, in the order of the logits
     mean: tuple[float, ...]  # of pixels in 0..1, one a channel
-    std: tuple[float, ...]
-    size: int  # pixels of the model's square input
-    resize: int  # pixels of the shorter side before the centre crop
-    interpolation: str
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    size: Annotated[int, Field(ge=1, le=65536)]  # pixels of the model's square input
+    resize: Annotated[int, Field(ge=1, le=65536)]  # pixels of the shorter side before the centre crop
+    interpolation: Literal["bilinear", "bicubic"]
     version: str = __version__  # of this package
     recipe: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> "Card":
+        if not len(self.mean) == len(self.std) == self.arguments.get("in_chans", 3) in (1, 3):
+            raise ValueError("mean and std do not fit the model's channels")
+        return self
+
+    def create_model(self) -> EIT:
+        """The model, with initial values."""
+        return create_model(self.model, num_classes=len(self.classes), img_size=self.size, **self.arguments)
 
     @property
     def in_chans(self) -> int:
         return len(self.mean)
+
+    @property
+    def max_pixels(self) -> int:
+        """The cap on an image's pixels that the run had."""
+        return int(((self.recipe or {}).get("data") or {}).get("max_pixels", MAX_PIXELS))
 
 
 # -- Reading ----------------------------------------------------------------------------------------------------------
@@ -83,7 +100,7 @@ def load(path: str | os.PathLike[str]) -> EIT:
         card = recognise(state, file)
     state = our_names(state)
     with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
-        model = create_model(card.model, num_classes=len(card.classes), **card.arguments)
+        model = card.create_model()
     check_fit(model, state, str(file))
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(True).float().eval()
@@ -94,8 +111,7 @@ def load(path: str | os.PathLike[str]) -> EIT:
 def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, reset_head: bool = False) -> nn.Module:
     """Load our weights, timm's, or the authors' into `model`, strictly, and return it.
 
-    `source` is a file, a run folder, or a state dict. With `reset_head`, a head for another number of classes keeps the
-    model's own initial values.
+    `source` is a file, a run folder, or a state dict. With `reset_head` the head keeps the model's own initial values.
 
     Raises:
         UserError: names or shapes differ (both are named), or the file cannot be trusted.
@@ -105,10 +121,9 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, r
     else:
         file = find_weights(source)
         state, name = our_names(read_weights(file)[0]), str(file)
-    own = model.state_dict()
     if reset_head:
-        state = {k: v for k, v in state.items() if not (k.startswith("head.") and own.get(k, v).shape != v.shape)}
-        state = {k: v for k, v in own.items() if k.startswith("head.")} | state
+        own = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
+        state = {k: v for k, v in state.items() if not k.startswith("head.")} | own
     check_fit(model, state, name)
     model.load_state_dict(state, strict=True)
     return model
@@ -116,6 +131,9 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, r
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
     """Tensors by their names in the file, and what the file says about itself, if it does."""
+    with open(file, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):  # the authors keep theirs in Git LFS
+            raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its checkout")
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     return _read_pth(file), None
@@ -162,9 +180,9 @@ def recognise(
     """
     state = our_names(state)
     arguments = dict(arguments or {})
-    if "pre_logits.fc.weight" in state:
+    if "pre_logits.fc.weight" in state and state["pre_logits.fc.weight"].ndim == 2:
         arguments["representation_size"] = len(state["pre_logits.fc.weight"])
-    if "head.weight" not in state:
+    if "head.weight" not in state or state["head.weight"].ndim != 2:
         raise UserError(f"{file} holds no weights of an EIT classifier (head.weight is missing)")
     classes = len(state["head.weight"])
     shapes = {k: v.shape for k, v in state.items()}
@@ -178,7 +196,7 @@ def recognise(
             mean, std = default_mean_std(channels)
             return Card(
                 model=name,
-                arguments=arguments | dict(img_size=size),
+                arguments=arguments,
                 classes=default_class_names(classes),
                 mean=mean,
                 std=std,
@@ -231,22 +249,25 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         header = json.loads(metadata["eit"])
         digest = header.pop("sha256")
         card = Card.model_validate(header)
-    except (ValueError, KeyError, AttributeError, TypeError, ValidationError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{file}: its description of the model is damaged") from None
     if digest != _digest(state):
         raise UserError(f"{file} is damaged: its weights do not match their checksum")
-    unknown = [a for a in card.arguments if a not in model_arguments()]
-    if card.model not in VARIANTS or card.arguments.get("family", "eit") not in FAMILIES or unknown:
-        raise UserError(
-            f"{file} is of a model that this version ({__version__}) does not know; it was made by {card.version}"
-        )
+    try:
+        card.arguments = model_arguments(card.arguments)
+        if card.model not in VARIANTS:
+            raise UserError(f"unknown model {card.model!r}")
+    except UserError as error:
+        here = f"this version ({__version__}) does not know; it was made by {card.version}"
+        raise UserError(f"{file} is of a model that {here}: {error}") from None
     return state, card
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
     """The weights of a .pth file. An argparse.Namespace is allowed beside them, as the authors' files have one."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols, ahead of the refusal
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -254,12 +275,16 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
-        raise UserError(f"{file} is not a readable checkpoint: {_first_line(error)}") from None
+    except Exception as error:  # the unpickler meets a damaged file with almost any exception
+        raise UserError(f"{file} is not a readable checkpoint ({type(error).__name__}: {_first_line(error)})") from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) and v.is_floating_point() for k, v in content.items())
+    ):
         raise UserError(f"{file} holds no weights: neither a state dict nor a checkpoint with one under 'model'")
     return content
 

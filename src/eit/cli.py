@@ -14,8 +14,6 @@ import eit
 from eit.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from eit.checkpoint import Card
     from eit.data import Images
 
@@ -27,7 +25,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _complain(str(error))
+            _complain(error)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -35,13 +33,22 @@ class Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except FloatingPointError as error:
-            _complain(str(error))
+            _complain(error)
+            raise typer.Exit(1) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "DistBackendError" and "gloo" not in str(error):
+                raise
+            _complain(RuntimeError("another process of this run ended; it says why"))
             raise typer.Exit(1) from None
 
 
-def _complain(text: str) -> None:
+def _complain(error: Exception) -> None:
+    """One line; where every rank has the same error, from rank 0."""
     rank = os.environ.get("RANK", "0")
-    print(f"eit: {text}" if rank == "0" else f"eit [rank {rank}]: {text}", file=sys.stderr)
+    if rank == "0":
+        print(f"eit: {error}", file=sys.stderr)
+    elif not getattr(error, "__notes__", []):
+        print(f"eit [rank {rank}]: {error}", file=sys.stderr)
 
 
 app = typer.Typer(
@@ -57,6 +64,7 @@ app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger images are refused; default: as in training.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A weights file or a run folder.", show_default=False)]
 
 
@@ -75,7 +83,7 @@ def train(
 ) -> None:
     """Train a recipe, or continue its stopped run: eit train cifar10 data.root=PATH train.epochs=100"""
     if recipe is None:
-        recipes()
+        recipes(as_json)
         return
     from eit.config import load_recipe
 
@@ -88,7 +96,7 @@ def train(
         summary = run(resolved)
     except Stopped as stop:
         if distributed.is_main():
-            _complain(str(stop))
+            _complain(stop)
         raise typer.Exit(128 + stop.signum) from None
     else:
         if distributed.is_main():
@@ -113,27 +121,26 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Loader processes; default: one a core, at most 8.")
     ] = None,
+    max_pixels: MaxPixels = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Top-1, top-5 (percent), loss and per-class accuracy; also under torchrun."""
     from eit import distributed
     from eit.checkpoint import load
-    from eit.config import Data
     from eit.data import open_evaluation
     from eit.evaluate import evaluate as run
     from eit.loader import EvaluationLoader
     from eit.predict import view_of
 
     try:
-        on = _device(device)
+        on = distributed.start(device)
         model = load(checkpoint)
         recipe = (model.card.recipe or {}).get("data", {})
         root = data or recipe.get("root") or ""
         if not root:
             raise UserError("--data PATH is needed: these weights do not name a data set")
-        own = root == recipe.get("root")
-        images = open_evaluation(root, recipe.get("val_fraction") if own else None, Data().max_pixels)
+        images = open_evaluation(root, recipe.get("val_fraction"), max_pixels or model.card.max_pixels)
         images = _with_classes_of(model.card, images)
         loader = EvaluationLoader(images, view_of(model.card), batch_size, workers, on)
         metrics = run(model.to(on), loader)
@@ -150,11 +157,13 @@ def predict(
         list[str], typer.Argument(help="Image files, folders, or - for a list on stdin.", show_default=False)
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes an image.")] = 5,
+    max_pixels: MaxPixels = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """The most likely classes of images."""
     from eit.checkpoint import load
+    from eit.distributed import start
     from eit.predict import expand
     from eit.predict import predict as run
 
@@ -162,8 +171,8 @@ def predict(
     files = expand(listed)
     if not files:
         raise UserError("no images: the list on stdin is empty")
-    model = load(checkpoint).to(_device(device))
-    for found in run(model, files, top):
+    model = load(checkpoint).to(start(device))
+    for found in run(model, files, top, max_pixels=max_pixels):
         if as_json:
             print(json.dumps(dict(image=found.image, labels=[dict(label=n, probability=p) for n, p in found.labels])))
         else:
@@ -233,7 +242,7 @@ def convert(
     target: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file to write.", show_default=False)],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENT=VALUE]...", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="The model's name, where its shapes do not tell.")] = None,
-    size: Annotated[int, typer.Option(min=1, help="Pixels of the model's input.")] = 224,
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels of the model's input; default: 224.")] = None,
     classes: Annotated[
         str | None, typer.Option(help="A file with a class name a line, in the order of the logits.")
     ] = None,
@@ -242,16 +251,16 @@ def convert(
     from pathlib import Path
 
     from eit.checkpoint import find_weights, our_names, read_weights, recognise, save_weights
-    from eit.config import load_model_arguments
+    from eit.config import model_arguments
 
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: the file to write ends in .safetensors")
     file = find_weights(source)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(state, file, model, load_model_arguments(arguments or []), size)
-    elif model or arguments:
-        raise UserError(f"{file} says itself that it is {card.model}: --model and arguments do not apply")
+        card = recognise(state, file, model, model_arguments(arguments or []), size or 224)
+    elif model or arguments or size:
+        raise UserError(f"{file} says itself that it is {card.model}: --model, --size and arguments do not apply")
     if classes:
         try:
             names = Path(classes).read_text(encoding="utf-8").splitlines()
@@ -270,24 +279,20 @@ def convert(
 @data_app.command()
 def check(
     path: Annotated[str, typer.Argument(help="A folder with train/ and val/, or sklearn:digits.", show_default=False)],
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Larger images count as unreadable.")] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="As data.val_fraction, without val/.")
+    ] = None,
+    max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
     """Read every image; exit status 1 where training would fail."""
     from eit.data import check as run
     from eit.images import MAX_PIXELS
 
-    report = run(path, max_pixels or MAX_PIXELS)
+    report = run(path, max_pixels or MAX_PIXELS, val_fraction)
     _show(report, as_json, _check_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
-
-
-def _device(name: str) -> "torch.device":
-    from eit import distributed
-    from eit.config import check_device
-
-    return distributed.start(check_device(name))
 
 
 def _with_classes_of(card: "Card", images: "Images") -> "Images":
@@ -333,7 +338,6 @@ def _check_text(report: dict[str, Any]) -> str:
         lines += [f"  unreadable: {fault}" for fault in part["unreadable"][:20]]
         if len(part["unreadable"]) > 20:
             lines.append(f"  and {len(part['unreadable']) - 20} more unreadable (--json has all)")
-    lines += [f"note: {note}" for note in report.get("notes", [])]
     lines += [f"problem: {problem}" for problem in report["problems"]]
     return "\n".join([*lines, "ready to train" if report["ok"] else "not ready to train"])
 

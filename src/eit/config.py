@@ -1,6 +1,5 @@
 """Recipes: what a run is, as data. A YAML file (a shipped name or a path) plus `key=value` overrides."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -9,18 +8,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eit.errors import UserError
+from eit.errors import UserError, nearest
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(strict=True)]  # strict: true is not 1
+Count = Annotated[Whole, Field(ge=1, le=2**31)]
+Channels = Annotated[Whole, Field(ge=1, le=65536)]
 NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
 Pair = tuple[Positive, Positive]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class Model(Section):
@@ -30,18 +31,18 @@ class Model(Section):
     family: Literal["eit", "lsra", "vit"] = "eit"
     pretrained: str | None = None  # checkpoint to start from
     reset_head: bool = False  # a new head where the checkpoint has another number of classes
-    kernel_size: Count | None = None
-    stride: Count | None = None
-    pool_size: Count | None = None
-    in_chans: Count | None = None
-    embed_dim: Count | None = None
-    depth: Count | None = None
-    num_heads: Count | None = None
-    schedule: str | tuple[int, ...] | None = None
+    kernel_size: Channels | None = None
+    stride: Channels | None = None
+    pool_size: Channels | None = None
+    in_chans: Channels | None = None
+    embed_dim: Channels | None = None
+    depth: Annotated[Whole, Field(ge=1, le=1000)] | None = None
+    num_heads: Channels | None = None
+    schedule: str | tuple[Whole, ...] | None = None
     stem: Literal["conv_pool", "patch"] | None = None
-    patch_size: Count | None = None
+    patch_size: Channels | None = None
     pos_embed: Literal["none", "learned"] | None = None
-    representation_size: Count | None = None
+    representation_size: Channels | None = None
     mlp_ratio: Positive | None = None
     qkv_bias: bool | None = None
     global_pool: Literal["token", "avg"] | None = None
@@ -60,10 +61,10 @@ class Data(Section):
     root: str = ""  # an image folder, or sklearn:digits
     image_size: Count = 224
     batch_size: Count = 64  # per process and micro-batch
-    workers: Annotated[int, Field(ge=0)] | None = None  # loader processes; null: one a core, at most 8
+    workers: Annotated[Whole, Field(ge=0)] | None = None  # loader processes; null: one a core, at most 8
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of train/ when there is no val/
     cache: bool | None = None  # hold as uint8 in memory, augment in batches; null: up to 64x64, if it fits
-    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0  # evaluation: centre crop's share of the resized image
+    crop_ratio: Annotated[float, Field(ge=0.1, le=1)] = 1.0  # evaluation: centre crop's share of the resized image
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, ...] | None = None  # of pixels in 0..1; null: ImageNet's, or 0.5 where in_chans is not 3
     std: tuple[Positive, ...] | None = None
@@ -74,7 +75,7 @@ class Data(Section):
 class Augment(Section):
     crop_scale: Pair | None = None  # random resized crop: area range; null: off
     crop_aspect: Pair = (3 / 4, 4 / 3)
-    pad_crop: Annotated[int, Field(ge=0)] = 0  # pixels of padding before a random crop
+    pad_crop: Annotated[Whole, Field(ge=0)] = 0  # pixels of padding before a random crop
     hflip: Probability = 0.0
     rand_augment: str | None = None  # a policy of timm, "rand-m9-mstd0.5-inc1"
     color_jitter: NotNegative = 0.0
@@ -102,18 +103,18 @@ class Optim(Section):
 class Train(Section):
     epochs: Count = 300
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: str = "auto"  # or cpu, mps, cuda, cuda:N
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: Count = 1  # micro-batches a step
     ema_decay: Rate | None = None  # moving average of the weights, evaluated too; null: off
-    save_every: Annotated[int, Field(ge=0)] = 0  # steps between checkpoints inside an epoch; 0: each epoch only
+    save_every: Annotated[Whole, Field(ge=0)] = 0  # steps between checkpoints inside an epoch; 0: each epoch only
     compile: bool = False
     max_steps: Count | None = None  # end there, whatever the epochs say
 
 
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "custom"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     out: str | None = None  # run folder; null: runs/NAME
     model: Model = Model()
     data: Data = Data()
@@ -131,10 +132,23 @@ class Recipe(Section):
             given, channels = getattr(self.data, key), self.model.in_chans or 3
             if given is not None and len(given) not in (channels, 3):
                 raise ValueError(f"data.{key} has {len(given)} values for {channels} channels")
+        a = self.augment
+        for key, most in (("crop_scale", 1.0), ("crop_aspect", 1e6)):
+            pair = getattr(a, key)
+            if pair is not None and not pair[0] <= pair[1] <= most:
+                raise ValueError(f"augment.{key}={list(pair)} is not a range from low to high, at most {most:g}")
+        if a.crop_scale is not None and a.pad_crop:
+            raise ValueError(
+                f"augment.pad_crop={a.pad_crop} has no part beside augment.crop_scale: set one of them to 0 or null"
+            )
+        if a.rand_augment is not None and a.color_jitter:
+            raise ValueError(
+                "augment.color_jitter has no part beside augment.rand_augment: set one of them to 0 or null"
+            )
         return self
 
     def run_folder(self) -> Path:
-        return Path(self.out or f"runs/{self.name}")
+        return Path(self.out or f"runs/{self.name}").expanduser()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
@@ -187,7 +201,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     else:
         known = ", ".join(recipe_names())
         raise UserError(
-            f"unknown recipe {name_or_path!r}{_nearest(name_or_path, recipe_names())} (known: {known}, or a PATH.yaml)"
+            f"unknown recipe {name_or_path!r}{nearest(name_or_path, recipe_names())} (known: {known}, or a PATH.yaml)"
         )
     values = parse_yaml(text, name_or_path)
     for override in overrides:
@@ -195,14 +209,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would silently drop one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if isinstance(key, str) and keys.count(key) > 1}:
+            raise yaml.YAMLError(f"key {min(twice)!r} is given twice (line {node.start_mark.line + 1} on)")
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        values = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise UserError(f"{source} is not plain YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source} is not a recipe: sections such as model: and data: are expected")
-    return values
+    sections = {key.partition(".")[0] for key in _keys() if "." in key}
+    return {key: {} if value is None and key in sections else value for key, value in values.items()}
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
@@ -213,18 +238,20 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(_explain(error)) from None
 
 
-def load_model_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """`argument=value` words -> checked arguments of `eit.create_model`."""
+def model_arguments(pairs: Sequence[str] | dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `eit.create_model`, from `argument=value` words or unchecked values -> checked ones."""
     values: dict[str, Any] = {}
-    for pair in pairs:
-        _apply(values, f"model.{pair}")
-    section = parse_recipe(values).model
-    return section.arguments() | ({"family": section.family} if "family" in section.model_fields_set else {})
-
-
-def check_device(name: str) -> str:
-    """The name of a device as in `train.device`, checked."""
-    return parse_recipe({"train": {"device": name}}).train.device
+    if isinstance(pairs, dict):
+        values = dict(pairs)
+    else:
+        for pair in pairs:
+            _apply(values, pair)
+    try:
+        section = Model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, Model)) from None
+    family = {"family": section.family} if "family" in section.model_fields_set else {}
+    return section.arguments() | family
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -257,29 +284,24 @@ def _keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
             yield prefix + name
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     first = error.errors()[0]
-    known = list(_keys())
+    known = list(_keys(section))
     # A union reports its members one by one: (..., "int"), (..., "tuple[int, ...]"); the key is the longest known part.
     parts = [str(part) for part in first["loc"]]
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), ".".join(parts))
     if first["type"] == "extra_forbidden":
-        return (
-            f"unknown recipe key {key!r}: {_HINTS[key]}"
-            if key in _HINTS
-            else f"unknown recipe key {key!r}{_nearest(key, known)}"
-        )
+        what = "recipe key" if section is Recipe else "model argument"
+        return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
     return f"{key}={_short(first['input'])}: {message}" if key else message
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    known = list(known)
+def _nearest(key: str, known: list[str]) -> str:
+    """The known key that is meant: by its whole name, or by its last part."""
     by_last = {k.rpartition(".")[2]: k for k in known}
-    found = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(
-        word.rpartition(".")[2], by_last, n=1
-    )
-    return f"; did you mean {by_last.get(found[0], found[0])!r}?" if found else ""
+    last = key.rpartition(".")[2]
+    return f"; did you mean {by_last[last]!r}?" if last in by_last else nearest(key, known)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,10 +17,12 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def say(text: str) -> None:
-    """A line for the person who waits, once, however many ranks there are."""
+def say(text: str, any_rank: bool = False) -> None:
+    """A line for the person who waits: from rank 0, or from the rank that has something of its own to say."""
     if distributed.is_main():
         err.print(escape(text))
+    elif any_rank:
+        err.print(escape(f"[rank {distributed.rank()}] {text}"))
 
 
 class Advance(Protocol):

@@ -5,7 +5,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ class Images:
 
     def subset(self, indices: Iterable[int]) -> "Images":
         indices = list(indices)
-        pick = lambda values: [values[i] for i in indices]  # noqa: E731
-        return Images(self.classes, pick(self.labels), pick(self.names), pick(self.sources), self.max_pixels)
+        return replace(
+            self,
+            labels=[self.labels[i] for i in indices],
+            names=[self.names[i] for i in indices],
+            sources=[self.sources[i] for i in indices],
+        )
 
     def digest(self) -> str:
         """A hash of names and labels: two processes with the same one see the same data."""
@@ -150,9 +155,10 @@ def _digits(val_fraction: float) -> tuple[Images, Images]:
 def _folder(root: str) -> Path:
     if not root:
         raise UserError("data.root is not set: data.root=PATH, a folder with train/ and val/")
-    if not os.path.isdir(root):
-        raise UserError(f"data.root={root} is not a folder")
-    return Path(root)
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{root} is not a folder")
+    return folder
 
 
 def _files(folder: Path) -> list[str]:
@@ -177,24 +183,14 @@ def check(root: str, max_pixels: int, val_fraction: float | None = None) -> dict
     """Read every image below `root`, and report counts, classes, sizes and everything that training would trip over."""
     report: dict[str, Any] = dict(root=root, splits={}, problems=[])
     listed: dict[str, Images] = {}
-    if root == DIGITS:
-        listed["train"], listed["val"] = _digits(val_fraction or 0.2)
-    else:
+    try:
+        listed["train"], listed["val"] = open_data(Data(root=root, val_fraction=val_fraction, max_pixels=max_pixels))
+    except UserError as error:
         folder = _folder(root)
-        found = [name for name in ("train", "val") if (folder / name).is_dir()]
-        for name in found:
-            try:
+        report["problems"].append(str(error))
+        for name in ("train", "val"):  # what is there is read all the same
+            with suppress(UserError, FileNotFoundError):  # it was reported above
                 listed[name] = list_images(folder / name, max_pixels)
-            except UserError as error:
-                report["problems"].append(str(error))
-        if "train" not in found:
-            report["problems"].append(f"{folder} has no train/ folder (train/CLASS/image.png is expected)")
-        elif "val" not in found:
-            report["notes"] = ["no val/ folder: train with data.val_fraction=0.1"]
-        if len(listed) == 2 and listed["train"].classes != listed["val"].classes:
-            report["problems"].append(_class_difference(listed["train"].classes, listed["val"].classes))
-        if "train" in listed and len(listed["train"].classes) < 2:
-            report["problems"].append(f"{folder / 'train'} has one class: at least two are needed")
     for name, images in listed.items():
         sizes: Counter[tuple[int, int]] = Counter()
         unreadable = []

@@ -1,6 +1,7 @@
 """Rank, world and a few collectives; everything works without torchrun too."""
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from eit.errors import UserError
 
 T = TypeVar("T")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def start(device: str = "auto") -> torch.device:
@@ -20,6 +22,8 @@ def start(device: str = "auto") -> torch.device:
     Raises:
         UserError: a device that this machine does not have.
     """
+    if not DEVICE.fullmatch(device):
+        raise UserError(f"device {device!r} is not one of auto, cpu, mps, cuda, cuda:N")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -71,6 +75,9 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+ON_MAIN = "on rank 0"  # the note of an error that every rank raises, for rank 0 to tell
+
+
 def on_main(call: Callable[[], T]) -> T:
     """Run `call` on rank 0 and give its result, or its error, to all."""
     if world_size() == 1:
@@ -80,6 +87,7 @@ def on_main(call: Callable[[], T]) -> T:
         try:
             outcome[0] = call()
         except Exception as error:
+            error.add_note(ON_MAIN)
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

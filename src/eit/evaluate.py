@@ -44,7 +44,7 @@ def evaluate(model: Callable[[Tensor], Tensor], loader: EvaluationLoader, autoca
                 logits = model(batch.images)
             logits, labels = logits[: batch.valid].float(), batch.labels[: batch.valid]
             top = logits.topk(min(5, len(classes)), dim=1).indices == labels[:, None]
-            losses[block] = F.cross_entropy(logits, labels, reduction="sum").double().cpu()
+            losses[block] = F.cross_entropy(logits, labels, reduction="sum").cpu().double()
             for row, hit in zip(counts, (torch.ones_like(labels), top[:, 0], top.any(dim=1)), strict=True):
                 row.add_(torch.bincount(labels.cpu(), hit.cpu().double(), len(classes)).long())
             advance()

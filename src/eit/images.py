@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ def decode(path: str | os.PathLike[str], channels: int = 3, max_pixels: int = MA
         with Image.open(path) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise UnreadableImage(f"{path}: {width}x{height} is more than data.max_pixels={max_pixels}")
+                raise UnreadableImage(
+                    f"{path}: {width}x{height} is more than the {max_pixels} pixels that data.max_pixels allows"
+                )
             return to_mode(ImageOps.exif_transpose(image), channels)
     except UnreadableImage:
         raise
@@ -52,7 +55,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
     elif image.mode == "F":
-        raise UnreadableImage(f"{getattr(image, 'filename', 'image')}: 32-bit float pixels have no defined range")
+        raise ValueError("32-bit float pixels have no defined range")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert({1: "L", 3: "RGB"}[channels])
@@ -60,6 +63,11 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 def resize_and_crop(image: Image.Image, resize: int, size: int, interpolation: str) -> Image.Image:
     """Shorter side to `resize` pixels, then the centre `size` x `size`: what evaluation and prediction see."""
+    width, height = image.size
+    if max(image.size) > 8 * min(
+        image.size
+    ):  # a thread of an image would grow without bound, and only its centre counts
+        image = TF.center_crop(image, [min(height, 4 * width), min(width, 4 * height)])
     if min(image.size) != resize:
         image = TF.resize(image, [resize], InterpolationMode(interpolation), antialias=True)
     return TF.center_crop(image, [size]) if image.size != (size, size) else image
@@ -83,7 +91,7 @@ class View:
 
     size: int
     resize: int
-    interpolation: str
+    interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

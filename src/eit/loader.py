@@ -11,7 +11,8 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 
 from eit import distributed
@@ -34,28 +36,39 @@ CACHE_SIZE = 64  # pixels: images up to this size are held in memory
 CACHE_BYTES = 2 << 30
 
 
-def seed_of(*counters: int) -> int:
-    """A 64-bit seed that is a function of the counters."""
-    return int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> np.uint64(1))
+class Stream(IntEnum):
+    """What randomness is for. Each stream has counters of its own, and so numbers of its own."""
+
+    INITIAL_VALUES = 1  # seed
+    ORDER = 2  # seed, epoch
+    TABLE = 3  # seed, epoch
+    NOISE = 4  # seed, epoch
+    SAMPLE = 5  # seed, epoch, index, repeat
+    STEP = 6  # seed, step, micro-batch, rank
 
 
-def generator(*counters: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(*counters))
+def seed_of(stream: Stream, *counters: int) -> int:
+    """A 63-bit seed that is a function of the stream and its counters."""
+    return int(np.random.SeedSequence((stream, *counters)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def set_seed(*counters: int) -> None:
+def generator(stream: Stream, *counters: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(stream, *counters))
+
+
+def set_seed(stream: Stream, *counters: int) -> None:
     """Seed the global generators of Python, NumPy and torch, which timm and dropout draw from."""
-    seed = seed_of(*counters)
+    seed = seed_of(stream, *counters)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 @contextmanager
-def seeded(*counters: int) -> Iterator[None]:
+def seeded(stream: Stream, *counters: int) -> Iterator[None]:
     """`set_seed` for the block; the generators are put back after it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    set_seed(*counters)
+    set_seed(stream, *counters)
     try:
         yield
     finally:
@@ -90,7 +103,7 @@ class Plan:
         With repeated augmentation each image stands `repeats` times in a row, so that ranks share its copies, and an
         epoch is as long as without: it shows a part of the images (Hoffer et al. 2020, as in the DeiT code).
         """
-        shuffled = torch.randperm(self.images, generator=generator(self.seed, epoch, 0))
+        shuffled = torch.randperm(self.images, generator=generator(Stream.ORDER, self.seed, epoch))
         index = shuffled.repeat_interleave(self.repeats)
         repeat = torch.arange(self.repeats).repeat(self.images)
         used = self.steps * self.global_batch
@@ -128,15 +141,20 @@ class BadImages:
         self.total, self.allowed = len(images), int(budget * len(images))
         self.seen: set[str] = set()
 
-    def add(self, fault: str) -> None:
-        if fault in self.seen:
-            return
-        self.seen.add(fault)
-        say(f"unreadable image, its neighbour is used instead: {fault}")
-        if len(self.seen) > self.allowed:
+    def add(self, faults: Iterable[str]) -> None:
+        for fault in faults:
+            if fault not in self.seen:
+                self.seen.add(fault)
+                if len(self.seen) <= self.allowed:  # beyond, the run stops
+                    say(f"unreadable image, its neighbour is used instead: {fault}", any_rank=True)
+
+    def check(self, met: int) -> None:
+        """Raise a UserError if the budget is used up. `met` is the sum over ranks; what several met counts once."""
+        if met > self.allowed and (count := len(set().union(*distributed.gather(self.seen)))) > self.allowed:
+            last = f"; the last here: {list(self.seen)[-1]}" if self.seen else ""
             raise UserError(
-                f"{len(self.seen)} of {self.total} training images are unreadable, data.bad_image_budget allows "
-                f"{self.allowed}; the last: {fault}"
+                f"{count} of {self.total} training images are unreadable, "
+                f"data.bad_image_budget allows {self.allowed}{last}"
             )
 
 
@@ -154,14 +172,21 @@ def read_or_neighbour(images: Images, index: int, channels: int) -> tuple[Image.
 class CachedLoader:
     """Small images in memory as uint8, on the device; pad-crop, flip and erasing for a whole batch at a time.
 
-    A sample's draws stand in row (index, repeat) of a table made once an epoch from (seed, epoch).
+    A sample's draws stand in row (index, repeat) of a table made once an
+    epoch from (seed, epoch).
     """
 
     def __init__(
         self, images: Images, view: View, plan: Plan, budget: float, augment: Augment, device: torch.device
     ) -> None:
-        self.view, self.plan, self.augment, self.device = view, plan, augment, device
-        bad = BadImages(images, budget)
+        self.images, self.plan, self.augment, self.device = images, plan, augment, device
+        self.view = replace(view, resize=view.size)
+        self.bad = BadImages(images, budget)
+        self.pixels = self.labels = torch.empty(0)
+
+    def prepare(self) -> None:
+        """Read the images, before the first epoch."""
+        images, view = self.images, self.view
         pixels = torch.empty(len(images), view.channels, view.size, view.size, dtype=torch.uint8)
         labels = torch.empty(len(images), dtype=torch.int64)
 
@@ -172,17 +197,19 @@ class CachedLoader:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for faults in track(pool.map(fill, range(len(images))), "reading images", len(images)):
-                for fault in faults:
-                    bad.add(fault)
-        self.pixels, self.labels = pixels.to(device), labels.to(device)
+                self.bad.add(faults)
+        self.bad.check(len(self.bad.seen))
+        self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         plan = self.plan
-        draws = torch.rand(plan.images, plan.repeats, 8, generator=generator(plan.seed, epoch, 1)).to(self.device)
+        draws = torch.rand(plan.images, plan.repeats, 8, generator=generator(Stream.TABLE, plan.seed, epoch)).to(
+            self.device
+        )
         noise = torch.empty(0)
         if self.augment.erasing:
             shape = (NOISE_FIELDS, *self.pixels.shape[1:])
-            noise = torch.randn(shape, generator=generator(plan.seed, epoch, 2)).to(self.device)
+            noise = torch.randn(shape, generator=generator(Stream.NOISE, plan.seed, epoch)).to(self.device)
         for rows in plan.batches(epoch, first_step, distributed.rank()):
             index, repeat = rows.to(self.device).unbind(1)
             row = draws[index, repeat].unbind(1)
@@ -238,7 +265,7 @@ class _Samples(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, list[str]]:
         epoch, index, repeat = key
         image, label, faults = read_or_neighbour(self.images, index, self.view.channels)
-        with seeded(self.seed, epoch, index, repeat, 3):
+        with seeded(Stream.SAMPLE, self.seed, epoch, index, repeat):
             return self.transform(image), label, faults
 
 
@@ -270,45 +297,61 @@ class StreamLoader:
             **_worker_options(config.workers, device),
         )
 
+    def prepare(self) -> None:
+        """Nothing: the workers start with the first epoch."""
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
         for images, labels, faults in self.loader:
-            for fault in faults:
-                self.bad.add(fault)
+            self.bad.add(faults)
             yield Batch(
                 images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), len(labels)
             )
 
 
-def image_transform(view: View, augment: Augment) -> Callable[[Image.Image], Tensor]:
-    """PIL image -> normalised, augmented (channels, size, size) float."""
-    if view.channels != 3 and augment.rand_augment:
-        raise UserError("augment.rand_augment needs colour images: model.in_chans=3")
-    common = dict(
-        input_size=view.size,
-        is_training=True,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.rand_augment,
-        interpolation=view.interpolation,
-        hflip=augment.hflip,
-        re_prob=augment.erasing,
-        re_mode="pixel",
-        mean=view.mean,
-        std=view.std,
-    )
-    if augment.crop_scale is not None:
-        return create_transform(**common, scale=augment.crop_scale, ratio=augment.crop_aspect)
-    _, *rest = create_transform(**common).transforms  # timm's random resized crop is left out
+class PadCrop:
+    """PIL image -> its evaluation view, padded and cropped at random. A class, for worker processes to be sent it."""
 
-    def transform(image: Image.Image) -> Any:
-        image = resize_and_crop(image, view.size, view.size, view.interpolation)
-        if pad := augment.pad_crop:
-            top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
-            image = TF.crop(TF.pad(image, pad), top, left, view.size, view.size)
-        for step in rest:
-            image = step(image)
+    def __init__(self, view: View, pad: int) -> None:
+        self.view, self.pad = view, pad
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size = self.view.size
+        image = resize_and_crop(image, size, size, self.view.interpolation)
+        if self.pad:
+            top, left = random.randint(0, 2 * self.pad), random.randint(0, 2 * self.pad)
+            image = TF.crop(TF.pad(image, self.pad), top, left, size, size)
         return image
 
+
+def image_transform(view: View, augment: Augment) -> Compose:
+    """PIL image -> normalised, augmented (channels, size, size) float.
+
+    Raises:
+        UserError: a policy that timm does not know, or that needs colour.
+    """
+    if augment.rand_augment and view.channels != 3:
+        raise UserError("augment.rand_augment needs colour images: model.in_chans=3")
+    try:
+        transform = create_transform(
+            input_size=view.size,
+            is_training=True,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.rand_augment,
+            interpolation=view.interpolation,
+            hflip=augment.hflip,
+            re_prob=augment.erasing,
+            re_mode="pixel",
+            mean=view.mean,
+            std=view.std,
+            scale=augment.crop_scale,
+            ratio=augment.crop_aspect,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        given = f"augment.rand_augment={augment.rand_augment}"
+        raise UserError(f"{given}: timm does not know this policy ({error}), such as rand-m9-mstd0.5-inc1") from None
+    if augment.crop_scale is None:
+        transform.transforms[0] = PadCrop(view, augment.pad_crop)  # instead of timm's random resized crop
     return transform
 
 

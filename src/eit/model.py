@@ -247,9 +247,18 @@ class EIT(nn.Module):
             raise ValueError(f"stem={stem!r} is not one of conv_pool, patch")
         if pos_embed not in ("none", "learned"):
             raise ValueError(f"pos_embed={pos_embed!r} is not one of none, learned")
-        for name, size in dict(kernel_size=kernel_size, stride=stride, pool_size=pool_size, in_chans=in_chans).items():
+        if global_pool not in ("token", "avg", ""):
+            raise ValueError(f"global_pool={global_pool!r} is not one of token, avg, ''")
+        sizes = dict(
+            kernel_size=kernel_size, stride=stride, pool_size=pool_size, patch_size=patch_size, in_chans=in_chans
+        )
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} is not positive")
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes} is negative")
+        if int(embed_dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden channel of embed_dim={embed_dim}")
         self.attn_channels = attention_channels(schedule, embed_dim, depth, num_heads)  # the others are convolved
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = height, width
@@ -365,12 +374,12 @@ class EIT(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NLC")
         depth = len(self.blocks)
-        wanted = (
-            range(depth) if indices is None else range(depth - indices, depth) if isinstance(indices, int) else indices
-        )
-        wanted = [i % depth if -depth <= i < depth else i for i in wanted]
-        if any(not 0 <= i < depth for i in wanted):
+        if indices is None:
+            indices = depth
+        given = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+        if not given or any(not -depth <= i < depth for i in given):
             raise ValueError(f"indices={indices} go beyond the {depth} blocks")
+        wanted = [i % depth for i in given]
         batch = x.shape[0]
         outputs = []
         x, h, w = self.embed(x)

@@ -28,7 +28,11 @@ def view_of(card: Card) -> View:
 
 @torch.no_grad()
 def predict(
-    model: EIT, images: Sequence[str | os.PathLike[str]], top: int = 5, batch_size: int = 32
+    model: EIT,
+    images: Sequence[str | os.PathLike[str]],
+    top: int = 5,
+    batch_size: int = 32,
+    max_pixels: int | None = None,
 ) -> Iterator[Prediction]:
     """The `top` classes of each image file, by a model of `eit.load`.
 
@@ -42,14 +46,14 @@ def predict(
         names = images[start : start + batch_size]
         for name in names:
             try:
-                pixels.append(view.pixels(decode(name, view.channels)))
+                pixels.append(view.pixels(decode(name, view.channels, max_pixels or model.card.max_pixels)))
             except UnreadableImage as error:
                 fault = error
                 break
         if pixels:
             logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
             values, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-            ranked = torch.stack((values.double(), indices.double()), dim=2).tolist()
+            ranked = torch.stack((values.cpu().double(), indices.cpu().double()), dim=2).tolist()
             for name, pairs in zip(names, ranked, strict=False):
                 yield Prediction(str(name), [(model.card.classes[int(i)], p) for p, i in pairs])
         if fault:

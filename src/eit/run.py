@@ -6,9 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -31,45 +33,56 @@ class Run:
             raise UserError(f"out={path} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.register_at_fork(after_in_child=_closer(self._lock))
         except BlockingIOError:
             raise UserError(f"{path} is in use by another process; give this one its own out=") from None
         file = path / "recipe.yaml"
-        if file.exists():
-            old = parse_recipe(parse_yaml(file.read_text(), str(file)))
+        if saved_steps(path) or self.lines():  # else nothing was trained yet, and the recipe may change
+            if not file.exists():
+                raise UserError(f"{path} holds a run but no recipe.yaml; give this one its own out=")
+            try:
+                old = parse_recipe(parse_yaml(file.read_text(), str(file)))
+            except UserError as error:
+                raise UserError(f"{file}: {error}; was it made by another version?") from None
             if different := differences(old, recipe):
                 raise UserError(
                     f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
                 )
-        elif saved_steps(path) or (path / "log.jsonl").exists():
-            raise UserError(f"{path} holds a run but no recipe.yaml; give this one its own out=")
         write_file(file, recipe.to_yaml())
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def finished(self) -> dict[str, Any] | None:
         """The summary, where the run has ended."""
-        file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.exists() and (self.path / "final.safetensors").exists() else None
+        if not (self.path / "final.safetensors").exists():
+            return None
+        try:
+            return json.loads((self.path / "summary.json").read_text())
+        except (FileNotFoundError, ValueError):  # it is written last, and written again
+            return None
 
     def checkpoint(self) -> tuple[Path | None, list[str]]:
         return newest_step(self.path)
 
     def lines(self) -> list[dict[str, Any]]:
+        """The log, up to a line that was torn when a process died."""
+        lines = []
         file = self.path / "log.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def cut_log(self, step: int) -> None:
-        """Drop what was logged after `step`, the checkpoint that the run continues from; a torn last line too."""
-        file = self.path / "log.jsonl"
-        if not file.exists():
-            return
-        kept = []
-        for line in file.read_text().splitlines():
+        for line in file.read_text().splitlines() if file.exists() else []:
             try:
-                if json.loads(line)["step"] > step:
-                    break
+                lines.append(json.loads(line))
             except ValueError:
                 break
-            kept.append(line + "\n")
-        write_file(file, "".join(kept))
+        return lines
+
+    def cut_log(self, step: int) -> None:
+        """Drop what was logged after `step`, the checkpoint that the run continues from."""
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+        write_file(self.path / "log.jsonl", "".join(kept))
 
     def start_logging(self, environment: dict[str, Any], step: int) -> None:
         """Note the environment, and open TensorBoard's file, where events after `step` no longer count."""
@@ -78,7 +91,7 @@ class Run:
         self.write_json("environment.json", environment)
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
-    def log(self, **line: Any) -> None:
+    def log(self, line: dict[str, Any]) -> None:
         """An epoch's line: to log.jsonl, TensorBoard, curves.png and the screen."""
         with open(self.path / "log.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
@@ -103,6 +116,17 @@ class Run:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_file(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def _closer(file: IO[str]) -> Callable[[], None]:
+    """Closes `file`, if it is still there: loader workers must not hold a lock on when their parent is killed."""
+    there = weakref.ref(file)
+
+    def close() -> None:
+        if (found := there()) is not None:
+            found.close()
+
+    return close
 
 
 def draw_curves(lines: list[dict[str, Any]], file: Path) -> None:

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +28,7 @@ from eit.data import open_data
 from eit.errors import UserError
 from eit.evaluate import evaluate
 from eit.images import View
-from eit.loader import EvaluationLoader, Plan, set_seed, train_loader
+from eit.loader import EvaluationLoader, Plan, Stream, set_seed, train_loader
 from eit.model import EIT
 from eit.run import Run, environment
 from eit.zoo import create_model
@@ -54,6 +54,7 @@ class Progress:
     best_top1: float = -1.0
     best_epoch: int = -1
     seconds: float = 0.0  # of training steps, over all continuations
+    last: dict[str, Any] = field(default_factory=dict)  # the newest line of the log
     fixed: dict[str, Any] = field(default_factory=dict)  # what a continuation must share: data, global batch
 
 
@@ -65,6 +66,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
         Stopped: SIGTERM or SIGINT came; the run is saved.
         FloatingPointError: the loss is not finite; the weights were not updated with it.
     """
+    with ExitStack() as held:
+        return _train(recipe, held)
+
+
+def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     # What is trained on what. All that can be wrong is found here.
     device = distributed.start(recipe.train.device)
     train_images, val_images = open_data(recipe.data)
@@ -78,6 +84,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         seed=recipe.seed,
     )
     check_plan(recipe, plan)
+    loader = train_loader(train_images, view, plan, recipe.data, recipe.augment, device)
     model = build_model(recipe, len(train_images.classes))
     card = make_card(recipe, view, train_images.classes)
     at = Progress(fixed=dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=plan.global_batch))
@@ -89,7 +96,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     def open_run() -> dict[str, Any] | None:
         nonlocal run
-        run = Run(recipe.run_folder(), recipe)
+        run = held.enter_context(Run(recipe.run_folder(), recipe))
         return run.finished()
 
     if finished := distributed.on_main(open_run):
@@ -98,13 +105,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     # The machinery of a step
     model = model.to(device).to(memory_format=torch.channels_last)
-    ema = ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
+    ema = None if recipe.train.ema_decay is None else ModelEmaV3(model, decay=recipe.train.ema_decay)
     optimizer = make_optimizer(recipe, model, plan)
     schedule = make_schedule(recipe, optimizer, plan)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
     mix = make_mixup(recipe, len(card.classes))
-    loader = train_loader(train_images, view, plan, recipe.data, recipe.augment, device)
     val_loader = EvaluationLoader(val_images, view, recipe.data.batch_size, recipe.data.workers, device)
+    loader.prepare()
     resume(run, model, ema, optimizer, scaler, at)
     network: Any = model
     if plan.world > 1:
@@ -119,7 +126,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     def backward(micro: int, batches: Iterator[Any]) -> Tensor:
         """One micro-batch's share of the step's loss, its gradients added."""
         x, y, _ = next(batches)
-        set_seed(recipe.seed, at.step, micro, distributed.rank(), 4)
+        set_seed(Stream.STEP, recipe.seed, at.step, micro, distributed.rank())
         x, target = mix(x, y) if mix else (x, y)
         hold_gradients = plan.world > 1 and micro + 1 < plan.accumulate
         with network.no_sync() if hold_gradients else nullcontext():
@@ -164,17 +171,20 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 while at.step < end:
                     schedule.step_update(at.step)
                     loss = sum((backward(micro, batches) for micro in range(plan.accumulate)), torch.zeros(()))
-                    # One small collective a step: the mean loss, and the signals that any rank was sent.
-                    shared = torch.tensor([float(loss) / plan.world, *asked()], device=device)
-                    mean_loss, *signals = distributed.sum_over_ranks(shared).tolist()
+                    # One small collective a step: mean loss, unreadable images, signals that any rank was sent.
+                    shared = torch.tensor([float(loss) / plan.world, len(loader.bad.seen), *asked()], device=device)
+                    mean_loss, bad_images, *signals = distributed.sum_over_ranks(shared).tolist()
+                    loader.bad.check(int(bad_images))
                     if not math.isfinite(mean_loss):
                         raise FloatingPointError(
                             f"the loss is {mean_loss} in epoch {epoch}, step {at.step}; the weights were not updated; "
-                            f"{recipe.run_folder()} has the last checkpoint; try a lower optim.lr or optim.clip_grad=1"
+                            "try a lower optim.lr, a longer train.warmup_epochs or optim.clip_grad=1"
                         )
                     if recipe.optim.clip_grad:
                         scaler.unscale_(optimizer)
-                        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
+                        # A scaler skips steps that overflow by itself; else a gradient that is not finite is an error.
+                        strict = not scaler.is_enabled()
+                        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad, error_if_nonfinite=strict)
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
@@ -199,35 +209,35 @@ def train(recipe: Recipe) -> dict[str, Any]:
             best = metrics.top1 > at.best_top1
             if best:
                 at.best_top1, at.best_epoch = metrics.top1, epoch
+            at.last = {
+                "epoch": epoch,
+                "step": at.step,
+                "lr": lr,
+                "train_loss": at.loss_sum / (at.step - epoch * plan.steps),
+                "val_loss": metrics.loss,
+                "val_top1": metrics.top1,
+                "val_top5": metrics.top5,
+                "ema_top1": averaged.top1 if averaged else None,
+                "images_per_s": round(images_per_s, 1),
+            }
             if run:
                 if best:
                     save_weights(run.path / "best.safetensors", model.state_dict(), card)
-                run.log(
-                    epoch=epoch,
-                    step=at.step,
-                    lr=lr,
-                    train_loss=at.loss_sum / (at.step - epoch * plan.steps),
-                    val_loss=metrics.loss,
-                    val_top1=metrics.top1,
-                    val_top5=metrics.top5,
-                    ema_top1=averaged.top1 if averaged else None,
-                    images_per_s=round(images_per_s, 1),
-                )
+                run.log(at.last)
             folder = save()
             if any(signals) and at.step < total_steps:
                 raise Stopped(which_signal(signals), folder)
 
     def finish() -> dict[str, Any]:
         assert run is not None
-        last = run.lines()[-1]
         save_weights(run.path / "final.safetensors", model.state_dict(), card)
         return run.finish(
             best_top1=at.best_top1,
             best_epoch=at.best_epoch,
-            last_top1=last["val_top1"],
-            last_top5=last["val_top5"],
-            last_ema_top1=last["ema_top1"],
-            epochs=last["epoch"] + 1,
+            last_top1=at.last["val_top1"],
+            last_top5=at.last["val_top5"],
+            last_ema_top1=at.last["ema_top1"],
+            epochs=at.last["epoch"] + 1,
             seconds=round(at.seconds, 1),
             params=parameters,
         )
@@ -256,6 +266,9 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
     if plan.steps == 0:
         parts = f"data.batch_size={plan.batch_size} x train.accumulate={plan.accumulate} x {plan.world} processes"
         raise UserError(f"a batch of {plan.global_batch} ({parts}) is larger than the {plan.images} training images")
+    if recipe.optim.min_lr > base_rate(recipe, plan):
+        rate = f"optim.lr={recipe.optim.lr:g}, {base_rate(recipe, plan):g} for a batch of {plan.global_batch}"
+        raise UserError(f"optim.min_lr={recipe.optim.min_lr:g} is more than the rate itself ({rate})")
     if (recipe.augment.mixup or recipe.augment.cutmix) and plan.batch_size % 2:
         raise UserError(f"data.batch_size={plan.batch_size} is odd: mixup and cutmix mix pairs")
 
@@ -263,7 +276,7 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
 def build_model(recipe: Recipe, classes: int) -> EIT:
     """The model with its initial values, a function of the seed, or those of `model.pretrained`."""
     section = recipe.model
-    set_seed(recipe.seed, 5)
+    set_seed(Stream.INITIAL_VALUES, recipe.seed)
     size = recipe.data.image_size
     model = create_model(section.name, section.family, num_classes=classes, img_size=size, **section.arguments())
     if section.pretrained:
@@ -275,7 +288,7 @@ def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
     """What the weights will say about themselves."""
     return Card(
         model=recipe.model.name,
-        arguments=recipe.model.arguments() | dict(family=recipe.model.family, img_size=recipe.data.image_size),
+        arguments=recipe.model.arguments() | {"family": recipe.model.family},
         classes=classes,
         mean=view.mean,
         std=view.std,
@@ -288,9 +301,13 @@ def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
 
 def make_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     """Weight decay spares norms, biases, the class token and position embeddings."""
-    o = recipe.optim
-    lr = o.lr * plan.global_batch / o.lr_batch if o.lr_batch else o.lr
+    o, lr = recipe.optim, base_rate(recipe, plan)
     return create_optimizer_v2(model, o.name, lr=lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+
+
+def base_rate(recipe: Recipe, plan: Plan) -> float:
+    """The peak learning rate: `optim.lr`, in proportion to the global batch where `optim.lr_batch` is set."""
+    return recipe.optim.lr * plan.global_batch / (recipe.optim.lr_batch or plan.global_batch)
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, plan: Plan) -> CosineLRScheduler:

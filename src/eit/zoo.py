@@ -1,9 +1,7 @@
 """The zoo: variants, families, published results, and their registration with timm."""
 
-import difflib
 import inspect
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +10,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
 import eit.model  # not its names: this module may be imported while that one waits for timm
-from eit.errors import UserError
+from eit.errors import UserError, nearest
 
 AUTHORS_CODE = "https://github.com/MrHaiPi/EIT"
 
@@ -79,12 +77,6 @@ def list_models() -> list[str]:
 def model_arguments() -> list[str]:
     """Names of the arguments that `create_model` takes."""
     return ["family", *inspect.signature(eit.model.EIT).parameters]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known word is near."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit.model.EIT":
