@@ -19,7 +19,7 @@ def trained(tmp_path_factory):
     save_digits(home / "data")
     done = run_eit("train", "cifar10", "data.root=data", "name=mine", *TINY, cwd=home)
     assert done.returncode == 0, done.stderr
-    assert "run folder runs/mine" in done.stdout and "next: eit eval runs/mine" in done.stdout
+    assert "run folder runs/mine" in done.stdout and "next: python -m eit eval runs/mine" in done.stdout
     return home
 
 

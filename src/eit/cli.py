@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -107,7 +109,7 @@ def train(
                 f"top-1 {summary['last_top1']:.2f}% after the last of {summary['epochs']} epochs "
                 f"(best {summary['best_top1']:.2f}% after epoch {summary['best_epoch'] + 1})\n"
                 f"run folder {folder}\n"
-                f"next: eit eval {folder}    eit predict {folder} IMAGE...",
+                f"next: {_program()} eval {folder}    {_program()} predict {folder} IMAGE...",
             )
     finally:
         distributed.stop()
@@ -248,8 +250,6 @@ def convert(
     ] = None,
 ) -> None:
     """Weights of the authors' code, or timm's -> a self-describing safetensors file. Nothing in IN is executed."""
-    from pathlib import Path
-
     from eit.checkpoint import find_weights, our_names, read_weights, recognise, save_weights
     from eit.config import model_arguments
 
@@ -293,6 +293,12 @@ def check(
     _show(report, as_json, _check_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+def _program() -> str:
+    """How the user called this command."""
+    called = Path(sys.argv[0])
+    return "python -m eit" if called.name == "__main__.py" else called.name if shutil.which("eit") else str(called)
 
 
 def _with_classes_of(card: "Card", images: "Images") -> "Images":
