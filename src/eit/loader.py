@@ -139,12 +139,12 @@ class BadImages:
 
     def __init__(self, images: Images, budget: float) -> None:
         self.total, self.allowed = len(images), int(budget * len(images))
-        self.seen: set[str] = set()
+        self.seen: dict[str, None] = {}  # in the order met
 
     def add(self, faults: Iterable[str]) -> None:
         for fault in faults:
             if fault not in self.seen:
-                self.seen.add(fault)
+                self.seen[fault] = None
                 if len(self.seen) <= self.allowed:  # beyond, the run stops
                     say(f"unreadable image, its neighbour is used instead: {fault}", any_rank=True)
 
@@ -172,8 +172,7 @@ def read_or_neighbour(images: Images, index: int, channels: int) -> tuple[Image.
 class CachedLoader:
     """Small images in memory as uint8, on the device; pad-crop, flip and erasing for a whole batch at a time.
 
-    A sample's draws stand in row (index, repeat) of a table made once an
-    epoch from (seed, epoch).
+    A sample's draws stand in row (index, repeat) of a table made once an epoch from (seed, epoch).
     """
 
     def __init__(
@@ -203,9 +202,8 @@ class CachedLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         plan = self.plan
-        draws = torch.rand(plan.images, plan.repeats, 8, generator=generator(Stream.TABLE, plan.seed, epoch)).to(
-            self.device
-        )
+        table = generator(Stream.TABLE, plan.seed, epoch)
+        draws = torch.rand(plan.images, plan.repeats, 8, generator=table).to(self.device)
         noise = torch.empty(0)
         if self.augment.erasing:
             shape = (NOISE_FIELDS, *self.pixels.shape[1:])

@@ -175,16 +175,12 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                     shared = torch.tensor([float(loss) / plan.world, len(loader.bad.seen), *asked()], device=device)
                     mean_loss, bad_images, *signals = distributed.sum_over_ranks(shared).tolist()
                     loader.bad.check(int(bad_images))
-                    if not math.isfinite(mean_loss):
-                        raise FloatingPointError(
-                            f"the loss is {mean_loss} in epoch {epoch}, step {at.step}; the weights were not updated; "
-                            "try a lower optim.lr, a longer train.warmup_epochs or optim.clip_grad=1"
-                        )
+                    check_finite("loss", mean_loss, at)
                     if recipe.optim.clip_grad:
                         scaler.unscale_(optimizer)
-                        # A scaler skips steps that overflow by itself; else a gradient that is not finite is an error.
-                        strict = not scaler.is_enabled()
-                        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad, error_if_nonfinite=strict)
+                        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
+                        if not scaler.is_enabled():  # a scaler skips steps that overflow by itself
+                            check_finite("gradient's norm", norm.item(), at)
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
@@ -243,6 +239,15 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         )
 
     return distributed.on_main(finish)
+
+
+def check_finite(name: str, value: float, at: Progress) -> None:
+    """Raise a FloatingPointError before the update that would spoil the weights."""
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {name} is {value} in step {at.step}; the weights were not updated; "
+            "try a lower optim.lr, a longer train.warmup_epochs or optim.clip_grad=1"
+        )
 
 
 # -- Parts, each from the recipe --------------------------------------------------------------------------------------
