@@ -184,6 +184,27 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
     assert lines[0] == lines[1]
 
 
+def test_what_was_logged_after_the_checkpoint_is_logged_once(folder, monkeypatch):
+    """The process dies between the log's line and the checkpoint of the same epoch, in the middle of a second line."""
+    r = recipe(folder, "train.epochs=3")
+    original = train_module.save_step
+
+    def save_step(run, step, *rest):
+        if step == 8:
+            raise Killed
+        return original(run, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "save_step", save_step)
+        with pytest.raises(Killed):
+            train(r)
+    assert [line["step"] for line in log(r.run_folder())] == [4, 8]
+    with open(r.run_folder() / "log.jsonl", "a") as f:
+        f.write('{"epoch": 2, "st')
+    train(r)
+    assert [line["step"] for line in log(r.run_folder())] == [4, 8, 12]
+
+
 @pytest.mark.parametrize("forgotten", [Stream.SAMPLE, Stream.STEP])
 def test_the_check_on_continuation_can_fail(folder, monkeypatch, forgotten):
     """Negative controls: without the per-sample seed, or the per-step seed, a continued run goes astray."""
