@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,7 +117,14 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, words, message):
 def test_mistakes_about_a_trained_model(trained, tmp_path):
     assert "no such image: gone.png" in failed(2, "predict", "runs/mine", "gone.png", cwd=trained)
     (tmp_path / "text.png").write_text("text")
-    assert "text.png: no image" in failed(2, "predict", "runs/mine", tmp_path / "text.png", cwd=trained)
+    good = "data/val/digit0/000.png"
+    done = run_eit("predict", "runs/mine", tmp_path / "text.png", good, cwd=trained)
+    assert (done.returncode, done.stdout.split()[0]) == (2, good)
+    assert done.stderr.startswith("eit: ") and "text.png: no image" in done.stderr
+    assert "is no run folder" in failed(2, "predict", "data", good, cwd=trained)
+    assert "out=data/val/digit0/000.png is a file" in failed(
+        2, "train", "cifar10", "data.root=data", f"out={good}", *TINY, cwd=trained
+    )
     assert "list on stdin is empty" in failed(2, "predict", "runs/mine", "-", cwd=trained, stdin="")
     save_digits(tmp_path / "other")
     for part in ("train", "val"):
@@ -136,6 +145,29 @@ def test_classes_are_matched_by_name(trained, tmp_path):
 
 
 def test_usage_errors_have_status_2():
-    assert failed(2, "evaluate")
-    assert failed(2, "predict")
-    assert failed(2, "eval", "x", "--batch-size", "0")
+    for words, message in (
+        (["evaluate"], "No such command 'evaluate'"),
+        (["predict"], "Missing argument 'CKPT'; see python -m eit predict -h"),
+        (["eval", "x", "--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["train", "digits", "--epochs", "2"], "No such option: --epochs; settings are key=value"),
+    ):
+        error = failed(2, *words)
+        assert message in error and error.startswith("eit: ") and "\n" not in error
+
+
+def test_help_is_for_people():
+    text = run_eit().stdout
+    assert text == run_eit("-h").stdout
+    assert all(name in text for name in ("train", "eval", "predict", "models", "recipes", "convert", "data"))
+    assert "..." not in text.split("Commands")[1]
+
+
+def test_ctrl_c_while_starting_ends_at_once(tmp_path):
+    """Sent into the imports, where an exception would be swallowed by somebody's except."""
+    for delay in (0.3, 0.5, 0.9):
+        words = [sys.executable, "-m", "eit", "train", "digits"]
+        process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == "eit: interrupted\n"

@@ -32,14 +32,14 @@ def test_predictions_are_the_models_own_in_any_batch(model, folder):
             assert p.labels[0][1] == pytest.approx(probabilities.max().item(), abs=1e-5)
 
 
-def test_a_file_that_is_no_image_is_named_after_those_before_it(model, folder):
+def test_a_file_that_is_no_image_is_named_and_the_others_are_predicted(model, folder):
     files = expand([str(folder / "val" / "digit0")])
     (folder / "bad.png").write_bytes(b"nothing")
-    found = []
-    with pytest.raises(eit.UserError, match=r"bad\.png"):
-        for p in predict(model, [*files, str(folder / "bad.png"), *files]):
-            found.append(p)
-    assert len(found) == len(files)
+    found = list(predict(model, [*files, str(folder / "bad.png"), *files], batch_size=3))
+    faults = [p.fault for p in found if p.fault]
+    assert len(faults) == 1 and "bad.png: no image" in faults[0]
+    assert [p.labels for p in found[:4]] == [p.labels for p in found[5:]]
+    assert found[4].labels == []
 
 
 def test_folders_and_files_are_expanded(folder):

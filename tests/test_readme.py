@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from eit.cli import app
 from eit.config import load_recipe, recipe_names
+from eit.train import train
+from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,9 +30,13 @@ def test_its_tables_are_those_of_the_zoo_and_of_results():
     assert done.returncode == 0, done.stderr
 
 
-def test_its_python_runs():
-    (code,) = blocks("python")
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_its_python_runs(folder, tmp_path):
+    first, trained = blocks("python")
+    subprocess.run([sys.executable, "-c", first], check=True)
+    train(load_recipe("cifar10", [*TINY, f"data.root={folder}", f"out={tmp_path / 'runs' / 'pets'}"]))
+    Image.new("RGB", (40, 30)).save(tmp_path / "cat.jpg")
+    done = subprocess.run([sys.executable, "-c", trained], cwd=tmp_path, capture_output=True, text=True)
+    assert "cat.jpg [('digit" in done.stdout, done.stderr
 
 
 def test_its_commands_exist_and_its_recipes_are_valid():
@@ -40,7 +47,7 @@ def test_its_commands_exist_and_its_recipes_are_valid():
         for line in block.replace("\\\n", "").splitlines()
     ]
     words = [re.split(r"(?:^|-m )eit ", line)[1].split() for line in lines if re.search(r"(?:^|-m )eit ", line)]
-    assert len(words) >= 10
+    assert len(words) >= 12
     for command, *arguments in words:
         assert command in commands
         if command == "train":

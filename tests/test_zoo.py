@@ -76,6 +76,7 @@ def test_arguments_win_over_the_family():
         ("eit_mini", dict(family="swin"), "unknown family 'swin'"),
         ("eit_mini", dict(famly="lsra"), "eit_mini has no argument 'famly'; did you mean 'family'?"),
         ("eit_mini", dict(embed_dims=3), "eit_mini has no argument 'embed_dims'; did you mean 'embed_dim'?"),
+        ("eit_mini", dict(pretrained=True), "no weights of eit_mini ship: use eit.load(PATH)"),
         ("eit_mini", dict(embed_dim=251), "eit_mini: embed_dim=251 is not a multiple of num_heads=10"),
     ],
 )

@@ -80,6 +80,8 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
         for name in ("best.safetensors", "final.safetensors"):
             if (path / name).is_file():
                 return path / name
+        if not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path} is no run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
     if not path.is_file():
         raise UserError(f"no weights at {path}: a .safetensors or .pth file, or a run folder, is expected")
@@ -270,6 +272,8 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # on pickle protocols, ahead of the refusal
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if file.read_bytes()[:1] not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
+            raise UserError(f"{file} is no checkpoint (.safetensors or .pth)") from None
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {name.group(1)}" if name else "it is no checkpoint"
         raise UserError(

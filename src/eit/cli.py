@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -55,35 +56,51 @@ def _complain(error: Exception) -> None:
 
 app = typer.Typer(
     cls=Commands,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).",
 )
-data_app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, help="Look at a data set.")
+data_app = typer.Typer(cls=Commands, rich_markup_mode=None, help="Look at a data set.")
 app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger images are refused; default: as in training.")]
-Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="A weights file or a run folder.", show_default=False)]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(metavar="CKPT", help="A weights file, or a run folder: its best.safetensors.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def options(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         print(f"eit {eit.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or PATH.yaml.", show_default=False)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="One that ships, or PATH.yaml; none lists them.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.epochs=100.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe, or continue its stopped run: eit train cifar10 data.root=PATH train.epochs=100"""
+    """Train a recipe, or continue its stopped run.
+
+    eit train cifar10 data.root=PATH name=mine train.epochs=100
+
+    The run folder is runs/NAME, or out=FOLDER. Its recipe.yaml holds every key with its value; a copy of it, with
+    another name, is a recipe of your own.
+    """
     if recipe is None:
         recipes(as_json)
         return
@@ -127,7 +144,10 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Top-1, top-5 (percent), loss and per-class accuracy; also under torchrun."""
+    """Top-1, top-5, loss and per-class accuracy.
+
+    Percentages; every image counts once on any number of processes that torchrun starts.
+    """
     from eit import distributed
     from eit.checkpoint import load
     from eit.data import open_evaluation
@@ -161,7 +181,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes an image.")] = 5,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line, one an image.")] = False,
 ) -> None:
     """The most likely classes of images."""
     from eit.checkpoint import load
@@ -174,11 +194,17 @@ def predict(
     if not files:
         raise UserError("no images: the list on stdin is empty")
     model = load(checkpoint).to(start(device))
+    unreadable = 0
     for found in run(model, files, top, max_pixels=max_pixels):
-        if as_json:
+        if found.fault:
+            unreadable += 1
+            _complain(UserError(found.fault))
+        elif as_json:
             print(json.dumps(dict(image=found.image, labels=[dict(label=n, probability=p) for n, p in found.labels])))
         else:
             print(found.image + "  " + "  ".join(f"{name} {100 * p:.1f}%" for name, p in found.labels), flush=True)
+    if unreadable:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -240,16 +266,21 @@ def recipes(as_json: Json = False) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A .pth of the authors or of timm.", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Of the authors' code or of timm.", show_default=False)],
     target: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file to write.", show_default=False)],
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENT=VALUE]...", show_default=False)] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGUMENT=VALUE", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="The model's name, where its shapes do not tell.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Pixels of the model's input; default: 224.")] = None,
     classes: Annotated[
         str | None, typer.Option(help="A file with a class name a line, in the order of the logits.")
     ] = None,
 ) -> None:
-    """Weights of the authors' code, or timm's -> a self-describing safetensors file. Nothing in IN is executed."""
+    """Other weights -> a self-describing safetensors file.
+
+    Nothing in IN is executed. Where its shapes do not tell the model, name it with its arguments, here timm's ViT-Ti:
+
+    eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3
+    """
     from eit.checkpoint import find_weights, our_names, read_weights, recognise, save_weights
     from eit.config import model_arguments
 
@@ -273,7 +304,10 @@ def convert(
         save_weights(Path(target), our_names(state), card)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
-    print(f"{target}: {card.model}, {len(card.classes)} classes, {sum(v.numel() for v in state.values()):,} parameters")
+    changed = "".join(f" {name}={value}" for name, value in card.arguments.items())
+    parameters = sum(v.numel() for v in state.values())
+    print(f"{target}: {card.model}{changed}, {len(card.classes)} classes, {parameters:,} parameters")
+    print(f"images are normalised with mean {card.mean} and std {card.std}, at {card.size} pixels")
 
 
 @data_app.command()
@@ -285,7 +319,7 @@ def check(
     max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
-    """Read every image; exit status 1 where training would fail."""
+    """Read every image; status 1 where training would fail."""
     from eit.data import check as run
     from eit.images import MAX_PIXELS
 
@@ -367,4 +401,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def main() -> None:
-    app()
+    # Until training has its own handler, Ctrl-C ends at once: an exception in the middle of an import would be lost.
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of the parser's
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} -h" if context else ""
+        if "No such option" in error.format_message() and "train" in sys.argv[1:2]:
+            hint = "; settings are key=value, such as train.epochs=2"
+        _complain(UserError(error.format_message().rstrip(".") + hint))
+        status = 2
+    sys.exit(status)
+
+
+def _interrupted(*_: object) -> None:
+    os.write(2, b"eit: interrupted\n")
+    os._exit(130)

@@ -151,7 +151,7 @@ class Recipe(Section):
         return Path(self.out or f"runs/{self.name}").expanduser()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=False)
 
 
 # Keys that change no result: a run may be continued with other values.
@@ -199,6 +199,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read recipe {name_or_path}: {_reason(error)}") from None
     else:
+        if Path(name_or_path).is_file():
+            raise UserError(f"{name_or_path} is no recipe: a recipe file ends in .yaml")
         known = ", ".join(recipe_names())
         raise UserError(
             f"unknown recipe {name_or_path!r}{nearest(name_or_path, recipe_names())} (known: {known}, or a PATH.yaml)"

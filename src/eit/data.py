@@ -83,7 +83,7 @@ def open_data(config: Data) -> tuple[Images, Images]:
         if train.classes != val.classes:
             raise UserError(f"{root}: {_class_difference(train.classes, val.classes)}")
     elif config.val_fraction is None:
-        raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1 to hold out a tenth of train/")
+        raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1 (eit data check: --val-fraction 0.1)")
     else:
         train, val = split(train, config.val_fraction)
     if len(train.classes) < 2:

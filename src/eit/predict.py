@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from eit.model import EIT
 
 @dataclass(frozen=True)
 class Prediction:
-    """`labels`: (class name, probability), the most likely first."""
+    """`labels`: (class name, probability), the most likely first; none, and a `fault`, where it cannot be read."""
 
     image: str
     labels: list[tuple[str, float]]
+    fault: str | None = None
 
 
 def view_of(card: Card) -> View:
@@ -34,30 +35,25 @@ def predict(
     batch_size: int = 32,
     max_pixels: int | None = None,
 ) -> Iterator[Prediction]:
-    """The `top` classes of each image file, by a model of `eit.load`.
-
-    Raises:
-        UserError: a file is not an image; those before it were given.
-    """
+    """The `top` classes of each image file, in order, by a model of `eit.load`."""
     view = view_of(model.card)
     device = next(model.parameters()).device
     for start in range(0, len(images), batch_size):
-        pixels, fault = [], None
-        names = images[start : start + batch_size]
-        for name in names:
+        pixels, found = [], []
+        for name in map(str, images[start : start + batch_size]):
             try:
                 pixels.append(view.pixels(decode(name, view.channels, max_pixels or model.card.max_pixels)))
+                found.append(Prediction(name, []))
             except UnreadableImage as error:
-                fault = error
-                break
+                found.append(Prediction(name, [], str(error)))
+        ranked: Iterator[list[list[float]]] = iter(())
         if pixels:
             logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
             values, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-            ranked = torch.stack((values.cpu().double(), indices.cpu().double()), dim=2).tolist()
-            for name, pairs in zip(names, ranked, strict=False):
-                yield Prediction(str(name), [(model.card.classes[int(i)], p) for p, i in pairs])
-        if fault:
-            raise UserError(str(fault))
+            ranked = iter(torch.stack((values.cpu().double(), indices.cpu().double()), dim=2).tolist())
+        for one in found:
+            labels = [] if one.fault else [(model.card.classes[int(i)], p) for p, i in next(ranked)]
+            yield replace(one, labels=labels)
 
 
 def expand(paths: Sequence[str]) -> list[str]:

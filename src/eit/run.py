@@ -29,6 +29,8 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held for the life of the process)
+        except FileExistsError:
+            raise UserError(f"out={path} is a file: a folder is needed") from None
         except OSError as error:
             raise UserError(f"out={path} cannot be written: {error.strerror}") from None
         try:
@@ -137,7 +139,7 @@ def draw_curves(lines: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(9, 3.4), dpi=100)
     figure.subplots_adjust(left=0.06, right=0.98, bottom=0.14, top=0.9, wspace=0.15)  # a solver costs 0.1 s an epoch
     left, right = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in lines]
+    epochs = [line["epoch"] + 1 for line in lines]
     series = [
         (left, "train_loss", "training (augmented)", "#0072b2"),
         (left, "val_loss", "validation", "#d55e00"),
@@ -152,7 +154,8 @@ def draw_curves(lines: list[dict[str, Any]], file: Path) -> None:
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        if len(axis.lines) > 1:
+            axis.legend(frameon=False)
     temporary = file.with_name(f".{file.name}")
     FigureCanvasAgg(figure).print_png(str(temporary))
     os.replace(temporary, file)

@@ -154,7 +154,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{recipe.name}: {parameters:,} parameters, {len(train_images):,} images of {len(card.classes)} classes, "
-        f"{plan.steps} steps of {plan.global_batch} an epoch, on {plan.world} x {device.type}"
+        f"{plan.steps} x {plan.global_batch} of them an epoch, on {plan.world} x {device.type}"
     )
     with stop_signals() as asked:
         while at.step < total_steps:
@@ -270,7 +270,11 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
     """Raise a UserError where batches cannot be made as asked."""
     if plan.steps == 0:
         parts = f"data.batch_size={plan.batch_size} x train.accumulate={plan.accumulate} x {plan.world} processes"
-        raise UserError(f"a batch of {plan.global_batch} ({parts}) is larger than the {plan.images} training images")
+        most = plan.images // (plan.accumulate * plan.world)
+        raise UserError(
+            f"a batch of {plan.global_batch} ({parts}) is larger than the {plan.images} training images"
+            + (f"; set data.batch_size={most} or less" if most else "")
+        )
     if recipe.optim.min_lr > base_rate(recipe, plan):
         rate = f"optim.lr={recipe.optim.lr:g}, {base_rate(recipe, plan):g} for a batch of {plan.global_batch}"
         raise UserError(f"optim.min_lr={recipe.optim.min_lr:g} is more than the rate itself ({rate})")

@@ -97,6 +97,8 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
         raise UserError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)})")
     if family is not None and family not in FAMILIES:
         raise UserError(f"unknown family {family!r}{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
+    if "pretrained" in arguments:
+        raise UserError(f"no weights of {name} ship: use eit.load(PATH), or eit.load_weights(model, PATH)")
     for argument in arguments:
         if argument not in model_arguments():
             raise UserError(f"{name} has no argument {argument!r}{nearest(argument, model_arguments())}")
