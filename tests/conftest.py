@@ -58,15 +58,19 @@ def folder(tmp_path):
     return save_digits(tmp_path / "digits")
 
 
+def launcher(ranks: int = 0) -> list[str]:
+    """The start of a command line: `eit`, or with `ranks`, eit under torchrun."""
+    if not ranks:
+        return [sys.executable, "-m", "eit"]
+    port = 20000 + os.getpid() % 20000
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    return [*torchrun, "-m", "eit"]
+
+
 def run_eit(*words, cwd=None, ranks: int = 0, stdin: str | None = None, env=None, timeout=300):
     """`eit WORDS...` as a process of its own, under torchrun with `ranks` processes if given."""
-    launcher = [sys.executable, "-m", "eit"]
-    if ranks:
-        port = 20000 + os.getpid() % 20000
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-        launcher += ["-m", "eit"]
     return subprocess.run(
-        [*launcher, *map(str, words)],
+        [*launcher(ranks), *map(str, words)],
         cwd=cwd,
         input=stdin,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
