@@ -4,7 +4,7 @@ import torch
 import eit
 from eit.config import load_recipe
 from eit.images import decode, normalise
-from eit.predict import expand, predict, view_of
+from eit.predict import expand, predict
 from eit.train import train
 from tests.conftest import TINY
 
@@ -23,7 +23,7 @@ def test_predictions_are_the_models_own_in_any_batch(model, folder):
         found = list(predict(model, files, top=2, batch_size=batch_size))
         assert [p.image for p in found] == files
         for p in found:
-            view = view_of(model.card)
+            view = model.card.view
             with torch.no_grad():
                 pixels = view.pixels(decode(p.image))[None]
                 probabilities = model(normalise(pixels, view.mean, view.std)).softmax(dim=1)[0]

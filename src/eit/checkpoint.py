@@ -22,12 +22,13 @@ import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor, nn
 
 from eit import __version__
 from eit.config import model_arguments
 from eit.errors import UserError
-from eit.images import MAX_PIXELS
+from eit.images import MAX_PIXELS, View
 from eit.model import EIT
 from eit.zoo import VARIANTS, create_model
 
@@ -65,6 +66,11 @@ class Card(BaseModel):
         return len(self.mean)
 
     @property
+    def view(self) -> View:
+        """What the model sees of an image."""
+        return View(self.size, self.resize, self.interpolation, self.mean, self.std)
+
+    @property
     def max_pixels(self) -> int:
         """The cap on an image's pixels that the run had."""
         return int(((self.recipe or {}).get("data") or {}).get("max_pixels", MAX_PIXELS))
@@ -100,7 +106,6 @@ def load(path: str | os.PathLike[str]) -> EIT:
     state, card = read_weights(file)
     if card is None:
         card = recognise(state, file)
-    state = our_names(state)
     with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
         model = card.create_model()
     check_fit(model, state, str(file))
@@ -122,7 +127,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, r
         state, name = our_names(source), "the state dict"
     else:
         file = find_weights(source)
-        state, name = our_names(read_weights(file)[0]), str(file)
+        state, name = read_weights(file)[0], str(file)
     if reset_head:
         own = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
         state = {k: v for k, v in state.items() if not k.startswith("head.")} | own
@@ -132,13 +137,12 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, r
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
-    """Tensors by their names in the file, and what the file says about itself, if it does."""
+    """Tensors by our names, and what the file says about itself, if it does."""
     with open(file, "rb") as f:
         if f.read(40).startswith(b"version https://git-lfs"):  # the authors keep theirs in Git LFS
             raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its checkout")
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    return _read_pth(file), None
+    state, card = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pth(file), None)
+    return our_names(state), card
 
 
 def our_names(state: StateDict) -> dict[str, Tensor]:
@@ -180,7 +184,6 @@ def recognise(
 
     `model` and `arguments` (of `eit.EIT`) say what the weights are where the shapes alone do not.
     """
-    state = our_names(state)
     arguments = dict(arguments or {})
     if "pre_logits.fc.weight" in state and state["pre_logits.fc.weight"].ndim == 2:
         arguments["representation_size"] = len(state["pre_logits.fc.weight"])
@@ -207,17 +210,13 @@ def recognise(
                 interpolation="bicubic",
             )
     raise UserError(
-        f"{file} does not say which model it is and fits none of {', '.join(VARIANTS)}: name it, {CONVERT_HELP}"
+        f"{file} does not say which model it is and fits none of {', '.join(VARIANTS)}: name it, "
+        "eit convert IN OUT --model eit_mini --size 32 kernel_size=3 ..."
     )
-
-
-CONVERT_HELP = "eit convert IN OUT --model eit_mini --size 32 kernel_size=3 ..."
 
 
 def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """ImageNet's for colour, 0.5 otherwise."""
-    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
     if channels == 3:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return (0.5,) * channels, (0.5,) * channels
@@ -227,8 +226,6 @@ def default_class_names(count: int) -> list[str]:
     """ImageNet-1K's for 1000 classes, numbers otherwise."""
     if count != 1000:
         return [str(i) for i in range(count)]
-    from timm.data import ImageNetInfo
-
     info = ImageNetInfo()
     return [info.index_to_description(i) for i in range(count)]
 

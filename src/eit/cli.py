@@ -153,7 +153,6 @@ def evaluate(
     from eit.data import open_evaluation
     from eit.evaluate import evaluate as run
     from eit.loader import EvaluationLoader
-    from eit.predict import view_of
 
     try:
         on = distributed.start(device)
@@ -164,7 +163,7 @@ def evaluate(
             raise UserError("--data PATH is needed: these weights do not name a data set")
         images = open_evaluation(root, recipe.get("val_fraction"), max_pixels or model.card.max_pixels)
         images = _with_classes_of(model.card, images)
-        loader = EvaluationLoader(images, view_of(model.card), batch_size, workers, on)
+        loader = EvaluationLoader(images, model.card.view, batch_size, workers, on)
         metrics = run(model.to(on), loader)
         if distributed.is_main():
             _show(asdict(metrics) | dict(checkpoint=checkpoint, data=root), as_json, _metrics_text(metrics))
@@ -281,15 +280,15 @@ def convert(
 
     eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3
     """
-    from eit.checkpoint import find_weights, our_names, read_weights, recognise, save_weights
-    from eit.config import model_arguments
+    from eit.checkpoint import find_weights, read_weights, recognise, save_weights
+    from eit.config import model_arguments, parse_overrides
 
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: the file to write ends in .safetensors")
     file = find_weights(source)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(state, file, model, model_arguments(arguments or []), size or 224)
+        card = recognise(state, file, model, model_arguments(parse_overrides(arguments or [])), size or 224)
     elif model or arguments or size:
         raise UserError(f"{file} says itself that it is {card.model}: --model, --size and arguments do not apply")
     if classes:
@@ -301,7 +300,7 @@ def convert(
             raise UserError(f"{classes} has {len(names)} names, the model {len(card.classes)} classes")
         card = card.model_copy(update=dict(classes=names))
     try:
-        save_weights(Path(target), our_names(state), card)
+        save_weights(Path(target), state, card)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     changed = "".join(f" {name}={value}" for name, value in card.arguments.items())

@@ -173,13 +173,16 @@ def recipe_names() -> list[str]:
 
 def recipe_header(name: str) -> str:
     """The comment at the top of a shipped recipe: command, cost, expected figure."""
-    text = resources.files("eit.recipes").joinpath(f"{name}.yaml").read_text()
     lines = []
-    for line in text.splitlines():
+    for line in _shipped(name).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# "))
     return "\n".join(lines)
+
+
+def _shipped(name: str) -> str:
+    return resources.files("eit.recipes").joinpath(f"{name}.yaml").read_text()
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -192,7 +195,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     3
     """
     if name_or_path in recipe_names():
-        text = resources.files("eit.recipes").joinpath(f"{name_or_path}.yaml").read_text()
+        text = _shipped(name_or_path)
     elif name_or_path.endswith((".yaml", ".yml")):
         try:
             text = Path(name_or_path).read_text(encoding="utf-8")
@@ -205,10 +208,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"unknown recipe {name_or_path!r}{nearest(name_or_path, recipe_names())} (known: {known}, or a PATH.yaml)"
         )
-    values = parse_yaml(text, name_or_path)
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(values)
+    return parse_recipe(parse_overrides(overrides, parse_yaml(text, name_or_path)))
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -240,14 +240,16 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(_explain(error)) from None
 
 
-def model_arguments(pairs: Sequence[str] | dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `eit.create_model`, from `argument=value` words or unchecked values -> checked ones."""
-    values: dict[str, Any] = {}
-    if isinstance(pairs, dict):
-        values = dict(pairs)
-    else:
-        for pair in pairs:
-            _apply(values, pair)
+def parse_overrides(words: Sequence[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`key=value` words, put into `values` if given."""
+    values = {} if values is None else values
+    for word in words:
+        _apply(values, word)
+    return values
+
+
+def model_arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """Unchecked arguments of `eit.create_model` -> checked ones."""
     try:
         section = Model.model_validate(values)
     except ValidationError as error:

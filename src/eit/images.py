@@ -64,9 +64,8 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 def resize_and_crop(image: Image.Image, resize: int, size: int, interpolation: str) -> Image.Image:
     """Shorter side to `resize` pixels, then the centre `size` x `size`: what evaluation and prediction see."""
     width, height = image.size
-    if max(image.size) > 8 * min(
-        image.size
-    ):  # a thread of an image would grow without bound, and only its centre counts
+    # A thread of an image would grow without bound, and only its centre counts.
+    if max(width, height) > 8 * min(width, height):
         image = TF.center_crop(image, [min(height, 4 * width), min(width, 4 * height)])
     if min(image.size) != resize:
         image = TF.resize(image, [resize], InterpolationMode(interpolation), antialias=True)

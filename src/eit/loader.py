@@ -121,15 +121,19 @@ class Batch(NamedTuple):
     valid: int  # the first so many count; the rest pads a last evaluation block
 
 
+def fits_in_memory(images: Images, view: View) -> bool:
+    """Whether the images are small, and few enough, to be held as uint8."""
+    return view.size <= CACHE_SIZE and len(images) * view.channels * view.size**2 <= CACHE_BYTES
+
+
 def train_loader(
     images: Images, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
 ) -> "CachedLoader | StreamLoader":
     """The loader that suits: from memory where the images are small and no policy works image by image."""
     by_image = augment.crop_scale is not None or augment.rand_augment is not None or augment.color_jitter > 0
-    fits = view.size <= CACHE_SIZE and len(images) * view.channels * view.size**2 <= CACHE_BYTES
     if config.cache and by_image:
         raise UserError("data.cache=true augments whole batches: it has no crop_scale, rand_augment or color_jitter")
-    if (config.cache is None and fits and not by_image) or config.cache:
+    if (config.cache is None and fits_in_memory(images, view) and not by_image) or config.cache:
         return CachedLoader(images, view, plan, config.bad_image_budget, augment, device)
     return StreamLoader(images, view, plan, config, augment, device)
 
@@ -408,7 +412,7 @@ class EvaluationLoader:
             pairs: Iterable[tuple[Tensor, Tensor]] = [self._kept[block] for block in self.own_blocks]
         else:
             pairs = self._read()
-        keep = self.view.size <= CACHE_SIZE and len(self.images) * self.view.channels * self.view.size**2 <= CACHE_BYTES
+        keep = fits_in_memory(self.images, self.view)
         for block, (pixels, labels) in zip(self.own_blocks, pairs, strict=True):
             pixels, labels = pixels.to(self.device), labels.to(self.device)
             if keep:

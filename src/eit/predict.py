@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from eit.checkpoint import Card
 from eit.data import EXTENSIONS
 from eit.errors import UserError
-from eit.images import UnreadableImage, View, decode, normalise
+from eit.images import UnreadableImage, decode, normalise
 from eit.model import EIT
 
 
@@ -23,10 +22,6 @@ class Prediction:
     fault: str | None = None
 
 
-def view_of(card: Card) -> View:
-    return View(card.size, card.resize, card.interpolation, card.mean, card.std)
-
-
 @torch.no_grad()
 def predict(
     model: EIT,
@@ -36,7 +31,7 @@ def predict(
     max_pixels: int | None = None,
 ) -> Iterator[Prediction]:
     """The `top` classes of each image file, in order, by a model of `eit.load`."""
-    view = view_of(model.card)
+    view = model.card.view
     device = next(model.parameters()).device
     for start in range(0, len(images), batch_size):
         pixels, found = [], []

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from eit import distributed
-from eit.checkpoint import newest_step, saved_steps, write_file
+from eit.checkpoint import saved_steps, write_file
 from eit.config import Recipe, differences, parse_recipe, parse_yaml
 from eit.console import say
 from eit.errors import UserError
@@ -66,9 +66,6 @@ class Run:
             return json.loads((self.path / "summary.json").read_text())
         except (FileNotFoundError, ValueError):  # it is written last, and written again
             return None
-
-    def checkpoint(self) -> tuple[Path | None, list[str]]:
-        return newest_step(self.path)
 
     def lines(self) -> list[dict[str, Any]]:
         """The log, up to a line that was torn when a process died."""

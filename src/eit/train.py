@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eit import distributed
-from eit.checkpoint import Card, default_mean_std, load_step, load_weights, save_step, save_weights
+from eit.checkpoint import Card, default_mean_std, load_step, load_weights, newest_step, save_step, save_weights
 from eit.config import Recipe
 from eit.console import progress, say
 from eit.data import open_data
@@ -357,7 +357,7 @@ def resume(
 
     def read() -> tuple[Any, Any, Any] | None:
         assert run is not None
-        folder, faults = run.checkpoint()
+        folder, faults = newest_step(run.path)
         for fault in faults:
             say(fault)
         if folder is None:
