@@ -114,10 +114,7 @@ def test_the_lock_does_not_outlive_a_killed_process_in_its_workers(folder):
 
 def test_a_recipe_may_change_until_something_is_trained(folder, monkeypatch):
     r = recipe(folder)
-    with monkeypatch.context() as patch:
-        die_at(patch, 0)
-        with pytest.raises(Killed):
-            train(r)
+    train_until_killed(r, 0, monkeypatch)
     train(recipe(folder, "optim.lr=1e-3"))
 
 
@@ -145,7 +142,7 @@ class Killed(BaseException):
     """Stands for the process's end in the tests that stay in one process."""
 
 
-def die_at(monkeypatch, step):
+def train_until_killed(recipe, step, monkeypatch):
     """The process ends in the middle of `step`: nothing after its forward pass happens."""
     original = train_module.set_seed
 
@@ -154,7 +151,10 @@ def die_at(monkeypatch, step):
             raise Killed
         original(*counters)
 
-    monkeypatch.setattr(train_module, "set_seed", set_seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "set_seed", set_seed)
+        with pytest.raises(Killed):
+            train(recipe)
 
 
 FULL = ["train.ema_decay=0.9", "train.accumulate=2", "data.batch_size=4", "optim.clip_grad=1", "train.epochs=3"]
@@ -167,10 +167,7 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
     whole = recipe(folder, *options, f"out={folder.parent / 'whole'}")
     train(whole)
     broken = recipe(folder, *options, f"out={folder.parent / 'broken'}")
-    with monkeypatch.context() as patch:
-        die_at(patch, at)
-        with pytest.raises(Killed):
-            train(broken)
+    train_until_killed(broken, at, monkeypatch)
     train(broken)
     a, b = whole.run_folder(), broken.run_folder()
     for name in ("final", "best"):
@@ -224,10 +221,7 @@ def test_the_check_on_continuation_can_fail(folder, monkeypatch, forgotten):
         r = recipe(folder, *options, f"out={folder.parent / name}")
         torch.manual_seed(0)
         if name == "broken":
-            with monkeypatch.context() as patch:
-                die_at(patch, 6)
-                with pytest.raises(Killed):
-                    train(r)
+            train_until_killed(r, 6, monkeypatch)
         train(r)
         ends.append(weights(r.run_folder()))
     assert not same(*ends)
@@ -261,10 +255,7 @@ def test_a_killed_digits_run_continues_to_identical_files(tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(folder, monkeypatch, capsys):
     r = recipe(folder, "train.save_every=1")
-    with monkeypatch.context() as patch:
-        die_at(patch, 3)
-        with pytest.raises(Killed):
-            train(r)
+    train_until_killed(r, 3, monkeypatch)
     (r.run_folder() / "checkpoints" / "step-3" / "state.pt").write_bytes(b"")
     train(r)
     err = capsys.readouterr().err
@@ -274,10 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(f
 
 def test_a_run_is_not_continued_on_other_data(folder, monkeypatch):
     r = recipe(folder)
-    with monkeypatch.context() as patch:
-        die_at(patch, 5)
-        with pytest.raises(Killed):
-            train(r)
+    train_until_killed(r, 5, monkeypatch)
     (folder / "train" / "digit0" / "000.png").rename(folder / "train" / "digit1" / "new.png")
     with pytest.raises(eit.UserError, match="was trained with another data"):
         train(r)
