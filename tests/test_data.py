@@ -35,15 +35,15 @@ def test_a_part_of_train_is_held_out_by_class(folder):
     train, val = open_data(Data(root=str(folder), val_fraction=0.25))
     assert Counter(val.labels) == {0: 3, 1: 3, 2: 3}
     assert len(train) == 27 and not set(train.names) & set(val.names)
-    assert open_evaluation(str(folder), 0.25, MAX_PIXELS).names == val.names
+    assert open_evaluation(Data(root=str(folder), val_fraction=0.25)).names == val.names
 
 
 def test_what_is_evaluated(folder):
-    assert len(open_evaluation(str(folder), None, MAX_PIXELS)) == 12
-    assert len(open_evaluation(str(folder / "train"), None, MAX_PIXELS)) == 36
+    assert len(open_evaluation(Data(root=str(folder)))) == 12
+    assert len(open_evaluation(Data(root=str(folder / "train")))) == 36
     shutil.rmtree(folder / "val")
     with pytest.raises(UserError, match="has train/ but no val/"):
-        open_evaluation(str(folder), None, MAX_PIXELS)
+        open_evaluation(Data(root=str(folder)))
 
 
 def no_train(root):

@@ -10,13 +10,14 @@ import eit
 SOURCE = Path(eit.__file__).parent
 # Lower layers first; a module imports from lower layers only.
 LAYERS = [
-    {"errors"},
+    {"errors", "draw"},
     {"model", "config", "distributed"},
     {"zoo", "macs", "console", "images"},
-    {"checkpoint", "data"},
-    {"loader", "run", "predict"},
-    {"evaluate"},
+    {"checkpoint", "readers"},
+    {"data", "loader", "run", "predict", "loss", "prepare"},
+    {"evaluate", "finetune", "shard"},
     {"train"},
+    {"show"},
     {"cli"},
     {"__main__", "__init__"},
 ]

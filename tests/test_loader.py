@@ -16,7 +16,7 @@ from eit.loader import (
     EvaluationLoader,
     Plan,
     Stream,
-    StreamLoader,
+    WorkerLoader,
     erase,
     seed_of,
     seeded,
@@ -141,7 +141,7 @@ CACHED = Augment(pad_crop=2, hflip=0.5, erasing=0.5)
 STREAMED = Augment(crop_scale=(0.3, 1), hflip=0.5, erasing=0.5, rand_augment="rand-m9-mstd0.5-inc1")
 
 
-@pytest.mark.parametrize(("augment", "kind"), [(CACHED, CachedLoader), (STREAMED, StreamLoader)])
+@pytest.mark.parametrize(("augment", "kind"), [(CACHED, CachedLoader), (STREAMED, WorkerLoader)])
 def test_augmentation_is_a_function_of_counters(folder, augment, kind):
     images, _ = open_data(Data(root=str(folder)))
 
@@ -171,7 +171,7 @@ def test_workers_live_on_and_give_the_same_batches_each_epoch(folder):
 def test_cached_and_streamed_images_are_the_same_without_augmentation(folder):
     images, _ = open_data(Data(root=str(folder)))
     loaders = [train_loader(images, VIEW, plan(), Data(workers=0, cache=c), Augment(), CPU) for c in (True, False)]
-    assert isinstance(loaders[0], CachedLoader) and isinstance(loaders[1], StreamLoader)
+    assert isinstance(loaders[0], CachedLoader) and isinstance(loaders[1], WorkerLoader)
     for (x, y), (u, v) in zip(*map(everything, loaders), strict=True):
         torch.testing.assert_close(x, u)
         assert torch.equal(y, v)

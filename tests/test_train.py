@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from eit.checkpoint import saved_steps
 from eit.config import load_recipe
 from eit.loader import Plan, Stream
 from eit.run import Run
-from eit.train import build_model, make_optimizer, make_schedule, train
+from eit.train import make_optimizer, make_schedule, train
 from tests.conftest import TINY, run_eit
 
 
@@ -419,28 +418,6 @@ def test_max_steps_ends_a_run_early_on_the_same_path(folder):
     train(whole)
     assert train(short)["epochs"] == 1
     assert log(short.run_folder())[0]["val_loss"] == log(whole.run_folder())[0]["val_loss"]
-
-
-def test_fine_tuning_starts_from_a_checkpoint(folder):
-    first = recipe(folder)
-    train(first)
-    start = f"model.pretrained={first.run_folder()}"
-    model = build_model(recipe(folder, start), 3)
-    assert same(model.state_dict(), weights(first.run_folder(), "best"))
-    shutil.rmtree(folder / "train" / "digit2")
-    shutil.rmtree(folder / "val" / "digit2")
-    with pytest.raises(eit.UserError, match="a head for 3 classes, 2 are needed; model.reset_head=true"):
-        train(recipe(folder, start, f"out={folder.parent / 'tuned'}"))
-    train(recipe(folder, start, "model.reset_head=true", f"out={folder.parent / 'tuned'}"))
-
-
-def test_a_reset_head_is_new_for_an_equal_number_of_classes_too(folder):
-    first = recipe(folder)
-    train(first)
-    trained = weights(first.run_folder(), "best")
-    model = build_model(recipe(folder, f"model.pretrained={first.run_folder()}", "model.reset_head=true"), 3)
-    assert torch.equal(model.norm.weight, trained["norm.weight"])
-    assert not torch.equal(model.head.weight, trained["head.weight"])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):

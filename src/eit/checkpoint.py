@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -23,14 +24,15 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
-from torch import Tensor, nn
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
 
 from eit import __version__
 from eit.config import model_arguments
 from eit.errors import UserError
 from eit.images import MAX_PIXELS, View
 from eit.model import EIT
-from eit.zoo import VARIANTS, create_model
+from eit.zoo import VARIANTS, create_model, head_names, is_model
 
 StateDict = Mapping[str, Tensor]
 
@@ -50,6 +52,7 @@ class Card(BaseModel):
     interpolation: Literal["bilinear", "bicubic"]
     version: str = __version__  # of this package
     recipe: dict[str, Any] | None = None
+    metrics: dict[str, float] | None = None  # on the validation images of the run, percentages
 
     @model_validator(mode="after")
     def _together(self) -> "Card":
@@ -76,12 +79,18 @@ class Card(BaseModel):
         return int(((self.recipe or {}).get("data") or {}).get("max_pixels", MAX_PIXELS))
 
 
+_WEIGHTS = Path(__file__).parent / "weights"
+SHIPPED = {name: _WEIGHTS / "eit_digits.safetensors" for name in ("digits", "eit_digits")}
+
+
 # -- Reading ----------------------------------------------------------------------------------------------------------
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """A weights file: the path itself, or `best.safetensors` (else `final.safetensors`) of a run folder."""
+    """A weights file: the path itself, `best.safetensors` (else `final`) of a run folder, or one that ships."""
     path = Path(path)
+    if str(path) in SHIPPED and not path.exists():
+        return SHIPPED[str(path)]
     if path.is_dir():
         for name in ("best.safetensors", "final.safetensors"):
             if (path / name).is_file():
@@ -90,7 +99,9 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
             raise UserError(f"{path} is no run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
     if not path.is_file():
-        raise UserError(f"no weights at {path}: a .safetensors or .pth file, or a run folder, is expected")
+        raise UserError(
+            f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(SHIPPED)} is expected"
+        )
     return path
 
 
@@ -115,10 +126,11 @@ def load(path: str | os.PathLike[str]) -> EIT:
     return model
 
 
-def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, reset_head: bool = False) -> nn.Module:
+def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_head: bool = False) -> Any:
     """Load our weights, timm's, or the authors' into `model`, strictly, and return it.
 
     `source` is a file, a run folder, or a state dict. With `reset_head` the head keeps the model's own initial values.
+    A position table of another resolution is interpolated.
 
     Raises:
         UserError: names or shapes differ (both are named), or the file cannot be trusted.
@@ -129,11 +141,31 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | StateDict, r
         file = find_weights(source)
         state, name = read_weights(file)[0], str(file)
     if reset_head:
-        own = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
-        state = {k: v for k, v in state.items() if not k.startswith("head.")} | own
+        heads = tuple(f"{head}." for head in head_names(model))
+        own = {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
+        state = {k: v for k, v in state.items() if not k.startswith(heads)} | own
+    state = _resampled(model, state)
     check_fit(model, state, name)
     model.load_state_dict(state, strict=True)
     return model
+
+
+def _resampled(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with its table of positions, (1, prefix + h*w, C), interpolated to the model's token grid."""
+    table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if table is None or not isinstance(own, Tensor) or table.shape == own.shape or table.ndim != 3 or own.ndim != 3:
+        return state
+    grid = model.grid_size if isinstance(model, EIT) else model.patch_embed.grid_size
+    prefix = own.shape[1] - grid[0] * grid[1]
+    if math.isqrt(table.shape[1] - prefix) ** 2 != table.shape[1] - prefix or table.shape[2] != own.shape[2]:
+        return state  # `check_fit` names the difference
+    return state | dict(pos_embed=resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix))
+
+
+def read_card(path: str | os.PathLike[str]) -> Card | None:
+    """What a weights file, or a run folder's, says about itself; None where it says nothing."""
+    file = find_weights(path)
+    return read_weights(file)[1] if file.suffix == ".safetensors" else None
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
@@ -156,14 +188,15 @@ def our_names(state: StateDict) -> dict[str, Tensor]:
     return named
 
 
-def check_fit(model: nn.Module, state: StateDict, source: str) -> None:
+def check_fit(model: Any, state: StateDict, source: str) -> None:
     """Raise a UserError that says how `state` differs from what `model` needs."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if shapes and {k.split(".")[0] for k in shapes} == {"head"} and not missing and not extra:
-        have, want = len(state["head.weight"]), len(own["head.weight"])
+    heads = tuple(f"{head}." for head in head_names(model))
+    if shapes and all(k.startswith(heads) for k in shapes) and not missing and not extra:
+        have, want = len(state[shapes[0]]), len(own[shapes[0]])
         raise UserError(
             f"{source} has a head for {have} classes, {want} are needed; model.reset_head=true makes a new one"
         )
@@ -254,7 +287,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         raise UserError(f"{file} is damaged: its weights do not match their checksum")
     try:
         card.arguments = model_arguments(card.arguments)
-        if card.model not in VARIANTS:
+        if not is_model(card.model):
             raise UserError(f"unknown model {card.model!r}")
     except UserError as error:
         here = f"this version ({__version__}) does not know; it was made by {card.version}"

@@ -18,7 +18,10 @@ from eit.errors import UserError
 
 if TYPE_CHECKING:
     from eit.checkpoint import Card
-    from eit.data import Images
+    from eit.evaluate import Metrics
+    from eit.images import Images
+    from eit.model import EIT
+    from eit.readers import ImageStream
 
 
 class Commands(TyperGroup):
@@ -61,15 +64,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).",
 )
-data_app = typer.Typer(cls=Commands, rich_markup_mode=None, help="Look at a data set.")
+data_app = typer.Typer(cls=Commands, rich_markup_mode=None, help="Check, look at, unpack or pack a data set.")
 app.add_typer(data_app, name="data")
+recipes_app = typer.Typer(cls=Commands, rich_markup_mode=None, invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger images are refused; default: as in training.")]
 Checkpoint = Annotated[
     str,
-    typer.Argument(metavar="CKPT", help="A weights file, or a run folder: its best.safetensors.", show_default=False),
+    typer.Argument(
+        metavar="CKPT", help="A weights file, a run folder (its best.safetensors), or digits.", show_default=False
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.epochs=100.", show_default=False)
 ]
 
 
@@ -89,9 +99,7 @@ def train(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="One that ships, or PATH.yaml; none lists them.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.epochs=100.", show_default=False)
-    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Train a recipe, or continue its stopped run.
@@ -102,7 +110,7 @@ def train(
     another name, is a recipe of your own.
     """
     if recipe is None:
-        recipes(as_json)
+        _list_recipes(as_json)
         return
     from eit.config import load_recipe
 
@@ -136,6 +144,29 @@ def train(
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="Data set or folder of classes; default: the run's own.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="As data.dataset: wds/NAME, hfds/NAME ...")] = None,
+    split: Annotated[str | None, typer.Option(help="As data.val_split: of a data set of timm.")] = None,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--size", metavar="N", min=1, max=65536, help="Pixels of the input; repeatable; default: the weights' own."
+        ),
+    ] = None,
+    crop_ratios: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--crop-ratio",
+            metavar="RATIO",
+            min=0.1,
+            max=1,
+            help="The centre crop's share of the resized image; repeatable.",
+        ),
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Average over the image and its mirror image.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    confusion: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the confusion matrix: .png, .pdf, .svg, or .csv.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a process at a time.")] = 64,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Loader processes; default: one a core, at most 8.")
@@ -144,29 +175,64 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Top-1, top-5, loss and per-class accuracy.
+    """Top-1, top-5, loss, calibration and per-class accuracy.
 
-    Percentages; every image counts once on any number of processes that torchrun starts.
+    Percentages; every image counts once on any number of processes that torchrun starts. With several sizes or crop
+    ratios, each size with each ratio.
     """
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"--precision {precision}: fp32, bf16 or fp16 is expected")
+    if confusion:
+        _check_confusion(confusion, len(set(sizes or [0])) * len(set(crop_ratios or [0])))
+    import torch
+
     from eit import distributed
     from eit.checkpoint import load
+    from eit.config import Data
     from eit.data import open_evaluation
+    from eit.evaluate import LOW_PRECISION, make_views
     from eit.evaluate import evaluate as run
-    from eit.loader import EvaluationLoader
+    from eit.loader import evaluation_loader
 
     try:
         on = distributed.start(device)
         model = load(checkpoint)
+        for size in sizes or ():
+            _check_size(model, size)
         recipe = (model.card.recipe or {}).get("data", {})
-        root = data or recipe.get("root") or ""
-        if not root:
+        own = ("val_fraction",) if data or dataset else ("root", "dataset", "val_split", "classes", "val_fraction")
+        given = {
+            "root": data,
+            "dataset": dataset,
+            "val_split": split,
+            "max_pixels": max_pixels or model.card.max_pixels,
+        }
+        where = {k: v for k in own if (v := recipe.get(k)) is not None} | {
+            k: v for k, v in given.items() if v is not None
+        }
+        if not where.get("root") and not where.get("dataset"):
             raise UserError("--data PATH is needed: these weights do not name a data set")
-        images = open_evaluation(root, recipe.get("val_fraction"), max_pixels or model.card.max_pixels)
-        images = _with_classes_of(model.card, images)
-        loader = EvaluationLoader(images, model.card.view, batch_size, workers, on)
-        metrics = run(model.to(on), loader)
+        images = _with_classes_of(model.card, open_evaluation(Data(**where)))
+        model = model.to(on)
+        autocast = torch.autocast(on.type, LOW_PRECISION[precision]) if precision != "fp32" else None
+        results = []
+        for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
+            metrics = run(model, evaluation_loader(images, view, batch_size, workers, on), autocast, flip)
+            results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
         if distributed.is_main():
-            _show(asdict(metrics) | dict(checkpoint=checkpoint, data=root), as_json, _metrics_text(metrics))
+            if confusion:
+                _write_confusion(Path(confusion), metrics.confusion, list(metrics.per_class))
+            head = dict(checkpoint=checkpoint, data=where.get("root", ""), precision=precision, flip=flip)
+            shown = [
+                view | {key: value for key, value in vars(metrics).items() if key != "confusion"}
+                for view, metrics in results
+            ]
+            if as_json:
+                print(json.dumps(shown[0] | head if len(shown) == 1 else head | dict(views=shown), indent=2))
+            elif len(shown) == 1:
+                print(_metrics_text(metrics))
+            else:
+                _views_table(shown)
     finally:
         distributed.stop()
 
@@ -210,8 +276,20 @@ def predict(
 def models(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw published top-1 against parameters, of many families.")
+    ] = None,
 ) -> None:
     """The zoo: sizes, costs and published results."""
+    if plot is not None:
+        from eit.draw import results
+        from eit.zoo import published_results
+
+        points = [point for point in published_results() if point.params_m <= 100]
+        results(points, _picture(plot, "--plot"))
+        print(f"{plot}: {len(points)} published models of {len({p.family for p in points})} families, up to 100 M")
+        print("parameters; ImageNet-1K alone, 224x224, no teacher. The sources stand in published.csv of the package.")
+        return
     from eit.macs import complexity
     from eit.zoo import AUTHORS_CODE, VARIANTS, create_model
 
@@ -248,9 +326,25 @@ def models(
     )
 
 
-@app.command()
-def recipes(as_json: Json = False) -> None:
+@recipes_app.callback()
+def recipes(context: typer.Context, as_json: Json = False) -> None:
     """The recipes that ship, with what they cost and should reach."""
+    if context.invoked_subcommand is None:
+        _list_recipes(as_json)
+
+
+@recipes_app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One that ships, or PATH.yaml.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """A recipe with every key, its value and a line on what it is. The output is a recipe too."""
+    from eit.config import load_recipe
+
+    print(load_recipe(recipe, overrides or ()).explained())
+
+
+def _list_recipes(as_json: bool) -> None:
     from eit.config import recipe_header, recipe_names
 
     if as_json:
@@ -328,20 +422,103 @@ def check(
         raise typer.Exit(1)
 
 
+@data_app.command(name="show")
+def show_data(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One that ships, or PATH.yaml.", show_default=False)],
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="The picture to write: .png, .pdf or .svg.")] = "grid.png",
+    images: Annotated[int, typer.Option(min=1, max=400, help="Of training and of validation.")] = 24,
+    epoch: Annotated[int, typer.Option(min=0, help="Whose first batch is shown.")] = 0,
+) -> None:
+    """Draw what the model will see: the first training batch, augmented and mixed, and validation images."""
+    from eit.config import load_recipe
+    from eit.draw import grid
+    from eit.show import tiles
+
+    file = _picture(out, "--out")
+    trained, validated = tiles(load_recipe(recipe, overrides or ()), images, epoch)
+    grid([(f"training, first step of epoch {epoch + 1}", trained), ("validation", validated)], file)
+    print(f"{out}: {len(trained)} training and {len(validated)} validation images")
+
+
+@data_app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="imagenet", help="The data set.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="The folder of the ILSVRC2012 archives.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="The folder to write train/ and val/ into.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """The ILSVRC2012 archives, as downloaded -> class folders.
+
+    Wanted are ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz. The same command goes
+    on where it was stopped; every class is counted against the devkit.
+    """
+    from eit.prepare import prepare_imagenet
+
+    if name != "imagenet":
+        raise UserError(f"{name} cannot be prepared: imagenet can; other data sets are read as they unpack")
+    done = prepare_imagenet(Path(source).expanduser(), Path(target).expanduser())
+    text = f"{done['folder']}: {done['train']:,} training and {done['val']:,} validation images of {done['classes']}"
+    _show(done, as_json, f"{text} classes")
+
+
+@data_app.command()
+def shard(
+    path: Annotated[str, typer.Argument(help="A data set, as data.root.", show_default=False)],
+    out: Annotated[str, typer.Argument(help="A new folder for the shards.", show_default=False)],
+    count: Annotated[int, typer.Option(min=1, help="Training shards; a multiple of all loader processes.")] = 64,
+    val_count: Annotated[int, typer.Option(min=1, help="Validation shards.")] = 16,
+    val_fraction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="As data.val_fraction, without val/.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """A data set -> webdataset shards.
+
+    As data.root they give the batches of the data set itself; data.dataset=wds/NAME reads them in turn, as they come
+    from an object store.
+    """
+    from eit.config import Data
+    from eit.data import open_data
+    from eit.shard import write_shards
+
+    train_images, val_images = open_data(Data(root=path, val_fraction=val_fraction))
+    done = write_shards(train_images, val_images, Path(out).expanduser(), count, val_count)
+    _show(done, as_json, f"{out}: {done['shards']} shards of {done['train']:,} + {done['val']:,} images")
+
+
+def _picture(name: str, option: str) -> Path:
+    """A picture to write, known to be one and to have a folder before anything is computed."""
+    from eit.draw import PICTURES
+
+    file = Path(name).expanduser()
+    if file.suffix.lower() not in PICTURES:
+        raise UserError(f"{option} {name}: a picture ends in {', '.join(PICTURES)}")
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {name}: there is no folder {file.parent}")
+    return file
+
+
 def _program() -> str:
     """How the user called this command."""
     called = Path(sys.argv[0])
     return "python -m eit" if called.name == "__main__.py" else called.name if shutil.which("eit") else str(called)
 
 
-def _with_classes_of(card: "Card", images: "Images") -> "Images":
+def _with_classes_of(card: "Card", images: "Images | ImageStream") -> "Images | ImageStream":
     """`images` with the model's class numbers: by name, or by order where converted weights have names of their own."""
     from dataclasses import replace
 
     from eit.console import say
+    from eit.readers import ImageStream
 
     unknown = [name for name in images.classes if name not in card.classes]
-    if not unknown:
+    if isinstance(images, ImageStream):
+        if images.classes == card.classes:
+            return images
+        if not unknown:
+            raise UserError("the data have the model's classes in another order or number, and come in turn")
+    elif not unknown:
         number = {name: i for i, name in enumerate(card.classes)}
         return replace(images, classes=card.classes, labels=[number[images.classes[y]] for y in images.labels])
     if card.recipe is None and len(images.classes) == len(card.classes):
@@ -353,17 +530,83 @@ def _with_classes_of(card: "Card", images: "Images") -> "Images":
     )
 
 
-def _metrics_text(metrics: Any) -> str:
+def _check_confusion(file: str, views: int) -> None:
+    """Raise a UserError where the confusion matrix of `views` views cannot be written to `file`."""
+    from eit.draw import PICTURES
+
+    if Path(file).suffix.lower() not in (*PICTURES, ".csv"):
+        raise UserError(f"--confusion {file}: a name that ends in {', '.join(PICTURES)} or .csv is expected")
+    if not Path(file).parent.is_dir():
+        raise UserError(f"--confusion {file}: there is no folder {Path(file).parent}")
+    if views > 1:
+        raise UserError(f"--confusion {file} is of one size and crop ratio; {views} combinations are asked for")
+
+
+def _check_size(model: "EIT", size: int) -> None:
+    if 0 in model.patch_embed.grid_size(size, size):
+        least = next(n for n in range(size, 1 << 20) if 0 not in model.patch_embed.grid_size(n, n))
+        raise UserError(f"--size {size}: this model makes no token of so few pixels; {least} is the least")
+
+
+def _write_confusion(file: Path, counts: list[list[int]], classes: list[str]) -> None:
+    """`counts` as a picture, or as a table that names the classes."""
+    import csv
+    import io
+
+    from eit import draw
+    from eit.checkpoint import write_file
+
+    try:
+        if file.suffix.lower() != ".csv":
+            draw.confusion(counts, classes, file)
+            return
+        text = io.StringIO()
+        rows = ([name, *row] for name, row in zip(classes, counts, strict=True))
+        csv.writer(text).writerows([["truth \\ prediction", *classes], *rows])
+        write_file(file, text.getvalue().encode(errors="surrogateescape"))  # names as the file system has them
+    except OSError as error:
+        raise UserError(f"--confusion {file} cannot be written: {error.strerror}") from None
+
+
+def _metrics_text(metrics: "Metrics") -> str:
+    from rich.cells import cell_len
+
+    from eit.draw import shorten
+
     lines = [
         f"top-1 {metrics.top1:.2f}%  ({metrics.correct1} of {metrics.images})",
         f"top-5 {metrics.top5:.2f}%  ({metrics.correct5} of {metrics.images})",
         f"loss  {metrics.loss:.4f}",
+        f"ECE   {metrics.ece:.2f}%  (calibration: how far confidence is from accuracy)",
     ]
-    known = sorted((c["top1"], name, c["images"]) for name, c in metrics.per_class.items() if c["images"])
-    shown = known[:10]
-    lines.append("per class" if len(known) <= 10 else f"the 10 weakest of {len(known)} classes (--json has all)")
-    lines += [f"  {top1:6.2f}%  {name} ({n})" for top1, name, n in shown]
+    if len(metrics.per_class) <= 5:
+        del lines[1]  # every class is among the first five
+    known = [(shorten(name, 40), c) for name, c in metrics.per_class.items() if c["images"]]
+    known.sort(key=lambda found: found[1]["top1"] or 0)
+    few = len(known) <= 20
+    lines.append("per class, the weakest first" if few else f"the 10 weakest of {len(known)} classes (--json has all)")
+    shown = known if few else known[:10]
+    width = max(5, *(cell_len(name) for name, _ in shown))
+    lines.append(f"  {'class':{width}}  images  top-1 (recall)  precision       f1")
+    for name, c in shown:
+        top1, precision, f1 = ("-" if c[key] is None else f"{c[key]:.2f}%" for key in ("top1", "precision", "f1"))
+        pad = " " * (width - cell_len(name))
+        lines.append(f"  {name}{pad}  {c['images']:6}  {top1:>14}  {precision:>9}  {f1:>7}")
     return "\n".join(lines)
+
+
+def _views_table(views: Sequence[dict[str, Any]]) -> None:
+    columns = {
+        "size": lambda v: str(v["size"]),
+        "crop": lambda v: f"{v['crop_ratio']:.3f}",
+        "top-1": lambda v: f"{v['top1']:.2f}%",
+        "top-5": lambda v: f"{v['top5']:.2f}%",
+        "loss": lambda v: f"{v['loss']:.4f}",
+        "ECE": lambda v: f"{v['ece']:.2f}%",
+    }
+    if len(views[0]["per_class"]) <= 5:
+        del columns["top-5"]  # every class is among the first five
+    _table(list(columns), [[text(view) for text in columns.values()] for view in views])
 
 
 def _check_text(report: dict[str, Any]) -> str:

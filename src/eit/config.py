@@ -21,36 +21,66 @@ Pair = tuple[Positive, Positive]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,  # the line below a key is what `eit recipes show` says of it
+    )
 
 
 class Model(Section):
     """A name of the zoo, a family, and any argument of `eit.EIT`; null keeps the variant's or the family's own."""
 
     name: str = "eit_mini"
+    """a model of `eit models`, or timm/NAME"""
     family: Literal["eit", "lsra", "vit"] = "eit"
-    pretrained: str | None = None  # checkpoint to start from
-    reset_head: bool = False  # a new head where the checkpoint has another number of classes
+    """preset of schedule, stem and position embedding"""
+    pretrained: bool | str | None = None
+    """weights to start from: a file, a run folder, a shipped name; true: those that timm downloads for timm/NAME"""
+    reset_head: bool = False
+    """a new head, where the weights are of other classes"""
     kernel_size: Channels | None = None
+    """stem: of the convolution"""
     stride: Channels | None = None
+    """stem: of the convolution"""
     pool_size: Channels | None = None
+    """stem: of the max-pool"""
     in_chans: Channels | None = None
+    """1 reads images as grey; null: 3"""
     embed_dim: Channels | None = None
+    """width"""
     depth: Annotated[Whole, Field(ge=1, le=1000)] | None = None
+    """layers"""
     num_heads: Channels | None = None
+    """attention heads of each layer"""
     schedule: str | tuple[Whole, ...] | None = None
+    """attention channels of each layer: eit, increasing, lsra, vit, or a list of ints"""
     stem: Literal["conv_pool", "patch"] | None = None
+    """overlapping patches of EIT, or patches of ViT"""
     patch_size: Channels | None = None
+    """of the stem `patch`"""
     pos_embed: Literal["none", "learned"] | None = None
+    """position embedding"""
     representation_size: Channels | None = None
+    """width of a Linear + tanh before the head; null: none"""
     mlp_ratio: Positive | None = None
+    """hidden channels of the MLP, in widths"""
     qkv_bias: bool | None = None
+    """whether queries, keys and values have a bias"""
     global_pool: Literal["token", "avg"] | None = None
+    """what the head reads: the class token, or the mean over the grid"""
     drop_rate: Rate | None = None
+    """dropout before the head"""
     pos_drop_rate: Rate | None = None
+    """dropout after the stem"""
     proj_drop_rate: Rate | None = None
+    """dropout in the attention projection and the MLP"""
     attn_drop_rate: Rate | None = None
+    """dropout of attention weights and of the convolution's output"""
     drop_path_rate: Rate | None = None
+    """stochastic depth in the last layer, linear from 0 in the first"""
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `eit.EIT` that the recipe sets."""
@@ -58,67 +88,171 @@ class Model(Section):
 
 
 class Data(Section):
-    root: str = ""  # an image folder, or sklearn:digits
+    root: str = ""
+    """a data set folder (its layout is recognised), or sklearn:digits"""
+    dataset: str | None = None
+    """a name of timm.data.create_dataset (wds/, hfds/, tfds/, torch/ ...), or what data.download fetches"""
+    download: bool = False
+    """fetch data.dataset into data.root first, where it is not there"""
+    train_split: str = "train"
+    """of a data set of timm"""
+    val_split: str = "validation"
+    """of a data set of timm"""
+    classes: Count | str | None = None
+    """number of classes, or a file with a name a line, for a data set of timm that does not say"""
     image_size: Count = 224
-    batch_size: Count = 64  # per process and micro-batch
-    workers: Annotated[Whole, Field(ge=0)] | None = None  # loader processes; null: one a core, at most 8
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # of train/ when there is no val/
-    cache: bool | None = None  # hold as uint8 in memory, augment in batches; null: up to 64x64, if it fits
-    crop_ratio: Annotated[float, Field(ge=0.1, le=1)] = 1.0  # evaluation: centre crop's share of the resized image
+    """pixels of the model's square input"""
+    batch_size: Count = 64
+    """images of a process and micro-batch"""
+    workers: Annotated[Whole, Field(ge=0)] | None = None
+    """loader processes; null: one a core, at most 8"""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """of train/ to hold out when there is no val/"""
+    cache: bool | None = None
+    """hold images as uint8 in memory and augment in batches; null: up to 64x64, if they fit"""
+    crop_ratio: Annotated[float, Field(ge=0.1, le=1)] = 1.0
+    """evaluation: centre crop's share of the resized image"""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    mean: tuple[float, ...] | None = None  # of pixels in 0..1; null: ImageNet's, or 0.5 where in_chans is not 3
+    """of resizing"""
+    mean: tuple[float, ...] | None = None
+    """of pixels in 0..1; null: ImageNet's, or 0.5 where in_chans is not 3"""
     std: tuple[Positive, ...] | None = None
-    bad_image_budget: Probability = 0.001  # share of training images that may be unreadable
-    max_pixels: Count = 89_478_485  # an image with more is refused before it is decoded
+    """of pixels in 0..1; null: ImageNet's, or 0.5 where in_chans is not 3"""
+    bad_image_budget: Probability = 0.001
+    """share of training images that may be unreadable"""
+    max_pixels: Count = 89_478_485
+    """an image with more is refused before it is decoded"""
 
 
 class Augment(Section):
-    crop_scale: Pair | None = None  # random resized crop: area range; null: off
+    crop_scale: Pair | None = None
+    """random resized crop: range of areas; null: off"""
     crop_aspect: Pair = (3 / 4, 4 / 3)
-    pad_crop: Annotated[Whole, Field(ge=0)] = 0  # pixels of padding before a random crop
+    """random resized crop: range of aspect ratios"""
+    simple_crop: bool = False
+    """simple random crop (DeiT III): shorter side resized, 4 pixels of reflected padding, random square"""
+    pad_crop: Annotated[Whole, Field(ge=0)] = 0
+    """pixels of zero padding before a random crop"""
     hflip: Probability = 0.0
-    rand_augment: str | None = None  # a policy of timm, "rand-m9-mstd0.5-inc1"
+    """probability of a mirror image"""
+    rand_augment: str | None = None
+    """RandAugment, a policy of timm such as rand-m9-mstd0.5-inc1"""
+    auto_augment: str | None = None
+    """AutoAugment, a policy of timm: original, originalr, v0, v0r"""
+    augmix: str | None = None
+    """AugMix, a policy of timm such as augmix-m5-w4-d2"""
+    three_augment: bool = False
+    """3-Augment (DeiT III): grey, solarised or blurred; with color_jitter=0.3 and hflip=0.5 there"""
     color_jitter: NotNegative = 0.0
+    """range of brightness, contrast and saturation"""
     erasing: Probability = 0.0
-    mixup: NotNegative = 0.0  # alpha; 0: off
+    """probability of random erasing"""
+    mixup: NotNegative = 0.0
+    """alpha of mixup; 0: off"""
     cutmix: NotNegative = 0.0
+    """alpha of cutmix; 0: off"""
     mixup_prob: Probability = 1.0
-    mixup_switch_prob: Probability = 0.5  # cutmix instead of mixup where both are on
+    """share of batches that are mixed"""
+    mixup_switch_prob: Probability = 0.5
+    """share of cutmix where both are on"""
     smoothing: Rate = 0.0
-    repeats: Count = 1  # repeated augmentation: copies of an image in a global batch
+    """label smoothing"""
+    repeats: Count = 1
+    """repeated augmentation: copies of an image in a global batch"""
+
+    @property
+    def policy(self) -> tuple[str, str] | None:
+        """(key, policy of timm) of what is on."""
+        chosen = [(k, getattr(self, k)) for k in ("rand_augment", "auto_augment", "augmix") if getattr(self, k)]
+        chosen += [("three_augment", "3a")] if self.three_augment else []
+        if len(chosen) > 1:
+            raise ValueError(f"augment.{chosen[0][0]} and augment.{chosen[1][0]} exclude each other: set one to null")
+        return chosen[0] if chosen else None
+
+    @property
+    def by_image(self) -> bool:
+        """Whether something works image by image, so that batches cannot be augmented as a whole."""
+        return bool(self.crop_scale or self.simple_crop or self.policy or self.color_jitter)
 
 
 class Optim(Section):
     name: Literal["adamw", "lamb"] = "adamw"
+    """optimizer"""
     lr: Positive = 1e-3
-    lr_batch: Count | None = 512  # the rate is lr * global batch / lr_batch; null: lr itself
+    """peak learning rate, for a global batch of lr_batch"""
+    lr_batch: Count | None = 512
+    """the rate is lr * global batch / lr_batch; null: lr itself"""
     min_lr: NotNegative = 1e-5
+    """rate at the end of the cosine"""
     warmup_lr: NotNegative = 1e-6
+    """rate at the start of the warm-up"""
     weight_decay: NotNegative = 0.05
+    """of all but norms, biases, class token and position embedding"""
     betas: tuple[Rate, Rate] = (0.9, 0.999)
+    """of Adam's moving averages"""
     eps: Positive = 1e-8
-    clip_grad: Positive | None = None  # largest norm of the gradient
+    """of Adam's denominator"""
+    clip_grad: Positive | None = None
+    """largest norm of the gradient"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """fine-tuning: each layer's rate is this times the next one's; null: one rate"""
+    trainable: Literal["all", "attention", "head"] = "all"
+    """what learns: all, attention layers (with head and position embedding), or the head alone"""
+    freeze: tuple[str, ...] = ()
+    """parts that do not learn, by the start of their names: [patch_embed, blocks.0]"""
+
+
+class Loss(Section):
+    name: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """bce: a binary cross-entropy for each class, 1 for the image's classes and 0 for all others"""
+    class_weights: Literal["balanced"] | dict[str, NotNegative] | None = None
+    """weight of a class by its name, or balanced: images / (classes * images of the class)"""
+    teacher: str | None = None
+    """distillation: weights of this package (a file, a run folder, a shipped name), or timm/NAME"""
+    teacher_weights: str | None = None
+    """weights file of a teacher timm/NAME; null: those that timm downloads"""
+    teacher_size: Count | None = None
+    """pixels of the teacher's input; null: its own"""
+    distillation: Literal["soft", "hard"] = "soft"
+    """the student follows the teacher's probabilities, or its first class"""
+    alpha: Probability = 0.5
+    """share of the teacher in the loss"""
+    tau: Positive = 1.0
+    """temperature of soft distillation"""
 
 
 class Train(Section):
     epochs: Count = 300
+    """passes over the training images"""
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
-    device: str = "auto"  # or cpu, mps, cuda, cuda:N
+    """in which the rate rises linearly"""
+    device: str = "auto"
+    """auto, cpu, mps, cuda or cuda:N"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulate: Count = 1  # micro-batches a step
-    ema_decay: Rate | None = None  # moving average of the weights, evaluated too; null: off
-    save_every: Annotated[Whole, Field(ge=0)] = 0  # steps between checkpoints inside an epoch; 0: each epoch only
+    """of the forward pass (autocast); weights stay fp32"""
+    accumulate: Count = 1
+    """micro-batches a step"""
+    ema_decay: Rate | None = None
+    """moving average of the weights, evaluated too; null: off"""
+    save_every: Annotated[Whole, Field(ge=0)] = 0
+    """steps between checkpoints inside an epoch; 0: each epoch only"""
     compile: bool = False
-    max_steps: Count | None = None  # end there, whatever the epochs say
+    """torch.compile"""
+    max_steps: Count | None = None
+    """end there, whatever the epochs say"""
 
 
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "custom"
+    """of the run folder"""
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
-    out: str | None = None  # run folder; null: runs/NAME
+    """of everything random"""
+    out: str | None = None
+    """run folder; null: runs/NAME"""
     model: Model = Model()
     data: Data = Data()
     augment: Augment = Augment()
+    loss: Loss = Loss()
     optim: Optim = Optim()
     train: Train = Train()
 
@@ -137,14 +271,19 @@ class Recipe(Section):
             pair = getattr(a, key)
             if pair is not None and not pair[0] <= pair[1] <= most:
                 raise ValueError(f"augment.{key}={list(pair)} is not a range from low to high, at most {most:g}")
-        if a.crop_scale is not None and a.pad_crop:
+        crops = [key for key in ("crop_scale", "simple_crop", "pad_crop") if getattr(a, key)]
+        if len(crops) > 1:
+            last = f"augment.{crops[1]}={getattr(a, crops[1])}"
+            raise ValueError(f"{last} has no part beside augment.{crops[0]}: set one of them to 0 or null")
+        if a.policy and a.color_jitter and not a.three_augment:
             raise ValueError(
-                f"augment.pad_crop={a.pad_crop} has no part beside augment.crop_scale: set one of them to 0 or null"
+                f"augment.color_jitter has no part beside augment.{a.policy[0]}: set one of them to 0 or null"
             )
-        if a.rand_augment is not None and a.color_jitter:
-            raise ValueError(
-                "augment.color_jitter has no part beside augment.rand_augment: set one of them to 0 or null"
-            )
+        for key in ("teacher_weights", "teacher_size"):
+            if getattr(self.loss, key) is not None and self.loss.teacher is None:
+                raise ValueError(f"loss.{key} has no part without loss.teacher")
+        if self.data.download and self.data.dataset is None:
+            raise ValueError("data.download=true needs data.dataset, what to fetch, such as cifar10")
         return self
 
     def run_folder(self) -> Path:
@@ -153,9 +292,31 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=False)
 
+    def explained(self) -> str:
+        """The resolved recipe as YAML, with a line on each key."""
+        lines: list[str] = []
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                lines += [f"{name}:", *_explained(value, "  ")]
+            else:
+                lines += _explained_key(name, value, field.description, "")
+        return "\n".join(lines)
+
+
+def _explained(section: Section, indent: str) -> Iterable[str]:
+    for name, field in type(section).model_fields.items():
+        yield from _explained_key(name, getattr(section, name), field.description, indent)
+
+
+def _explained_key(name: str, value: Any, description: str | None, indent: str) -> Iterable[str]:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump([plain], default_flow_style=True, width=10**6).strip()[1:-1]
+    yield f"{indent}{name}: {text}".ljust(42) + f"  # {description}"
+
 
 # Keys that change no result: a run may be continued with other values.
-FREE_KEYS = {"out", "data.root", "data.workers", "data.bad_image_budget", "train.save_every"}
+FREE_KEYS = {"out", "data.root", "data.download", "data.workers", "data.bad_image_budget", "train.save_every"}
 
 _HINTS = {
     "model.num_classes": "the class count comes from the data",
@@ -166,7 +327,8 @@ _HINTS = {
 
 def recipe_names() -> list[str]:
     """Shipped recipes, smallest first."""
-    order = ["digits", "cifar10", "imagenet_mini", "imagenet_tiny", "imagenet_base", "imagenet_large"]
+    order = ["digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"]
+    order += [f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")]
     found = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 

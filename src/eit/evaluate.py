@@ -1,8 +1,9 @@
-"""Exact top-1, top-5 and loss: each image counts once, on any number of ranks, with the same figures."""
+"""Exact accuracy, loss, calibration and confusions: each image counts once, with the same figures on any ranks."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,55 +12,119 @@ from torch import Tensor
 
 from eit import distributed
 from eit.console import progress
-from eit.loader import EvaluationLoader
+from eit.images import View
+from eit.loader import AnyEvaluationLoader
+
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """`top1`, `top5` in percent (top5 counts the first k = min(5, classes)); `loss` is the mean cross-entropy."""
+    """What one evaluation found; all but `loss` and counts are in percent.
+
+    `top5` counts the first k = min(5, classes); `loss` is the mean cross-entropy. `ece` is the expected calibration
+    error of the top-1 probability in 15 bins of equal width: sum_b n_b / n |accuracy_b - confidence_b| (Guo et al.
+    2017, eq. 3).
+    """
 
     images: int
     top1: float
     top5: float
     loss: float
+    ece: float
     correct1: int
     correct5: int
-    per_class: dict[str, dict[str, float | None]]  # class -> images, top1 (None without images)
+    # class -> images, top1 (recall; None without images), precision (None where it is never predicted), f1 (None where
+    # neither)
+    per_class: dict[str, dict[str, float | None]]
+    confusion: list[list[int]]  # [truth][prediction], in the order of the classes
 
 
 @torch.no_grad()
-def evaluate(model: Callable[[Tensor], Tensor], loader: EvaluationLoader, autocast: Any = None) -> Metrics:
+def evaluate(
+    model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, autocast: Any = None, flip: bool = False
+) -> Metrics:
     """Run `model` (in evaluation mode) over `loader`; every rank gets the result of all.
 
-    `autocast` is a context manager for the forward pass. Counts are integers, and the loss is summed block by block in
-    a fixed order, so that the figures do not depend on the number of ranks.
+    `autocast` is a context manager for the forward pass. With `flip` the probabilities are the mean of those of the
+    image and of its mirror image. Counts are integers, and sums of floats are made block by block in a fixed order, so
+    that the figures do not depend on the number of ranks.
     """
     classes = loader.images.classes
-    # per class: images, correct at 1, correct at k
-    counts = torch.zeros(3, len(classes), dtype=torch.int64)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)  # truth x prediction
+    correct5 = torch.zeros((), dtype=torch.int64)
+    correct = torch.zeros(BINS, dtype=torch.int64)
+    confidences = torch.zeros(loader.blocks, BINS, dtype=torch.float64)
     losses = torch.zeros(loader.blocks, dtype=torch.float64)
     with progress("evaluating", len(loader.own_blocks)) as advance:
         for block, batch in loader:
-            with autocast or torch.autocast(batch.images.device.type, enabled=False):
-                logits = model(batch.images)
-            logits, labels = logits[: batch.valid].float(), batch.labels[: batch.valid]
-            top = logits.topk(min(5, len(classes)), dim=1).indices == labels[:, None]
-            losses[block] = F.cross_entropy(logits, labels, reduction="sum").cpu().double()
-            for row, hit in zip(counts, (torch.ones_like(labels), top[:, 0], top.any(dim=1)), strict=True):
-                row.add_(torch.bincount(labels.cpu(), hit.cpu().double(), len(classes)).long())
+            x, valid = batch.images, batch.valid
+            with autocast or torch.autocast(x.device.type, enabled=False):
+                outputs = [model(x), model(x.flip(-1))] if flip else [model(x)]
+            # On the CPU, in float64: MPS has none, and the order of sums is fixed there.
+            logs = torch.stack([logits[:valid].cpu().double().log_softmax(dim=1) for logits in outputs])
+            log_p = logs.logsumexp(dim=0) - math.log(len(outputs))  # (B, classes), of the mean probability
+            labels = batch.labels[:valid].cpu()
+            values, ranked = log_p.topk(min(5, len(classes)), dim=1)
+            confidence, predicted = values[:, 0].exp(), ranked[:, 0]
+            bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # (b / 15, (b + 1) / 15]
+            confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+            correct5 += (ranked == labels[:, None]).sum()
+            correct += bins[predicted == labels].bincount(minlength=BINS)
+            confidences[block] = bins.bincount(confidence, BINS)
+            losses[block] = F.nll_loss(log_p, labels, reduction="sum")
             advance()
     device = loader.device if loader.device.type == "cuda" else torch.device("cpu")
-    counts, losses = (distributed.sum_over_ranks(t.to(device)).cpu() for t in (counts, losses))
-    images, correct1, correct5 = counts.sum(dim=1).tolist()
+    confusion, correct5, correct, confidences, losses = (
+        distributed.sum_over_ranks(t.to(device)).cpu() for t in (confusion, correct5, correct, confidences, losses)
+    )
+    images, correct1 = int(confusion.sum()), int(confusion.trace())
+    confidence_sums = [math.fsum(column) for column in confidences.T.tolist()]
+    gaps = [abs(right - conf) for right, conf in zip(correct.tolist(), confidence_sums, strict=True)]
     return Metrics(
         images=images,
         top1=100 * correct1 / images,
-        top5=100 * correct5 / images,
+        top5=100 * int(correct5) / images,
         loss=math.fsum(losses.tolist()) / images,
+        ece=100 * math.fsum(gaps) / images,
         correct1=correct1,
-        correct5=correct5,
-        per_class={
-            name: dict(images=n, top1=100 * right / n if n else None)
-            for name, n, right in zip(classes, counts[0].tolist(), counts[1].tolist(), strict=True)
-        },
+        correct5=int(correct5),
+        per_class=dict(zip(_unique(classes), _per_class(confusion), strict=True)),
+        confusion=confusion.tolist(),
     )
+
+
+def _per_class(confusion: Tensor) -> list[dict[str, float | None]]:
+    columns = confusion.sum(dim=1), confusion.sum(dim=0), confusion.diagonal()
+    return [
+        dict(
+            images=n,
+            top1=100 * right / n if n else None,
+            precision=100 * right / predicted if predicted else None,
+            f1=200 * right / (n + predicted) if n + predicted else None,
+        )
+        for n, predicted, right in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """`names`, with their number behind those that stand there twice, as some of ImageNet's do."""
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def make_views(
+    view: View, sizes: Sequence[int] = (), crop_ratios: Sequence[float] = ()
+) -> dict[tuple[int, float], View]:
+    """(size, crop ratio) -> `view` with these, for each size with each crop ratio; where none is given, as in `view`.
+
+    A crop ratio is the centre crop's share of the resized shorter side.
+    """
+    views = {}
+    for size in sizes or [view.size]:
+        if not crop_ratios:  # in integers: at its own size a view stays as it is
+            views[size, view.size / view.resize] = replace(view, size=size, resize=size * view.resize // view.size)
+        for ratio in crop_ratios:
+            views[size, ratio] = replace(view, size=size, resize=math.floor(size / ratio))
+    return views

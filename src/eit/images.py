@@ -1,10 +1,11 @@
-"""Image files -> pixels as a model sees them: decoding, upright, 8 bits, resized, normalised."""
+"""Images -> pixels as a model sees them: decoding, upright, 8 bits, resized, normalised."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,8 +23,12 @@ class UnreadableImage(Exception):
     """An image that cannot be decoded, or is too large to be; the message names it and the reason."""
 
 
-def decode(path: str | os.PathLike[str], channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    file: str | os.PathLike[str] | IO[bytes], channels: int = 3, max_pixels: int = MAX_PIXELS, name: str = ""
+) -> Image.Image:
     """An image file -> upright PIL image of mode RGB (3 channels) or L (1), whatever it was stored as.
+
+    `name` stands for the file in messages where it is an open one.
 
     EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped, as torchvision and timm do.
 
@@ -33,22 +38,79 @@ def decode(path: str | os.PathLike[str], channels: int = 3, max_pixels: int = MA
     try:
         if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UnreadableImage(
-                    f"{path}: {width}x{height} is more than the {max_pixels} pixels that data.max_pixels allows"
+                    f"{name or file}: {width}x{height} is more than the {max_pixels} pixels that data.max_pixels allows"
                 )
             return to_mode(ImageOps.exif_transpose(image), channels)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(f"{path}: no image, or of an unknown format") from None
+        raise UnreadableImage(f"{name or file}: no image, or of an unknown format") from None
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"{path}: {error}") from None
+        raise UnreadableImage(f"{name or file}: {error}") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImage(f"{path}: {reason or type(error).__name__}") from None
+        raise UnreadableImage(f"{name or file}: {reason or type(error).__name__}") from None
+
+
+class Source(Protocol):
+    """Where an image lies, if not in a file of its own."""
+
+    def open(self) -> IO[bytes] | Image.Image: ...
+
+
+@dataclass
+class Images:
+    """Labelled images. `classes[labels[i]]` is the class of image i.
+
+    `sources` are paths, uint8 arrays (H, W) or (H, W, 3), or objects of `Source`.
+    """
+
+    classes: list[str]
+    labels: list[int]
+    names: list[str]
+    sources: list[Any]
+    max_pixels: int = MAX_PIXELS
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """Image `index` as RGB (3 channels) or L (1).
+
+        Raises:
+            UnreadableImage
+        """
+        source = self.sources[index]
+        if isinstance(source, np.ndarray):
+            return to_mode(Image.fromarray(source), channels)
+        if isinstance(source, str):
+            return decode(source, channels, self.max_pixels)
+        try:
+            opened = source.open()
+        except (OSError, ValueError) as error:
+            raise UnreadableImage(f"{self.names[index]}: {error}") from None
+        if isinstance(opened, Image.Image):
+            return to_mode(opened, channels)
+        with opened:
+            return decode(opened, channels, self.max_pixels, self.names[index])
+
+    def subset(self, indices: Iterable[int]) -> "Images":
+        indices = list(indices)
+        return replace(
+            self,
+            labels=[self.labels[i] for i in indices],
+            names=[self.names[i] for i in indices],
+            sources=[self.sources[i] for i in indices],
+        )
+
+    def digest(self) -> str:
+        """A hash of names and labels: two processes with the same one see the same data."""
+        lines = "\n".join([*self.classes, *(f"{n} {y}" for n, y in zip(self.names, self.labels, strict=True))])
+        return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:

@@ -1,7 +1,8 @@
-"""`Images` -> normalised batches on the device. Order and augmentation are functions of counters, not of random state.
+"""Images -> normalised batches on the device. Order and augmentation are functions of counters, not of random state.
 
-`CachedLoader` holds small images as uint8 and augments whole batches; `StreamLoader` reads and augments image by image
-in worker processes, with timm's transforms; `EvaluationLoader` gives the same batches on any number of ranks.
+`CachedLoader` holds small images as uint8 and augments whole batches; `WorkerLoader` reads and augments image by image
+in worker processes, with timm's transforms; `StreamLoader` does so with images that come in turn, from shards behind a
+reader of timm. `EvaluationLoader` and `StreamEvaluationLoader` give the same images on any number of ranks.
 """
 
 import math
@@ -21,16 +22,16 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import Compose
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 from torchvision.transforms import functional as TF
 
 from eit import distributed
 from eit.config import Augment, Data
 from eit.console import say, track
-from eit.data import Images
 from eit.errors import UserError
-from eit.images import UnreadableImage, View, normalise, resize_and_crop
+from eit.images import Images, UnreadableImage, View, normalise, resize_and_crop
+from eit.readers import ImageStream
 
 CACHE_SIZE = 64  # pixels: images up to this size are held in memory
 CACHE_BYTES = 2 << 30
@@ -45,6 +46,7 @@ class Stream(IntEnum):
     NOISE = 4  # seed, epoch
     SAMPLE = 5  # seed, epoch, index, repeat
     STEP = 6  # seed, step, micro-batch, rank
+    TURN = 7  # seed, epoch, rank, worker, turn
 
 
 def seed_of(stream: Stream, *counters: int) -> int:
@@ -127,21 +129,26 @@ def fits_in_memory(images: Images, view: View) -> bool:
 
 
 def train_loader(
-    images: Images, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
-) -> "CachedLoader | StreamLoader":
+    images: Images | ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+) -> "CachedLoader | WorkerLoader | StreamLoader":
     """The loader that suits: from memory where the images are small and no policy works image by image."""
-    by_image = augment.crop_scale is not None or augment.rand_augment is not None or augment.color_jitter > 0
-    if config.cache and by_image:
-        raise UserError("data.cache=true augments whole batches: it has no crop_scale, rand_augment or color_jitter")
-    if (config.cache is None and fits_in_memory(images, view) and not by_image) or config.cache:
+    if config.cache and augment.by_image:
+        key = augment.policy[0] if augment.policy else "crop_scale, simple_crop or color_jitter"
+        raise UserError(f"data.cache=true augments whole batches: it has no {key}")
+    if isinstance(images, ImageStream):
+        if config.cache or augment.repeats > 1:
+            key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"
+            raise UserError(f"{key} needs images with random access: data.dataset={config.dataset} comes in turn")
+        return StreamLoader(images, view, plan, config, augment, device)
+    if (config.cache is None and fits_in_memory(images, view) and not augment.by_image) or config.cache:
         return CachedLoader(images, view, plan, config.bad_image_budget, augment, device)
-    return StreamLoader(images, view, plan, config, augment, device)
+    return WorkerLoader(images, view, plan, config, augment, device)
 
 
 class BadImages:
     """Unreadable training images: named once each, and counted against the budget."""
 
-    def __init__(self, images: Images, budget: float) -> None:
+    def __init__(self, images: Images | ImageStream, budget: float) -> None:
         self.total, self.allowed = len(images), int(budget * len(images))
         self.seen: dict[str, None] = {}  # in the order met
 
@@ -282,7 +289,7 @@ class _Batches(Sampler):
             yield [(self.epoch, index, repeat) for index, repeat in rows.tolist()]
 
 
-class StreamLoader:
+class WorkerLoader:
     """Images read, cropped, augmented and normalised one by one in worker processes, with timm's transforms."""
 
     def __init__(
@@ -326,20 +333,29 @@ class PadCrop:
         return image
 
 
+def simple_crop(view: View) -> Compose:
+    """DeiT III's simple random crop: the shorter side to the size, 4 pixels reflected around, a random square."""
+    mode = InterpolationMode(view.interpolation)
+    return Compose([Resize(view.size, mode), RandomCrop(view.size, padding=4, padding_mode="reflect")])
+
+
 def image_transform(view: View, augment: Augment) -> Compose:
     """PIL image -> normalised, augmented (channels, size, size) float.
 
     Raises:
         UserError: a policy that timm does not know, or that needs colour.
     """
-    if augment.rand_augment and view.channels != 3:
-        raise UserError("augment.rand_augment needs colour images: model.in_chans=3")
+    key, policy = augment.policy or ("", None)
+    if policy and view.channels != 3:
+        raise UserError(f"augment.{key} needs colour images: model.in_chans=3")
+    begins = {"rand_augment": ("rand",), "augmix": ("augmix",), "auto_augment": ("original", "v0")}.get(key)
     try:
+        assert not (policy and begins) or policy.startswith(begins), "of another kind"
         transform = create_transform(
             input_size=view.size,
             is_training=True,
             color_jitter=augment.color_jitter or None,
-            auto_augment=augment.rand_augment,
+            auto_augment=policy,
             interpolation=view.interpolation,
             hflip=augment.hflip,
             re_prob=augment.erasing,
@@ -350,9 +366,11 @@ def image_transform(view: View, augment: Augment) -> Compose:
             ratio=augment.crop_aspect,
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
-        given = f"augment.rand_augment={augment.rand_augment}"
-        raise UserError(f"{given}: timm does not know this policy ({error}), such as rand-m9-mstd0.5-inc1") from None
-    if augment.crop_scale is None:
+        such = {"augmix": "augmix-m5-w4-d2", "auto_augment": "original"}.get(key, "rand-m9-mstd0.5-inc1")
+        raise UserError(f"augment.{key}={policy}: timm does not know this policy ({error}), such as {such}") from None
+    if augment.simple_crop:
+        transform.transforms[0] = simple_crop(view)
+    elif augment.crop_scale is None:
         transform.transforms[0] = PadCrop(view, augment.pad_crop)  # instead of timm's random resized crop
     return transform
 
@@ -362,10 +380,14 @@ def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tens
     return torch.stack(images), torch.tensor(labels), [fault for one in faults for fault in one]
 
 
-def _worker_options(workers: int | None, device: torch.device) -> dict[str, Any]:
+def worker_count(workers: int | None) -> int:
+    """Loader processes of this rank: as given, else one a core, at most 8."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if workers is None:
-        workers = min((os.cpu_count() or 1) // local_world, 8)
+    return min((os.cpu_count() or 1) // local_world, 8) if workers is None else workers
+
+
+def _worker_options(workers: int | None, device: torch.device) -> dict[str, Any]:
+    workers = worker_count(workers)
     return dict(
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -378,6 +400,76 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Turn(IterableDataset):
+    """The images of a stream in turn, augmented, or as evaluation sees them. Used in worker processes."""
+
+    def __init__(self, dataset: Any, prepare: Callable[[Image.Image], Tensor], *counters: int) -> None:
+        self.dataset, self.prepare, self.counters = dataset, prepare, counters
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
+        worker = info.id if (info := get_worker_info()) else 0
+        for turn, (image, label) in enumerate(self.dataset):
+            with seeded(Stream.TURN, *self.counters, worker, turn):
+                yield self.prepare(image), int(label), []
+
+
+class StreamLoader:
+    """Images of a reader of timm, which shuffles them and gives each rank and worker a part of the shards.
+
+    The order is a function of (seed, epoch, ranks, workers). A continued run reads again, and drops, what it has seen.
+    """
+
+    def __init__(
+        self, images: ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+    ) -> None:
+        self.images, self.view, self.plan, self.device = images, view, plan, device
+        self.workers = worker_count(config.workers)
+        self.transform = image_transform(view, augment)
+        self.bad = BadImages(images, config.bad_image_budget)
+
+    def prepare(self) -> None:
+        """Raise a UserError where there are fewer shards than readers: some would wait for ever."""
+        reader = self._open(0).reader
+        shards = len(getattr(getattr(reader, "split_info", None), "filenames", None) or ()) or None
+        readers = max(self.workers, 1) * self.plan.world
+        if shards is not None and shards < readers:
+            most = shards // self.plan.world
+            raise UserError(
+                f"{shards} shards for {readers} readers (processes x workers): "
+                + (f"set data.workers={most} or less" if most else "write more shards (eit data shard --count)")
+            )
+
+    def _open(self, epoch: int) -> Any:
+        seed = seed_of(Stream.ORDER, self.plan.seed, epoch) % 2**31
+        dataset = self.images.open(True, self.plan.batch_size, seed, _mode(self.view))
+        dataset.set_loader_cfg(num_workers=self.workers)
+        return dataset
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        plan = self.plan
+        counters = plan.seed, epoch, distributed.rank()
+        loader = DataLoader(
+            _Turn(self._open(epoch), self.transform, *counters),
+            batch_size=plan.batch_size,
+            collate_fn=_collate,
+            generator=generator(Stream.ORDER, *counters),
+            **_fresh_workers(self.workers, self.device),
+        )
+        batches = iter(loader)
+        for number in range(plan.steps * plan.accumulate):
+            images, labels, _ = next(batches)
+            if number >= first_step * plan.accumulate:
+                yield Batch(images.to(self.device), labels.to(self.device), len(labels))
+
+
+def _mode(view: View) -> str:
+    return {1: "L", 3: "RGB"}[view.channels]
+
+
+def _fresh_workers(workers: int, device: torch.device) -> dict[str, Any]:
+    return _worker_options(workers, device) | dict(persistent_workers=False)
 
 
 @dataclass
@@ -427,7 +519,7 @@ class EvaluationLoader:
             _Pixels(self.images, self.view),
             batch_sampler=keys,
             collate_fn=_collate_pixels,
-            **(_worker_options(self.workers, self.device) | dict(persistent_workers=False)),
+            **_fresh_workers(worker_count(self.workers), self.device),
         )
         for pixels, labels, faults in loader:
             if faults:
@@ -449,3 +541,56 @@ class _Pixels(Dataset):
 def _collate_pixels(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
     faults = [fault for *_, one in samples for fault in one]
     return (torch.empty(0), torch.empty(0), faults) if faults else _collate(samples)
+
+
+@dataclass
+class StreamEvaluationLoader:
+    """Every rank reads the whole stream, and computes each `world`-th batch of it: every image counts once."""
+
+    images: ImageStream
+    view: View
+    batch_size: int
+    workers: int | None
+    device: torch.device
+
+    @property
+    def blocks(self) -> int:
+        """At most; each worker may end with a small batch."""
+        return -(-len(self.images) // self.batch_size) + max(worker_count(self.workers), 1)
+
+    @property
+    def own_blocks(self) -> range:
+        return range(distributed.rank(), self.blocks, distributed.world_size())
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        """(block number, batch) of this rank.
+
+        Raises:
+            UserError: the stream has another number of images than it says.
+        """
+        dataset = self.images.open(False, self.batch_size, 0, _mode(self.view))
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+        workers = worker_count(self.workers)
+        dataset.set_loader_cfg(num_workers=workers)
+        turn = _Turn(dataset, self.view.pixels)
+        options = _fresh_workers(workers, self.device)
+        seen = 0
+        loader = DataLoader(turn, self.batch_size, collate_fn=_collate, **options)
+        for block, (pixels, labels, _) in enumerate(loader):
+            seen += len(labels)
+            if block % distributed.world_size() == distributed.rank():
+                images = normalise(pixels.to(self.device), self.view.mean, self.view.std)
+                yield block, Batch(images, labels.to(self.device), len(labels))
+        if seen != len(self.images):
+            raise UserError(f"{self.images.config.dataset}: {seen} images were read of the {len(self.images)} it says")
+
+
+AnyEvaluationLoader = EvaluationLoader | StreamEvaluationLoader
+
+
+def evaluation_loader(
+    images: Images | ImageStream, view: View, batch_size: int, workers: int | None, device: torch.device
+) -> AnyEvaluationLoader:
+    if isinstance(images, ImageStream):
+        return StreamEvaluationLoader(images, view, batch_size, workers, device)
+    return EvaluationLoader(images, view, batch_size, workers, device)

@@ -262,6 +262,7 @@ class EIT(nn.Module):
         self.attn_channels = attention_channels(schedule, embed_dim, depth, num_heads)  # the others are convolved
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = height, width
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.embed_dim = embed_dim
         self.head_hidden_size = representation_size or embed_dim

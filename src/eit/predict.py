@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from eit.data import EXTENSIONS
 from eit.errors import UserError
 from eit.images import UnreadableImage, decode, normalise
 from eit.model import EIT
+from eit.readers import EXTENSIONS
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from eit import distributed
+from eit import distributed, draw
 from eit.checkpoint import saved_steps, write_file
 from eit.config import Recipe, differences, parse_recipe, parse_yaml
 from eit.console import say
@@ -100,7 +100,7 @@ class Run:
             if key not in ("epoch", "step") and value is not None:
                 self._board.add_scalar(key, value, line["step"])
         self._board.flush()
-        draw_curves(self.lines(), self.path / "curves.png")
+        draw.curves(self.lines(), self.path / "curves.png")
         ema = "" if line["ema_top1"] is None else f"  ema {line['ema_top1']:.2f}%"
         say(
             f"epoch {line['epoch'] + 1}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
@@ -126,36 +126,6 @@ def _closer(file: IO[str]) -> Callable[[], None]:
             found.close()
 
     return close
-
-
-def draw_curves(lines: list[dict[str, Any]], file: Path) -> None:
-    """Loss and top-1 over the epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), dpi=100)
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.14, top=0.9, wspace=0.15)  # a solver costs 0.1 s an epoch
-    left, right = figure.subplots(1, 2)
-    epochs = [line["epoch"] + 1 for line in lines]
-    series = [
-        (left, "train_loss", "training (augmented)", "#0072b2"),
-        (left, "val_loss", "validation", "#d55e00"),
-        (right, "val_top1", "weights", "#d55e00"),
-        (right, "ema_top1", "moving average", "#009e73"),
-    ]
-    for axis, key, label, colour in series:
-        values = [line.get(key) for line in lines]
-        if any(value is not None for value in values):
-            axis.plot(epochs, values, label=label, color=colour, marker="." if len(lines) < 40 else None)
-    for axis, title in ((left, "loss"), (right, "validation top-1 (%)")):
-        axis.set(xlabel="epoch", title=title)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        if len(axis.lines) > 1:
-            axis.legend(frameon=False)
-    temporary = file.with_name(f".{file.name}")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, file)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -12,28 +12,29 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from eit import distributed
-from eit.checkpoint import Card, default_mean_std, load_step, load_weights, newest_step, save_step, save_weights
+from eit.checkpoint import Card, default_mean_std, load_step, newest_step, save_step, save_weights
 from eit.config import Recipe
 from eit.console import progress, say
 from eit.data import open_data
 from eit.errors import UserError
-from eit.evaluate import evaluate
+from eit.evaluate import LOW_PRECISION, evaluate
+from eit.finetune import build_model, choose_trainable, settle
 from eit.images import View
-from eit.loader import EvaluationLoader, Plan, Stream, set_seed, train_loader
-from eit.model import EIT
+from eit.loader import Plan, Stream, evaluation_loader, set_seed, train_loader, worker_count
+from eit.loss import Distillation, class_weights, make_criterion
+from eit.readers import ImageStream
 from eit.run import Run, environment
-from eit.zoo import create_model
+from eit.zoo import TIMM
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -66,8 +67,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         Stopped: SIGTERM or SIGINT came; the run is saved.
         FloatingPointError: the loss is not finite; the weights were not updated with it.
     """
-    with ExitStack() as held:
-        return _train(recipe, held)
+    try:
+        with ExitStack() as held:
+            return _train(settle(recipe), held)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise UserError(out_of_memory(recipe)) from None
+        raise
 
 
 def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
@@ -85,9 +91,15 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     )
     check_plan(recipe, plan)
     loader = train_loader(train_images, view, plan, recipe.data, recipe.augment, device)
-    model = build_model(recipe, len(train_images.classes))
-    card = make_card(recipe, view, train_images.classes)
+    classes = train_images.classes
+    model = build_model(recipe, len(classes))
+    choose_trainable(recipe, model)
+    weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
+    distillation = Distillation(recipe.loss, view, classes, device) if recipe.loss.teacher else None
+    card = make_card(recipe, view, classes)
     at = Progress(fixed=dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=plan.global_batch))
+    if isinstance(train_images, ImageStream):  # whose order depends on it
+        at.fixed["data.workers"] = worker_count(recipe.data.workers)
     if len(set(distributed.gather(at.fixed["data"]))) > 1:
         raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
 
@@ -109,10 +121,13 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     optimizer = make_optimizer(recipe, model, plan)
     schedule = make_schedule(recipe, optimizer, plan)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
-    mix = make_mixup(recipe, len(card.classes))
-    val_loader = EvaluationLoader(val_images, view, recipe.data.batch_size, recipe.data.workers, device)
+    mix = make_mixup(recipe, len(classes))
+    weights = None if weights is None else weights.to(device)
+    criterion = make_criterion(recipe.loss, recipe.augment.smoothing, weights, len(classes))
+    val_loader = evaluation_loader(val_images, view, recipe.data.batch_size, recipe.data.workers, device)
     loader.prepare()
     resume(run, model, ema, optimizer, scaler, at)
+    frozen_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.weight.requires_grad]
     network: Any = model
     if plan.world > 1:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -131,9 +146,11 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         hold_gradients = plan.world > 1 and micro + 1 < plan.accumulate
         with network.no_sync() if hold_gradients else nullcontext():
             with autocast():
-                logits = network(x)
-            smoothing = 0.0 if mix else recipe.augment.smoothing  # mixup smooths its targets itself
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing) / plan.accumulate
+                logits = network(x).float()
+                loss = criterion(logits, target)
+                if distillation:
+                    loss = distillation(loss, logits, x)
+            loss = loss / plan.accumulate
             scaler.scale(loss).backward()
         return loss.detach()
 
@@ -153,7 +170,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         run.start_logging(environment(device), at.step)
     parameters = sum(p.numel() for p in model.parameters())
     say(
-        f"{recipe.name}: {parameters:,} parameters, {len(train_images):,} images of {len(card.classes)} classes, "
+        f"{recipe.name}: {parameters:,} parameters, {len(train_images):,} images of {len(classes)} classes, "
         f"{plan.steps} x {plan.global_batch} of them an epoch, on {plan.world} x {device.type}"
     )
     with stop_signals() as asked:
@@ -163,6 +180,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             if first_step == 0:
                 at.loss_sum = 0.0
             network.train()
+            for frozen in frozen_norms:
+                frozen.eval()
             batches = loader.epoch(epoch, first_step)
             began = mark = time.monotonic()
             began_step = at.step
@@ -192,7 +211,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                     now = time.monotonic()
                     at.seconds, mark = at.seconds + now - mark, now
                     images_per_s = (at.step - began_step) * plan.global_batch / (now - began)
-                    lr = optimizer.param_groups[0]["lr"]
+                    lr = max(group["lr"] for group in optimizer.param_groups)
                     advance(loss=mean_loss, lr=lr, **{"images/s": round(images_per_s)})
                     if at.step < end and any(signals):
                         raise Stopped(which_signal(signals), save())
@@ -218,7 +237,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             }
             if run:
                 if best:
-                    save_weights(run.path / "best.safetensors", model.state_dict(), card)
+                    save_weights(run.path / "best.safetensors", model.state_dict(), measured(card, at))
                 run.log(at.last)
             folder = save()
             if any(signals) and at.step < total_steps:
@@ -226,7 +245,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
 
     def finish() -> dict[str, Any]:
         assert run is not None
-        save_weights(run.path / "final.safetensors", model.state_dict(), card)
+        save_weights(run.path / "final.safetensors", model.state_dict(), measured(card, at))
         return run.finish(
             best_top1=at.best_top1,
             best_epoch=at.best_epoch,
@@ -282,22 +301,30 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
         raise UserError(f"data.batch_size={plan.batch_size} is odd: mixup and cutmix mix pairs")
 
 
-def build_model(recipe: Recipe, classes: int) -> EIT:
-    """The model with its initial values, a function of the seed, or those of `model.pretrained`."""
-    section = recipe.model
-    set_seed(Stream.INITIAL_VALUES, recipe.seed)
-    size = recipe.data.image_size
-    model = create_model(section.name, section.family, num_classes=classes, img_size=size, **section.arguments())
-    if section.pretrained:
-        load_weights(model, section.pretrained, reset_head=section.reset_head)
-    return model
+def measured(card: Card, at: Progress) -> Card:
+    """The card of weights with what the run measured of them."""
+    metrics = {key: at.last[key] for key in ("epoch", "val_top1", "val_top5", "val_loss")}
+    return card.model_copy(update=dict(metrics=metrics))
+
+
+def out_of_memory(recipe: Recipe) -> str:
+    """What to set, with the same global batch."""
+    batch, accumulate = recipe.data.batch_size, recipe.train.accumulate
+    mixes = bool(recipe.augment.mixup or recipe.augment.cutmix)
+    smaller = [n for n in range(1, batch // 2 + 1) if batch % n == 0 and not (mixes and n % 2)]
+    what = f"out of memory with data.batch_size={batch} at data.image_size={recipe.data.image_size}"
+    if not smaller:
+        return f"{what}: set a smaller data.image_size, or take a smaller model"
+    same = f"data.batch_size={smaller[-1]} train.accumulate={accumulate * batch // smaller[-1]}"
+    return f"{what}: set {same}, which make the same global batch"
 
 
 def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
     """What the weights will say about themselves."""
+    timms = recipe.model.name.startswith(TIMM)
     return Card(
         model=recipe.model.name,
-        arguments=recipe.model.arguments() | {"family": recipe.model.family},
+        arguments=recipe.model.arguments() | ({} if timms else {"family": recipe.model.family}),
         classes=classes,
         mean=view.mean,
         std=view.std,
@@ -311,7 +338,8 @@ def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
 def make_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     """Weight decay spares norms, biases, the class token and position embeddings."""
     o, lr = recipe.optim, base_rate(recipe, plan)
-    return create_optimizer_v2(model, o.name, lr=lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
+    options = dict(betas=o.betas, eps=o.eps, layer_decay=o.layer_decay)
+    return create_optimizer_v2(model, o.name, lr=lr, weight_decay=o.weight_decay, **options)
 
 
 def base_rate(recipe: Recipe, plan: Plan) -> float:

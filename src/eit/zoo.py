@@ -1,8 +1,10 @@
 """The zoo: variants, families, published results, and their registration with timm."""
 
+import csv
 import inspect
 import sys
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import timm
@@ -10,9 +12,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
 import eit.model  # not its names: this module may be imported while that one waits for timm
+from eit.draw import Point
 from eit.errors import UserError, nearest
 
 AUTHORS_CODE = "https://github.com/MrHaiPi/EIT"
+TIMM = "timm/"  # any other model of timm: timm/resnet50
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Variant:
     embed_dim: int
     depth: int
     num_heads: int
+    published_params: float  # millions
+    published_gmacs: float  # what the paper calls FLOPs
     published_top1: float
     published_top5: float
     weights: str
@@ -32,10 +38,10 @@ def _weights(name: str) -> str:
 
 
 VARIANTS = {
-    "eit_mini": Variant(250, 5, 10, 70.0, 89.6, _weights("mini")),
-    "eit_tiny": Variant(330, 8, 10, 78.1, 94.0, _weights("tiny")),
-    "eit_base": Variant(400, 10, 16, 80.6, 95.3, _weights("base")),
-    "eit_large": Variant(464, 12, 16, 81.8, 95.6, _weights("large")),
+    "eit_mini": Variant(250, 5, 10, 3.5, 1.73, 70.0, 89.6, _weights("mini")),
+    "eit_tiny": Variant(330, 8, 10, 8.9, 3.84, 78.1, 94.0, _weights("tiny")),
+    "eit_base": Variant(400, 10, 16, 16.0, 6.52, 80.6, 95.3, _weights("base")),
+    "eit_large": Variant(464, 12, 16, 25.3, 10.0, 81.8, 95.6, _weights("large")),
 }
 
 # LSRA is our reading: the paper's vision configuration of it is not public.
@@ -65,6 +71,20 @@ default_cfgs = {
 }
 
 
+def published_results() -> list[Point]:
+    """ImageNet-1K results as published, 224x224, without further data or a teacher; published.csv has each source."""
+    ours = [
+        Point("EIT", f"EIT-{name.removeprefix('eit_')}", v.published_params, v.published_gmacs, v.published_top1, False)
+        for name, v in VARIANTS.items()
+    ]
+    text = resources.files("eit").joinpath("published.csv").read_text(encoding="utf-8")
+    others = [
+        Point(r["family"], r["model"], float(r["params_m"]), float(r["gmacs"]), float(r["top1"]), r["pyramid"] == "yes")
+        for r in csv.DictReader(text.splitlines())
+    ]
+    return ours + others
+
+
 def list_models() -> list[str]:
     """Names that `create_model` takes.
 
@@ -83,7 +103,7 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
     """A model with initial values.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or timm/NAME with arguments of timm's (the result is then timm's class).
         family: `eit` (default), `lsra` or `vit`: the preset of schedule, stem and position embedding.
         arguments: any argument of `eit.EIT`; those given win over the preset.
 
@@ -93,8 +113,12 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
     >>> create_model("eit_mini", num_classes=10, family="lsra").attn_channels
     [120, 120, 120, 120, 120]
     """
+    if name.startswith(TIMM):
+        if family is not None:
+            raise UserError(f"family={family} is of this package's models, not of {name}")
+        return _create_timm_model(name, **arguments)
     if name not in VARIANTS:
-        raise UserError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)})")
+        raise UserError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)}, timm/NAME)")
     if family is not None and family not in FAMILIES:
         raise UserError(f"unknown family {family!r}{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
     if "pretrained" in arguments:
@@ -106,6 +130,30 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
         return timm.create_model(name, family=family, **arguments)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def is_model(name: str) -> bool:
+    """Whether `create_model` knows it. Names that timm would fetch from somewhere else are not models here."""
+    return name in VARIANTS or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)))
+
+
+def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any) -> Any:
+    plain = name.removeprefix(TIMM)
+    if not is_model(name):
+        raise UserError(f"timm has no model {plain!r}{nearest(plain, timm.list_models())}")
+    if img_size is not None and timm.get_pretrained_cfg(plain).fixed_input_size:
+        arguments["img_size"] = img_size
+    try:
+        return timm.create_model(plain, **arguments)
+    except Exception as error:  # each architecture has errors of its own; downloads too
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: {line}") from None
+
+
+def head_names(model: Any) -> tuple[str, ...]:
+    """Names of the classifier's modules."""
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _register(name: str, variant: Variant) -> None:

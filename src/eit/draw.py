@@ -1,0 +1,190 @@
+"""Pictures: curves of a run, confusion matrices, image grids, published results. Matplotlib is imported when needed."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def curves(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """Loss and top-1 over the epochs, from the lines of a run's log."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), dpi=100)
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.14, top=0.9, wspace=0.15)  # a solver costs 0.1 s an epoch
+    left, right = figure.subplots(1, 2)
+    epochs = [line["epoch"] + 1 for line in lines]
+    series = [
+        (left, "train_loss", "training (augmented)", "#0072b2"),
+        (left, "val_loss", "validation", "#d55e00"),
+        (right, "val_top1", "weights", "#d55e00"),
+        (right, "ema_top1", "moving average", "#009e73"),
+    ]
+    for axis, key, label, colour in series:
+        values = [line.get(key) for line in lines]
+        if any(value is not None for value in values):
+            axis.plot(epochs, values, label=label, color=colour, marker="." if len(lines) < 40 else None)
+    for axis, title in ((left, "loss"), (right, "validation top-1 (%)")):
+        axis.set(xlabel="epoch", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if len(axis.lines) > 1:
+            axis.legend(frameon=False)
+    _save(figure, file)
+
+
+def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Path) -> None:
+    """A confusion matrix, counts[truth][prediction], as .png, .pdf or .svg.
+
+    The colour is the share of the row. Counts stand in the cells up to 20 classes, names at the axes up to 40.
+    """
+    import numpy as np
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    table = np.array(counts)
+    assert table.shape == (len(classes), len(classes))
+    totals = table.sum(axis=1, keepdims=True)
+    shares = table / np.maximum(totals, 1)
+    n = len(classes)
+    inches = max(2.4, 0.5 * n) if n <= 20 else max(8, 0.24 * n) if n <= 40 else 7.5
+    figure = Figure(figsize=(inches + 2.4, inches + 1.6), dpi=min(max(100, n // 6), 400))  # a pixel a class or more
+    axis = figure.subplots()
+    # With the root, confusions of a few percent can be told from none.
+    image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="none" if n <= 40 else "nearest")
+    axis.set_xlabel("prediction")
+    axis.set_ylabel("truth")
+    axis.set_title(
+        f"top-1 {100 * table.trace() / max(table.sum(), 1):.2f}% of {table.sum():,} images", fontsize="medium"
+    )
+    bar = figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "1%", "5%", "10%", "20%", "50%", "100%"])
+    bar.set_label("share of the true class")
+    if n <= 40:
+        names = [shorten(name, 24) for name in classes]
+        upright = max(map(len, names)) > 3
+        axis.set_xticks(range(n), names, parse_math=False, rotation=90 if upright else 0)
+        axis.set_yticks(range(n), names, parse_math=False)
+        axis.tick_params(length=0, labelsize="small")
+    if n <= 20:
+        size = min(9.0, 36 / (0.65 * len(str(table.max()))))  # points: 36 wide is a cell
+        for (row, column), count in np.ndenumerate(table):
+            colour = "white" if shares[row, column] > 0.4 else "black" if count else "#bbbbbb"
+            axis.text(column, row, str(count), ha="center", va="center", fontsize=size, color=colour)
+    _save(figure, file, bbox_inches="tight")
+
+
+class Tile(NamedTuple):
+    """An image, (height, width, 3 or 1) in 0..1, and the text below it."""
+
+    pixels: Any
+    label: str
+
+
+def grid(sections: Sequence[tuple[str, Sequence[Tile]]], file: Path, columns: int = 8) -> None:
+    """Images in rows, each section under its title."""
+    from matplotlib.figure import Figure
+
+    rows = [-(-len(tiles) // columns) for _, tiles in sections]
+    inch = 1.5
+    figure = Figure(figsize=(inch * columns, (inch + 0.25) * sum(rows) + 0.5 * len(sections)), dpi=110)
+    parts = figure.subfigures(len(sections), 1, height_ratios=[n * (inch + 0.25) + 0.5 for n in rows], squeeze=False)
+    for part, (title, tiles), n in zip(parts[:, 0], sections, rows, strict=True):
+        height = n * (inch + 0.25) + 0.5
+        part.suptitle(title, fontsize="large", y=1 - 0.1 / height, va="top", parse_math=False)
+        axes = part.subplots(n, columns, squeeze=False).ravel()
+        part.subplots_adjust(0.01, 0.27 / height, 0.99, 1 - 0.45 / height, wspace=0.06, hspace=0.25)
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, tile in zip(axes, tiles, strict=False):
+            grey = tile.pixels.shape[2] == 1
+            axis.imshow(tile.pixels[..., 0] if grey else tile.pixels, cmap="gray", vmin=0, vmax=1)
+            name = shorten(tile.label, 28)
+            size = min(8.0, 8 * 22 / max(len(name), 1))
+            axis.text(
+                0.5, -0.03, name, transform=axis.transAxes, ha="center", va="top", fontsize=size, parse_math=False
+            )
+    _save(figure, file)
+
+
+class Point(NamedTuple):
+    """A published model: parameters in millions, multiply-accumulates in G, ImageNet-1K top-1 in percent."""
+
+    family: str
+    model: str
+    params_m: float
+    gmacs: float
+    top1: float
+    pyramid: bool
+
+
+def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None:
+    """Top-1 against parameters: a line a family, dashed without a pyramid; area of a circle by multiply-accumulates."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(10.5, 7), dpi=120)
+    axis = figure.add_axes((0.065, 0.08, 0.74, 0.87))
+    families = sorted({p.family for p in points}, key=lambda name: (name != highlight, name))
+    palette = [colormaps["tab20"](i) for i in (2, 4, 8, 10, 12, 16, 18, 3, 5, 9, 11, 13, 17, 19, 14, 6, 15, 7)]
+    colours = {name: "#0057b8" if name == highlight else palette[i % len(palette)] for i, name in enumerate(families)}
+    area = 14.0  # square points a G
+    handles = []
+    for name in reversed(families):
+        line = sorted(p for p in points if p.family == name)
+        line.sort(key=lambda p: p.params_m)
+        x, y = [p.params_m for p in line], [p.top1 for p in line]
+        ours, colour = name == highlight, colours[name]
+        dash = "-" if line[0].pyramid else (0, (4, 2))
+        order = 5 if ours else 2
+        axis.plot(x, y, color=colour, linestyle=dash, linewidth=2.6 if ours else 1.3, zorder=order)
+        sizes = [max(area * p.gmacs, 6) for p in line]
+        axis.scatter(x, y, s=sizes, color=colour, alpha=0.9 if ours else 0.6, edgecolors="white", zorder=order + 1)
+        handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2.6 if ours else 1.3, label=name))
+        if ours:
+            for p in line:
+                axis.annotate(
+                    p.model, (p.params_m, p.top1), (7, -13), textcoords="offset points", fontsize=9, color=colour
+                )
+    axis.set_xscale("log")
+    ticks = [2, 3, 5, 10, 20, 30, 50, 100]
+    axis.set_xticks(ticks, [str(t) for t in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("parameters (millions)")
+    axis.set_ylabel("ImageNet-1K top-1 (%), as published")
+    axis.grid(alpha=0.25, which="major")
+    axis.spines[["top", "right"]].set_visible(False)
+    handles.reverse()
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.81, 0.95), frameon=False, fontsize=9)
+    styles = (("-", "pyramid"), ((0, (4, 2)), "no pyramid"))
+    note = [Line2D([], [], color="#555555", linestyle=dash, label=text) for dash, text in styles]
+    for g in (1, 4, 16):
+        size = (area * g) ** 0.5
+        note.append(Line2D([], [], color="#999999", marker="o", linestyle="", markersize=size, label=f"{g} G MACs"))
+    figure.legend(
+        handles=note, loc="lower left", bbox_to_anchor=(0.81, 0.07), frameon=False, fontsize=9, labelspacing=1.0
+    )
+    _save(figure, file)
+
+
+def shorten(name: str, width: int) -> str:
+    """`name` in one line of at most `width` characters, all of which can be shown."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(name.split()))
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def _save(figure: Any, file: Path, **options: Any) -> None:
+    """Write the picture whole or not at all; the name's ending says what it is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    temporary = file.with_name(f".{file.name}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
+        figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
+    os.replace(temporary, file)

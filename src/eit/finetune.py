@@ -1,0 +1,72 @@
+"""What a run starts from: the model, the weights of another run or of timm, and what of it learns."""
+
+from typing import Any
+
+from eit.checkpoint import load_weights, read_card
+from eit.config import Model, Recipe, differences
+from eit.console import say
+from eit.errors import UserError
+from eit.loader import Stream, set_seed
+from eit.zoo import TIMM, create_model, head_names
+
+RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe with the architecture of the weights that it starts from, and without what its model does not have."""
+    section = recipe.model
+    card = read_card(section.pretrained) if isinstance(section.pretrained, str) else None
+    given: dict[str, Any] = {}
+    if card is not None:
+        given = dict.fromkeys(set(Model.model_fields) - RATES - {"pretrained", "reset_head"})
+        given |= dict(family="eit", name=card.model) | {k: v for k, v in card.arguments.items() if k not in RATES}
+        why = f"the model is that of {section.pretrained}"
+    if (name := given.get("name", section.name)).startswith(TIMM):
+        given |= dict.fromkeys(set(section.arguments()) - {"in_chans", "drop_rate", "drop_path_rate"})
+        given["family"] = "eit"
+        why = f"{name} has no such arguments" if card is None else why
+    elif section.pretrained is True:
+        raise UserError(f"no weights of {name} can be downloaded: model.pretrained=PATH")
+    if not given:
+        return recipe
+    settled = recipe.model_copy(update=dict(model=section.model_copy(update=given)))
+    if changed := differences(recipe, settled):
+        say(f"{why}: {', '.join(change.removeprefix('model.') for change in changed)}")
+    return settled
+
+
+def build_model(recipe: Recipe, classes: int) -> Any:
+    """The model with its initial values, a function of the seed, or those of `model.pretrained`."""
+    section, size = recipe.model, recipe.data.image_size
+    set_seed(Stream.INITIAL_VALUES, recipe.seed)
+    arguments = section.arguments()
+    if section.name.startswith(TIMM):
+        arguments["pretrained"] = section.pretrained is True
+    else:
+        arguments["family"] = section.family
+    model = create_model(section.name, num_classes=classes, img_size=size, **arguments)
+    if isinstance(section.pretrained, str):
+        load_weights(model, section.pretrained, reset_head=section.reset_head)
+    return model
+
+
+def choose_trainable(recipe: Recipe, model: Any) -> None:
+    """Fix the parameters that `optim.trainable` and `optim.freeze` do not let learn."""
+    config = recipe.optim
+    heads = tuple(f"{head}." for head in head_names(model))
+    names = [name for name, _ in model.named_parameters()]
+    for part in config.freeze:
+        if not any(f"{name}.".startswith(f"{part}.") for name in names):
+            parts = dict.fromkeys(name.split(".")[0] for name in names)
+            raise UserError(f"optim.freeze={part}: the model has no such part ({', '.join(parts)}; blocks.0 and so on)")
+    for name, parameter in model.named_parameters():
+        learns = {
+            "all": True,
+            "attention": name.startswith((*heads, "pos_embed")) or (".attn." in name and ".attn.conv." not in name),
+            "head": name.startswith(heads),
+        }[config.trainable]
+        frozen = any(f"{name}.".startswith(f"{part}.") for part in config.freeze)
+        parameter.requires_grad_(learns and not frozen)
+    if not any(p.requires_grad for p in model.parameters()):
+        both = f"optim.trainable={config.trainable} with optim.freeze={list(config.freeze)}"
+        raise UserError(f"{both} leaves nothing to learn")

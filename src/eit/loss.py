@@ -1,0 +1,117 @@
+"""The training loss: cross-entropy or one binary cross-entropy a class, class weights, and a teacher to follow."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
+from timm.task import DistillationTeacher
+from torch import Tensor
+
+from eit.checkpoint import load
+from eit.config import Loss
+from eit.errors import UserError
+from eit.images import View
+from eit.zoo import TIMM, create_model
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_criterion(config: Loss, smoothing: float, weights: Tensor | None, classes: int) -> Criterion:
+    """(logits (B, classes), target) -> mean loss. The target is (B,) class numbers, or (B, classes) from mixup.
+
+    Mixup smooths its targets itself; `smoothing` is applied to class numbers, and says what the floor of mixed targets
+    is. Binary cross-entropy takes a class as present where its target is above that floor: smoothing puts all targets
+    above 0, and a threshold at 0 (as in the DeiT code) would make every class present.
+    """
+    if config.name == "bce":
+        return BinaryCrossEntropy(smoothing, target_threshold=smoothing / classes + 1e-4, weight=weights)
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        # The mean over images, not over weights, so that a step does not depend on how it is cut into micro-batches.
+        given = smoothing if target.ndim == 1 else 0.0
+        return F.cross_entropy(logits, target, weights, label_smoothing=given, reduction="none").mean()
+
+    return cross_entropy
+
+
+def class_weights(config: Loss, classes: list[str], labels: list[int] | None) -> Tensor | None:
+    """(classes,) weights. Balanced ones have mean 1 over the training images."""
+    given = config.class_weights
+    if given is None:
+        return None
+    if given == "balanced":
+        if labels is None:
+            raise UserError("loss.class_weights=balanced needs images with random access: give a weight for each class")
+        counts = Counter(labels)
+        return torch.tensor([len(labels) / (len(classes) * max(counts[i], 1)) for i in range(len(classes))])
+    if unknown := [name for name in given if name not in classes]:
+        raise UserError(f"loss.class_weights names {unknown[0]!r}; the classes are {', '.join(classes[:5])} ...")
+    return torch.tensor([float(given.get(name, 1.0)) for name in classes])
+
+
+class Distillation:
+    """A teacher that sees what the student sees (Hinton et al. 2015; soft and hard as in DeiT, Touvron et al. 2021).
+
+    Called with the student's own loss, its logits (B, classes) and its normalised input (B, C, H, W):
+    (1 - alpha) * loss + alpha * tau^2 KL(teacher || student), both at temperature tau, as timm's LogitDistillationTask,
+    or + alpha * cross-entropy with the teacher's first class.
+    """
+
+    def __init__(self, config: Loss, view: View, classes: list[str], device: torch.device) -> None:
+        assert config.teacher is not None
+        self.config = config
+        model, order, size, mean_std = _open_teacher(config, view, classes)
+        self.teacher = DistillationTeacher(model.requires_grad_(False)).to(device)
+        if mean_std is not None:
+            self.teacher.mean_kd, self.teacher.std_kd = (_column(v, device) for v in mean_std)
+        self.student = _column(view.mean, device), _column(view.std, device)
+        self.order, self.size = order.to(device), config.teacher_size or size
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """The teacher's, (B, classes), in the student's order of classes."""
+        x = self.teacher.normalize_input(x, *self.student)
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
+        return self.teacher(x)[:, self.order].float()
+
+    def __call__(self, loss: Tensor, student: Tensor, x: Tensor) -> Tensor:
+        teacher, alpha, tau = self.logits(x), self.config.alpha, self.config.tau
+        if self.config.distillation == "hard":
+            follow = F.cross_entropy(student, teacher.argmax(dim=1))
+        else:
+            student, teacher = F.log_softmax(student / tau, dim=1), F.log_softmax(teacher / tau, dim=1)
+            follow = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * tau**2
+        return (1 - alpha) * loss + alpha * follow
+
+
+def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Tensor, int, Any]:
+    """Model, the student's classes as columns of its logits, input size, (mean, std) where it is one of ours."""
+    name = str(config.teacher)
+    if name.startswith(TIMM):
+        if view.channels != 3:
+            raise UserError(f"loss.teacher={name} needs colour images: model.in_chans=3")
+        arguments: dict[str, Any] = dict(pretrained=True)
+        if config.teacher_weights:
+            arguments["pretrained_cfg_overlay"] = dict(file=config.teacher_weights, num_classes=len(classes))
+        size = config.teacher_size
+        model: Any = create_model(name, num_classes=len(classes), img_size=size, **arguments)
+        size = size or model.pretrained_cfg["input_size"][-1]
+        return model, torch.arange(len(classes)), size, None
+    if config.teacher_weights:
+        raise UserError(f"loss.teacher_weights is for a teacher {TIMM}NAME; loss.teacher={name} has its own")
+    model = load(name)
+    card = model.card
+    if missing := [c for c in classes if c not in card.classes]:
+        raise UserError(f"loss.teacher={name} does not know the classes {', '.join(missing[:5])}")
+    if card.in_chans != view.channels:
+        raise UserError(f"loss.teacher={name} reads {card.in_chans} channels, the student {view.channels}")
+    order = torch.tensor([card.classes.index(c) for c in classes])
+    return model, order, card.size, (card.mean, card.std)
+
+
+def _column(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)

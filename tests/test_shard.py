@@ -1,0 +1,327 @@
+"""Shards: the same batches as the folder they were written from, and every sample once where they come in turn."""
+
+import json
+import tarfile
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eit import distributed
+from eit.config import Augment, Data, load_recipe
+from eit.data import open_data, open_evaluation
+from eit.errors import UserError
+from eit.evaluate import evaluate
+from eit.images import View
+from eit.loader import Plan, StreamLoader, evaluation_loader, train_loader
+from eit.readers import INFO, ImageStream
+from eit.shard import write_shards
+from eit.train import train
+from tests.conftest import TINY, run_eit, save_digits
+from tests.test_train import log, same, train_until_killed, weights
+
+CPU = torch.device("cpu")
+VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
+
+
+def shards_of(folder, count=4, val_count=2):
+    out = folder.parent / f"shards{count}"
+    write_shards(*open_data(Data(root=str(folder))), out, count, val_count)
+    return out
+
+
+def everything(loader, epoch=0):
+    loader.prepare()
+    return [(x, y) for x, y, _ in loader.epoch(epoch)]
+
+
+def one_colour(folder, count=40):
+    """A folder whose images can be told apart: image i is of colour i."""
+    for part, n in (("train", count), ("val", 10)):
+        for i in range(n):
+            file = folder / part / f"class{i % 2}" / f"{i:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (i, i, i)).save(file)
+    return folder
+
+
+def numbers(x):
+    """Which images of `one_colour` a normalised batch holds."""
+    return ((x[:, 0, 8, 8] * 0.5 + 0.5) * 255).round().int().tolist()
+
+
+# -- With random access
+
+
+@pytest.mark.parametrize("augment", [Augment(pad_crop=1, hflip=0.5), Augment(crop_scale=(0.5, 1.0), erasing=0.5)])
+def test_shards_and_folder_give_identical_batches(folder, augment):
+    (folder / "train" / "digit0" / "a.b.jpeg").write_bytes((folder / "train" / "digit0" / "000.png").read_bytes())
+    with Image.open(folder / "train" / "digit0" / "001.png") as image:
+        image.save(folder / "train" / "digit0" / "c.bmp")
+    sources = Data(root=str(folder)), Data(root=str(shards_of(folder)))
+    (train_a, val_a), (train_b, val_b) = map(open_data, sources)
+    assert train_a.digest() == train_b.digest() and val_a.digest() == val_b.digest()
+    plan = Plan(len(train_a), 4, 1, 1, 1, 0)
+    batches = [everything(train_loader(t, VIEW, plan, Data(workers=0), augment, CPU)) for t in (train_a, train_b)]
+    assert len(batches[0]) == 9
+    for (x, y), (u, v) in zip(*batches, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+    for (_, a), (_, b) in zip(*(evaluation_loader(v, VIEW, 5, 0, CPU) for v in (val_a, val_b)), strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_a_run_moves_from_the_folder_to_the_shards(folder, monkeypatch):
+    def recipe(root, out):
+        return load_recipe("cifar10", [*TINY, f"data.root={root}", f"out={folder.parent / out}"])
+
+    whole = recipe(folder, "whole")
+    train(whole)
+    train_until_killed(recipe(folder, "moved"), 5, monkeypatch)
+    moved = recipe(shards_of(folder), "moved")
+    train(moved)
+    assert same(weights(whole.run_folder()), weights(moved.run_folder()))
+
+
+def test_arrays_and_members_can_be_sharded_too(folder, tmp_path):
+    digits = open_data(Data(root="sklearn:digits"))
+    write_shards(*digits, tmp_path / "a", 3, 1)
+    again = open_data(Data(root=str(tmp_path / "a")))
+    write_shards(*again, tmp_path / "b", 2, 1)
+    for images in (again[0], open_data(Data(root=str(tmp_path / "b")))[0]):
+        assert images.digest() == digits[0].digest()
+        assert np.array_equal(np.asarray(images.read(7, 1)), digits[0].sources[7])
+
+
+def test_a_stopped_writer_goes_on_and_writes_the_same(folder, monkeypatch):
+    whole = shards_of(folder)
+    from eit import shard
+
+    original, calls = shard._write_shard, []
+
+    def stopping(file, images, indices):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(file.name)
+        original(file, images, indices)
+
+    out = folder.parent / "stopped"
+    pair = open_data(Data(root=str(folder)))
+    monkeypatch.setattr(shard, "_write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(*pair, out, 4, 2)
+    assert not (out / INFO).exists()
+    with pytest.raises(UserError, match="holds other shards"):
+        write_shards(*pair, out, 5, 2)
+    monkeypatch.setattr(shard, "_write_shard", lambda *a: (calls.append(a[0].name), original(*a)))
+    write_shards(*pair, out, 4, 2)
+    assert len(calls) == len(set(calls)) == 6
+    for file in whole.glob("*.tar"):
+        assert file.read_bytes() == (out / file.name).read_bytes()
+    with pytest.raises(UserError, match="holds other shards"):
+        write_shards(*pair, out, 4, 2)
+
+
+def damage_info(root):
+    (root / INFO).write_text("{}")
+
+
+def lose_a_shard(root):
+    (root / "train-00002.tar").unlink()
+
+
+def truncate(root):
+    file = root / "train-00001.tar"
+    file.write_bytes(file.read_bytes()[:3000])
+
+
+def empty(root):
+    with tarfile.open(root / "train-00001.tar", "w"):
+        pass
+
+
+def no_tar(root):
+    (root / "train-00001.tar").write_bytes(b"x" * 2000)
+
+
+def other_class(root):
+    info = json.loads((root / INFO).read_text())
+    (root / INFO).write_text(json.dumps(info | dict(classes=["a", "b"])))
+
+
+def no_label(root):
+    with tarfile.open(root / "train-00001.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("7.png"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_info, "_info.json does not describe"),
+        (lose_a_shard, "train-00002.tar cannot be read: No such file"),
+        (truncate, "train-00001.tar has 1 samples, _info.json says 9"),
+        (empty, "train-00001.tar has 0 samples, _info.json says 9"),
+        (no_tar, "train-00001.tar cannot be read: "),
+        (other_class, "is of class 2, _info.json has 2"),
+        (no_label, "sample 7 has no image, or no class number in 7.cls"),
+    ],
+)
+def test_damaged_shards_are_one_line(folder, damage, message):
+    root = shards_of(folder)
+    damage(root)
+    with pytest.raises(UserError) as error:
+        open_data(Data(root=str(root)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_more_shards_than_images(folder):
+    with pytest.raises(UserError, match="37 shards for 36 images of train"):
+        shards_of(folder, 37)
+
+
+# -- In turn, through webdataset and timm's reader
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    pytest.importorskip("webdataset")
+    return Data(root=str(shards_of(one_colour(tmp_path / "colours"))), dataset="wds/colours", workers=0)
+
+
+def test_webdataset_itself_reads_the_shards(streamed):
+    import webdataset
+
+    info = json.loads(Path(streamed.root, INFO).read_text())
+    files = [f"{streamed.root}/{name}" for name in info["splits"]["train"]["filenames"]]
+    samples = list(webdataset.WebDataset(files, shardshuffle=False).decode("pil"))
+    assert len(samples) == sum(info["splits"]["train"]["shard_lengths"]) == 40
+    assert all(s["cls"] == s["png"].getpixel((0, 0))[0] % 2 and s["json"]["name"].endswith(".png") for s in samples)
+
+
+def stream(config, epoch=0, world=1, rank=0, batch=5, first_step=0, seed=0):
+    images, _ = open_data(config)
+    assert isinstance(images, ImageStream) and images.classes == ["class0", "class1"] and len(images) == 40
+    plan = Plan(40, batch, 1, world, 1, seed)
+    loader = train_loader(images, VIEW, plan, config, Augment(), CPU)
+    assert isinstance(loader, StreamLoader)
+    loader.prepare()
+    return [numbers(x) for x, _, _ in loader.epoch(epoch, first_step)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_every_sample_once_an_epoch_in_an_order_of_counters(streamed, workers):
+    config = streamed.model_copy(update=dict(workers=workers))
+    first = stream(config)
+    assert sorted(chain(*first)) == list(range(40))
+    torch.manual_seed(3)
+    assert stream(config) == first
+    assert stream(config, epoch=1) != first and sorted(chain(*stream(config, epoch=1))) == list(range(40))
+    assert stream(config, seed=1) != first
+    assert stream(config, first_step=3) == first[3:]
+
+
+def test_a_stream_is_evaluated_once_a_sample_on_any_number_of_ranks(streamed, monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2))
+    folder_val = open_evaluation(Data(root=streamed.root))
+    expected = evaluate(model, evaluation_loader(folder_val, VIEW, 4, 0, CPU))
+    val = open_evaluation(streamed)
+    for workers in (0, 2):
+        found = evaluate(model, evaluation_loader(val, VIEW, 4, workers, CPU))
+        assert (found.confusion, found.images) == (expected.confusion, 10)
+        assert found.loss == pytest.approx(expected.loss)
+    for world in (2, 3):
+        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
+        seen = Counter()
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            for _, batch in evaluation_loader(val, VIEW, 4, 0, CPU):
+                seen.update(numbers(batch.images))
+        assert seen == Counter(range(10))
+
+
+def test_a_webdataset_run_over_two_processes_sees_every_sample(streamed, tmp_path):
+    """torchrun; every rank writes down which images it trained on."""
+    watch = tmp_path / "watch"
+    (watch / "eit_watch").mkdir(parents=True)
+    (watch / "sitecustomize.py").write_text(
+        "import os, builtins\n"
+        "if 'RANK' in os.environ:\n"
+        "    import eit.loader as loader, json\n"
+        "    original = loader.StreamLoader.epoch\n"
+        "    def epoch(self, epoch, first_step=0):\n"
+        "        for batch in original(self, epoch, first_step):\n"
+        "            numbers = ((batch.images[:, 0, 8, 8] * 0.5 + 0.5) * 255).round().int().tolist()\n"
+        f"            with open('{tmp_path}/seen-' + os.environ['RANK'], 'a') as f:\n"
+        "                f.write(json.dumps([epoch, numbers]) + '\\n')\n"
+        "            yield batch\n"
+        "    loader.StreamLoader.epoch = epoch\n"
+    )
+    plain = ["augment.pad_crop=0", "augment.hflip=0", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"]
+    words = [
+        *TINY,
+        *plain,
+        f"data.root={streamed.root}",
+        "data.dataset=wds/colours",
+        "data.batch_size=4",
+        "data.workers=1",
+    ]
+    done = run_eit("train", "cifar10", *words, f"out={tmp_path / 'run'}", ranks=2, env={"PYTHONPATH": str(watch)})
+    assert done.returncode == 0, done.stderr
+    for epoch in (0, 1):
+        seen = [
+            [n for line in (tmp_path / f"seen-{rank}").read_text().splitlines() for n in json.loads(line)[1]
+             if json.loads(line)[0] == epoch]
+            for rank in (0, 1)
+        ]  # fmt: skip
+        assert len(seen[0]) == len(seen[1]) == 20
+        assert sorted(seen[0] + seen[1]) == list(range(40))
+    assert log(tmp_path / "run")[1]["val_top1"] is not None
+
+
+def test_a_streamed_run_that_died_continues_to_the_same_weights(streamed, tmp_path, monkeypatch):
+    def recipe(name, *more):
+        words = [*TINY, f"data.root={streamed.root}", "data.dataset=wds/colours", "train.save_every=2", *more]
+        return load_recipe("cifar10", [*words, f"out={tmp_path / name}"])
+
+    train(recipe("whole"))
+    train_until_killed(recipe("broken"), 7, monkeypatch)
+    with pytest.raises(UserError, match=r"another data\.workers: 0, now 1"):
+        train(recipe("broken", "data.workers=1"))
+    train(recipe("broken"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
+    with pytest.raises(UserError, match=r"4 shards for 5 readers .*: set data.workers=4 or less"):
+        stream(streamed.model_copy(update=dict(workers=5)))
+    images, _ = open_data(streamed)
+    for augment, config, message in (
+        (Augment(repeats=3), streamed, "augment.repeats=3 needs images with random access"),
+        (Augment(), streamed.model_copy(update=dict(cache=True)), "data.cache=true needs images with random access"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_loader(images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, augment, CPU)
+    with pytest.raises(UserError, match="these images come in turn already"):
+        write_shards(images, images, tmp_path / "again", 2, 1)
+    info = json.loads(Path(streamed.root, INFO).read_text())
+    del info["classes"]
+    Path(streamed.root, INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="does not name its classes: set data.classes=N or a file of names"):
+        open_data(streamed)
+    assert open_data(streamed.model_copy(update=dict(classes=2)))[0].classes == ["0", "1"]
+    (tmp_path / "names.txt").write_text("red\nblue\n")
+    assert open_data(streamed.model_copy(update=dict(classes=str(tmp_path / "names.txt"))))[0].classes == [
+        "red",
+        "blue",
+    ]
+
+
+def test_the_command_writes_shards(tmp_path):
+    save_digits(tmp_path / "digits")
+    done = run_eit("data", "shard", "digits", "shards", "--count", 3, "--val-count", 1, "--json", cwd=tmp_path)
+    assert json.loads(done.stdout) == dict(folder="shards", train=36, val=12, shards=4)
+    assert json.loads(run_eit("data", "check", "shards", "--json", cwd=tmp_path).stdout)["ok"]
