@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import eit
+from eit.checkpoint import find_weights, read_card
 from eit.cli import _metrics_text
 from eit.evaluate import Metrics
 from tests.conftest import TINY, run_eit, save_digits
@@ -65,6 +67,42 @@ def test_train_without_a_recipe_prints_the_recipes():
     text = run_eit("train").stdout
     assert text == run_eit("recipes").stdout
     assert all(name in text for name in ("digits", "cifar10", "imagenet_large"))
+
+
+def test_a_recipe_is_shown_resolved(tmp_path):
+    text = run_eit("recipes", "show", "digits", "train.epochs=9", "model.family=vit").stdout
+    assert "\n  epochs: 9 " in text and "# passes over the training images" in text and "\n  family: vit " in text
+    (tmp_path / "mine.yaml").write_text(text)
+    assert run_eit("recipes", "show", "mine.yaml", cwd=tmp_path).stdout == text
+
+
+def test_published_results_are_drawn(tmp_path):
+    done = run_eit("models", "--plot", "results.svg", cwd=tmp_path)
+    assert "published.csv" in done.stdout
+    text = (tmp_path / "results.svg").read_text()
+    assert all(f"<!-- {name} -->" in text for name in ("EIT", "DeiT", "Swin", "ResNet", "EIT-mini", "no pyramid"))
+
+
+def test_what_the_model_will_see_is_drawn(trained):
+    words = ["data.root=data", *TINY, "augment.erasing=0.5", "--out", "grid.png", "--images", "5"]
+    done = run_eit("data", "show", "cifar10", *words, cwd=trained)
+    assert done.stdout == "grid.png: 5 training and 5 validation images\n"
+    assert (trained / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_weight_that_ships_predicts_and_says_how_good_it_is(tmp_path):
+    """Right after installation: its accuracy is what it says, and what results/ has for its seed."""
+    root = Path(__file__).parents[1]
+    found = json.loads(run_eit("eval", "digits", "--json", cwd=tmp_path).stdout)
+    card = read_card("digits")
+    assert found["top1"] == pytest.approx(card.metrics["val_top1"])
+    run = root / "results" / "digits" / f"seed-{card.recipe['seed']}"
+    assert json.loads((run / "summary.json").read_text())["last_top1"] == pytest.approx(found["top1"])
+    assert yaml.safe_load((run / "recipe.yaml").read_text()) == card.recipe
+    assert find_weights("eit_digits").stat().st_size < 1_500_000
+    subprocess.run([sys.executable, root / "docs" / "demo_images.py", tmp_path / "images"], check=True)
+    lines = run_eit("predict", "digits", "images", "--top", 1, cwd=tmp_path).stdout.splitlines()
+    assert len(lines) == 6 and all(Path(line.split()[0]).parent.name == line.split()[1] for line in lines)
 
 
 def test_train_evaluate_predict(trained):
@@ -185,6 +223,15 @@ def test_data_check(trained, tmp_path):
             ["eval", "gone", "--confusion", "x.png", "--size", "8", "--size", "9"],
             "--confusion x.png is of one size and crop ratio; 2 combinations are asked for",
         ),
+        (["train", "cifar10", "data.root=.", "data.dataset=wdss/x"], "data.dataset=wdss/x; did you mean 'wds'?"),
+        (["recipes", "show", "digit"], "unknown recipe 'digit'; did you mean 'digits'?"),
+        (["models", "--plot", "x.txt"], "--plot x.txt: a picture ends in .png, .pdf, .svg"),
+        (["models", "--plot", "gone/x.png"], "--plot gone/x.png: there is no folder gone"),
+        (["data", "show", "cifar10"], "data.root is not set"),
+        (["data", "show", "digits", "--out", "x"], "--out x: a picture ends in"),
+        (["data", "shard", "/nowhere", "x"], "/nowhere is not a folder"),
+        (["data", "prepare", "cifar", "a", "b"], "cifar cannot be prepared: imagenet can"),
+        (["data", "prepare", "imagenet", "a", "b"], "a has no ILSVRC2012_devkit_t12.tar.gz"),
         (["eval", "gone", "--device", "gpu"], "device 'gpu' is not one of auto, cpu, mps, cuda, cuda:N"),
     ],
 )

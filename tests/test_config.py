@@ -1,12 +1,17 @@
+from itertools import combinations
+
 import pytest
 import yaml
 
-from eit.config import Model, differences, load_recipe, parse_recipe, recipe_header, recipe_names
+from eit.config import Model, _keys, differences, load_recipe, parse_recipe, recipe_header, recipe_names
 from eit.errors import UserError
 
 
 def test_every_shipped_recipe_is_valid_and_says_command_cost_and_figure():
-    assert recipe_names() == ["digits", "cifar10", "imagenet_mini", "imagenet_tiny", "imagenet_base", "imagenet_large"]
+    assert recipe_names() == [
+        *("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"),
+        *(f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")),
+    ]
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -83,12 +88,21 @@ def test_overrides_and_files(tmp_path):
         ("train.precision=int8", "train.precision=int8: should be 'fp32', 'bf16' or 'fp16'"),
         ("augment.hflip=2", "augment.hflip=2: should be less than or equal to 1"),
         ("train.warmup_epochs=60", "train.warmup_epochs=60 is not less than train.epochs=60"),
-        ("data.mean=[0.5]", "data.mean has 1 values for 3 channels"),
+        ("data.mean=[0.5,0.5]", "data.mean has 2 values: one for each of 3 channels, or one for all"),
         ("name=../up", "name=../up: "),
         ("train.epochs=true", "train.epochs=True: should be a valid integer"),
         ("augment.crop_scale=[1.0,0.5]", "augment.crop_scale=[1.0, 0.5] is not a range from low to high"),
         ("augment.crop_scale=[0.5,30]", "augment.crop_scale=[0.5, 30.0] is not a range from low to high, at most 1"),
         ("augment.crop_scale=[0.5,1]", "augment.pad_crop=1 has no part beside augment.crop_scale"),
+        ("augment.simple_crop=true", "augment.pad_crop=1 has no part beside augment.simple_crop"),
+        ("loss.name=focal", "loss.name=focal: should be 'cross_entropy' or 'bce'"),
+        ("loss.class_weights=even", "loss.class_weights=even: "),
+        ("loss.class_weights={cat: -1}", "loss.class_weights={'cat': -1}: "),
+        ("loss.teacher_size=32", "loss.teacher_size has no part without loss.teacher"),
+        ("loss.alpha=2", "loss.alpha=2: should be less than or equal to 1"),
+        ("optim.layer_decay=0", "optim.layer_decay=0: should be greater than 0"),
+        ("optim.trainable=mlp", "optim.trainable=mlp: should be 'all', 'attention' or 'head'"),
+        ("data.download=true", "data.download=true needs data.dataset, what to fetch"),
         ("data.crop_ratio=0.01", "data.crop_ratio=0.01: should be greater than or equal to 0.1"),
         ("optim.lr=1e38", "optim.lr=1e38: should be less than or equal to 1000000"),
         ("model.depth=1000000000", "model.depth=1000000000: should be less than or equal to 1000"),
@@ -124,6 +138,30 @@ def test_a_wrong_file_is_one_line(tmp_path, text, message):
         load_recipe(str(file))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_policies_exclude_each_other():
+    policies = ["rand_augment=rand-m9", "auto_augment=v0", "augmix=augmix-m3", "three_augment=true"]
+    for one, other in combinations(policies, 2):
+        with pytest.raises(UserError, match="exclude each other"):
+            load_recipe("digits", [f"augment.{one}", f"augment.{other}"])
+        if "three" not in one:
+            with pytest.raises(UserError, match="augment.color_jitter has no part beside augment."):
+                load_recipe("digits", [f"augment.{one}", "augment.color_jitter=0.3"])
+    assert load_recipe("digits", ["augment.three_augment=true", "augment.color_jitter=0.3"]).augment.policy
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_shown_with_a_line_on_each_key_and_is_a_recipe_then(tmp_path, name):
+    recipe = load_recipe(
+        name, ["model.schedule=[0]", "loss.class_weights={a b: 2}", "optim.freeze=[head]", 'out="a: b"']
+    )
+    text = recipe.explained()
+    for line in text.splitlines():
+        assert line.endswith(":") or line.partition("  # ")[2] not in ("", "None"), line
+    assert sum(not line.endswith(":") for line in text.splitlines()) == len(list(_keys()))
+    (tmp_path / "r.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "r.yaml")) == recipe
 
 
 def test_unknown_recipes_are_named():

@@ -14,7 +14,7 @@ from eit.finetune import build_model, choose_trainable, settle
 from eit.loader import Plan
 from eit.train import make_optimizer, make_schedule, out_of_memory, train
 from tests.conftest import TINY
-from tests.test_train import recipe, same, weights
+from tests.test_train import recipe, same, train_until_killed, weights
 
 
 def test_fine_tuning_starts_from_a_checkpoint(folder):
@@ -223,6 +223,19 @@ def test_a_distilled_student_agrees_with_its_teacher_more_often(tmp_path):
     own = eit.load("digits")
     alone, taught = (agreement(eit.load(tmp_path / name / "final.safetensors"), own) for name in ("alone", "taught"))
     assert taught > alone + 0.01
+
+
+def test_a_teacher_of_timm_teaches_in_a_continued_run_to_the_same_weights(folder, tmp_path, monkeypatch):
+    torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    teacher = ["loss.teacher=timm/resnet18", f"loss.teacher_weights={tmp_path / 'teacher.pth'}", "loss.teacher_size=32"]
+    more = [*teacher, "train.save_every=1", "loss.distillation=hard"]
+    whole, broken, alone = (recipe(folder, *m, f"out={tmp_path / n}") for n, m in (("w", more), ("b", more), ("a", [])))
+    train(whole)
+    train_until_killed(broken, 5, monkeypatch)
+    train(broken)
+    train(alone)
+    assert same(weights(tmp_path / "w"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "w"), weights(tmp_path / "a"))
 
 
 # -- Memory

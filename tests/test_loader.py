@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from eit import distributed
 from eit.config import Augment, Data
@@ -22,6 +23,7 @@ from eit.loader import (
     seeded,
     set_seed,
     shift_and_flip,
+    simple_crop,
     train_loader,
 )
 
@@ -159,6 +161,62 @@ def test_augmentation_is_a_function_of_counters(folder, augment, kind):
     assert not same(first, everything(make(repeats=3, seed=1)))
     images_of_first = first[0][0]
     assert not torch.equal(images_of_first[0], images_of_first[1])  # two copies of one image
+
+
+POLICIES = [
+    dict(rand_augment="rand-m9-mstd0.5-inc1"),
+    dict(auto_augment="original"),
+    dict(auto_augment="v0r-mstd0.5"),
+    dict(augmix="augmix-m5-w4-d2"),
+    dict(three_augment=True, color_jitter=0.3),
+    dict(simple_crop=True),
+    dict(color_jitter=0.4),
+    dict(crop_scale=(0.08, 1.0)),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: " ".join(policy))
+def test_every_policy_changes_images_and_draws_from_counters_alone(folder, policy):
+    images, _ = open_data(Data(root=str(folder)))
+    for i in range(len(images)):  # colours, else most policies do nothing
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images.sources[i])
+
+    def batches(workers=0, **augment):
+        loader = train_loader(images, VIEW, plan(), Data(workers=workers, cache=False), Augment(**augment), CPU)
+        assert isinstance(loader, WorkerLoader)
+        return everything(loader)
+
+    first = batches(**policy)
+    torch.manual_seed(1), random.seed(2), np.random.seed(3)
+    assert same(first, batches(workers=2, **policy))
+    plain = batches()
+    changed = [
+        not torch.equal(a, b) for (x, _), (u, _) in zip(first, plain, strict=True) for a, b in zip(x, u, strict=True)
+    ]
+    assert sum(changed) > len(changed) / 2
+    assert all(torch.equal(y, v) for (_, y), (_, v) in zip(first, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "policy"),
+    [("augmix", "rand-m9"), ("auto_augment", "rand-m9"), ("rand_augment", "v0"), ("augmix", "augmix-x1")],
+)
+def test_a_policy_of_another_kind_is_one_line(folder, key, policy):
+    images, _ = open_data(Data(root=str(folder)))
+    with pytest.raises(UserError, match=f"augment.{key}={policy}: timm does not know this policy"):
+        train_loader(images, VIEW, plan(), Data(), Augment(**{key: policy}), CPU)
+
+
+def test_the_simple_crop_keeps_the_shorter_side_and_moves_by_4_pixels():
+    image = Image.fromarray(np.arange(64 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(32, 64, 3))
+    crop = simple_crop(View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3))
+    torch.manual_seed(0)
+    views = [np.asarray(crop(image)) for _ in range(20)]
+    assert {v.shape for v in views} == {(32, 32, 3)} and len({v.tobytes() for v in views}) > 10
+    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    windows = {padded[y : y + 32, x : x + 32].tobytes() for y in range(9) for x in range(41)}
+    assert all(v.tobytes() in windows for v in views)
 
 
 def test_workers_live_on_and_give_the_same_batches_each_epoch(folder):

@@ -1,11 +1,15 @@
+import csv
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torchvision
 
 import eit
+from eit.zoo import published_results
 
 
 def test_names():
@@ -84,3 +88,43 @@ def test_mistakes_are_named(name, arguments, message):
     with pytest.raises(eit.UserError) as error:
         eit.create_model(name, **arguments)
     assert message in str(error.value)
+
+
+def test_published_results_have_their_sources_and_agree_with_torchvision():
+    """torchvision states the same figures of its weights in its own code."""
+    rows = list(csv.DictReader(Path(eit.__file__).with_name("published.csv").read_text().splitlines()))
+    assert all(url.startswith("https://") for row in rows for url in row["source"].split())
+    assert {row["pyramid"] for row in rows} == {"yes", "no"}
+    checked = 0
+    for row in rows:
+        page = row["source"].rpartition("torchvision.models.")[2].removesuffix(".html")
+        if "torchvision" not in row["source"]:
+            continue
+        meta = torchvision.models.get_model_weights(page).IMAGENET1K_V1.meta
+        assert float(row["params_m"]) == pytest.approx(meta["num_params"] / 1e6, abs=0.01)
+        assert float(row["gmacs"]) == pytest.approx(meta["_ops"], abs=0.01)
+        assert float(row["top1"]) == meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        checked += 1
+    assert checked == 6
+
+
+def test_the_published_figures_of_eit_agree_with_the_models():
+    points = {point.model: point for point in published_results() if point.family == "EIT"}
+    assert [p.top1 for p in points.values()] == [70.0, 78.1, 80.6, 81.8]
+    for name in eit.list_models():
+        cost, point = eit.complexity(eit.create_model(name)), points[f"EIT-{name[4:]}"]
+        assert point.params_m == pytest.approx(cost.params / 1e6, abs=0.05)
+        assert point.gmacs == pytest.approx(cost.published_macs / 1e9, abs=0.011)
+        assert not point.pyramid
+
+
+def test_a_model_of_timm_by_its_name():
+    assert eit.create_model("timm/resnet18", num_classes=3).fc.weight.shape == (3, 512)
+    for name, more, message in (
+        ("timm/resnet17", {}, "timm has no model 'resnet17'; did you mean"),
+        ("timm/resnet18", dict(family="vit"), "family=vit is of this package's models"),
+        ("timm/resnet18", dict(depth=3), "timm/resnet18: "),
+        ("timm/hf-hub:someone/model", {}, "timm has no model"),
+    ):
+        with pytest.raises(eit.UserError, match=message):
+            eit.create_model(name, **more)

@@ -115,9 +115,9 @@ class Data(Section):
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """of resizing"""
     mean: tuple[float, ...] | None = None
-    """of pixels in 0..1; null: ImageNet's, or 0.5 where in_chans is not 3"""
+    """of pixels in 0..1, a value a channel or one for all; null: ImageNet's, or 0.5 for grey images"""
     std: tuple[Positive, ...] | None = None
-    """of pixels in 0..1; null: ImageNet's, or 0.5 where in_chans is not 3"""
+    """of pixels in 0..1, a value a channel or one for all; null: ImageNet's, or 0.5 for grey images"""
     bad_image_budget: Probability = 0.001
     """share of training images that may be unreadable"""
     max_pixels: Count = 89_478_485
@@ -263,9 +263,9 @@ class Recipe(Section):
                 f"train.warmup_epochs={self.train.warmup_epochs:g} is not less than train.epochs={self.train.epochs}"
             )
         for key in ("mean", "std"):
-            given, channels = getattr(self.data, key), self.model.in_chans or 3
-            if given is not None and len(given) not in (channels, 3):
-                raise ValueError(f"data.{key} has {len(given)} values for {channels} channels")
+            given = getattr(self.data, key)
+            if given is not None and len(given) not in (1, 3):
+                raise ValueError(f"data.{key} has {len(given)} values: one for each of 3 channels, or one for all")
         a = self.augment
         for key, most in (("crop_scale", 1.0), ("crop_aspect", 1e6)):
             pair = getattr(a, key)

@@ -90,8 +90,8 @@ class Run:
         self.write_json("environment.json", environment)
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
-    def log(self, line: dict[str, Any]) -> None:
-        """An epoch's line: to log.jsonl, TensorBoard, curves.png and the screen."""
+    def log(self, line: dict[str, Any], classes: int) -> None:
+        """An epoch's line: to log.jsonl, TensorBoard, curves.png and the screen (top-5 of more than 5 classes)."""
         with open(self.path / "log.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
             f.flush()
@@ -101,10 +101,11 @@ class Run:
                 self._board.add_scalar(key, value, line["step"])
         self._board.flush()
         draw.curves(self.lines(), self.path / "curves.png")
+        top5 = f"  top-5 {line['val_top5']:.2f}%" if classes > 5 else ""
         ema = "" if line["ema_top1"] is None else f"  ema {line['ema_top1']:.2f}%"
         say(
             f"epoch {line['epoch'] + 1}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
-            f"top-1 {line['val_top1']:.2f}%  top-5 {line['val_top5']:.2f}%{ema}  lr {line['lr']:.2e}  "
+            f"top-1 {line['val_top1']:.2f}%{top5}{ema}  lr {line['lr']:.2e}  "
             f"{line['images_per_s']:.0f} images/s"
         )
 

@@ -238,7 +238,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             if run:
                 if best:
                     save_weights(run.path / "best.safetensors", model.state_dict(), measured(card, at))
-                run.log(at.last)
+                run.log(at.last, len(classes))
             folder = save()
             if any(signals) and at.step < total_steps:
                 raise Stopped(which_signal(signals), folder)
@@ -279,8 +279,10 @@ def make_view(recipe: Recipe) -> View:
         raise UserError(f"model.in_chans={channels}: images are read with 1 or 3 channels")
     mean, std = default_mean_std(channels)
     mean, std = data.mean or mean, data.std or std
-    if channels == 1:  # a recipe's colour statistics serve grey images too
+    if channels == 1:  # a recipe's colour statistics serve grey images too, and the other way round
         mean, std = (fmean(mean),), (fmean(std),)
+    else:
+        mean, std = (v if len(v) == channels else v * channels for v in (mean, std))
     resize = math.floor(data.image_size / data.crop_ratio)
     return View(data.image_size, resize, data.interpolation, mean, std)
 
