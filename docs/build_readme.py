@@ -22,24 +22,70 @@ def zoo() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def digits() -> str:
-    runs = sorted((ROOT / "results" / "digits").glob("seed-*"))
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    environment = json.loads((runs[0] / "environment.json").read_text())
-    last = [s["last_top1"] for s in summaries]
-    best = [s["best_top1"] for s in summaries]
-    seconds = [s["seconds"] for s in summaries]
-    parameters = {s["params"] for s in summaries}
-    assert len(parameters) == 1
+def summaries(pattern: str) -> list[dict]:
+    """The summaries of runs in results/, in the order of their seeds."""
+    runs = sorted((ROOT / "results").glob(pattern))
+    assert runs, pattern
+    return [json.loads((run / "summary.json").read_text()) for run in runs]
+
+
+def spread(values: list[float], form: str = ".2f", unit: str = "%") -> str:
+    """Median and range, or the value alone."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}{unit}"
+    return f"{statistics.median(values):{form}}{unit} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(head: str, rows: list[list[str]]) -> list[str]:
+    return [head, "| --- " * head.count(" | ") + "| --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def machine(run: str) -> str:
+    environment = json.loads((ROOT / "results" / run / "environment.json").read_text())
+    cpu = f"{environment['threads']} threads of {environment['device'].removeprefix('cpu: ')}"
+    return f"{cpu}; torch {environment['packages']['torch']}"
+
+
+def runs() -> str:
+    rows = []
+    for name in ("digits", "fashion_mnist"):
+        found = summaries(f"{name}/seed-*")
+        (parameters,) = {s["params"] for s in found}
+        minutes = statistics.median(s["seconds"] for s in found) / 60
+        rows.append(
+            [
+                f"[{name}](results/{name})",
+                str(len(found)),
+                f"{parameters:,}",
+                spread([s["last_top1"] for s in found]),
+                f"{statistics.median(s['best_top1'] for s in found):.2f}%",
+                f"{minutes:.1f} min",
+            ]
+        )
     head = "| recipe | seeds | parameters | last-epoch top-1, median (range) | best-epoch top-1 | training |"
-    row = (
-        f"| digits | {len(runs)} | {parameters.pop():,} "
-        f"| {statistics.median(last):.2f}% ({min(last):.2f} to {max(last):.2f}) "
-        f"| {statistics.median(best):.2f}% | {statistics.median(seconds):.0f} s |"
-    )
-    machine = f"{environment['threads']} threads of {environment['device'].removeprefix('cpu: ')}"
-    note = f"{machine}; torch {environment['packages']['torch']}; from [results/digits](results/digits)."
-    return "\n".join([head, "| --- " * 6 + "|", row, "", note])
+    return "\n".join([*table(head, rows), "", f"{machine('digits/seed-0')}."])
+
+
+def finetuning() -> str:
+    texts = {"digits": "the digits weight", "scratch": "nothing (initial values)"}
+    rows = []
+    for arm, text in texts.items():
+        found = summaries(f"finetuning/{arm}-seed-*")
+        rows.append([text, str(len(found)), spread([s["last_top1"] for s in found])])
+    head = "| one epoch of Fashion-MNIST at 16x16, from | seeds | last-epoch top-1, median (range) |"
+    return "\n".join([*table(head, rows), "", "From [results/finetuning](results/finetuning)."])
+
+
+def distillation() -> str:
+    agreement = json.loads((ROOT / "results" / "distillation" / "agreement.json").read_text())
+    texts = {"alone": "none", "soft": "soft, alpha 0.9, tau 2", "hard": "hard, alpha 0.9"}
+    rows = [
+        [text, str(len(agreement[arm])), spread(agreement[arm], ".1f"), spread(top1, ".1f")]
+        for arm, text in texts.items()
+        for top1 in [[s["last_top1"] for s in summaries(f"distillation/{arm}-seed-*")]]
+    ]
+    head = "| teacher | seeds | agrees with it, median (range) | last-epoch top-1, median (range) |"
+    return "\n".join([*table(head, rows), "", "From [results/distillation](results/distillation)."])
 
 
 def draw(file: Path) -> None:
@@ -75,7 +121,8 @@ def draw(file: Path) -> None:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, build in (("zoo", zoo), ("digits", digits)):
+    for build in (zoo, runs, finetuning, distillation):
+        name = build.__name__
         start, end = f"<!-- {name}: make readme -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)
         after = rest.partition(end)[2]
@@ -87,6 +134,8 @@ def main() -> None:
     readme.write_text(text)
     (ROOT / "docs" / "images").mkdir(exist_ok=True)
     draw(ROOT / "docs" / "images" / "eit.png")
+    eit_models = [sys.executable, "-m", "eit", "models", "--plot", str(ROOT / "docs" / "images" / "results.png")]
+    subprocess.run(eit_models, check=True, capture_output=True)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
+from typer.core import TyperGroup
 
 from eit.cli import app
 from eit.config import load_recipe, recipe_names
@@ -39,19 +42,51 @@ def test_its_python_runs(folder, tmp_path):
     assert "cat.jpg [('digit" in done.stdout, done.stderr
 
 
-def test_its_commands_exist_and_its_recipes_are_valid():
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands} | {"data"}
-    lines = [
-        line.split("#")[0].replace("\\\n", " ")
-        for block in blocks("bash")
-        for line in block.replace("\\\n", "").splitlines()
-    ]
-    words = [re.split(r"(?:^|-m )eit ", line)[1].split() for line in lines if re.search(r"(?:^|-m )eit ", line)]
-    assert len(words) >= 12
-    for command, *arguments in words:
-        assert command in commands
-        if command == "train":
-            load_recipe(arguments[0], arguments[1:])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_commands_exist_and_its_recipes_are_valid(page):
+    found = 0
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if match := re.search(r"(?:^|-m )eit (.*)", line):
+                words = shlex.split(match.group(1).partition(" > ")[0], comments=True)
+                command, context = typer.main.get_command(app), None
+                while isinstance(command, TyperGroup):  # parsed, not run
+                    context = command.make_context("eit", [words[0]], parent=context)
+                    command, words = command.commands[words[0]], words[1:]
+                given = command.make_context("eit", list(words), parent=context).params
+                if "overrides" in given and given["recipe"] != "mine.yaml":
+                    load_recipe(given["recipe"], given["overrides"] or [])
+                found += 1
+    assert found >= 5
+
+
+def results(name):
+    return {p.name: json.loads((p / "summary.json").read_text()) for p in (ROOT / "results" / name).glob("*-*")}
+
+
+def test_fashion_mnist_was_reached_in_ten_minutes_on_a_cpu():
+    runs = results("fashion_mnist")
+    assert runs and all(s["last_top1"] >= 88 for s in runs.values())
+    assert runs["seed-0"]["seconds"] < 600
+    environment = json.loads((ROOT / "results" / "fashion_mnist" / "seed-0" / "environment.json").read_text())
+    assert environment["device"].startswith("cpu") and environment["cores"] == 2
+    shipped = load_recipe("fashion_mnist").model_dump(exclude={"seed", "out", "data"})
+    recipe = load_recipe(str(ROOT / "results" / "fashion_mnist" / "seed-0" / "recipe.yaml"))
+    assert recipe.model_dump(exclude={"seed", "out", "data"}) == shipped
+
+
+def test_what_the_page_says_of_fine_tuning_and_distillation_is_what_was_measured():
+    runs = results("finetuning")
+    by_arm = {arm: [s["last_top1"] for n, s in runs.items() if n.startswith(arm)] for arm in ("digits", "scratch")}
+    better = statistics.median(by_arm["digits"]) > statistics.median(by_arm["scratch"])
+    assert len(by_arm["digits"]) == len(by_arm["scratch"]) == 3
+    assert ("The digits weight helps" in README) == better
+    agreement = json.loads((ROOT / "results" / "distillation" / "agreement.json").read_text())
+    median = {arm: statistics.median(values) for arm, values in agreement.items()}
+    assert median["soft"] > median["alone"] and all(len(values) == 5 for values in agreement.values())
 
 
 def test_the_digits_figures_were_reached_as_the_issue_of_them_asks():
