@@ -459,7 +459,10 @@ class StreamLoader:
         )
         batches = iter(loader)
         for number in range(plan.steps * plan.accumulate):
-            images, labels, _ = next(batches)
+            if (batch := next(batches, None)) is None:
+                of = f"{number} of {plan.steps * plan.accumulate} batches"
+                raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
+            images, labels, _ = batch
             if number >= first_step * plan.accumulate:
                 yield Batch(images.to(self.device), labels.to(self.device), len(labels))
 

@@ -69,7 +69,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     try:
         with ExitStack() as held:
-            return _train(settle(recipe), held)
+            return _train(recipe, held)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise UserError(out_of_memory(recipe)) from None
@@ -79,6 +79,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     # What is trained on what. All that can be wrong is found here.
     device = distributed.start(recipe.train.device)
+    recipe = settle(recipe)
     train_images, val_images = open_data(recipe.data)
     view = make_view(recipe)
     plan = Plan(
@@ -127,7 +128,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     val_loader = evaluation_loader(val_images, view, recipe.data.batch_size, recipe.data.workers, device)
     loader.prepare()
     resume(run, model, ema, optimizer, scaler, at)
-    frozen_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.weight.requires_grad]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
+    frozen_norms = [norm for norm in norms if not norm.weight.requires_grad]
     network: Any = model
     if plan.world > 1:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -396,10 +398,8 @@ def resume(
         weights, averaged, state = load_step(folder)
         saved = Progress(**state["progress"])
         for key, now in at.fixed.items():
-            if saved.fixed[key] != now:
-                raise UserError(
-                    f"{run.path} was trained with another {key}: {saved.fixed[key]}, now {now}; use another out="
-                )
+            if (before := saved.fixed.get(key)) != now:
+                raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; use another out=")
         say(f"continuing {run.path} from step {saved.step}")
         run.cut_log(saved.step)
         return weights, averaged, state
