@@ -78,6 +78,8 @@ Checkpoint = Annotated[
         metavar="CKPT", help="A weights file, a run folder (its best.safetensors), or digits.", show_default=False
     ),
 ]
+# What a run says of its data that evaluation needs too.
+OF_EVALUATION = ["root", "dataset", "val_split", "input_key", "target_key", "classes", "val_fraction"]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.epochs=100.", show_default=False)
 ]
@@ -200,7 +202,7 @@ def evaluate(
         for size in sizes or ():
             _check_size(model, size)
         recipe = (model.card.recipe or {}).get("data", {})
-        own = ("val_fraction",) if data or dataset else ("root", "dataset", "val_split", "classes", "val_fraction")
+        own = ["val_fraction"] if data or dataset else OF_EVALUATION
         given = {
             "root": data,
             "dataset": dataset,

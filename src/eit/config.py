@@ -98,6 +98,10 @@ class Data(Section):
     """of a data set of timm"""
     val_split: str = "validation"
     """of a data set of timm"""
+    input_key: str | None = None
+    """column of the images in a data set of timm; null: image (jpg, png or webp in shards)"""
+    target_key: str | None = None
+    """column of the labels in a data set of timm; null: label (cls in shards)"""
     classes: Count | str | None = None
     """number of classes, or a file with a name a line, for a data set of timm that does not say"""
     image_size: Count = 224

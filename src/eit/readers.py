@@ -433,14 +433,16 @@ def _create_timm(
             f"data.dataset={config.dataset}{nearest(prefix, TIMM_PREFIXES)} "
             f"(timm's begin with {', '.join(p + '/' for p in TIMM_PREFIXES)})"
         )
-    given = dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode=mode)
+    given: dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key)  # None: timm's own
+    if prefix != "hfds":
+        given |= dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode=mode)
     try:
         return create_dataset(
             config.dataset,
             root=config.root or None,
             split=split,
             download=config.download,
-            **({} if prefix in ("hfds", "torch") else given),
+            **({} if prefix == "torch" else given),
         )
     except Exception as error:  # readers of many libraries, each with errors of its own
         line = (str(error).splitlines() or [""])[0]
