@@ -1,4 +1,4 @@
-"""How often each student of results/distillation agrees with its teacher, the digits weight: `python docs/agreement.py`.
+"""How often the students of results/distillation agree with their teacher, the digits weight: `python docs/agreement.py`.
 
 Needs the runs' final.safetensors, which results/ does not keep; writes results/distillation/agreement.json (percent).
 """
