@@ -99,6 +99,8 @@ def test_overrides_and_files(tmp_path):
         ("loss.class_weights=even", "loss.class_weights=even: "),
         ("loss.class_weights={cat: -1}", "loss.class_weights={'cat': -1}: "),
         ("loss.teacher_size=32", "loss.teacher_size has no part without loss.teacher"),
+        ("loss.tau=2", "loss.tau has no part without loss.teacher"),
+        ("model.reset_head=true", "model.reset_head=true has no part without model.pretrained"),
         ("loss.alpha=2", "loss.alpha=2: should be less than or equal to 1"),
         ("optim.layer_decay=0", "optim.layer_decay=0: should be greater than 0"),
         ("optim.trainable=mlp", "optim.trainable=mlp: should be 'all', 'attention' or 'head'"),
@@ -179,6 +181,12 @@ def test_only_keys_that_change_the_result_count_as_differences():
         "seed: 0 -> 1",
         "optim.lr: 0.003 -> 0.0001",
     ]
+
+
+def test_a_changed_dictionary_is_a_difference():
+    none, one, two = (load_recipe("digits", [f"loss.class_weights={w}"]) for w in ("null", "{a: 2}", "{a: 2, b: 50}"))
+    for old, new in ((none, one), (one, none), (one, two), (two, one)):
+        assert len(differences(old, new)) == 1 and "loss.class_weights" in differences(old, new)[0]
 
 
 def test_a_recipe_survives_yaml():

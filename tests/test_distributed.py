@@ -70,6 +70,16 @@ def test_what_one_rank_meets_is_said_and_counted_for_all(folder, tmp_path):
     assert "3 of 36 training images are unreadable, data.bad_image_budget allows 2" in done.stderr
 
 
+def test_the_accuracy_of_a_run_on_two_ranks_is_that_of_its_weights_with_batch_norm_too(folder, tmp_path):
+    words = ["model.name=timm/resnet10t", "data.batch_size=4", "train.ema_decay=0.5"]
+    line = train(folder, tmp_path / "run", 2, *words)[-1]
+    done = run_eit("eval", tmp_path / "run" / "final.safetensors", "--json", "--batch-size", 4)
+    found = json.loads(done.stdout)
+    assert found["top1"] == pytest.approx(line["val_top1"]) and found["loss"] == pytest.approx(
+        line["val_loss"], rel=1e-5
+    )
+
+
 @pytest.mark.slow
 def test_two_killed_processes_continue_to_the_same_weights(tmp_path):
     """kill -9 of both ranks in the middle of an epoch, with EMA and dropout."""

@@ -8,7 +8,7 @@ import torch
 
 import eit
 from eit import train as train_module
-from eit.checkpoint import read_card
+from eit.checkpoint import Card, read_card, save_weights
 from eit.config import load_recipe
 from eit.finetune import build_model, choose_trainable, settle
 from eit.loader import Plan
@@ -117,6 +117,8 @@ def test_weights_of_timm_are_asked_for(monkeypatch, folder):
         (["optim.freeze=[block.0]"], r"optim.freeze=block.0: the model has no such part \(cls_token, patch_embed"),
         (["optim.trainable=head", "optim.freeze=[head]"], "leaves nothing to learn"),
         (["loss.teacher=gone"], "no weights at gone"),
+        (["loss.teacher=timm/resnet18"], "loss.teacher=timm/resnet18 knows 1000 classes, the data have 3"),
+        (["model.name=timm/resnet18", "optim.trainable=attention"], "timm/resnet18 has no attention layers"),
         (["loss.class_weights={digit9: 2}"], "loss.class_weights names 'digit9'"),
     ],
 )
@@ -124,6 +126,43 @@ def test_a_wrong_start_is_one_line(folder, overrides, message):
     with pytest.raises(eit.UserError, match=message) as error:
         train(recipe(folder, *overrides))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["swin_s3_tiny_224", "beit_base_patch16_224", "levit_128s", "legacy_seresnet18"])
+def test_models_of_timm_with_buffers_and_names_of_their_own_load_again(name, tmp_path):
+    small = dict(swin_s3_tiny_224={}, beit_base_patch16_224={}, levit_128s={}, legacy_seresnet18={})[name]
+    model = eit.create_model(f"timm/{name}", num_classes=2, **small).eval()
+    card = Card(
+        model=f"timm/{name}", arguments={}, classes=["a", "b"], mean=(0.5,) * 3, std=(0.5,) * 3, size=224, resize=224,
+        interpolation="bicubic",
+    )  # fmt: skip
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), card)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(eit.load(tmp_path / "w.safetensors")(x), model(x))
+
+
+def test_timms_own_rules_fit_other_tables_of_positions():
+    """BEiT's relative positions, at another resolution."""
+    small, large = (timm.create_model("beit_base_patch16_224", img_size=s, depth=1) for s in (64, 96))
+    eit.load_weights(large, small.state_dict())
+    assert torch.equal(large.blocks[0].mlp.fc1.weight, small.blocks[0].mlp.fc1.weight)
+
+
+def test_a_run_that_has_begun_needs_its_first_weights_no_more(folder, monkeypatch):
+    first = recipe(folder, "model.family=lsra")
+    train(first)
+    whole, broken = (
+        recipe(folder, f"model.pretrained={first.run_folder()}", f"out={folder.parent / name}") for name in ("w", "b")
+    )
+    train(whole)
+    train_until_killed(broken, 5, monkeypatch)
+    shutil.rmtree(first.run_folder())
+    train(broken)
+    assert same(weights(folder.parent / "w"), weights(folder.parent / "b"))
+    train(broken)  # finished
+    with pytest.raises(eit.UserError, match="drop_path_rate: 0.2 -> 0.3"):
+        train(recipe(folder, f"model.pretrained={first.run_folder()}", f"out={broken.out}", "model.drop_path_rate=0.3"))
 
 
 # -- What learns
@@ -196,7 +235,7 @@ def test_each_layer_learns_slower_than_the_next():
 
 def test_class_weights_and_binary_cross_entropy_train(folder):
     for i in range(9):
-        (folder / "train" / "digit2" / f"{i + 16 - 16:03d}.png").unlink()
+        (folder / "train" / "digit2" / f"{i:03d}.png").unlink()
     r = recipe(folder, "loss.class_weights=balanced", "loss.name=bce")
     assert train(r)["epochs"] == 2
 
@@ -232,6 +271,12 @@ def test_a_teacher_of_timm_teaches_in_a_continued_run_to_the_same_weights(folder
     whole, broken, alone = (recipe(folder, *m, f"out={tmp_path / n}") for n, m in (("w", more), ("b", more), ("a", [])))
     train(whole)
     train_until_killed(broken, 5, monkeypatch)
+    torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "other.pth")
+    teacher_before = (tmp_path / "teacher.pth").read_bytes()
+    (tmp_path / "teacher.pth").write_bytes((tmp_path / "other.pth").read_bytes())
+    with pytest.raises(eit.UserError, match="another loss.teacher: "):
+        train(broken)
+    (tmp_path / "teacher.pth").write_bytes(teacher_before)
     train(broken)
     train(alone)
     assert same(weights(tmp_path / "w"), weights(tmp_path / "b"))

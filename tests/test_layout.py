@@ -10,8 +10,8 @@ import eit
 SOURCE = Path(eit.__file__).parent
 # Lower layers first; a module imports from lower layers only.
 LAYERS = [
-    {"errors", "draw"},
-    {"model", "config", "distributed"},
+    {"errors"},
+    {"model", "config", "distributed", "draw"},
     {"zoo", "macs", "console", "images"},
     {"checkpoint", "readers"},
     {"data", "loader", "run", "predict", "loss", "prepare"},

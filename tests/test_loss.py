@@ -56,14 +56,23 @@ def test_the_floor_of_mixed_targets_is_below_the_threshold_for_any_share():
 def test_class_weights(name):
     x, y, w = logits(), torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([2.0, 1, 0, 1, 1])
     weighted = make_criterion(Loss(name=name), 0.0, w, 5)
-    plain = make_criterion(Loss(name=name), 0.0, None, 5)
-    if name == "cross_entropy":
-        each = F.cross_entropy(x, y, reduction="none")
-        torch.testing.assert_close(weighted(x, y), (each * w[y]).mean())
-    else:
-        each = F.binary_cross_entropy_with_logits(x, F.one_hot(y, 5).float(), reduction="none")
-        torch.testing.assert_close(weighted(x, y), (each * w).mean())
-    assert make_criterion(Loss(name=name), 0.0, torch.ones(5), 5)(x, y) == pytest.approx(plain(x, y).item())
+    each = F.cross_entropy(x, y, reduction="none")
+    if name == "bce":
+        each = F.binary_cross_entropy_with_logits(x, F.one_hot(y, 5).float(), reduction="none").mean(1)
+    torch.testing.assert_close(weighted(x, y), (each * w[y]).mean())
+    torch.testing.assert_close(make_criterion(Loss(name=name), 0.0, torch.ones(5), 5)(x, y), each.mean())
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce"])
+def test_balanced_weights_balance(name):
+    """The best constant logits on 90 to 10 images prefer no class."""
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    criterion = make_criterion(
+        Loss(name=name), 0.0, class_weights(Loss(class_weights="balanced"), ["a", "b"], labels.tolist()), 2
+    )
+    constant = torch.zeros(2, requires_grad=True)
+    criterion(constant.expand(100, 2), labels).backward()
+    torch.testing.assert_close(constant.grad, torch.zeros(2), atol=1e-6, rtol=0)
 
 
 def test_balanced_weights_have_mean_one_over_the_images():

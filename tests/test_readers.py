@@ -213,6 +213,8 @@ def test_tiny_imagenet_sorted_into_class_folders(tiny):
     ("gone", "message"),
     [
         ("val/val_annotations.txt", "val/val_annotations.txt is missing"),
+        ("wnids.txt", "wnids.txt is missing"),
+        ("words.txt", "words.txt is missing"),
         ("val/images/val_8.JPEG", "val/images/val_8.JPEG is missing: val_annotations.txt names it"),
         ("train/n01", "lacks 1 of 3 classes of wnids.txt: n01"),
         ("train", "train is missing: unpack tiny-imagenet-200.zip again"),
@@ -230,8 +232,29 @@ def test_tiny_imagenet_with_wrong_annotations(tiny, line):
     fails(tiny, "val_annotations.txt")
 
 
-def test_without_words_the_classes_are_the_ids(tmp_path):
-    assert class_names(tmp_path / "words.txt", ["n01", "n02"]) == ["n01", "n02"]
+def test_tiny_imagenet_with_fewer_images_than_it_says(tiny):
+    (tiny / "train" / "n03" / "n03_boxes.txt").write_text("".join(f"n03_{k}.JPEG\t0\t0\t9\t9\n" for k in range(5)))
+    fails(tiny, "n03 has 4 images, n03_boxes.txt lists 5: unpack tiny-imagenet-200.zip again")
+
+
+def test_a_class_without_words_keeps_its_id(tmp_path):
+    (tmp_path / "words.txt").write_text("n01\ttench, Tinca tinca\n")
+    assert class_names(tmp_path / "words.txt", ["n01", "n02"]) == ["tench", "n02"]
+
+
+def test_of_several_sets_in_one_folder_the_one_that_is_meant_is_read(tmp_path, monkeypatch):
+    """As two downloads leave them."""
+    for kind in ("MNIST", "FashionMNIST"):
+        folder = tmp_path / kind / "raw"
+        folder.mkdir(parents=True)
+        for part, n in (("train", 12), ("t10k", 6)):
+            write_idx(folder / f"{part}-images-idx3-ubyte", np.full((n, 8, 8), len(kind), np.uint8), False)
+            write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 3, False)
+    fails(tmp_path, "holds several data sets: say which with data.dataset=fashion_mnist or mnist")
+    fails(tmp_path, "holds several data sets", dataset="cifar10")
+    for name, pixel in (("mnist", 5), ("fashion_mnist", 12)):
+        assert open_data(Data(root=str(tmp_path), dataset=name))[0].read(0, 1).getpixel((0, 0)) == pixel
+    fails(tmp_path, "data.dataset=cifra10; did you mean 'cifar10'?", dataset="cifra10")
 
 
 # -- What is not unpacked, and downloads

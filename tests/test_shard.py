@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import eit
 from eit import distributed
+from eit.checkpoint import read_card, save_weights
 from eit.config import Augment, Data, load_recipe
 from eit.data import open_data, open_evaluation
 from eit.errors import UserError
@@ -121,8 +123,26 @@ def test_a_stopped_writer_goes_on_and_writes_the_same(folder, monkeypatch):
     assert len(calls) == len(set(calls)) == 6
     for file in whole.glob("*.tar"):
         assert file.read_bytes() == (out / file.name).read_bytes()
-    with pytest.raises(UserError, match="holds other shards"):
-        write_shards(*pair, out, 4, 2)
+    assert write_shards(*pair, out, 4, 2)["shards"] == 6 and len(calls) == 6  # complete already
+
+
+def test_an_unfinished_folder_is_named(folder):
+    out = shards_of(folder)
+    (out / INFO).unlink()
+    with pytest.raises(UserError, match=r"_info\.json is missing: eit data shard, which writes it last, did not end"):
+        open_data(Data(root=str(out)))
+
+
+def test_odd_images_are_stored_too_and_unreadable_ones_named(folder):
+    train = folder / "train" / "digit0"
+    Image.new("CMYK", (16, 16), (10, 20, 30, 40)).save(train / "ink.tif")
+    images = open_data(Data(root=str(folder)))[0]
+    again = open_data(Data(root=str(shards_of(folder))))[0]
+    i = images.names.index("digit0/ink.tif")
+    assert again.names[i] == images.names[i] and again.read(i, 3).tobytes() == images.read(i, 3).tobytes()
+    (train / "bad.bmp").write_bytes(b"BM")
+    with pytest.raises(UserError, match=r"digit0/bad\.bmp cannot be read, and so not put into a shard"):
+        shards_of(folder, 3)
 
 
 def damage_info(root):
@@ -178,8 +198,10 @@ def test_damaged_shards_are_one_line(folder, damage, message):
 
 
 def test_more_shards_than_images(folder):
-    with pytest.raises(UserError, match="37 shards for 36 images of train"):
-        shards_of(folder, 37)
+    for counts, message in (((37, 2), "37 shards for 36 images of train: set --count 36"), ((3, 13), "--val-count 12")):
+        with pytest.raises(UserError, match=message):
+            shards_of(folder, *counts)
+        assert not (folder.parent / f"shards{counts[0]}").exists()
 
 
 # -- In turn, through webdataset and timm's reader
@@ -296,8 +318,11 @@ def test_a_streamed_run_that_died_continues_to_the_same_weights(streamed, tmp_pa
 
 
 def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
-    with pytest.raises(UserError, match=r"4 shards for 5 readers .*: set data.workers=4 or less"):
-        stream(streamed.model_copy(update=dict(workers=5)))
+    for workers in (5, 3):
+        with pytest.raises(UserError, match=rf"4 shards cannot be shared by 1 x {workers} .*: set data.workers="):
+            stream(streamed.model_copy(update=dict(workers=workers)))
+    with pytest.raises(UserError, match="write a multiple of 3"):
+        stream(streamed, world=3)
     images, _ = open_data(streamed)
     for augment, config, message in (
         (Augment(repeats=3), streamed, "augment.repeats=3 needs images with random access"),
@@ -318,6 +343,71 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
         "red",
         "blue",
     ]
+
+
+@pytest.mark.parametrize("root", ["pipe:touch {0}/ran #", "http://x/';touch {0}/ran;'"])
+def test_an_address_that_is_a_command_is_refused(streamed, tmp_path, root):
+    with pytest.raises(UserError, match="is refused, for a shell would see it"):
+        open_data(streamed.model_copy(update=dict(root=root.format(tmp_path))))
+    info = json.loads(Path(streamed.root, INFO).read_text())
+    info["splits"]["train"]["filenames"][0] = f"pipe:touch {tmp_path}/ran #"
+    Path(streamed.root, INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="refused|missing"):
+        open_data(streamed)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_a_stranger_do_not_choose_what_is_opened(tmp_path):
+    """The data set that a card names could be a command; a person says it again."""
+    card = read_card("digits")
+    data = card.recipe["data"] | dict(dataset="wds/x", root=f"pipe:touch {tmp_path}/ran #")
+    card = card.model_copy(update=dict(recipe=card.recipe | dict(data=data)))
+    save_weights(tmp_path / "w.safetensors", eit.load("digits").state_dict(), card)
+    done = run_eit("eval", tmp_path / "w.safetensors")
+    assert done.returncode == 2 and "these weights are of data.dataset=wds/x: say so" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_wrong_numbers_in_the_description_are_one_line(streamed):
+    info = json.loads(Path(streamed.root, INFO).read_text())
+    info["splits"]["validation"]["num_samples"] = 2
+    Path(streamed.root, INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="more images were read than the 2 it says"):
+        list(evaluation_loader(open_evaluation(streamed), VIEW, 2, 0, CPU))
+    Path(streamed.root, "train-00001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-00001\.tar is missing: _info\.json names it"):
+        open_data(streamed)
+
+
+def test_a_label_beyond_the_classes_is_one_line(tmp_path):
+    pytest.importorskip("webdataset")
+    shards = shards_of(save_digits(tmp_path / "digits"))
+    config = Data(root=str(shards), dataset="wds/digits", workers=0, classes=2)
+    images, _ = open_data(config)
+    loader = train_loader(images, VIEW, Plan(36, 4, 1, 1, 1, 0), config, Augment(), CPU)
+    with pytest.raises(UserError, match="wds/digits has label 2, of 2 classes"):
+        list(loader.epoch(0))
+
+
+def test_a_stream_shows_the_pixels_of_the_folder(tmp_path):
+    """Upright by EXIF, and 16 bits made 8, as everywhere."""
+    pytest.importorskip("webdataset")
+    root = one_colour(tmp_path / "colours")
+    for i, file in enumerate(sorted((root / "val" / "class0").iterdir())):
+        pixels = np.linspace(0, 65535, 32 * 16).astype(np.uint16).reshape(32, 16)
+        if i % 2:
+            Image.fromarray(pixels).save(file)
+        else:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            Image.fromarray((pixels // 257).astype(np.uint8)).save(file, exif=exif)
+    shards = shards_of(root)
+    view = View(16, 16, "bicubic", (0.5,), (0.5,))
+    sets = (open_evaluation(Data(root=str(root))), open_evaluation(Data(root=str(shards), dataset="wds/c", workers=0)))
+    folder_images, streamed_images = (
+        torch.cat([b.images[: b.valid] for _, b in evaluation_loader(images, view, 5, 0, CPU)]) for images in sets
+    )
+    assert torch.equal(folder_images, streamed_images)
 
 
 def test_the_command_writes_shards(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 
 import eit
 from eit import data as data_module
+from eit import loss as loss_module
 from eit import train as train_module
 from eit.checkpoint import saved_steps
 from eit.config import load_recipe
@@ -420,16 +421,34 @@ def test_max_steps_ends_a_run_early_on_the_same_path(folder):
     assert log(short.run_folder())[0]["val_loss"] == log(whole.run_folder())[0]["val_loss"]
 
 
+def test_an_unreadable_validation_image_does_not_lose_a_long_epoch(folder, monkeypatch):
+    whole = recipe(folder, f"out={folder.parent / 'whole'}")
+    train(whole)
+    monkeypatch.setattr(train_module, "EARLY_SAVE", -1)
+    file = folder / "val" / "digit1" / "013.png"
+    good = file.read_bytes()
+    file.write_bytes(b"nothing")
+    broken = recipe(folder, f"out={folder.parent / 'broken'}")
+    with pytest.raises(eit.UserError, match=r"013\.png"):
+        train(broken)
+    assert saved_steps(broken.run_folder()) == [4]
+    file.write_bytes(good)
+    train(broken)
+    assert same(weights(whole.run_folder()), weights(broken.run_folder()))
+    lines = [[line | {"images_per_s": 0} for line in log(r.run_folder())] for r in (whole, broken)]
+    assert lines[0] == lines[1]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):
     r = recipe(folder)
-    original = train_module.F.cross_entropy
+    original = loss_module.F.cross_entropy
     calls = []
 
     def broken(*args, **kwargs):
         calls.extend(["train"] if "label_smoothing" in kwargs else [])
         return original(*args, **kwargs) * (float("nan") if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(train_module.F, "cross_entropy", broken)
+    monkeypatch.setattr(loss_module.F, "cross_entropy", broken)
     with pytest.raises(FloatingPointError, match="the loss is nan in step 5"):
         train(r)
     assert saved_steps(r.run_folder()) == [4]

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,7 +121,11 @@ def load(path: str | os.PathLike[str]) -> EIT:
     with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
         model = card.create_model()
     check_fit(model, state, str(file))
-    model.load_state_dict(state, strict=True, assign=True)
+    if isinstance(model, EIT):
+        model.load_state_dict(state, strict=True, assign=True)
+    else:  # models of timm keep buffers that are not in the file
+        model = card.create_model()
+        model.load_state_dict(state, strict=True)
     model.requires_grad_(True).float().eval()
     model.card = card
     return model
@@ -144,22 +149,29 @@ def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_h
         heads = tuple(f"{head}." for head in head_names(model))
         own = {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
         state = {k: v for k, v in state.items() if not k.startswith(heads)} | own
-    state = _resampled(model, state)
+    state = _resampled(model, dict(state), name)
     check_fit(model, state, name)
     model.load_state_dict(state, strict=True)
     return model
 
 
-def _resampled(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with its table of positions, (1, prefix + h*w, C), interpolated to the model's token grid."""
-    table, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    if table is None or not isinstance(own, Tensor) or table.shape == own.shape or table.ndim != 3 or own.ndim != 3:
-        return state
-    grid = model.grid_size if isinstance(model, EIT) else model.patch_embed.grid_size
-    prefix = own.shape[1] - grid[0] * grid[1]
-    if math.isqrt(table.shape[1] - prefix) ** 2 != table.shape[1] - prefix or table.shape[2] != own.shape[2]:
+def _resampled(model: Any, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`state` with its tables of positions interpolated to the model's resolution."""
+    if not isinstance(model, EIT):
+        fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's, one an architecture
+        own = model.state_dict()
+        if fit is None or all(k not in own or own[k].shape == v.shape for k, v in state.items()):
+            return state
+        try:
+            return fit(state, model)
+        except Exception as error:
+            raise UserError(f"{source} does not fit the model: {_first_line(error)}") from None
+    table, wanted = state.get("pos_embed"), model.pos_embed
+    if table is None or wanted is None or table.shape == wanted.shape or table.shape[2:] != wanted.shape[2:]:
         return state  # `check_fit` names the difference
-    return state | dict(pos_embed=resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix))
+    if math.isqrt(table.shape[1] - 1) ** 2 != table.shape[1] - 1:
+        return state
+    return state | dict(pos_embed=resample_abs_pos_embed(table, list(model.grid_size), num_prefix_tokens=1))
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
@@ -174,14 +186,16 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         if f.read(40).startswith(b"version https://git-lfs"):  # the authors keep theirs in Git LFS
             raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its checkout")
     state, card = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pth(file), None)
-    return our_names(state), card
+    return state if card else our_names(state), card
 
 
 def our_names(state: StateDict) -> dict[str, Tensor]:
     """Published parameter names, and those of DDP and torch.compile, -> ours (timm's where the part is the same)."""
-    renames = [("module.", ""), ("_orig_mod.", ""), (".eit_p.conv.", ".proj."), (".eit_t.conv1.", ".attn.conv.")]
+    renames = [(".eit_p.conv.", ".proj."), (".eit_t.conv1.", ".attn.conv.")]
     named = {}
     for name, tensor in state.items():
+        for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # each wraps the other
+            name = name.removeprefix(prefix)
         for old, new in renames:
             name = name.replace(old, new)
         named[name] = tensor
@@ -279,11 +293,11 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         return state, None
     try:
         header = json.loads(metadata["eit"])
-        digest = header.pop("sha256")
+        said = header.pop("sha256")
         card = Card.model_validate(header)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{file}: its description of the model is damaged") from None
-    if digest != _digest(state):
+    if said != digest(state):
         raise UserError(f"{file} is damaged: its weights do not match their checksum")
     try:
         card.arguments = model_arguments(card.arguments)
@@ -329,7 +343,7 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
 def weights_bytes(state: StateDict, card: Card) -> bytes:
     """A safetensors file with its card, and a checksum, for safetensors itself loads flipped bits without a word."""
     plain = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    header = card.model_dump(mode="json") | {"sha256": _digest(plain)}
+    header = card.model_dump(mode="json") | {"sha256": digest(plain)}
     return safetensors.torch.save(plain, metadata={"format": "pt", "eit": json.dumps(header)})
 
 
@@ -351,7 +365,8 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _digest(state: StateDict) -> str:
+def digest(state: StateDict) -> str:
+    """sha256 of names, types, shapes and values."""
     sha = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()

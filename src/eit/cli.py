@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,9 +19,9 @@ from eit.errors import UserError
 
 if TYPE_CHECKING:
     from eit.checkpoint import Card
+    from eit.config import Data
     from eit.evaluate import Metrics
     from eit.images import Images
-    from eit.model import EIT
     from eit.readers import ImageStream
 
 
@@ -42,6 +43,9 @@ class Commands(TyperGroup):
             _complain(error)
             raise typer.Exit(1) from None
         except RuntimeError as error:
+            if re.search("allocate memory|out of memory", str(error)):
+                _complain(RuntimeError("out of memory: give a smaller --batch-size or --size"))
+                raise typer.Exit(1) from None
             if type(error).__name__ != "DistBackendError" and "gloo" not in str(error):
                 raise
             _complain(RuntimeError("another process of this run ended; it says why"))
@@ -78,8 +82,6 @@ Checkpoint = Annotated[
         metavar="CKPT", help="A weights file, a run folder (its best.safetensors), or digits.", show_default=False
     ),
 ]
-# What a run says of its data that evaluation needs too.
-OF_EVALUATION = ["root", "dataset", "val_split", "input_key", "target_key", "classes", "val_fraction"]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.epochs=100.", show_default=False)
 ]
@@ -190,7 +192,6 @@ def evaluate(
 
     from eit import distributed
     from eit.checkpoint import load
-    from eit.config import Data
     from eit.data import open_evaluation
     from eit.evaluate import LOW_PRECISION, make_views
     from eit.evaluate import evaluate as run
@@ -201,20 +202,10 @@ def evaluate(
         model = load(checkpoint)
         for size in sizes or ():
             _check_size(model, size)
-        recipe = (model.card.recipe or {}).get("data", {})
-        own = ["val_fraction"] if data or dataset else OF_EVALUATION
-        given = {
-            "root": data,
-            "dataset": dataset,
-            "val_split": split,
-            "max_pixels": max_pixels or model.card.max_pixels,
-        }
-        where = {k: v for k in own if (v := recipe.get(k)) is not None} | {
-            k: v for k, v in given.items() if v is not None
-        }
-        if not where.get("root") and not where.get("dataset"):
-            raise UserError("--data PATH is needed: these weights do not name a data set")
-        images = _with_classes_of(model.card, open_evaluation(Data(**where)))
+        if split and not dataset:
+            raise UserError(f"--split {split} is of a data set of timm: give --dataset too")
+        where = _evaluation_data(model.card, data, dataset, split, max_pixels)
+        images = _with_classes_of(model.card, open_evaluation(where))
         model = model.to(on)
         autocast = torch.autocast(on.type, LOW_PRECISION[precision]) if precision != "fp32" else None
         results = []
@@ -222,9 +213,7 @@ def evaluate(
             metrics = run(model, evaluation_loader(images, view, batch_size, workers, on), autocast, flip)
             results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
         if distributed.is_main():
-            if confusion:
-                _write_confusion(Path(confusion), metrics.confusion, list(metrics.per_class))
-            head = dict(checkpoint=checkpoint, data=where.get("root", ""), precision=precision, flip=flip)
+            head = dict(checkpoint=checkpoint, data=where.root, precision=precision, flip=flip)
             shown = [
                 view | {key: value for key, value in vars(metrics).items() if key != "confusion"}
                 for view, metrics in results
@@ -235,6 +224,8 @@ def evaluate(
                 print(_metrics_text(metrics))
             else:
                 _views_table(shown)
+            if confusion:
+                _write_confusion(Path(confusion), metrics.confusion, list(metrics.per_class))
     finally:
         distributed.stop()
 
@@ -480,11 +471,11 @@ def shard(
     As data.root they give the batches of the data set itself; data.dataset=wds/NAME reads them in turn, as they come
     from an object store.
     """
-    from eit.config import Data
+    from eit.config import data_config
     from eit.data import open_data
     from eit.shard import write_shards
 
-    train_images, val_images = open_data(Data(root=path, val_fraction=val_fraction))
+    train_images, val_images = open_data(data_config(root=path, val_fraction=val_fraction))
     done = write_shards(train_images, val_images, Path(out).expanduser(), count, val_count)
     _show(done, as_json, f"{out}: {done['shards']} shards of {done['train']:,} + {done['val']:,} images")
 
@@ -505,6 +496,26 @@ def _program() -> str:
     """How the user called this command."""
     called = Path(sys.argv[0])
     return "python -m eit" if called.name == "__main__.py" else called.name if shutil.which("eit") else str(called)
+
+
+def _evaluation_data(
+    card: "Card", data: str | None, dataset: str | None, split: str | None, max_pixels: int | None
+) -> "Data":
+    """Where the images are. Of what weights say, a folder alone is believed: addresses of data sets run commands."""
+    from eit.config import data_config
+
+    recipe = (card.recipe or {}).get("data")
+    own = recipe if isinstance(recipe, dict) else {}
+    given = dict(root=data, dataset=dataset, val_split=split)
+    if not (data or dataset):
+        if "/" in str(own.get("dataset") or ""):
+            name, root = own["dataset"], own.get("root") or "ROOT"
+            raise UserError(f"these weights are of data.dataset={name}: say so, --dataset {name} --data {root}")
+        given |= dict(root=own.get("root"), dataset=own.get("dataset"))
+        if not own.get("root"):
+            raise UserError("--data PATH is needed: these weights do not name a data set")
+    given["val_fraction"] = own.get("val_fraction")
+    return data_config(max_pixels=max_pixels or card.max_pixels, **{k: v for k, v in given.items() if v is not None})
 
 
 def _with_classes_of(card: "Card", images: "Images | ImageStream") -> "Images | ImageStream":
@@ -544,7 +555,14 @@ def _check_confusion(file: str, views: int) -> None:
         raise UserError(f"--confusion {file} is of one size and crop ratio; {views} combinations are asked for")
 
 
-def _check_size(model: "EIT", size: int) -> None:
+def _check_size(model: Any, size: int) -> None:
+    """Raise a UserError where the model does not take images of `size` pixels."""
+    from eit.model import EIT
+
+    if not isinstance(model, EIT):
+        if model.pretrained_cfg.get("fixed_input_size") and size != model.card.size:
+            raise UserError(f"--size {size}: {model.card.model} takes {model.card.size} pixels alone")
+        return
     if 0 in model.patch_embed.grid_size(size, size):
         least = next(n for n in range(size, 1 << 20) if 0 not in model.patch_embed.grid_size(n, n))
         raise UserError(f"--size {size}: this model makes no token of so few pixels; {least} is the least")

@@ -283,9 +283,12 @@ class Recipe(Section):
             raise ValueError(
                 f"augment.color_jitter has no part beside augment.{a.policy[0]}: set one of them to 0 or null"
             )
-        for key in ("teacher_weights", "teacher_size"):
-            if getattr(self.loss, key) is not None and self.loss.teacher is None:
+        for key, field in Loss.model_fields.items():
+            of_teacher = key not in ("name", "class_weights", "teacher")
+            if of_teacher and self.loss.teacher is None and getattr(self.loss, key) != field.default:
                 raise ValueError(f"loss.{key} has no part without loss.teacher")
+        if self.model.reset_head and not self.model.pretrained:
+            raise ValueError("model.reset_head=true has no part without model.pretrained: the head is new anyway")
         if self.data.download and self.data.dataset is None:
             raise ValueError("data.download=true needs data.dataset, what to fetch, such as cifar10")
         return self
@@ -424,9 +427,17 @@ def model_arguments(values: dict[str, Any]) -> dict[str, Any]:
     return section.arguments() | family
 
 
+def data_config(**values: Any) -> Data:
+    """A checked `data.` section."""
+    try:
+        return Data.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, Data)) from None
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """`key: old -> new` for every key that differs and changes the result."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = dict(_leaves(old)), dict(_leaves(new))
     return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in FREE_KEYS]
 
 
@@ -461,7 +472,7 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     parts = [str(part) for part in first["loc"]]
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), ".".join(parts))
     if first["type"] == "extra_forbidden":
-        what = "recipe key" if section is Recipe else "model argument"
+        what = "model argument" if section is Model else "recipe key"
         return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
     return f"{key}={_short(first['input'])}: {message}" if key else message
@@ -474,11 +485,13 @@ def _nearest(key: str, known: list[str]) -> str:
     return f"; did you mean {by_last[last]!r}?" if last in by_last else nearest(key, known)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _leaves(section: BaseModel, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eit import distributed
-from eit.config import Data
+from eit.config import Data, data_config
 from eit.console import track
 from eit.errors import UserError
 from eit.images import Images, UnreadableImage
@@ -39,9 +39,11 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages]:
     if config.root == DIGITS:
         return split(read_digits(), config.val_fraction or 0.2)
     if config.dataset is not None and "/" in config.dataset:
+        if config.download:  # once
+            distributed.on_main(lambda: read_timm(config, config.train_split) and None)
         return read_timm(config, config.train_split), read_timm(config, config.val_split)
     root = _folder(config)
-    if (pair := read_layout(root, config.max_pixels)) is not None:
+    if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
         return pair
     if not (root / "train").is_dir():
         hint = "; it has val/ only, which eit eval takes" if (root / "val").is_dir() else ""
@@ -61,7 +63,7 @@ def open_evaluation(config: Data) -> AnyImages:
     if config.root == DIGITS or (config.dataset is not None and "/" in config.dataset):
         return read_timm(config, config.val_split) if config.root != DIGITS else _open(config)[1]
     root = _folder(config)
-    if (pair := read_layout(root, config.max_pixels)) is not None:
+    if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
         return pair[1]
     if (root / "val").is_dir():
         return read_folder(root / "val", config.max_pixels)
@@ -110,11 +112,12 @@ def _class_difference(train: list[str], val: list[str]) -> str:
 def check(root: str, max_pixels: int, val_fraction: float | None = None) -> dict[str, Any]:
     """Read every image below `root`, and report counts, classes, sizes and everything that training would trip over."""
     report: dict[str, Any] = dict(root=root, splits={}, problems=[])
+    config = data_config(root=root, val_fraction=val_fraction, max_pixels=max_pixels)
     listed: dict[str, Any] = {}
     try:
-        listed["train"], listed["val"] = open_data(Data(root=root, val_fraction=val_fraction, max_pixels=max_pixels))
+        listed["train"], listed["val"] = open_data(config)
     except UserError as error:
-        folder = _folder(Data(root=root))
+        folder = _folder(config)
         report["problems"].append(str(error))
         for name in ("train", "val"):  # what is there is read all the same
             if (folder / name).is_dir():

@@ -75,6 +75,13 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def share_buffers(module: Any) -> None:
+    """Rank 0's buffers (running statistics of batch norms) for all; DDP does so with the next forward pass only."""
+    if world_size() > 1 and module is not None:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 ON_MAIN = "on rank 0"  # the note of an error that every rank raises, for rank 0 to tell
 
 

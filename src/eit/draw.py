@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eit.errors import UserError
+
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -186,5 +188,10 @@ def _save(figure: Any, file: Path, **options: Any) -> None:
     temporary = file.with_name(f".{file.name}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
-        figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
-    os.replace(temporary, file)
+        try:
+            figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
+            os.replace(temporary, file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {error.strerror}") from None
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from eit.checkpoint import load_weights, read_card
-from eit.config import Model, Recipe, differences
+from eit.checkpoint import load_weights, read_card, saved_steps
+from eit.config import Model, Recipe, differences, load_recipe
 from eit.console import say
 from eit.errors import UserError
 from eit.loader import Stream, set_seed
@@ -12,40 +12,58 @@ from eit.zoo import TIMM, create_model, head_names
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
 
 
-def settle(recipe: Recipe) -> Recipe:
-    """The recipe with the architecture of the weights that it starts from, and without what its model does not have."""
+def model_of_begun(recipe: Recipe) -> Model | None:
+    """The model section of the run in the recipe's folder, if it has a checkpoint: it needs no other weights then."""
+    folder = recipe.run_folder()
+    if not saved_steps(folder) or not (folder / "recipe.yaml").is_file():
+        return None
+    return load_recipe(str(folder / "recipe.yaml")).model
+
+
+def settle(recipe: Recipe, begun: Model | None = None) -> Recipe:
+    """The recipe with the architecture of the weights that it starts from, and without what its model does not have.
+
+    `begun` is the model of a run that continues from the same weights, which may be gone.
+    """
     section = recipe.model
-    card = read_card(section.pretrained) if isinstance(section.pretrained, str) else None
+    if begun is not None and begun.pretrained != section.pretrained:
+        begun = None
     given: dict[str, Any] = {}
-    if card is not None:
-        given = dict.fromkeys(set(Model.model_fields) - RATES - {"pretrained", "reset_head"})
-        given |= dict(family="eit", name=card.model) | {k: v for k, v in card.arguments.items() if k not in RATES}
-        why = f"the model is that of {section.pretrained}"
+    if isinstance(section.pretrained, str):
+        if begun is not None:
+            given = begun.model_dump(exclude=RATES | {"pretrained", "reset_head"})
+        elif (card := read_card(section.pretrained)) is not None:
+            given = dict.fromkeys(set(Model.model_fields) - RATES - {"pretrained", "reset_head"})
+            given |= dict(family="eit", name=card.model) | {k: v for k, v in card.arguments.items() if k not in RATES}
+    why = f"the model is that of {section.pretrained}"
     if (name := given.get("name", section.name)).startswith(TIMM):
+        why = why if given else f"{name} has no such arguments"
         given |= dict.fromkeys(set(section.arguments()) - {"in_chans", "drop_rate", "drop_path_rate"})
         given["family"] = "eit"
-        why = f"{name} has no such arguments" if card is None else why
     elif section.pretrained is True:
         raise UserError(f"no weights of {name} can be downloaded: model.pretrained=PATH")
-    if not given:
-        return recipe
     settled = recipe.model_copy(update=dict(model=section.model_copy(update=given)))
     if changed := differences(recipe, settled):
         say(f"{why}: {', '.join(change.removeprefix('model.') for change in changed)}")
     return settled
 
 
-def build_model(recipe: Recipe, classes: int) -> Any:
-    """The model with its initial values, a function of the seed, or those of `model.pretrained`."""
+def build_model(recipe: Recipe, classes: int, initial: bool = True) -> Any:
+    """The model with its initial values, a function of the seed, or those of `model.pretrained`.
+
+    Without `initial` a checkpoint replaces the values, and nothing is read.
+    """
     section, size = recipe.model, recipe.data.image_size
     set_seed(Stream.INITIAL_VALUES, recipe.seed)
     arguments = section.arguments()
     if section.name.startswith(TIMM):
-        arguments["pretrained"] = section.pretrained is True
+        arguments["pretrained"] = section.pretrained is True and initial
     else:
         arguments["family"] = section.family
     model = create_model(section.name, num_classes=classes, img_size=size, **arguments)
-    if isinstance(section.pretrained, str):
+    if section.pretrained is True and section.reset_head:
+        model.reset_classifier(classes)
+    if isinstance(section.pretrained, str) and initial:
         load_weights(model, section.pretrained, reset_head=section.reset_head)
     return model
 
@@ -59,6 +77,8 @@ def choose_trainable(recipe: Recipe, model: Any) -> None:
         if not any(f"{name}.".startswith(f"{part}.") for name in names):
             parts = dict.fromkeys(name.split(".")[0] for name in names)
             raise UserError(f"optim.freeze={part}: the model has no such part ({', '.join(parts)}; blocks.0 and so on)")
+    if config.trainable == "attention" and not any(".attn." in name for name in names):
+        raise UserError(f"optim.trainable=attention: {recipe.model.name} has no attention layers (named attn)")
     for name, parameter in model.named_parameters():
         learns = {
             "all": True,

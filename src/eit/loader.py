@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
@@ -30,7 +30,7 @@ from eit import distributed
 from eit.config import Augment, Data
 from eit.console import say, track
 from eit.errors import UserError
-from eit.images import Images, UnreadableImage, View, normalise, resize_and_crop
+from eit.images import Images, UnreadableImage, View, normalise, not_a_thread, resize_and_crop, to_mode
 from eit.readers import ImageStream
 
 CACHE_SIZE = 64  # pixels: images up to this size are held in memory
@@ -336,7 +336,8 @@ class PadCrop:
 def simple_crop(view: View) -> Compose:
     """DeiT III's simple random crop: the shorter side to the size, 4 pixels reflected around, a random square."""
     mode = InterpolationMode(view.interpolation)
-    return Compose([Resize(view.size, mode), RandomCrop(view.size, padding=4, padding_mode="reflect")])
+    crop = RandomCrop(view.size, padding=4, padding_mode="reflect")
+    return Compose([not_a_thread, Resize(view.size, mode), crop])
 
 
 def image_transform(view: View, augment: Augment) -> Compose:
@@ -350,7 +351,8 @@ def image_transform(view: View, augment: Augment) -> Compose:
         raise UserError(f"augment.{key} needs colour images: model.in_chans=3")
     begins = {"rand_augment": ("rand",), "augmix": ("augmix",), "auto_augment": ("original", "v0")}.get(key)
     try:
-        assert not (policy and begins) or policy.startswith(begins), "of another kind"
+        if policy and begins and not policy.startswith(begins):
+            raise ValueError("of another kind")
         transform = create_transform(
             input_size=view.size,
             is_training=True,
@@ -405,14 +407,19 @@ def _start_worker(worker: int) -> None:
 class _Turn(IterableDataset):
     """The images of a stream in turn, augmented, or as evaluation sees them. Used in worker processes."""
 
-    def __init__(self, dataset: Any, prepare: Callable[[Image.Image], Tensor], *counters: int) -> None:
-        self.dataset, self.prepare, self.counters = dataset, prepare, counters
+    def __init__(self, images: ImageStream, dataset: Any, channels: int, prepare: Any, *counters: int) -> None:
+        self.dataset, self.channels, self.prepare, self.counters = dataset, channels, prepare, counters
+        self.name, self.classes = images.config.dataset, len(images.classes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
         worker = info.id if (info := get_worker_info()) else 0
         for turn, (image, label) in enumerate(self.dataset):
+            fault = (
+                "" if 0 <= int(label) < self.classes else f"{self.name} has label {label}, of {self.classes} classes"
+            )
+            image = to_mode(ImageOps.exif_transpose(image), self.channels)
             with seeded(Stream.TURN, *self.counters, worker, turn):
-                yield self.prepare(image), int(label), []
+                yield self.prepare(image), int(label), [fault] if fault else []
 
 
 class StreamLoader:
@@ -425,25 +432,28 @@ class StreamLoader:
         self, images: ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
     ) -> None:
         self.images, self.view, self.plan, self.device = images, view, plan, device
-        self.workers = worker_count(config.workers)
         self.transform = image_transform(view, augment)
         self.bad = BadImages(images, config.bad_image_budget)
+        self.workers = worker_count(config.workers)
+        # Readers with unequal numbers of shards would leave out a part of them, and repeat others.
+        reader = images.open(True, plan.batch_size, 0).reader
+        shards = len(getattr(getattr(reader, "split_info", None), "filenames", None) or ())
+        fit = [n for n in range(self.workers, 0, -1) if shards % (n * plan.world) == 0]
+        if config.workers is None and fit:
+            self.workers = fit[0]
+        if shards % (max(self.workers, 1) * plan.world):
+            what = f"{shards} shards cannot be shared by {plan.world} x {max(self.workers, 1)} processes x data.workers"
+            advice = (
+                f"set data.workers={fit[0]}" if fit else f"write a multiple of {plan.world} (eit data shard --count)"
+            )
+            raise UserError(f"{what}: {advice}")
 
     def prepare(self) -> None:
-        """Raise a UserError where there are fewer shards than readers: some would wait for ever."""
-        reader = self._open(0).reader
-        shards = len(getattr(getattr(reader, "split_info", None), "filenames", None) or ()) or None
-        readers = max(self.workers, 1) * self.plan.world
-        if shards is not None and shards < readers:
-            most = shards // self.plan.world
-            raise UserError(
-                f"{shards} shards for {readers} readers (processes x workers): "
-                + (f"set data.workers={most} or less" if most else "write more shards (eit data shard --count)")
-            )
+        """Nothing: the workers start with each epoch."""
 
     def _open(self, epoch: int) -> Any:
         seed = seed_of(Stream.ORDER, self.plan.seed, epoch) % 2**31
-        dataset = self.images.open(True, self.plan.batch_size, seed, _mode(self.view))
+        dataset = self.images.open(True, self.plan.batch_size, seed)
         dataset.set_loader_cfg(num_workers=self.workers)
         return dataset
 
@@ -451,7 +461,7 @@ class StreamLoader:
         plan = self.plan
         counters = plan.seed, epoch, distributed.rank()
         loader = DataLoader(
-            _Turn(self._open(epoch), self.transform, *counters),
+            _Turn(self.images, self._open(epoch), self.view.channels, self.transform, *counters),
             batch_size=plan.batch_size,
             collate_fn=_collate,
             generator=generator(Stream.ORDER, *counters),
@@ -462,13 +472,11 @@ class StreamLoader:
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {plan.steps * plan.accumulate} batches"
                 raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
-            images, labels, _ = batch
+            images, labels, faults = batch
+            if faults:
+                raise UserError(faults[0])
             if number >= first_step * plan.accumulate:
                 yield Batch(images.to(self.device), labels.to(self.device), len(labels))
-
-
-def _mode(view: View) -> str:
-    return {1: "L", 3: "RGB"}[view.channels]
 
 
 def _fresh_workers(workers: int, device: torch.device) -> dict[str, Any]:
@@ -571,16 +579,19 @@ class StreamEvaluationLoader:
         Raises:
             UserError: the stream has another number of images than it says.
         """
-        dataset = self.images.open(False, self.batch_size, 0, _mode(self.view))
+        dataset = self.images.open(False, self.batch_size, 0)
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
         workers = worker_count(self.workers)
         dataset.set_loader_cfg(num_workers=workers)
-        turn = _Turn(dataset, self.view.pixels)
+        turn = _Turn(self.images, dataset, self.view.channels, self.view.pixels)
         options = _fresh_workers(workers, self.device)
         seen = 0
         loader = DataLoader(turn, self.batch_size, collate_fn=_collate, **options)
-        for block, (pixels, labels, _) in enumerate(loader):
+        for block, (pixels, labels, faults) in enumerate(loader):
             seen += len(labels)
+            if faults or block >= self.blocks:
+                more = f"{self.images.config.dataset}: more images were read than the {len(self.images)} it says"
+                raise UserError(faults[0] if faults else more)
             if block % distributed.world_size() == distributed.rank():
                 images = normalise(pixels.to(self.device), self.view.mean, self.view.std)
                 yield block, Batch(images, labels.to(self.device), len(labels))

@@ -4,17 +4,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from timm.loss import BinaryCrossEntropy
 from timm.task import DistillationTeacher
 from torch import Tensor
 
-from eit.checkpoint import load
+from eit.checkpoint import digest, load
 from eit.config import Loss
 from eit.errors import UserError
 from eit.images import View
-from eit.zoo import TIMM, create_model
+from eit.zoo import TIMM, create_model, is_model
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,7 +27,16 @@ def make_criterion(config: Loss, smoothing: float, weights: Tensor | None, class
     above 0, and a threshold at 0 (as in the DeiT code) would make every class present.
     """
     if config.name == "bce":
-        return BinaryCrossEntropy(smoothing, target_threshold=smoothing / classes + 1e-4, weight=weights)
+        floor = smoothing / classes + 1e-4  # mixing rounds
+
+        def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+            present = F.one_hot(target, classes).float() if target.ndim == 1 else (target > floor).float()
+            loss = F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
+            if weights is not None:  # of the image, by its classes: a weight a column would not balance anything
+                loss = loss * (present @ weights) / present.sum(dim=1)
+            return loss.mean()
+
+        return binary_cross_entropy
 
     def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         # The mean over images, not over weights, so that a step does not depend on how it is cut into micro-batches.
@@ -68,6 +77,7 @@ class Distillation:
         if mean_std is not None:
             self.teacher.mean_kd, self.teacher.std_kd = (_column(v, device) for v in mean_std)
         self.student = _column(view.mean, device), _column(view.std, device)
+        self.digest = digest(model.state_dict())[:16]
         self.order, self.size = order.to(device), config.teacher_size or size
 
     @torch.no_grad()
@@ -97,6 +107,14 @@ def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Te
         arguments: dict[str, Any] = dict(pretrained=True)
         if config.teacher_weights:
             arguments["pretrained_cfg_overlay"] = dict(file=config.teacher_weights, num_classes=len(classes))
+        if not is_model(name):
+            create_model(name)  # says what is wrong
+        known = timm.get_pretrained_cfg(name.removeprefix(TIMM)).num_classes
+        if not config.teacher_weights and known != len(classes):
+            raise UserError(
+                f"loss.teacher={name} knows {known} classes, the data have {len(classes)}: set loss.teacher_weights to "
+                "a file of it that was trained on them"
+            )
         size = config.teacher_size
         model: Any = create_model(name, num_classes=len(classes), img_size=size, **arguments)
         size = size or model.pretrained_cfg["input_size"][-1]

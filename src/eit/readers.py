@@ -7,8 +7,10 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,8 +81,15 @@ def read_digits() -> Images:
 # -- CIFAR, as torchvision unpacks it ---------------------------------------------------------------------------------
 
 
-def _find_cifar(root: Path) -> Path | None:
-    return _first_folder(root, ("cifar-10-batches-py", "cifar-100-python"))
+def _find_folder(*names: str) -> Callable[[Path], Path | None]:
+    """Finds the first of `names` below a folder, or the folder itself by its name."""
+
+    def find(root: Path) -> Path | None:
+        if root.name in names:
+            return root
+        return next((root / name for name in names if (root / name).is_dir()), None)
+
+    return find
 
 
 def _read_cifar(folder: Path, max_pixels: int) -> Pair:
@@ -113,10 +122,14 @@ FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 FASHION_LABELS = "3d0e6c6ea990b53b"  # sha256 of Fashion-MNIST's test labels: the files do not say what they are
 
 
-def _find_idx(root: Path) -> Path | None:
-    folders = [root, *(root / name for name in ("raw", "FashionMNIST/raw", "MNIST/raw", "KMNIST/raw"))]
-    files = [name for pair in IDX.values() for name in pair]
-    return next((f for f in folders if any((f / (n + z)).is_file() for n in files for z in ("", ".gz"))), None)
+def _find_idx(*folders: str) -> Callable[[Path], Path | None]:
+    """Finds the first of `folders` below a folder that has one of the four files."""
+    files = [name + ending for pair in IDX.values() for name in pair for ending in ("", ".gz")]
+
+    def find(root: Path) -> Path | None:
+        return next((root / f for f in folders if any((root / f / name).is_file() for name in files)), None)
+
+    return find
 
 
 def _read_idx(folder: Path, max_pixels: int) -> Pair:
@@ -164,18 +177,25 @@ def _plain_or_gz(folder: Path, name: str) -> Path:
 
 
 def _find_tiny(root: Path) -> Path | None:
-    return next((f for f in (root, root / "tiny-imagenet-200") if (f / "wnids.txt").is_file()), None)
+    marks = ("wnids.txt", "val/val_annotations.txt")
+    return next((f for f in (root, root / "tiny-imagenet-200") if any((f / mark).is_file() for mark in marks)), None)
 
 
 def _read_tiny(root: Path, max_pixels: int) -> Pair:
+    again = "unpack tiny-imagenet-200.zip again"
+    for part in ("wnids.txt", "words.txt", "train", "val"):
+        if not (root / part).exists():
+            raise UserError(f"{root / part} is missing: {again}")
     expected = sorted((root / "wnids.txt").read_text().split())
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise UserError(f"{root / part} is missing: unpack tiny-imagenet-200.zip again")
     train = read_folder(root / "train", max_pixels)
     if missing := sorted(set(expected) - set(train.classes)):
         what = f"{len(missing)} of {len(expected)} classes of wnids.txt: {_few(missing)}"
-        raise UserError(f"{root / 'train'} lacks {what}; unpack tiny-imagenet-200.zip again")
+        raise UserError(f"{root / 'train'} lacks {what}; {again}")
+    counts = Counter(train.labels)
+    for label, wnid in enumerate(train.classes):
+        boxes = root / "train" / wnid / f"{wnid}_boxes.txt"  # a line an image
+        if boxes.is_file() and (said := len(boxes.read_text().split("\n")) - 1) > counts[label]:
+            raise UserError(f"{boxes.parent} has {counts[label]} images, {boxes.name} lists {said}: {again}")
     if (root / "val" / "images").is_dir():
         val = _read_tiny_val(root / "val", train.classes, max_pixels)
     else:  # sorted into class folders, as many do
@@ -209,22 +229,18 @@ def _read_tiny_val(folder: Path, wnids: list[str], max_pixels: int) -> Images:
 
 
 def class_names(words: Path, wnids: Sequence[str]) -> list[str]:
-    """The first word of each WordNet id of a words.txt (`id<TAB>word, word`), all and the id where it is not the only.
-
-    Without the file, the ids.
-    """
-    if not words.is_file():
-        return list(wnids)
+    """The first word of each WordNet id of a words.txt (`id<TAB>word, word`), all and the id where two share it."""
     lines = (line.partition("\t") for line in words.read_text().splitlines())
     said = {wnid: text for wnid, _, text in lines}
     first = [said.get(wnid, wnid).split(",")[0] for wnid in wnids]
     pairs = zip(wnids, first, strict=True)
-    return [f"{said[wnid]} ({wnid})" if first.count(name) > 1 else name for wnid, name in pairs]
+    return [f"{said.get(wnid, wnid)} ({wnid})" if first.count(name) > 1 else name for wnid, name in pairs]
 
 
 # -- Shards: tar files of webdataset, with random access --------------------------------------------------------------
 
 INFO = "_info.json"  # what timm's reader looks for; `eit data shard` adds the class names
+SHARDING = ".sharding.json"  # there while shards are being written
 SPLITS = {"train": "train", "val": "validation"}  # our names -> those in the info
 
 
@@ -242,11 +258,14 @@ class Member(NamedTuple):
 
 
 def _find_shards(root: Path) -> Path | None:
-    return root if (root / INFO).is_file() else None
+    begun = (root / INFO).is_file() or (root / SHARDING).is_file() or any(root.glob("train-*.tar"))
+    return root if begun else None
 
 
 def _read_shards(root: Path, max_pixels: int) -> Pair:
     file = root / INFO
+    if not file.is_file():
+        raise UserError(f"{file} is missing: eit data shard, which writes it last, did not end; run it again")
     try:
         info = json.loads(file.read_text())
         splits = {name: info["splits"][split]["filenames"] for name, split in SPLITS.items()}
@@ -303,42 +322,52 @@ def index_shard(file: Path) -> list[Sample]:
     for key, one in parts.items():
         if "image" not in one or not isinstance(one.get("cls"), int) or one["cls"] < 0:
             raise UserError(f"shard {file}: sample {key} has no image, or no class number in {key}.cls")
-        name = (one.get("json") or {}).get("name", key)
+        note = one.get("json")
+        name = note.get("name", key) if isinstance(note, dict) else key
         samples.append(Sample(key, one["cls"], str(name), one["image"]))
     return samples
 
 
 # -- What can be recognised -------------------------------------------------------------------------------------------
 
-LAYOUTS: list[tuple[Callable[[Path], Path | None], Callable[[Path, int], Pair]]] = [
-    (_find_shards, _read_shards),
-    (_find_cifar, _read_cifar),
-    (_find_idx, _read_idx),
-    (_find_tiny, _read_tiny),
-]
-ARCHIVES = (
-    ("cifar-10-python.tar.gz", "tar xzf cifar-10-python.tar.gz"),
-    ("cifar-100-python.tar.gz", "tar xzf cifar-100-python.tar.gz"),
-    ("tiny-imagenet-200.zip", "unzip tiny-imagenet-200.zip"),
-    ("ILSVRC2012_img_train.tar", "eit data prepare imagenet . FOLDER"),
-)
+# name -> how it is found below a folder, and read. The names are those of data.dataset.
+LAYOUTS: dict[str, tuple[Callable[[Path], Path | None], Callable[[Path, int], Pair]]] = {
+    "shards": (_find_shards, _read_shards),
+    "cifar10": (_find_folder("cifar-10-batches-py"), _read_cifar),
+    "cifar100": (_find_folder("cifar-100-python"), _read_cifar),
+    "fashion_mnist": (_find_idx("FashionMNIST/raw"), _read_idx),
+    "mnist": (_find_idx("MNIST/raw"), _read_idx),
+    "idx": (_find_idx(".", "raw"), _read_idx),
+    "tiny_imagenet": (_find_tiny, _read_tiny),
+}
+ARCHIVES = {
+    "cifar-10-python.tar.gz": "tar xzf",
+    "cifar-100-python.tar.gz": "tar xzf",
+    "tiny-imagenet-200.zip": "unzip",
+    "ILSVRC2012_img_train.tar": "eit data prepare imagenet",
+}
 
 
-def read_layout(root: Path, max_pixels: int) -> Pair | None:
-    """Training and validation images of a published layout below `root`; None where there is none."""
-    for find, read in LAYOUTS:
-        if (folder := find(root)) is not None:
-            return read(folder, max_pixels)
-    for name, command in ARCHIVES:
-        if (root / name).is_file() and not (root / "train").is_dir():
-            raise UserError(f"{root} holds {name}, not unpacked: {command}")
+def read_layout(root: Path, max_pixels: int, dataset: str | None = None) -> Pair | None:
+    """Training and validation images of a published layout below `root`; None where there is none.
+
+    Where several lie there, `dataset` says which is meant.
+    """
+    if dataset is not None and dataset not in LAYOUTS:
+        raise UserError(
+            f"data.dataset={dataset}{nearest(dataset, LAYOUTS)} (known: {', '.join(LAYOUTS)}, and timm's wds/NAME, ...)"
+        )
+    found = {name: folder for name, (find, _) in LAYOUTS.items() if (folder := find(root)) is not None}
+    if len(found) > 1 and dataset not in found:
+        raise UserError(f"{root} holds several data sets: say which with data.dataset={' or '.join(found)}")
+    if found:
+        name = dataset if dataset in found else next(iter(found))
+        return LAYOUTS[name][1](found[name], max_pixels)
+    for archive, command in ARCHIVES.items():
+        if (root / archive).is_file() and not (root / "train").is_dir():
+            what = f"{root} FOLDER" if command.startswith("eit") else archive
+            raise UserError(f"{root} holds {archive}, not unpacked: {command} {what}")
     return None
-
-
-def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
-    if root.name in names:
-        return root
-    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -362,7 +391,7 @@ def download(name: str, root: Path) -> None:
     try:
         getattr(datasets, DOWNLOADS[name])(root, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"downloading {name} into {root} failed: {error}") from None
+        raise UserError(f"downloading {name} into {root} failed: {' '.join(str(error).split())}") from None
 
 
 # -- Data sets of timm ------------------------------------------------------------------------------------------------
@@ -393,9 +422,9 @@ class ImageStream:
     def __len__(self) -> int:
         return self.length
 
-    def open(self, training: bool, batch_size: int, seed: int, mode: str) -> Any:
-        """timm's IterableImageDataset of (PIL image of `mode`, label). Under DDP each rank reads a part in training."""
-        return _create_timm(self.config, self.split, training, batch_size, seed, mode)
+    def open(self, training: bool, batch_size: int, seed: int) -> Any:
+        """timm's IterableImageDataset of (PIL image, label). Under DDP each rank reads a part in training."""
+        return _create_timm(self.config, self.split, training, batch_size, seed)
 
     def digest(self) -> str:
         text = json.dumps([self.classes, self.length, self.config.dataset, self.split])
@@ -409,6 +438,7 @@ def read_timm(config: Data, split: str) -> Images | ImageStream:
     if isinstance(dataset, IterableDataset):
         if not (length := getattr(getattr(dataset, "reader", None), "num_samples", 0)):
             raise UserError(f"data.dataset={config.dataset}: its {split} split does not say how many samples it has")
+        _check_shards(getattr(dataset, "reader", None), config)
         return ImageStream(classes, int(length), config, split)
     labels = _timm_labels(dataset)
     if not labels:
@@ -421,9 +451,23 @@ def read_timm(config: Data, split: str) -> Images | ImageStream:
     return Images(classes, labels, names, [Item(dataset, i) for i in range(len(labels))], config.max_pixels)
 
 
-def _create_timm(
-    config: Data, split: str, training: bool = False, batch_size: int = 1, seed: int = 0, mode: str = "RGB"
-) -> Any:
+def _refuse_commands(config: Data, *names: str) -> None:
+    """Raise a UserError for what webdataset, which hands addresses to a shell, would run."""
+    remote = "://" in config.root
+    for text in (config.root, *names):
+        if text.startswith("pipe:") or (remote and re.search(r"['\"`$;&<>\\\s]", text)):
+            raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, for a shell would see it")
+
+
+def _check_shards(reader: Any, config: Data) -> None:
+    """Raise a UserError where a shard is not there, which timm would replace by the others, or is a command."""
+    for name in getattr(getattr(reader, "split_info", None), "filenames", ()):
+        _refuse_commands(config, name)
+        if "://" not in config.root and not Path(config.root, name).is_file():
+            raise UserError(f"shard {Path(config.root, name)} is missing: {INFO} names it")
+
+
+def _create_timm(config: Data, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:
     from timm.data import create_dataset
 
     assert config.dataset
@@ -433,9 +477,13 @@ def _create_timm(
             f"data.dataset={config.dataset}{nearest(prefix, TIMM_PREFIXES)} "
             f"(timm's begin with {', '.join(p + '/' for p in TIMM_PREFIXES)})"
         )
+    if prefix == "wds":
+        if not config.root:
+            raise UserError(f"data.dataset={config.dataset} needs data.root, the folder or address of the shards")
+        _refuse_commands(config, split)
     given: dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key)  # None: timm's own
     if prefix != "hfds":
-        given |= dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode=mode)
+        given |= dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode="")  # as they are
     try:
         return create_dataset(
             config.dataset,
@@ -460,10 +508,13 @@ def _timm_classes(dataset: Any, config: Data) -> list[str]:
         return [str(i) for i in range(config.classes)]
     if config.classes is not None:
         try:
-            return Path(config.classes).read_text(encoding="utf-8").splitlines()
+            names = Path(config.classes).read_text(encoding="utf-8").rstrip().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.classes={config.classes} cannot be read: {error}") from None
-    if index:
+        if not all(names) or not names:
+            raise UserError(f"data.classes={config.classes} has an empty line: a class name a line is expected")
+        return names
+    if index and sorted(index.values()) == list(range(len(index))):  # torchvision's ImageNet has several names a class
         return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
     named = getattr(dataset, "classes", None) or getattr(reader, "info", None)
     if isinstance(named, dict):
@@ -472,7 +523,7 @@ def _timm_classes(dataset: Any, config: Data) -> list[str]:
         raise UserError(
             f"data.dataset={config.dataset} does not name its classes: set data.classes=N or a file of names"
         )
-    return [str(name) for name in named]
+    return [name if isinstance(name, str) else ", ".join(name) for name in named]
 
 
 def _timm_labels(dataset: Any) -> list[int]:

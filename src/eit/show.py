@@ -8,6 +8,7 @@ from torch import Tensor
 from eit.config import Recipe
 from eit.data import open_data
 from eit.draw import Tile
+from eit.finetune import settle
 from eit.images import Images
 from eit.loader import Plan, Stream, evaluation_loader, set_seed, train_loader
 from eit.train import check_plan, make_mixup, make_view
@@ -16,6 +17,7 @@ from eit.train import check_plan, make_mixup, make_view
 def tiles(recipe: Recipe, count: int, epoch: int = 0) -> tuple[list[Tile], list[Tile]]:
     """`count` images of the first training step of `epoch`, and as many for validation, each with its classes."""
     device = torch.device("cpu")
+    recipe = settle(recipe)
     train, val = open_data(recipe.data)
     view = make_view(recipe)
     size = recipe.data.batch_size

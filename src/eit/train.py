@@ -1,6 +1,7 @@
 """The one training loop. One machine or many, any device; a stopped run continues to the same weights."""
 
 import math
+import re
 import signal
 import threading
 import time
@@ -27,15 +28,15 @@ from eit.console import progress, say
 from eit.data import open_data
 from eit.errors import UserError
 from eit.evaluate import LOW_PRECISION, evaluate
-from eit.finetune import build_model, choose_trainable, settle
+from eit.finetune import build_model, choose_trainable, model_of_begun, settle
 from eit.images import View
-from eit.loader import Plan, Stream, evaluation_loader, set_seed, train_loader, worker_count
+from eit.loader import Plan, Stream, StreamLoader, evaluation_loader, set_seed, train_loader
 from eit.loss import Distillation, class_weights, make_criterion
-from eit.readers import ImageStream
 from eit.run import Run, environment
 from eit.zoo import TIMM
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EARLY_SAVE = 60  # seconds: a longer epoch is saved before it is evaluated
 
 
 class Stopped(Exception):
@@ -71,7 +72,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         with ExitStack() as held:
             return _train(recipe, held)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or re.search("allocate memory|out of memory", str(error)):
             raise UserError(out_of_memory(recipe)) from None
         raise
 
@@ -79,7 +80,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     # What is trained on what. All that can be wrong is found here.
     device = distributed.start(recipe.train.device)
-    recipe = settle(recipe)
+    recipe = settle(recipe, begun := distributed.on_main(lambda: model_of_begun(recipe)))
     train_images, val_images = open_data(recipe.data)
     view = make_view(recipe)
     plan = Plan(
@@ -93,14 +94,16 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     check_plan(recipe, plan)
     loader = train_loader(train_images, view, plan, recipe.data, recipe.augment, device)
     classes = train_images.classes
-    model = build_model(recipe, len(classes))
+    model = build_model(recipe, len(classes), initial=begun is None)
     choose_trainable(recipe, model)
     weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
     distillation = Distillation(recipe.loss, view, classes, device) if recipe.loss.teacher else None
     card = make_card(recipe, view, classes)
     at = Progress(fixed=dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=plan.global_batch))
-    if isinstance(train_images, ImageStream):  # whose order depends on it
-        at.fixed["data.workers"] = worker_count(recipe.data.workers)
+    if isinstance(loader, StreamLoader):  # whose order depends on it
+        at.fixed["data.workers"] = loader.workers
+    if distillation:
+        at.fixed["loss.teacher"] = distillation.digest
     if len(set(distributed.gather(at.fixed["data"]))) > 1:
         raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
 
@@ -176,9 +179,10 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         f"{plan.steps} x {plan.global_batch} of them an epoch, on {plan.world} x {device.type}"
     )
     with stop_signals() as asked:
-        while at.step < total_steps:
-            epoch, first_step = divmod(at.step, plan.steps)
+        while (epoch := at.last.get("epoch", -1) + 1) * plan.steps < total_steps:
+            first_step = at.step - epoch * plan.steps
             end = min((epoch + 1) * plan.steps, total_steps)
+            images_per_s, signals = 0.0, [0.0] * len(STOP_SIGNALS)
             if first_step == 0:
                 at.loss_sum = 0.0
             network.train()
@@ -213,14 +217,17 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                     now = time.monotonic()
                     at.seconds, mark = at.seconds + now - mark, now
                     images_per_s = (at.step - began_step) * plan.global_batch / (now - began)
-                    lr = max(group["lr"] for group in optimizer.param_groups)
-                    advance(loss=mean_loss, lr=lr, **{"images/s": round(images_per_s)})
+                    advance(loss=mean_loss, lr=largest_rate(optimizer), **{"images/s": round(images_per_s)})
                     if at.step < end and any(signals):
                         raise Stopped(which_signal(signals), save())
                     if at.step < end and recipe.train.save_every and at.step % recipe.train.save_every == 0:
                         save()
 
             network.eval()
+            if time.monotonic() - began > EARLY_SAVE:  # evaluation may meet an image that it cannot read
+                save()
+            for module in (model, ema):
+                distributed.share_buffers(module)
             metrics = evaluate(model, val_loader, autocast())
             averaged = evaluate(ema.module.eval(), val_loader, autocast()) if ema else None
             best = metrics.top1 > at.best_top1
@@ -229,7 +236,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             at.last = {
                 "epoch": epoch,
                 "step": at.step,
-                "lr": lr,
+                "lr": largest_rate(optimizer),
                 "train_loss": at.loss_sum / (at.step - epoch * plan.steps),
                 "val_loss": metrics.loss,
                 "val_top1": metrics.top1,
@@ -260,6 +267,11 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         )
 
     return distributed.on_main(finish)
+
+
+def largest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate of the parts that learn fastest."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 def check_finite(name: str, value: float, at: Progress) -> None:
@@ -399,7 +411,8 @@ def resume(
         saved = Progress(**state["progress"])
         for key, now in at.fixed.items():
             if (before := saved.fixed.get(key)) != now:
-                raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; use another out=")
+                advice = f"set {key}={before}" if key == "data.workers" else "use another out="
+                raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; {advice}")
         say(f"continuing {run.path} from step {saved.step}")
         run.cut_log(saved.step)
         return weights, averaged, state
