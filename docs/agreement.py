@@ -1,6 +1,7 @@
-"""How often the students of results/distillation agree with their teacher, the digits weight: `python docs/agreement.py`.
+"""How often the students of results/distillation agree with their teacher, the digits weight.
 
-Needs the runs' final.safetensors, which results/ does not keep; writes results/distillation/agreement.json (percent).
+`python docs/agreement.py` needs the runs' final.safetensors, which results/ does not keep; it writes agreement.json
+there: percent of the images that no student was trained on.
 """
 
 import json
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1] / "results" / "distillation"
 @torch.no_grad()
 def predictions(path: str | Path) -> torch.Tensor:
     model = eit.load(path)
-    _, val = open_data(Data(root=DIGITS))
+    _, val = open_data(Data(root=DIGITS, val_fraction=0.8))
     loader = evaluation_loader(val, model.card.view, 64, 0, torch.device("cpu"))
     return torch.cat([model(batch.images).argmax(dim=1)[: batch.valid] for _, batch in loader])
 

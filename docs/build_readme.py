@@ -78,13 +78,13 @@ def finetuning() -> str:
 
 def distillation() -> str:
     agreement = json.loads((ROOT / "results" / "distillation" / "agreement.json").read_text())
-    texts = {"alone": "none", "soft": "soft, alpha 0.9, tau 2", "hard": "hard, alpha 0.9"}
+    texts = {"alone": "none", "soft": "soft, alpha 1, tau 4", "hard": "hard, alpha 1"}
     rows = [
         [text, str(len(agreement[arm])), spread(agreement[arm], ".1f"), spread(top1, ".1f")]
         for arm, text in texts.items()
         for top1 in [[s["last_top1"] for s in summaries(f"distillation/{arm}-seed-*")]]
     ]
-    head = "| teacher | seeds | agrees with it, median (range) | last-epoch top-1, median (range) |"
+    head = "| 359 digits, teacher | seeds | agrees with it, median (range) | last-epoch top-1, median (range) |"
     return "\n".join([*table(head, rows), "", "From [results/distillation](results/distillation)."])
 
 

@@ -97,7 +97,15 @@ def test_overrides_and_files(tmp_path):
         ("augment.simple_crop=true", "augment.pad_crop=1 has no part beside augment.simple_crop"),
         ("loss.name=focal", "loss.name=focal: should be 'cross_entropy' or 'bce'"),
         ("loss.class_weights=even", "loss.class_weights=even: "),
-        ("loss.class_weights={cat: -1}", "loss.class_weights={'cat': -1}: "),
+        (
+            "loss.class_weights={cat: -1}",
+            "loss.class_weights=-1: should be greater than or equal to 0, such as balanced or",
+        ),
+        ("loss.class_weights=[1]", "loss.class_weights=[1]: should be 'balanced', such as balanced or {cat: 2"),
+        (
+            "optim.freeze=patch_embed",
+            "optim.freeze=patch_embed: should be a valid tuple, such as [patch_embed, blocks.0]",
+        ),
         ("loss.teacher_size=32", "loss.teacher_size has no part without loss.teacher"),
         ("loss.tau=2", "loss.tau has no part without loss.teacher"),
         ("model.reset_head=true", "model.reset_head=true has no part without model.pretrained"),

@@ -141,6 +141,8 @@ def test_a_timm_teacher_with_a_file_of_weights(tmp_path):
         (dict(teacher="digits"), ["0", "cat"], "loss.teacher=digits does not know the classes cat"),
         (dict(teacher="gone"), DIGITS, "no weights at gone"),
         (dict(teacher="timm/resnet17"), DIGITS, "timm has no model 'resnet17'"),
+        (dict(teacher="digits", teacher_size=1), DIGITS, "loss.teacher=digits cannot read images of 1 pixels: "),
+        (dict(teacher="timm/resnet18", teacher_weights="gone.pth"), DIGITS, "no weights at gone.pth"),
         (dict(teacher="digits", teacher_weights="x.pth"), DIGITS, "loss.teacher_weights is for a teacher timm/NAME"),
     ],
 )

@@ -285,6 +285,20 @@ def test_downloads_go_to_torchvision(tmp_path, monkeypatch):
     fails(tmp_path, "data.dataset=cifar1 cannot be downloaded; did you mean", dataset="cifar1", download=True)
 
 
+def test_what_is_there_is_not_downloaded_again(idx, tmp_path, monkeypatch):
+    target = tmp_path / "data" / "MNIST" / "raw"
+    target.parent.mkdir(parents=True)
+    shutil.move(idx, target)
+    asked = []
+    monkeypatch.setattr(datasets, "MNIST", lambda *a, **k: asked.append(a))
+    data = Data(root=str(tmp_path / "data"), dataset="mnist", download=True)
+    assert len(open_data(data)[0]) == 12 and not asked
+    next(target.glob("t10k-labels*")).unlink()
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte is missing"):
+        open_data(data)
+    assert asked
+
+
 # -- Data sets of timm
 
 

@@ -126,6 +126,11 @@ def test_a_stopped_writer_goes_on_and_writes_the_same(folder, monkeypatch):
     assert write_shards(*pair, out, 4, 2)["shards"] == 6 and len(calls) == 6  # complete already
 
 
+def test_a_folder_with_something_in_it_is_left_alone(folder):
+    with pytest.raises(UserError, match="holds something else: give a new folder"):
+        write_shards(*open_data(Data(root=str(folder))), folder, 4, 2)
+
+
 def test_an_unfinished_folder_is_named(folder):
     out = shards_of(folder)
     (out / INFO).unlink()

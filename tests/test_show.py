@@ -18,8 +18,8 @@ def test_what_is_shown_is_what_the_model_trains_on(folder, monkeypatch, more):
     seen = []
     original = train_module.build_model
 
-    def build(*arguments):
-        model = original(*arguments)
+    def build(*arguments, **options):
+        model = original(*arguments, **options)
         model.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
         return model
 

@@ -80,6 +80,21 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(folder, capsys):
     assert (r.run_folder() / "final.safetensors").read_bytes() == before
 
 
+def test_a_folder_that_is_no_run_folder_is_left_alone(folder):
+    """The data themselves, say."""
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(eit.UserError, match="is not empty, and no run folder"):
+        train(recipe(folder, f"out={folder}"))
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_a_finished_run_on_other_data_says_so(folder):
+    train(recipe(folder))
+    next((folder / "train" / "digit0").iterdir()).rename(folder / "train" / "digit1" / "new.png")
+    with pytest.raises(eit.UserError, match="was trained with another data"):
+        train(recipe(folder))
+
+
 def test_a_second_process_is_kept_out(folder):
     r = recipe(folder)
     r.run_folder().mkdir()
@@ -425,11 +440,11 @@ def test_an_unreadable_validation_image_does_not_lose_a_long_epoch(folder, monke
     whole = recipe(folder, f"out={folder.parent / 'whole'}")
     train(whole)
     monkeypatch.setattr(train_module, "EARLY_SAVE", -1)
-    file = folder / "val" / "digit1" / "013.png"
+    file = next((folder / "val" / "digit1").iterdir())
     good = file.read_bytes()
     file.write_bytes(b"nothing")
     broken = recipe(folder, f"out={folder.parent / 'broken'}")
-    with pytest.raises(eit.UserError, match=r"013\.png"):
+    with pytest.raises(eit.UserError, match="unreadable validation image"):
         train(broken)
     assert saved_steps(broken.run_folder()) == [4]
     file.write_bytes(good)

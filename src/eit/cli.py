@@ -275,6 +275,8 @@ def models(
 ) -> None:
     """The zoo: sizes, costs and published results."""
     if plot is not None:
+        if as_json or markdown:
+            raise UserError("--plot draws a picture: --json and --markdown do not apply")
         from eit.draw import results
         from eit.zoo import published_results
 
@@ -506,6 +508,10 @@ def _evaluation_data(
 
     recipe = (card.recipe or {}).get("data")
     own = recipe if isinstance(recipe, dict) else {}
+    if dataset and "/" not in dataset:
+        raise UserError(
+            f"--dataset {dataset}: a name of timm is expected, such as wds/NAME; a folder is --data {dataset}"
+        )
     given = dict(root=data, dataset=dataset, val_split=split)
     if not (data or dataset):
         if "/" in str(own.get("dataset") or ""):
@@ -672,6 +678,8 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         hint = f"; see {context.command_path} -h" if context else ""
+        if "No such command" in error.format_message() and sys.argv[1:2] == ["recipes"]:
+            hint = f"; a recipe is shown by: recipes show {sys.argv[-1]}"
         if "No such option" in error.format_message() and "train" in sys.argv[1:2]:
             hint = "; settings are key=value, such as train.epochs=2"
         _complain(UserError(error.format_message().rstrip(".") + hint))

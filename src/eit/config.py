@@ -325,6 +325,14 @@ def _explained_key(name: str, value: Any, description: str | None, indent: str) 
 # Keys that change no result: a run may be continued with other values.
 FREE_KEYS = {"out", "data.root", "data.download", "data.workers", "data.bad_image_budget", "train.save_every"}
 
+_SUCH = {
+    "loss.class_weights": "balanced or {cat: 2, dog: 1}",
+    "optim.freeze": "[patch_embed, blocks.0]",
+    "optim.betas": "[0.9, 0.999]",
+    "augment.crop_scale": "[0.08, 1]",
+    "augment.crop_aspect": "[0.75, 1.33]",
+    "name": "my-run_2",
+}
 _HINTS = {
     "model.num_classes": "the class count comes from the data",
     "model.img_size": "set data.image_size",
@@ -466,7 +474,9 @@ def _keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
 
 
 def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # Of the members of a union, the one that went deepest: {cat: -1} is no "balanced", but a dictionary nearly
+    first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(e["loc"]))
     known = list(_keys(section))
     # A union reports its members one by one: (..., "int"), (..., "tuple[int, ...]"); the key is the longest known part.
     parts = [str(part) for part in first["loc"]]
@@ -475,6 +485,7 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
         what = "model argument" if section is Model else "recipe key"
         return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message += f", such as {_SUCH[key]}" if key in _SUCH else ""
     return f"{key}={_short(first['input'])}: {message}" if key else message
 
 

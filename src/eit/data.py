@@ -9,10 +9,10 @@ from typing import Any
 
 from eit import distributed
 from eit.config import Data, data_config
-from eit.console import track
+from eit.console import say, track
 from eit.errors import UserError
 from eit.images import Images, UnreadableImage
-from eit.readers import ImageStream, download, read_digits, read_folder, read_layout, read_timm
+from eit.readers import LAYOUTS, ImageStream, download, read_digits, read_folder, read_layout, read_timm
 
 DIGITS = "sklearn:digits"
 AnyImages = Images | ImageStream
@@ -92,11 +92,23 @@ def _folder(config: Data) -> Path:
         raise UserError("data.root is not set: data.root=PATH, a folder with train/ and val/")
     folder = Path(config.root).expanduser()
     if config.download:
-        assert config.dataset
-        distributed.on_main(lambda: download(str(config.dataset), folder))
+        distributed.on_main(lambda: _fetch(config, folder))
     if not folder.is_dir():
-        raise UserError(f"{config.root} is not a folder")
+        hint = f" ({DIGITS} is the one set of scikit-learn)" if config.root.startswith("sklearn:") else ""
+        raise UserError(f"{config.root} is not a folder{hint}")
     return folder
+
+
+def _fetch(config: Data, folder: Path) -> None:
+    """Download `data.dataset` into `folder`, unless it is there and whole."""
+    assert config.dataset
+    if config.dataset in LAYOUTS and LAYOUTS[config.dataset][0](folder) is not None:
+        try:
+            read_layout(folder, config.max_pixels, config.dataset)
+            return
+        except UserError as error:
+            say(f"{error}; downloading it")
+    download(config.dataset, folder)
 
 
 def _class_difference(train: list[str], val: list[str]) -> str:

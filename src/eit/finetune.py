@@ -7,7 +7,7 @@ from eit.config import Model, Recipe, differences, load_recipe
 from eit.console import say
 from eit.errors import UserError
 from eit.loader import Stream, set_seed
-from eit.zoo import TIMM, create_model, head_names
+from eit.zoo import TIMM, create_model, head_names, is_model
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
 
@@ -37,14 +37,19 @@ def settle(recipe: Recipe, begun: Model | None = None) -> Recipe:
             given |= dict(family="eit", name=card.model) | {k: v for k, v in card.arguments.items() if k not in RATES}
     why = f"the model is that of {section.pretrained}"
     if (name := given.get("name", section.name)).startswith(TIMM):
+        if not is_model(name):
+            create_model(name)  # says what is wrong
         why = why if given else f"{name} has no such arguments"
         given |= dict.fromkeys(set(section.arguments()) - {"in_chans", "drop_rate", "drop_path_rate"})
         given["family"] = "eit"
     elif section.pretrained is True:
         raise UserError(f"no weights of {name} can be downloaded: model.pretrained=PATH")
     settled = recipe.model_copy(update=dict(model=section.model_copy(update=given)))
-    if changed := differences(recipe, settled):
-        say(f"{why}: {', '.join(change.removeprefix('model.') for change in changed)}")
+    changed = [change.removeprefix("model.") for change in differences(recipe, settled)]
+    if why.endswith("arguments"):
+        changed = [change.partition(":")[0] for change in changed]
+    if changed and begun is None:
+        say(f"{why}: {', '.join(changed)}")
     return settled
 
 

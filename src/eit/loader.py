@@ -368,7 +368,8 @@ def image_transform(view: View, augment: Augment) -> Compose:
             ratio=augment.crop_aspect,
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
-        such = {"augmix": "augmix-m5-w4-d2", "auto_augment": "original"}.get(key, "rand-m9-mstd0.5-inc1")
+        of_auto = "original, originalr, v0 or v0r"
+        such = {"augmix": "augmix-m5-w4-d2", "auto_augment": of_auto}.get(key, "rand-m9-mstd0.5-inc1")
         raise UserError(f"augment.{key}={policy}: timm does not know this policy ({error}), such as {such}") from None
     if augment.simple_crop:
         transform.transforms[0] = simple_crop(view)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.task import DistillationTeacher
 from torch import Tensor
 
-from eit.checkpoint import digest, load
+from eit.checkpoint import digest, find_weights, load
 from eit.config import Loss
 from eit.errors import UserError
 from eit.images import View
@@ -57,8 +57,12 @@ def class_weights(config: Loss, classes: list[str], labels: list[int] | None) ->
         counts = Counter(labels)
         return torch.tensor([len(labels) / (len(classes) * max(counts[i], 1)) for i in range(len(classes))])
     if unknown := [name for name in given if name not in classes]:
-        raise UserError(f"loss.class_weights names {unknown[0]!r}; the classes are {', '.join(classes[:5])} ...")
-    return torch.tensor([float(given.get(name, 1.0)) for name in classes])
+        known = ", ".join(classes[:5]) + (" ..." if len(classes) > 5 else "")
+        raise UserError(f"loss.class_weights names {unknown[0]!r}; the classes are {known}")
+    weights = torch.tensor([float(given.get(name, 1.0)) for name in classes])
+    if not weights.any():
+        raise UserError("loss.class_weights are all 0: nothing would be learnt")
+    return weights
 
 
 class Distillation:
@@ -79,6 +83,12 @@ class Distillation:
         self.student = _column(view.mean, device), _column(view.std, device)
         self.digest = digest(model.state_dict())[:16]
         self.order, self.size = order.to(device), config.teacher_size or size
+
+        try:
+            self.logits(torch.zeros(1, view.channels, view.size, view.size, device=device))
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise UserError(f"loss.teacher={config.teacher} cannot read images of {self.size} pixels: {line}") from None
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -106,7 +116,8 @@ def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Te
             raise UserError(f"loss.teacher={name} needs colour images: model.in_chans=3")
         arguments: dict[str, Any] = dict(pretrained=True)
         if config.teacher_weights:
-            arguments["pretrained_cfg_overlay"] = dict(file=config.teacher_weights, num_classes=len(classes))
+            file = str(find_weights(config.teacher_weights))
+            arguments["pretrained_cfg_overlay"] = dict(file=file, num_classes=len(classes))
         if not is_model(name):
             create_model(name)  # says what is wrong
         known = timm.get_pretrained_cfg(name.removeprefix(TIMM)).num_classes

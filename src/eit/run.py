@@ -26,6 +26,12 @@ class Run:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
+        if (
+            path.is_dir()
+            and not (path / "recipe.yaml").exists()
+            and any(not p.name.startswith(".") for p in path.iterdir())
+        ):
+            raise UserError(f"{path} is not empty, and no run folder (it has no recipe.yaml); give another out=")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held for the life of the process)
@@ -40,8 +46,6 @@ class Run:
             raise UserError(f"{path} is in use by another process; give this one its own out=") from None
         file = path / "recipe.yaml"
         if saved_steps(path) or self.lines():  # else nothing was trained yet, and the recipe may change
-            if not file.exists():
-                raise UserError(f"{path} holds a run but no recipe.yaml; give this one its own out=")
             try:
                 old = parse_recipe(parse_yaml(file.read_text(), str(file)))
             except UserError as error:
@@ -60,11 +64,11 @@ class Run:
 
     def finished(self) -> dict[str, Any] | None:
         """The summary, where the run has ended."""
-        if not (self.path / "final.safetensors").exists():
+        if not is_finished(self.path):
             return None
         try:
             return json.loads((self.path / "summary.json").read_text())
-        except (FileNotFoundError, ValueError):  # it is written last, and written again
+        except ValueError:  # it is written last, and written again
             return None
 
     def lines(self) -> list[dict[str, Any]]:
@@ -116,6 +120,11 @@ class Run:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_file(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run in a folder has ended."""
+    return (path / "final.safetensors").exists() and (path / "summary.json").exists()
 
 
 def _closer(file: IO[str]) -> Callable[[], None]:

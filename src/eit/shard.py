@@ -42,8 +42,8 @@ def write_shards(train: AnyImages, val: AnyImages, folder: Path, count: int, val
     done = dict(folder=str(folder), train=len(train), val=len(val), shards=count + val_count)
     info: dict[str, Any] = dict(name=folder.name, classes=train.classes, source=source, splits={})
     before = _read_json(folder / INFO).get("source") or _read_json(folder / SHARDING)
-    if before not in (source, {}) or (not before and any(folder.glob("*.tar"))):
-        raise UserError(f"{folder} holds other shards: give a new folder")
+    if before not in (source, {}) or (not before and folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} holds {'other shards' if before else 'something else'}: give a new folder")
     if (folder / INFO).exists():
         say(f"{folder} is complete already")
         return done

@@ -32,7 +32,7 @@ from eit.finetune import build_model, choose_trainable, model_of_begun, settle
 from eit.images import View
 from eit.loader import Plan, Stream, StreamLoader, evaluation_loader, set_seed, train_loader
 from eit.loss import Distillation, class_weights, make_criterion
-from eit.run import Run, environment
+from eit.run import Run, environment, is_finished
 from eit.zoo import TIMM
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -97,7 +97,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     model = build_model(recipe, len(classes), initial=begun is None)
     choose_trainable(recipe, model)
     weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
-    distillation = Distillation(recipe.loss, view, classes, device) if recipe.loss.teacher else None
+    needs_teacher = recipe.loss.teacher and not distributed.on_main(lambda: is_finished(recipe.run_folder()))
+    distillation = Distillation(recipe.loss, view, classes, device) if needs_teacher else None
     card = make_card(recipe, view, classes)
     at = Progress(fixed=dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=plan.global_batch))
     if isinstance(loader, StreamLoader):  # whose order depends on it
@@ -113,7 +114,11 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     def open_run() -> dict[str, Any] | None:
         nonlocal run
         run = held.enter_context(Run(recipe.run_folder(), recipe))
-        return run.finished()
+        if summary := run.finished():
+            newest, _ = newest_step(run.path)
+            if newest is not None:
+                check_same(load_step(newest)[2], at, run)
+        return summary
 
     if finished := distributed.on_main(open_run):
         say(f"{recipe.run_folder()} is finished; give another out= to train again")
@@ -389,6 +394,15 @@ def make_mixup(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple
     )
 
 
+def check_same(state: dict[str, Any], at: Progress, run: Run) -> None:
+    """Raise a UserError where a checkpoint's run had other data, another global batch or another teacher."""
+    saved = state["progress"]["fixed"]
+    for key, now in at.fixed.items():
+        if (before := saved.get(key)) != now:
+            advice = f"set {key}={before}" if key == "data.workers" else "use another out="
+            raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; {advice}")
+
+
 def resume(
     run: Run | None,
     model: nn.Module,
@@ -408,13 +422,10 @@ def resume(
             run.cut_log(0)
             return None
         weights, averaged, state = load_step(folder)
-        saved = Progress(**state["progress"])
-        for key, now in at.fixed.items():
-            if (before := saved.fixed.get(key)) != now:
-                advice = f"set {key}={before}" if key == "data.workers" else "use another out="
-                raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; {advice}")
-        say(f"continuing {run.path} from step {saved.step}")
-        run.cut_log(saved.step)
+        check_same(state, at, run)
+        step = state["progress"]["step"]
+        say(f"continuing {run.path} from step {step}")
+        run.cut_log(step)
         return weights, averaged, state
 
     if (found := distributed.on_main(read)) is None:

@@ -147,7 +147,8 @@ def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any)
         return timm.create_model(plain, **arguments)
     except Exception as error:  # each architecture has errors of its own; downloads too
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: {line}") from None
+        hint = "; weights can be given as a file" if arguments.get("pretrained") else ""
+        raise UserError(f"{name}: {line}{hint}") from None
 
 
 def head_names(model: Any) -> tuple[str, ...]:
