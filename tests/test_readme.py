@@ -87,6 +87,8 @@ def test_what_the_page_says_of_fine_tuning_and_distillation_is_what_was_measured
     agreement = json.loads((ROOT / "results" / "distillation" / "agreement.json").read_text())
     median = {arm: statistics.median(values) for arm, values in agreement.items()}
     assert median["soft"] > median["alone"] and all(len(values) == 5 for values in agreement.values())
+    top1 = {arm: [s["last_top1"] for n, s in results("distillation").items() if n.startswith(arm)] for arm in agreement}
+    assert statistics.median(top1["soft"]) > statistics.median(top1["alone"])
 
 
 def test_the_digits_figures_were_reached_as_the_issue_of_them_asks():
