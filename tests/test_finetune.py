@@ -254,7 +254,7 @@ def agreement(a, b, images):
 
 
 def test_a_distilled_student_agrees_with_its_teacher_more_often(tmp_path):
-    """On a fifth of the digits, the recipe alone and with the shipped weight as its teacher; as results/distillation."""
+    """On a fifth of the digits, alone and with the shipped weight as its teacher; as results/distillation."""
     few = ["data.val_fraction=0.8", "data.batch_size=16", "augment.smoothing=0"]
     teacher = ["loss.teacher=digits", "loss.alpha=1", "loss.tau=4"]
     for name, more in (("alone", []), ("taught", teacher)):
