@@ -152,8 +152,8 @@ def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any)
 
 
 def head_names(model: Any) -> tuple[str, ...]:
-    """Names of the classifier's modules."""
-    names = model.pretrained_cfg["classifier"]
+    """Names of the classifier's modules. A model that was made without the zoo has no configuration."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     return (names,) if isinstance(names, str) else tuple(names)
 
 
