@@ -3,6 +3,7 @@
 import json
 import tarfile
 from collections import Counter
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from eit.loader import Plan, StreamLoader, evaluation_loader, train_loader
 from eit.readers import INFO, ImageStream
 from eit.shard import write_shards
 from eit.train import train
-from tests.conftest import TINY, run_eit, save_digits
+from tests.conftest import TINY, require, run_eit, save_digits
 from tests.test_train import log, same, train_until_killed, weights
 
 CPU = torch.device("cpu")
@@ -212,9 +213,13 @@ def test_more_shards_than_images(folder):
 # -- In turn, through webdataset and timm's reader
 
 
+def require_webdataset():
+    require(find_spec("webdataset") is not None, "webdataset is not installed")
+
+
 @pytest.fixture
 def streamed(tmp_path):
-    pytest.importorskip("webdataset")
+    require_webdataset()
     return Data(root=str(shards_of(one_colour(tmp_path / "colours"))), dataset="wds/colours", workers=0)
 
 
@@ -385,7 +390,7 @@ def test_wrong_numbers_in_the_description_are_one_line(streamed):
 
 
 def test_a_label_beyond_the_classes_is_one_line(tmp_path):
-    pytest.importorskip("webdataset")
+    require_webdataset()
     shards = shards_of(save_digits(tmp_path / "digits"))
     config = Data(root=str(shards), dataset="wds/digits", workers=0, classes=2)
     images, _ = open_data(config)
@@ -396,7 +401,7 @@ def test_a_label_beyond_the_classes_is_one_line(tmp_path):
 
 def test_a_stream_shows_the_pixels_of_the_folder(tmp_path):
     """Upright by EXIF, and 16 bits made 8, as everywhere."""
-    pytest.importorskip("webdataset")
+    require_webdataset()
     root = one_colour(tmp_path / "colours")
     for i, file in enumerate(sorted((root / "val" / "class0").iterdir())):
         pixels = np.linspace(0, 65535, 32 * 16).astype(np.uint16).reshape(32, 16)

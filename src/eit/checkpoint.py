@@ -444,7 +444,12 @@ def load_step(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None
     """Model, moving average (or None) and state of a checkpoint that `newest_step` found whole."""
     model, _ = _read_safetensors(folder / "model.safetensors")
     ema = _read_safetensors(folder / "ema.safetensors")[0] if (folder / "ema.safetensors").exists() else None
-    return model, ema, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return model, ema, load_state(folder)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Optimizer, scaler and progress of a checkpoint that `newest_step` found whole."""
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
 def _damage(folder: Path) -> str | None:

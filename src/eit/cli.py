@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -15,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import eit
-from eit.errors import UserError
+from eit.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from eit.checkpoint import Card
@@ -43,12 +42,13 @@ class Commands(TyperGroup):
             _complain(error)
             raise typer.Exit(1) from None
         except RuntimeError as error:
-            if re.search("allocate memory|out of memory", str(error)):
-                _complain(RuntimeError("out of memory: give a smaller --batch-size or --size"))
-                raise typer.Exit(1) from None
-            if type(error).__name__ != "DistBackendError" and "gloo" not in str(error):
+            if is_out_of_memory(error):
+                line = "out of memory: give a smaller --batch-size or --size"
+            elif type(error).__name__ == "DistBackendError" or "gloo" in str(error):
+                line = "another process of this run ended; it says why"
+            else:
                 raise
-            _complain(RuntimeError("another process of this run ended; it says why"))
+            _complain(RuntimeError(line))
             raise typer.Exit(1) from None
 
 
@@ -187,14 +187,16 @@ def evaluate(
     if precision not in ("fp32", "bf16", "fp16"):
         raise UserError(f"--precision {precision}: fp32, bf16 or fp16 is expected")
     if confusion:
-        _check_confusion(confusion, len(set(sizes or [0])) * len(set(crop_ratios or [0])))
-    import torch
-
+        _file_to_write(confusion, "--confusion", ".csv")
+        if (views := len(set(sizes or [0])) * len(set(crop_ratios or [0]))) > 1:
+            raise UserError(
+                f"--confusion {confusion} is of one size and crop ratio; {views} combinations are asked for"
+            )
     from eit import distributed
     from eit.checkpoint import load
     from eit.data import open_evaluation
-    from eit.evaluate import LOW_PRECISION, make_views
     from eit.evaluate import evaluate as run
+    from eit.evaluate import make_views
     from eit.loader import evaluation_loader
 
     try:
@@ -207,10 +209,9 @@ def evaluate(
         where = _evaluation_data(model.card, data, dataset, split, max_pixels)
         images = _with_classes_of(model.card, open_evaluation(where))
         model = model.to(on)
-        autocast = torch.autocast(on.type, LOW_PRECISION[precision]) if precision != "fp32" else None
         results = []
         for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
-            metrics = run(model, evaluation_loader(images, view, batch_size, workers, on), autocast, flip)
+            metrics = run(model, evaluation_loader(images, view, batch_size, workers, on), precision, flip)
             results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
         if distributed.is_main():
             head = dict(checkpoint=checkpoint, data=where.root, precision=precision, flip=flip)
@@ -225,7 +226,7 @@ def evaluate(
             else:
                 _views_table(shown)
             if confusion:
-                _write_confusion(Path(confusion), metrics.confusion, list(metrics.per_class))
+                _write_confusion(Path(confusion).expanduser(), metrics.confusion, list(metrics.per_class))
     finally:
         distributed.stop()
 
@@ -281,7 +282,7 @@ def models(
         from eit.zoo import published_results
 
         points = [point for point in published_results() if point.params_m <= 100]
-        results(points, _picture(plot, "--plot"))
+        results(points, _file_to_write(plot, "--plot"))
         print(f"{plot}: {len(points)} published models of {len({p.family for p in points})} families, up to 100 M")
         print("parameters; ImageNet-1K alone, 224x224, no teacher. The sources stand in published.csv of the package.")
         return
@@ -430,7 +431,7 @@ def show_data(
     from eit.draw import grid
     from eit.show import tiles
 
-    file = _picture(out, "--out")
+    file = _file_to_write(out, "--out")
     trained, validated = tiles(load_recipe(recipe, overrides or ()), images, epoch)
     grid([(f"training, first step of epoch {epoch + 1}", trained), ("validation", validated)], file)
     print(f"{out}: {len(trained)} training and {len(validated)} validation images")
@@ -482,13 +483,14 @@ def shard(
     _show(done, as_json, f"{out}: {done['shards']} shards of {done['train']:,} + {done['val']:,} images")
 
 
-def _picture(name: str, option: str) -> Path:
-    """A picture to write, known to be one and to have a folder before anything is computed."""
+def _file_to_write(name: str, option: str, also: str | None = None) -> Path:
+    """A picture, or what ends in `also`, that has a folder; checked before anything is computed."""
     from eit.draw import PICTURES
 
-    file = Path(name).expanduser()
-    if file.suffix.lower() not in PICTURES:
-        raise UserError(f"{option} {name}: a picture ends in {', '.join(PICTURES)}")
+    file, known = Path(name).expanduser(), ", ".join(PICTURES)
+    if file.suffix.lower() not in (*PICTURES, also):
+        expected = f"a name that ends in {known} or {also} is expected" if also else f"a picture ends in {known}"
+        raise UserError(f"{option} {name}: {expected}")
     if not file.parent.is_dir():
         raise UserError(f"{option} {name}: there is no folder {file.parent}")
     return file
@@ -547,18 +549,6 @@ def _with_classes_of(card: "Card", images: "Images | ImageStream") -> "Images | 
         f"the data have classes that the model does not know: {', '.join(unknown[:5])} "
         f"(its {len(card.classes)} are {', '.join(card.classes[:5])}{' ...' if len(card.classes) > 5 else ''})"
     )
-
-
-def _check_confusion(file: str, views: int) -> None:
-    """Raise a UserError where the confusion matrix of `views` views cannot be written to `file`."""
-    from eit.draw import PICTURES
-
-    if Path(file).suffix.lower() not in (*PICTURES, ".csv"):
-        raise UserError(f"--confusion {file}: a name that ends in {', '.join(PICTURES)} or .csv is expected")
-    if not Path(file).parent.is_dir():
-        raise UserError(f"--confusion {file}: there is no folder {Path(file).parent}")
-    if views > 1:
-        raise UserError(f"--confusion {file} is of one size and crop ratio; {views} combinations are asked for")
 
 
 def _check_size(model: Any, size: int) -> None:

@@ -301,25 +301,19 @@ class Recipe(Section):
 
     def explained(self) -> str:
         """The resolved recipe as YAML, with a line on each key."""
-        lines: list[str] = []
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if isinstance(value, Section):
-                lines += [f"{name}:", *_explained(value, "  ")]
-            else:
-                lines += _explained_key(name, value, field.description, "")
-        return "\n".join(lines)
+        return "\n".join(_explained(self))
 
 
-def _explained(section: Section, indent: str) -> Iterable[str]:
+def _explained(section: Section, indent: str = "") -> Iterable[str]:
     for name, field in type(section).model_fields.items():
-        yield from _explained_key(name, getattr(section, name), field.description, indent)
-
-
-def _explained_key(name: str, value: Any, description: str | None, indent: str) -> Iterable[str]:
-    plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump([plain], default_flow_style=True, width=10**6).strip()[1:-1]
-    yield f"{indent}{name}: {text}".ljust(42) + f"  # {description}"
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield f"{indent}{name}:"
+            yield from _explained(value, indent + "  ")
+        else:
+            plain = list(value) if isinstance(value, tuple) else value
+            text = yaml.safe_dump([plain], default_flow_style=True, width=10**6).strip()[1:-1]
+            yield f"{indent}{name}: {text}".ljust(42) + f"  # {field.description}"
 
 
 # Keys that change no result: a run may be continued with other values.

@@ -10,7 +10,7 @@ from typing import Any
 from eit import distributed
 from eit.config import Data, data_config
 from eit.console import say, track
-from eit.errors import UserError
+from eit.errors import UserError, few
 from eit.images import Images, UnreadableImage
 from eit.readers import LAYOUTS, ImageStream, download, read_digits, read_folder, read_layout, read_timm
 
@@ -38,10 +38,10 @@ def open_data(config: Data) -> tuple[AnyImages, AnyImages]:
 def _open(config: Data) -> tuple[AnyImages, AnyImages]:
     if config.root == DIGITS:
         return split(read_digits(), config.val_fraction or 0.2)
-    if config.dataset is not None and "/" in config.dataset:
-        if config.download:  # once
-            distributed.on_main(lambda: read_timm(config, config.train_split) and None)
-        return read_timm(config, config.train_split), read_timm(config, config.val_split)
+    if _is_timms(config):
+        if config.download and distributed.world_size() > 1:  # once
+            distributed.on_main(lambda: _read_timm_pair(config) and None)
+        return _read_timm_pair(config)
     root = _folder(config)
     if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
         return pair
@@ -58,10 +58,20 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages]:
     return split(train, config.val_fraction)
 
 
+def _is_timms(config: Data) -> bool:
+    return config.dataset is not None and "/" in config.dataset
+
+
+def _read_timm_pair(config: Data) -> tuple[AnyImages, AnyImages]:
+    return read_timm(config, config.train_split), read_timm(config, config.val_split)
+
+
 def open_evaluation(config: Data) -> AnyImages:
     """What to evaluate on: the validation images, where there are any, else the class folders of `data.root`."""
-    if config.root == DIGITS or (config.dataset is not None and "/" in config.dataset):
-        return read_timm(config, config.val_split) if config.root != DIGITS else _open(config)[1]
+    if config.root == DIGITS:
+        return _open(config)[1]
+    if _is_timms(config):
+        return read_timm(config, config.val_split)
     root = _folder(config)
     if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
         return pair[1]
@@ -115,9 +125,7 @@ def _class_difference(train: list[str], val: list[str]) -> str:
     parts = []
     for where, names in (("train/", sorted(set(train) - set(val))), ("val/", sorted(set(val) - set(train)))):
         if names:
-            parts.append(
-                f"only in {where}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            )
+            parts.append(f"only in {where}: {few(names, 5)}")
     return "train/ and val/ have different classes; " + "; ".join(parts)
 
 

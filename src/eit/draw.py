@@ -138,8 +138,7 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
     area = 14.0  # square points a G
     handles = []
     for name in reversed(families):
-        line = sorted(p for p in points if p.family == name)
-        line.sort(key=lambda p: p.params_m)
+        line = sorted((p for p in points if p.family == name), key=lambda p: p.params_m)
         x, y = [p.params_m for p in line], [p.top1 for p in line]
         ours, colour = name == highlight, colours[name]
         dash = "-" if line[0].pyramid else (0, (4, 2))

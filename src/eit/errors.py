@@ -1,7 +1,8 @@
 """The one kind of error that is the user's to mend."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -12,3 +13,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or nothing where no known word is near."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is what CUDA, MPS or the CPU's allocator raises when memory ends."""
+    return re.search("allocate memory|out of memory", str(error)) is not None

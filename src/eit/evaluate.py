@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,11 @@ from eit.loader import AnyEvaluationLoader
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass in fp32, bf16 or fp16."""
+    return torch.autocast(device.type, LOW_PRECISION.get(precision), enabled=precision in LOW_PRECISION)
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,11 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, autocast: Any = None, flip: bool = False
+    model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, precision: str = "fp32", flip: bool = False
 ) -> Metrics:
     """Run `model` (in evaluation mode) over `loader`; every rank gets the result of all.
 
-    `autocast` is a context manager for the forward pass. With `flip` the probabilities are the mean of those of the
+    The forward pass runs in `precision`: fp32, bf16 or fp16. With `flip` the probabilities are the mean of those of the
     image and of its mirror image. Counts are integers, and sums of floats are made block by block in a fixed order, so
     that the figures do not depend on the number of ranks.
     """
@@ -60,7 +64,7 @@ def evaluate(
     with progress("evaluating", len(loader.own_blocks)) as advance:
         for block, batch in loader:
             x, valid = batch.images, batch.valid
-            with autocast or torch.autocast(x.device.type, enabled=False):
+            with autocast(x.device, precision):
                 outputs = [model(x), model(x.flip(-1))] if flip else [model(x)]
             # On the CPU, in float64: MPS has none, and the order of sums is fixed there.
             logs = torch.stack([logits[:valid].cpu().double().log_softmax(dim=1) for logits in outputs])

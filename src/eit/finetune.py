@@ -3,11 +3,12 @@
 from typing import Any
 
 from eit.checkpoint import load_weights, read_card, saved_steps
-from eit.config import Model, Recipe, differences, load_recipe
+from eit.config import Model, Recipe, differences
 from eit.console import say
 from eit.errors import UserError
 from eit.loader import Stream, set_seed
-from eit.zoo import TIMM, create_model, head_names, is_model
+from eit.run import read_recipe
+from eit.zoo import TIMM, check_timm_name, create_model, head_names
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
 
@@ -17,7 +18,7 @@ def model_of_begun(recipe: Recipe) -> Model | None:
     folder = recipe.run_folder()
     if not saved_steps(folder) or not (folder / "recipe.yaml").is_file():
         return None
-    return load_recipe(str(folder / "recipe.yaml")).model
+    return read_recipe(folder).model
 
 
 def settle(recipe: Recipe, begun: Model | None = None) -> Recipe:
@@ -29,27 +30,26 @@ def settle(recipe: Recipe, begun: Model | None = None) -> Recipe:
     if begun is not None and begun.pretrained != section.pretrained:
         begun = None
     given: dict[str, Any] = {}
+    card = read_card(section.pretrained) if isinstance(section.pretrained, str) and begun is None else None
     if isinstance(section.pretrained, str):
         if begun is not None:
             given = begun.model_dump(exclude=RATES | {"pretrained", "reset_head"})
-        elif (card := read_card(section.pretrained)) is not None:
+        elif card is not None:
             given = dict.fromkeys(set(Model.model_fields) - RATES - {"pretrained", "reset_head"})
             given |= dict(family="eit", name=card.model) | {k: v for k, v in card.arguments.items() if k not in RATES}
-    why = f"the model is that of {section.pretrained}"
     if (name := given.get("name", section.name)).startswith(TIMM):
-        if not is_model(name):
-            create_model(name)  # says what is wrong
-        why = why if given else f"{name} has no such arguments"
+        check_timm_name(name)
         given |= dict.fromkeys(set(section.arguments()) - {"in_chans", "drop_rate", "drop_path_rate"})
         given["family"] = "eit"
     elif section.pretrained is True:
         raise UserError(f"no weights of {name} can be downloaded: model.pretrained=PATH")
     settled = recipe.model_copy(update=dict(model=section.model_copy(update=given)))
     changed = [change.removeprefix("model.") for change in differences(recipe, settled)]
-    if why.endswith("arguments"):
-        changed = [change.partition(":")[0] for change in changed]
     if changed and begun is None:
-        say(f"{why}: {', '.join(changed)}")
+        if card is not None:
+            say(f"the model is that of {section.pretrained}: {', '.join(changed)}")
+        else:
+            say(f"{name} has no such arguments: {', '.join(change.partition(':')[0] for change in changed)}")
     return settled
 
 

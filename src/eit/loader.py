@@ -437,17 +437,15 @@ class StreamLoader:
         self.bad = BadImages(images, config.bad_image_budget)
         self.workers = worker_count(config.workers)
         # Readers with unequal numbers of shards would leave out a part of them, and repeat others.
-        reader = images.open(True, plan.batch_size, 0).reader
-        shards = len(getattr(getattr(reader, "split_info", None), "filenames", None) or ())
-        fit = [n for n in range(self.workers, 0, -1) if shards % (n * plan.world) == 0]
+        fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * plan.world) == 0]
         if config.workers is None and fit:
             self.workers = fit[0]
-        if shards % (max(self.workers, 1) * plan.world):
-            what = f"{shards} shards cannot be shared by {plan.world} x {max(self.workers, 1)} processes x data.workers"
+        if images.shards % (max(self.workers, 1) * plan.world):
+            parts = f"{plan.world} x {max(self.workers, 1)} processes x data.workers"
             advice = (
                 f"set data.workers={fit[0]}" if fit else f"write a multiple of {plan.world} (eit data shard --count)"
             )
-            raise UserError(f"{what}: {advice}")
+            raise UserError(f"{images.shards} shards cannot be shared by {parts}: {advice}")
 
     def prepare(self) -> None:
         """Nothing: the workers start with each epoch."""

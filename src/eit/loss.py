@@ -14,7 +14,7 @@ from eit.checkpoint import digest, find_weights, load
 from eit.config import Loss
 from eit.errors import UserError
 from eit.images import View
-from eit.zoo import TIMM, create_model, is_model
+from eit.zoo import TIMM, check_timm_name, create_model
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -118,18 +118,15 @@ def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Te
         if config.teacher_weights:
             file = str(find_weights(config.teacher_weights))
             arguments["pretrained_cfg_overlay"] = dict(file=file, num_classes=len(classes))
-        if not is_model(name):
-            create_model(name)  # says what is wrong
+        check_timm_name(name)
         known = timm.get_pretrained_cfg(name.removeprefix(TIMM)).num_classes
         if not config.teacher_weights and known != len(classes):
             raise UserError(
                 f"loss.teacher={name} knows {known} classes, the data have {len(classes)}: set loss.teacher_weights to "
                 "a file of it that was trained on them"
             )
-        size = config.teacher_size
-        model: Any = create_model(name, num_classes=len(classes), img_size=size, **arguments)
-        size = size or model.pretrained_cfg["input_size"][-1]
-        return model, torch.arange(len(classes)), size, None
+        model: Any = create_model(name, num_classes=len(classes), img_size=config.teacher_size, **arguments)
+        return model, torch.arange(len(classes)), model.pretrained_cfg["input_size"][-1], None
     if config.teacher_weights:
         raise UserError(f"loss.teacher_weights is for a teacher {TIMM}NAME; loss.teacher={name} has its own")
     model = load(name)

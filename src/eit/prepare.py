@@ -85,7 +85,7 @@ def read_devkit(archive: Path) -> Devkit:
     with _reading(archive), tarfile.open(archive, "r:gz") as tar:
         if missing := {META, TRUTH} - {member.name for member in tar if member.isreg()}:
             raise UserError(f"{archive} has no file {min(missing)}")
-        meta, lines = (tar.extractfile(name).read() for name in (META, TRUTH))  # type: ignore[union-attr]
+        meta, lines = (_content(tar, name) for name in (META, TRUTH))
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         leaves = [(str(row["WNID"]), row) for row in synsets if row["num_children"] == 0]
@@ -161,15 +161,21 @@ def _members(tar: tarfile.TarFile, where: str, pattern: str) -> Iterator[tarfile
 
 def _unpack(tar: tarfile.TarFile, image: tarfile.TarInfo, folder: Path) -> None:
     """Write one image, unless a stopped run did: the one that it was writing is shorter."""
-    path, file = folder / image.name, tar.extractfile(image)
-    assert file is not None
+    path = folder / image.name
     with _writing(path):
         if path.exists() and path.stat().st_size == image.size:
             return
-    data = file.read()  # all of it, or tarfile.ReadError
+    data = _content(tar, image)
     with _writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
+    """All of a plain file, or tarfile.ReadError."""
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
 
 
 def _place(where: str, part: Path, folder: Path, count: int) -> None:

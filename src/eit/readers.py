@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 
 from eit.config import Data
 from eit.console import track
-from eit.errors import UserError, nearest
+from eit.errors import UserError, few, nearest
 from eit.images import MAX_PIXELS, Images
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -48,7 +48,7 @@ def read_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Images:
         names += [os.path.relpath(file, folder) for file in found]
         sources += found
     if empty:
-        raise UserError(f"{folder}: no images in class {_few(empty)} (read are {' '.join(EXTENSIONS)})")
+        raise UserError(f"{folder}: no images in class {few(empty)} (read are {' '.join(EXTENSIONS)})")
     return Images(classes, labels, names, sources, max_pixels)
 
 
@@ -189,7 +189,7 @@ def _read_tiny(root: Path, max_pixels: int) -> Pair:
     expected = sorted((root / "wnids.txt").read_text().split())
     train = read_folder(root / "train", max_pixels)
     if missing := sorted(set(expected) - set(train.classes)):
-        what = f"{len(missing)} of {len(expected)} classes of wnids.txt: {_few(missing)}"
+        what = f"{len(missing)} of {len(expected)} classes of wnids.txt: {few(missing)}"
         raise UserError(f"{root / 'train'} lacks {what}; {again}")
     counts = Counter(train.labels)
     for label, wnid in enumerate(train.classes):
@@ -370,10 +370,6 @@ def read_layout(root: Path, max_pixels: int, dataset: str | None = None) -> Pair
     return None
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 # -- Downloads --------------------------------------------------------------------------------------------------------
 
 DOWNLOADS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
@@ -418,6 +414,7 @@ class ImageStream:
     length: int
     config: Data
     split: str
+    shards: int  # files that it is cut into; 0 where the reader does not say
 
     def __len__(self) -> int:
         return self.length
@@ -433,13 +430,13 @@ class ImageStream:
 
 def read_timm(config: Data, split: str) -> Images | ImageStream:
     """A split of `data.dataset`, a name of `timm.data.create_dataset`."""
-    dataset: Any = _create_timm(config, split)
+    dataset = _create_timm(config, split)
     classes = _timm_classes(dataset, config)
+    reader = getattr(dataset, "reader", None)
     if isinstance(dataset, IterableDataset):
-        if not (length := getattr(getattr(dataset, "reader", None), "num_samples", 0)):
+        if not (length := getattr(reader, "num_samples", 0)):
             raise UserError(f"data.dataset={config.dataset}: its {split} split does not say how many samples it has")
-        _check_shards(getattr(dataset, "reader", None), config)
-        return ImageStream(classes, int(length), config, split)
+        return ImageStream(classes, int(length), config, split, _check_shards(reader, config))
     labels = _timm_labels(dataset)
     if not labels:
         raise UserError(f"data.dataset={config.dataset}: split {split} has no images")
@@ -459,12 +456,14 @@ def _refuse_commands(config: Data, *names: str) -> None:
             raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, for a shell would see it")
 
 
-def _check_shards(reader: Any, config: Data) -> None:
-    """Raise a UserError where a shard is not there, which timm would replace by the others, or is a command."""
-    for name in getattr(getattr(reader, "split_info", None), "filenames", ()):
+def _check_shards(reader: Any, config: Data) -> int:
+    """Count them. Raise a UserError where one is not there, which timm would replace by the others, or is a command."""
+    names = getattr(getattr(reader, "split_info", None), "filenames", ())
+    for name in names:
         _refuse_commands(config, name)
         if "://" not in config.root and not Path(config.root, name).is_file():
             raise UserError(f"shard {Path(config.root, name)} is missing: {INFO} names it")
+    return len(names)
 
 
 def _create_timm(config: Data, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:

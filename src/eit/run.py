@@ -16,7 +16,7 @@ import torch
 
 from eit import distributed, draw
 from eit.checkpoint import saved_steps, write_file
-from eit.config import Recipe, differences, parse_recipe, parse_yaml
+from eit.config import Recipe, differences, load_recipe
 from eit.console import say
 from eit.errors import UserError
 
@@ -45,15 +45,11 @@ class Run:
         except BlockingIOError:
             raise UserError(f"{path} is in use by another process; give this one its own out=") from None
         file = path / "recipe.yaml"
-        if saved_steps(path) or self.lines():  # else nothing was trained yet, and the recipe may change
-            try:
-                old = parse_recipe(parse_yaml(file.read_text(), str(file)))
-            except UserError as error:
-                raise UserError(f"{file}: {error}; was it made by another version?") from None
-            if different := differences(old, recipe):
-                raise UserError(
-                    f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
-                )
+        begun = saved_steps(path) or self.lines()  # else nothing was trained yet, and the recipe may change
+        if begun and (different := differences(read_recipe(path), recipe)):
+            raise UserError(
+                f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
+            )
         write_file(file, recipe.to_yaml())
 
     def __enter__(self) -> "Run":
@@ -120,6 +116,15 @@ class Run:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_file(self.path / name, json.dumps(content, indent=2) + "\n")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of the run in a folder."""
+    file = path / "recipe.yaml"
+    try:
+        return load_recipe(str(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}; was it made by another version?") from None
 
 
 def is_finished(path: Path) -> bool:

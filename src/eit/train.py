@@ -1,7 +1,6 @@
 """The one training loop. One machine or many, any device; a stopped run continues to the same weights."""
 
 import math
-import re
 import signal
 import threading
 import time
@@ -22,12 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from eit import distributed
-from eit.checkpoint import Card, default_mean_std, load_step, newest_step, save_step, save_weights
+from eit.checkpoint import Card, default_mean_std, load_state, load_step, newest_step, save_step, save_weights
 from eit.config import Recipe
 from eit.console import progress, say
 from eit.data import open_data
-from eit.errors import UserError
-from eit.evaluate import LOW_PRECISION, evaluate
+from eit.errors import UserError, is_out_of_memory
+from eit.evaluate import autocast, evaluate
 from eit.finetune import build_model, choose_trainable, model_of_begun, settle
 from eit.images import View
 from eit.loader import Plan, Stream, StreamLoader, evaluation_loader, set_seed, train_loader
@@ -72,7 +71,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         with ExitStack() as held:
             return _train(recipe, held)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or re.search("allocate memory|out of memory", str(error)):
+        if is_out_of_memory(error):
             raise UserError(out_of_memory(recipe)) from None
         raise
 
@@ -117,7 +116,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         if summary := run.finished():
             newest, _ = newest_step(run.path)
             if newest is not None:
-                check_same(load_step(newest)[2], at, run)
+                check_same(load_state(newest), at, run)
         return summary
 
     if finished := distributed.on_main(open_run):
@@ -144,10 +143,6 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     if recipe.train.compile:
         network = torch.compile(network)
 
-    def autocast() -> Any:
-        dtype = LOW_PRECISION.get(recipe.train.precision)
-        return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
     def backward(micro: int, batches: Iterator[Any]) -> Tensor:
         """One micro-batch's share of the step's loss, its gradients added."""
         x, y, _ = next(batches)
@@ -155,7 +150,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         x, target = mix(x, y) if mix else (x, y)
         hold_gradients = plan.world > 1 and micro + 1 < plan.accumulate
         with network.no_sync() if hold_gradients else nullcontext():
-            with autocast():
+            with autocast(device, recipe.train.precision):
                 logits = network(x).float()
                 loss = criterion(logits, target)
                 if distillation:
@@ -233,8 +228,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                 save()
             for module in (model, ema):
                 distributed.share_buffers(module)
-            metrics = evaluate(model, val_loader, autocast())
-            averaged = evaluate(ema.module.eval(), val_loader, autocast()) if ema else None
+            metrics = evaluate(model, val_loader, recipe.train.precision)
+            averaged = evaluate(ema.module.eval(), val_loader, recipe.train.precision) if ema else None
             best = metrics.top1 > at.best_top1
             if best:
                 at.best_top1, at.best_epoch = metrics.top1, epoch

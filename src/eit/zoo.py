@@ -137,10 +137,16 @@ def is_model(name: str) -> bool:
     return name in VARIANTS or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)))
 
 
-def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any) -> Any:
-    plain = name.removeprefix(TIMM)
+def check_timm_name(name: str) -> None:
+    """Raise a UserError where timm has no such model."""
     if not is_model(name):
+        plain = name.removeprefix(TIMM)
         raise UserError(f"timm has no model {plain!r}{nearest(plain, timm.list_models())}")
+
+
+def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any) -> Any:
+    check_timm_name(name)
+    plain = name.removeprefix(TIMM)
     if img_size is not None and timm.get_pretrained_cfg(plain).fixed_input_size:
         arguments["img_size"] = img_size
     try:
