@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 import eit
-from eit.checkpoint import Card, load_step, newest_step, save_step, save_weights, saved_steps
+from eit.checkpoint import Card, save_weights
 from tests import reference
 from tests.conftest import run_eit
 
@@ -256,56 +256,3 @@ def test_a_lying_description_is_one_line(tmp_path, weights, changes):
     with pytest.raises(eit.UserError, match=r"lie\.safetensors") as error:
         eit.load(tmp_path / "lie.safetensors")
     assert "\n" not in str(error.value)
-
-
-# -- Training state
-
-
-@pytest.fixture
-def steps(tmp_path, weights):
-    state = weights[0].state_dict()
-    for step in (10, 20, 30):
-        save_step(tmp_path, step, card(), state, {k: v + 1 for k, v in state.items()}, dict(progress=step))
-    return tmp_path
-
-
-def test_the_newest_two_are_kept_with_checksums(steps):
-    assert saved_steps(steps) == [30, 20]
-    folder, faults = newest_step(steps)
-    assert folder.name == "step-30" and faults == []
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "state.pt", "manifest.json"}
-    model, ema, state = load_step(folder)
-    assert state == dict(progress=30)
-    assert torch.equal(ema["norm.bias"], model["norm.bias"] + 1)
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-
-
-def truncate(file):
-    file.write_bytes(file.read_bytes()[:100])
-
-
-@pytest.mark.parametrize("damage", [flip, truncate, lambda file: file.write_bytes(b""), lambda file: file.unlink()])
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(steps, name, damage):
-    damage(steps / "checkpoints" / "step-30" / name)
-    folder, faults = newest_step(steps)
-    assert folder.name == "step-20"
-    assert len(faults) == 1 and "step-30 is damaged" in faults[0]
-
-
-def test_no_whole_checkpoint_is_an_error(steps):
-    for step in (20, 30):
-        truncate(steps / "checkpoints" / f"step-{step}" / "state.pt")
-    with pytest.raises(eit.UserError, match="no whole checkpoint is left"):
-        newest_step(steps)
-
-
-def test_a_half_written_checkpoint_does_not_count(steps):
-    (steps / "checkpoints" / ".step-40.tmp").mkdir()
-    (steps / "checkpoints" / ".step-40.tmp" / "state.pt").write_bytes(b"half")
-    assert newest_step(steps)[0].name == "step-30"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import eit
-from eit.checkpoint import load_step, saved_steps
+from eit.state import load_step, saved_steps
 from tests.conftest import TINY, launcher, run_eit
 
 

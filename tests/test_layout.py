@@ -14,6 +14,7 @@ LAYERS = [
     {"model", "config", "distributed", "draw"},
     {"zoo", "macs", "console", "images"},
     {"checkpoint", "readers"},
+    {"state"},
     {"data", "loader", "run", "predict", "loss", "prepare"},
     {"evaluate", "finetune", "shard"},
     {"train"},

@@ -13,10 +13,11 @@ import eit
 from eit import data as data_module
 from eit import loss as loss_module
 from eit import train as train_module
-from eit.checkpoint import saved_steps
 from eit.config import load_recipe
+from eit.data import open_data
 from eit.loader import Plan, Stream
 from eit.run import Run
+from eit.state import load_step, newest_step, saved_steps
 from eit.train import make_optimizer, make_schedule, train
 from tests.conftest import TINY, run_eit
 
@@ -191,7 +192,7 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
         assert same(weights(a, name), weights(b, name))
     for name in ("model", "ema"):
         files = [
-            eit.checkpoint._read_safetensors(r / "checkpoints" / "step-12" / f"{name}.safetensors")[0] for r in (a, b)
+            eit.checkpoint.read_safetensors(r / "checkpoints" / "step-12" / f"{name}.safetensors")[0] for r in (a, b)
         ]
         assert same(*files)
     lines = [[{k: v for k, v in line.items() if k != "images_per_s"} for line in log(r)] for r in (a, b)]
@@ -201,15 +202,15 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
 def test_what_was_logged_after_the_checkpoint_is_logged_once(folder, monkeypatch):
     """The process dies between the log's line and the checkpoint of the same epoch, in the middle of a second line."""
     r = recipe(folder, "train.epochs=3")
-    original = train_module.save_step
+    original = train_module.write_state
 
-    def save_step(run, step, *rest):
+    def write_state(run, step, *rest):
         if step == 8:
             raise Killed
         return original(run, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "save_step", save_step)
+        patch.setattr(train_module, "write_state", write_state)
         with pytest.raises(Killed):
             train(r)
     assert [line["step"] for line in log(r.run_folder())] == [4, 8]
@@ -217,31 +218,6 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(folder, monkeypatch
         f.write('{"epoch": 2, "st')
     train(r)
     assert [line["step"] for line in log(r.run_folder())] == [4, 8, 12]
-
-
-@pytest.mark.parametrize("forgotten", [Stream.SAMPLE, Stream.STEP])
-def test_the_check_on_continuation_can_fail(folder, monkeypatch, forgotten):
-    """Negative controls: without the per-sample seed, or the per-step seed, a continued run goes astray."""
-    options = [*FULL, "data.cache=false", "augment.pad_crop=0", "augment.crop_scale=[0.5,1]"]
-    from eit import loader
-
-    original = loader.set_seed
-
-    def forgetful(*counters):
-        if counters[0] != forgotten:
-            original(*counters)
-
-    monkeypatch.setattr(train_module, "set_seed", forgetful)
-    monkeypatch.setattr(loader, "set_seed", forgetful)
-    ends = []
-    for name in ("whole", "broken"):
-        r = recipe(folder, *options, f"out={folder.parent / name}")
-        torch.manual_seed(0)
-        if name == "broken":
-            train_until_killed(r, 6, monkeypatch)
-        train(r)
-        ends.append(weights(r.run_folder()))
-    assert not same(*ends)
 
 
 def test_a_killed_digits_run_continues_to_identical_files(tmp_path):
@@ -466,9 +442,38 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):
         return original(*args, **kwargs) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(loss_module.F, "cross_entropy", broken)
-    with pytest.raises(FloatingPointError, match="the loss is nan in step 5"):
+    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 2, step 5, on images digit") as error:
         train(r)
     assert saved_steps(r.run_folder()) == [4]
+    # the files of the batch are written down, with their numbers
+    file = r.run_folder() / "not-finite-5.txt"
+    assert str(file) in str(error.value)
+    images, _ = open_data(r.data)
+    numbers = Plan(36, 8, 1, 1, 1, r.seed).order(1)[1, :, 0].tolist()
+    assert file.read_text().splitlines() == [f"{i}\t{images.names[i]}" for i in numbers]
+
+
+@pytest.mark.parametrize("more", [[], ["optim.clip_grad=1"], ["train.accumulate=2", "data.batch_size=4"]])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypatch, more):
+    """Though the loss is finite: the square root of 0 has no slope."""
+    r = recipe(folder, "train.save_every=1", *more)
+    make = train_module.make_criterion
+
+    def broken(*arguments):
+        criterion, calls = make(*arguments), []
+
+        def loss(logits, target):
+            calls.append(0)
+            wrong = len(calls) == 1 + 5 * r.train.accumulate
+            return criterion(logits, target) + (torch.sqrt(0 * logits.sum()) if wrong else 0)
+
+        return loss
+
+    monkeypatch.setattr(train_module, "make_criterion", broken)
+    with pytest.raises(FloatingPointError, match="the gradient is (nan|inf) in epoch 2, step 5, on images digit"):
+        train(r)
+    folder_, _ = newest_step(r.run_folder())
+    assert folder_.name == "step-5" and all(v.isfinite().all() for v in load_step(folder_)[0].values())
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
-"""Weights and training state on disk. Nothing here unpickles arbitrary objects.
+"""Weights on disk. Nothing here unpickles arbitrary objects.
 
-Weights (`*.safetensors`) describe themselves in their metadata, see `Card`. A training checkpoint is a folder
-`checkpoints/step-N/` with model.safetensors, ema.safetensors, state.pt and manifest.json (sha256 of each); it appears
-under its name only when all of it is on the disk.
+Weights (`*.safetensors`) describe themselves in their metadata, see `Card`.
 """
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping
@@ -185,7 +181,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
     with open(file, "rb") as f:
         if f.read(40).startswith(b"version https://git-lfs"):  # the authors keep theirs in Git LFS
             raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its checkout")
-    state, card = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pth(file), None)
+    state, card = read_safetensors(file) if file.suffix == ".safetensors" else (_read_pth(file), None)
     return state if card else our_names(state), card
 
 
@@ -282,7 +278,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
     try:
         with safetensors.safe_open(file, framework="pt") as f:
             metadata = f.metadata() or {}
@@ -311,20 +307,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
     """The weights of a .pth file. An argparse.Namespace is allowed beside them, as the authors' files have one."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols, ahead of the refusal
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if file.read_bytes()[:1] not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
-            raise UserError(f"{file} is no checkpoint (.safetensors or .pth)") from None
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {name.group(1)}" if name else "it is no checkpoint"
-        raise UserError(
-            f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code"
-        ) from None
-    except Exception as error:  # the unpickler meets a damaged file with almost any exception
-        raise UserError(f"{file} is not a readable checkpoint ({type(error).__name__}: {_first_line(error)})") from None
+    content = read_pickle(file, argparse.Namespace)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -335,6 +318,24 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     ):
         raise UserError(f"{file} holds no weights: neither a state dict nor a checkpoint with one under 'model'")
     return content
+
+
+def read_pickle(file: Path, *allowed: type) -> Any:
+    """What torch.save wrote: tensors, plain values and objects of `allowed` classes. Nothing is executed."""
+    try:
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols, ahead of the refusal
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if file.read_bytes()[:1] not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
+            raise UserError(f"{file} is no checkpoint (.safetensors or .pth)") from None
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {name.group(1)}" if name else "it is no checkpoint"
+        raise UserError(
+            f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code"
+        ) from None
+    except Exception as error:  # the unpickler meets a damaged file with almost any exception
+        raise UserError(f"{file} is not a readable checkpoint ({type(error).__name__}: {_first_line(error)})") from None
 
 
 # -- Writing ----------------------------------------------------------------------------------------------------------
@@ -360,7 +361,9 @@ def write_file(path: Path, content: bytes | str) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
+    except OSError as error:  # the one of a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -375,92 +378,10 @@ def digest(state: StateDict) -> str:
     return sha.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# -- Training state ---------------------------------------------------------------------------------------------------
-
-
-def save_step(run: Path, step: int, card: Card, model: StateDict, ema: StateDict | None, state: dict[str, Any]) -> Path:
-    """Write `checkpoints/step-N/` durably, then drop all but the newest two."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    files = {"model.safetensors": weights_bytes(model, card), "state.pt": buffer.getvalue()}
-    if ema is not None:
-        files["ema.safetensors"] = weights_bytes(ema, card)
-    folder = run / "checkpoints"
-    target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    manifest = dict(step=step, sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
-    files["manifest.json"] = json.dumps(manifest, indent=2).encode()
-    try:
-        temporary.mkdir(parents=True)
-        for name, content in files.items():
-            write_file(temporary / name, content)
-        if target.exists():  # left by a run that was continued from an older step
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        _sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        need, free = sum(map(len, files.values())), shutil.disk_usage(run).free
-        reason = f"{error.strerror}; {need:,} bytes are needed, {free:,} are free"
-        raise OSError(f"checkpoint {target} was not written ({reason}); earlier ones are intact") from None
-    for old in saved_steps(run)[2:]:
-        shutil.rmtree(folder / f"step-{old}")
-    return target
-
-
-def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint, newest first."""
-    names = [p.name for p in (run / "checkpoints").glob("step-*")]
-    return sorted((int(n[5:]) for n in names if n[5:].isdigit()), reverse=True)
-
-
-def newest_step(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line on each newer one that is not.
-
-    Raises:
-        UserError: there are checkpoints and all are damaged.
-    """
-    faults = []
-    for step in saved_steps(run):
-        folder = run / "checkpoints" / f"step-{step}"
-        if fault := _damage(folder):
-            faults.append(f"{folder} is damaged: {fault}")
-        else:
-            return folder, faults
-    if faults:
-        raise UserError("; ".join(faults) + "; no whole checkpoint is left: use another out= to start anew")
-    return None, []
-
-
-def load_step(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
-    """Model, moving average (or None) and state of a checkpoint that `newest_step` found whole."""
-    model, _ = _read_safetensors(folder / "model.safetensors")
-    ema = _read_safetensors(folder / "ema.safetensors")[0] if (folder / "ema.safetensors").exists() else None
-    return model, ema, load_state(folder)
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Optimizer, scaler and progress of a checkpoint that `newest_step` found whole."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-
-
-def _damage(folder: Path) -> str | None:
-    try:
-        digests = json.loads((folder / "manifest.json").read_text())["sha256"]
-        for name in ("model.safetensors", "state.pt", *digests):
-            content = (folder / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != digests[name]:
-                return f"{name} does not match its checksum"
-    except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is not readable"
-    return None

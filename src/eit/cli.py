@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import eit
-from eit.errors import UserError, is_out_of_memory
+from eit.errors import UserError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
     from eit.checkpoint import Card
@@ -41,9 +41,14 @@ class Commands(TyperGroup):
         except FloatingPointError as error:
             _complain(error)
             raise typer.Exit(1) from None
-        except RuntimeError as error:
+        except OSError as error:
+            _complain(OSError(f"{error.filename}: {error.strerror}") if error.filename else error)
+            raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 line = "out of memory: give a smaller --batch-size or --size"
+            elif "DataLoader worker" in str(error):
+                line = f"a loader process died: {str(error).splitlines()[0]}"
             elif type(error).__name__ == "DistBackendError" or "gloo" in str(error):
                 line = "another process of this run ended; it says why"
             else:
@@ -56,9 +61,9 @@ def _complain(error: Exception) -> None:
     """One line; where every rank has the same error, from rank 0."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        print(f"eit: {error}", file=sys.stderr)
+        print(f"eit: {printable(str(error))}", file=sys.stderr)
     elif not getattr(error, "__notes__", []):
-        print(f"eit [rank {rank}]: {error}", file=sys.stderr)
+        print(f"eit [rank {rank}]: {printable(str(error))}", file=sys.stderr)
 
 
 app = typer.Typer(
@@ -128,7 +133,8 @@ def train(
     except Stopped as stop:
         if distributed.is_main():
             _complain(stop)
-        raise typer.Exit(128 + stop.signum) from None
+        # torchrun would start again what did not end well, and this did
+        raise typer.Exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop.signum) from None
     else:
         if distributed.is_main():
             folder = resolved.run_folder()
@@ -261,7 +267,8 @@ def predict(
         elif as_json:
             print(json.dumps(dict(image=found.image, labels=[dict(label=n, probability=p) for n, p in found.labels])))
         else:
-            print(found.image + "  " + "  ".join(f"{name} {100 * p:.1f}%" for name, p in found.labels), flush=True)
+            labels = "  ".join(f"{name} {100 * p:.1f}%" for name, p in found.labels)
+            print(printable(found.image) + "  " + printable(labels), flush=True)
     if unreadable:
         raise typer.Exit(2)
 

@@ -240,6 +240,8 @@ class Train(Section):
     """moving average of the weights, evaluated too; null: off"""
     save_every: Annotated[Whole, Field(ge=0)] = 0
     """steps between checkpoints inside an epoch; 0: each epoch only"""
+    save_minutes: Positive | None = None
+    """minutes between checkpoints inside an epoch; null: by steps and epochs alone"""
     compile: bool = False
     """torch.compile"""
     max_steps: Count | None = None
@@ -316,8 +318,12 @@ def _explained(section: Section, indent: str = "") -> Iterable[str]:
             yield f"{indent}{name}: {text}".ljust(42) + f"  # {field.description}"
 
 
-# Keys that change no result: a run may be continued with other values.
-FREE_KEYS = {"out", "data.root", "data.download", "data.workers", "data.bad_image_budget", "train.save_every"}
+# A run may be continued with other values of these: they change no result. The cut of the global batch into processes
+# and micro-batches changes rounding, mixup's pairs and dropout, but neither the batch nor the order of the images.
+FREE_KEYS = {
+    *("out", "data.root", "data.download", "data.workers", "data.bad_image_budget"),
+    *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes"),
+}
 
 _SUCH = {
     "loss.class_weights": "balanced or {cat: 2, dog: 1}",

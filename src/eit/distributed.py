@@ -2,17 +2,21 @@
 
 import os
 import re
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from eit.errors import UserError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)  # of a start and of a collective; a rank may read and check data for so long
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -38,8 +42,39 @@ def start(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        store = _of_this_start(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return chosen
+
+
+def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """`store` with a prefix that the processes of this start alone share.
+
+    torchrun keeps its store when it restarts them, and they would wait for addresses that dead ones left there. Its
+    count of restarts is no prefix: it differs between nodes (pytorch issue 135712). So each rank asks rank 0, with a
+    word of its own that no dead process knows, and again until it is answered.
+    """
+    word, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    waiting = set(range(1, world)) if rank == 0 else {rank}
+    if rank == 0:
+        for other in waiting:
+            store.delete_key(f"eit/ask/{other}")
+    while waiting:
+        for other in tuple(waiting):
+            ask, answer = f"eit/ask/{other}", f"eit/answer/{other}"
+            if rank == 0 and store.check([ask]):
+                store.set(answer, f"{store.get(ask).decode()} {word}")
+                waiting.remove(other)
+            elif rank and store.check([answer]) and store.get(answer).decode().startswith(f"{word} "):
+                word = store.get(answer).decode().split()[1]
+                waiting.remove(other)
+            elif rank:
+                store.set(ask, word)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {min(waiting) if rank == 0 else 0} did not join within {TIMEOUT}")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)
 
 
 def stop() -> None:

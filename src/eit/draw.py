@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eit.errors import UserError
+from eit.errors import UserError, printable
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -175,7 +175,7 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
 
 def shorten(name: str, width: int) -> str:
     """`name` in one line of at most `width` characters, all of which can be shown."""
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(name.split()))
+    line = printable(" ".join(name.split()))
     return line if len(line) <= width else line[: width - 3] + "..."
 
 

@@ -20,6 +20,11 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is what CUDA, MPS or the CPU's allocator raises when memory ends."""
-    return re.search("allocate memory|out of memory", str(error)) is not None
+def printable(text: str) -> str:
+    """`text` in one line that a terminal shows as it is: whoever named a file or a class may not move its cursor."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\n", " "))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is what CUDA, MPS, NumPy or the CPU's allocator raises when memory ends."""
+    return isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)) is not None

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from eit.checkpoint import load_weights, read_card, saved_steps
+from eit.checkpoint import load_weights, read_card
 from eit.config import Model, Recipe, differences
 from eit.console import say
 from eit.errors import UserError
 from eit.loader import Stream, set_seed
 from eit.run import read_recipe
+from eit.state import saved_steps
 from eit.zoo import TIMM, check_timm_name, create_model, head_names
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}

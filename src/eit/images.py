@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ def decode(
         UnreadableImage: not an image, damaged, or of more than `max_pixels` by its header.
     """
     try:
+        if isinstance(file, str | os.PathLike) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise UnreadableImage(f"{name or file}: no regular file")  # a pipe would be waited for
         if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels
         with Image.open(file) as image:

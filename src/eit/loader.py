@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from eit.errors import UserError
 from eit.images import Images, UnreadableImage, View, normalise, not_a_thread, resize_and_crop, to_mode
 from eit.readers import ImageStream
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # preemption, Ctrl-C, Slurm's --signal=USR1
 CACHE_SIZE = 64  # pixels: images up to this size are held in memory
 CACHE_BYTES = 2 << 30
 
@@ -400,9 +402,20 @@ def _worker_options(workers: int | None, device: torch.device) -> dict[str, Any]
 
 
 def _start_worker(worker: int) -> None:
+    """Signals that ask a run to end reach all its processes; the trainer decides, and ends its workers itself."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_when_told(trainer: int) -> None:
+    """End at a SIGTERM of the trainer, with which Python and torch clean up, and of nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 class _Turn(IterableDataset):

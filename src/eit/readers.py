@@ -53,10 +53,12 @@ def read_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Images:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Paths of the images below `folder`, in a fixed order."""
+    """Paths of the images below `folder`, in a fixed order. Links are followed, but none to a folder that it is in."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+        here = os.path.join(os.path.realpath(parent), "")
+        inner = ((name, os.path.realpath(os.path.join(parent, name))) for name in folders)
+        folders[:] = sorted(name for name, real in inner if not here.startswith(os.path.join(real, "")))
         found += [os.path.join(parent, f) for f in sorted(files) if f.lower().endswith(EXTENSIONS) and f[0] != "."]
     return found
 

@@ -15,10 +15,11 @@ from typing import IO, Any
 import torch
 
 from eit import distributed, draw
-from eit.checkpoint import saved_steps, write_file
+from eit.checkpoint import write_file
 from eit.config import Recipe, differences, load_recipe
 from eit.console import say
 from eit.errors import UserError
+from eit.state import saved_steps
 
 
 class Run:

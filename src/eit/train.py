@@ -1,7 +1,9 @@
 """The one training loop. One machine or many, any device; a stopped run continues to the same weights."""
 
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.data import Mixup
@@ -21,20 +23,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from eit import distributed
-from eit.checkpoint import Card, default_mean_std, load_state, load_step, newest_step, save_step, save_weights
+from eit.checkpoint import Card, StateDict, default_mean_std, save_weights, write_file
 from eit.config import Recipe
 from eit.console import progress, say
-from eit.data import open_data
+from eit.data import AnyImages, open_data
 from eit.errors import UserError, is_out_of_memory
 from eit.evaluate import autocast, evaluate
 from eit.finetune import build_model, choose_trainable, model_of_begun, settle
-from eit.images import View
-from eit.loader import Plan, Stream, StreamLoader, evaluation_loader, set_seed, train_loader
+from eit.images import Images, View
+from eit.loader import STOP_SIGNALS, Plan, Stream, StreamLoader, evaluation_loader, set_seed, train_loader
 from eit.loss import Distillation, class_weights, make_criterion
 from eit.run import Run, environment, is_finished
+from eit.state import State, Writer, load_state, load_step, newest_step, save_step
 from eit.zoo import TIMM
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EARLY_SAVE = 60  # seconds: a longer epoch is saved before it is evaluated
 
 
@@ -64,8 +66,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     Raises:
         UserError: bad data, values or weights, before anything is trained.
-        Stopped: SIGTERM or SIGINT came; the run is saved.
-        FloatingPointError: the loss is not finite; the weights were not updated with it.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 came; the run is saved.
+        FloatingPointError: the loss or its gradient is not finite; the weights were not updated with it.
+        OSError: a checkpoint cannot be written; earlier ones are intact.
     """
     try:
         with ExitStack() as held:
@@ -101,7 +104,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     card = make_card(recipe, view, classes)
     at = Progress(fixed=dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=plan.global_batch))
     if isinstance(loader, StreamLoader):  # whose order depends on it
-        at.fixed["data.workers"] = loader.workers
+        at.fixed |= {"data.workers": loader.workers, "number of processes": plan.world}
     if distillation:
         at.fixed["loss.teacher"] = distillation.digest
     if len(set(distributed.gather(at.fixed["data"]))) > 1:
@@ -159,16 +162,20 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             scaler.scale(loss).backward()
         return loss.detach()
 
-    def save() -> Path:
-        """Every rank calls it, rank 0 writes."""
+    writer = held.enter_context(Writer())
 
-        def write() -> Path:
-            assert run is not None
+    def save(best: bool = False) -> None:
+        """Rank 0 copies the state of training, and writes it while training goes on."""
+        if run:
             state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), progress=asdict(at))
             averaged = ema.module.state_dict() if ema else None
-            return save_step(run.path, at.step, card, model.state_dict(), averaged, state)
+            best_card = measured(card, at) if best else None
+            writer.submit(write_state, run.path, at.step, card, best_card, model.state_dict(), averaged, state)
 
-        return distributed.on_main(write)
+    def save_and_stop(signals: list[float]) -> NoReturn:
+        save()
+        distributed.on_main(writer.wait)
+        raise Stopped(which_signal(signals), recipe.run_folder())
 
     total_steps = min(recipe.train.epochs * plan.steps, recipe.train.max_steps or 2**63)
     if run:
@@ -189,23 +196,30 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             for frozen in frozen_norms:
                 frozen.eval()
             batches = loader.epoch(epoch, first_step)
-            began = mark = time.monotonic()
+            began = mark = saved = time.monotonic()
             began_step = at.step
             title = f"epoch {epoch + 1}/{recipe.train.epochs}"
             with progress(title, plan.steps, start=first_step) as advance:
                 while at.step < end:
                     schedule.step_update(at.step)
                     loss = sum((backward(micro, batches) for micro in range(plan.accumulate)), torch.zeros(()))
-                    # One small collective a step: mean loss, unreadable images, signals that any rank was sent.
-                    shared = torch.tensor([float(loss) / plan.world, len(loader.bad.seen), *asked()], device=device)
-                    mean_loss, bad_images, *signals = distributed.sum_over_ranks(shared).tolist()
+                    scaler.unscale_(optimizer)
+                    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                    # One small collective a step: mean loss, norm of the gradient (each rank's is that of all),
+                    # unreadable images, whether saving failed, signals that any rank was sent.
+                    own = [float(loss) / plan.world, float(norm) / plan.world]
+                    own += [len(loader.bad.seen), writer.failed(), *asked()]
+                    shared = distributed.sum_over_ranks(torch.tensor(own, device=device)).tolist()
+                    mean_loss, mean_norm, bad_images, failed, *signals = shared
                     loader.bad.check(int(bad_images))
-                    check_finite("loss", mean_loss, at)
+                    if failed:
+                        distributed.on_main(writer.wait)
+                    if not math.isfinite(mean_loss):
+                        raise not_finite("loss", mean_loss, at, plan, train_images, run)
+                    if not math.isfinite(mean_norm) and not scaler.is_enabled():  # a scaler skips such steps by itself
+                        raise not_finite("gradient", mean_norm, at, plan, train_images, run)
                     if recipe.optim.clip_grad:
-                        scaler.unscale_(optimizer)
-                        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
-                        if not scaler.is_enabled():  # a scaler skips steps that overflow by itself
-                            check_finite("gradient's norm", norm.item(), at)
+                        nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
                     scaler.step(optimizer)
                     scaler.update()
                     optimizer.zero_grad(set_to_none=True)
@@ -219,9 +233,10 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                     images_per_s = (at.step - began_step) * plan.global_batch / (now - began)
                     advance(loss=mean_loss, lr=largest_rate(optimizer), **{"images/s": round(images_per_s)})
                     if at.step < end and any(signals):
-                        raise Stopped(which_signal(signals), save())
-                    if at.step < end and recipe.train.save_every and at.step % recipe.train.save_every == 0:
+                        save_and_stop(signals)
+                    if at.step < end and is_due(recipe, at.step, now - saved):
                         save()
+                        saved = time.monotonic()
 
             network.eval()
             if time.monotonic() - began > EARLY_SAVE:  # evaluation may meet an image that it cannot read
@@ -245,15 +260,15 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                 "images_per_s": round(images_per_s, 1),
             }
             if run:
-                if best:
-                    save_weights(run.path / "best.safetensors", model.state_dict(), measured(card, at))
                 run.log(at.last, len(classes))
-            folder = save()
+            save(best)
             if any(signals) and at.step < total_steps:
-                raise Stopped(which_signal(signals), folder)
+                distributed.on_main(writer.wait)
+                raise Stopped(which_signal(signals), recipe.run_folder())
 
     def finish() -> dict[str, Any]:
         assert run is not None
+        writer.wait()
         save_weights(run.path / "final.safetensors", model.state_dict(), measured(card, at))
         return run.finish(
             best_top1=at.best_top1,
@@ -274,13 +289,36 @@ def largest_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def check_finite(name: str, value: float, at: Progress) -> None:
-    """Raise a FloatingPointError before the update that would spoil the weights."""
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {name} is {value} in step {at.step}; the weights were not updated; "
-            "try a lower optim.lr, a longer train.warmup_epochs or optim.clip_grad=1"
-        )
+def is_due(recipe: Recipe, step: int, seconds: float) -> bool:
+    """Whether to save inside an epoch, `seconds` after the last time."""
+    every, minutes = recipe.train.save_every, recipe.train.save_minutes
+    return bool(every and step % every == 0) or bool(minutes and seconds >= 60 * minutes)
+
+
+def write_state(
+    run: Path, step: int, card: Card, best: Card | None, model: StateDict, ema: StateDict | None, state: State
+) -> None:
+    """A checkpoint, and before it the best weights, where these are the best: it says that they are there."""
+    if best is not None:
+        save_weights(run / "best.safetensors", model, best)
+    save_step(run, step, card, model, ema, state)
+
+
+def not_finite(
+    name: str, value: float, at: Progress, plan: Plan, images: AnyImages, run: Run | None
+) -> FloatingPointError:
+    """The error to raise before an update that would spoil the weights. Rank 0 writes down the images of the step."""
+    epoch, step = divmod(at.step, plan.steps)
+    what = f"the {name} is {value} in epoch {epoch + 1}, step {at.step}"
+    if isinstance(images, Images):  # those that come in turn have no names
+        indices = plan.order(epoch)[step, :, 0].tolist()
+        what += f", on images {', '.join(images.names[i] for i in indices[:3])}"
+        if run:
+            file = run.path / f"not-finite-{at.step}.txt"
+            write_file(file, "".join(f"{i}\t{images.names[i]}\n" for i in indices))
+            what += f" and others (all {len(indices)} with their numbers: {file})"
+    advice = "try a lower optim.lr, a longer train.warmup_epochs or optim.clip_grad=1"
+    return FloatingPointError(f"{what}; the weights were not updated with it; {advice}")
 
 
 # -- Parts, each from the recipe --------------------------------------------------------------------------------------
@@ -436,12 +474,14 @@ def resume(
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], list[float]]]:
-    """SIGTERM and SIGINT are noted for the loop to see: 1.0 for each that came. A second SIGINT ends at once."""
+    """Signals that ask a run to end are noted for the loop to see: 1.0 for each that came. A second SIGINT ends it."""
     seen: set[int] = set()
 
     def note(signum: int, _: Any) -> None:
         if signum == signal.SIGINT and signum in seen:
-            raise KeyboardInterrupt
+            cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""  # which a progress bar hides
+            os.write(2, cursor + b"eit: interrupted; what was saved before stays\n")
+            os._exit(130)
         seen.add(signum)
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only

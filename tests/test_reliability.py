@@ -1,0 +1,444 @@
+"""Runs that are broken from outside: signals, dead processes, lost links. docs/reliability.md says what is promised."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import eit
+from eit import state as state_module
+from eit import train as train_module
+from eit.checkpoint import read_safetensors
+from eit.config import Data, load_recipe
+from eit.data import open_data
+from eit.loader import Stream
+from eit.shard import write_shards
+from eit.state import saved_steps
+from eit.train import train
+from tests.conftest import TINY, launcher, require, run_eit, save_digits
+from tests.test_distributed import DETERMINISTIC
+from tests.test_train import recipe, same, train_until_killed, weights
+
+ROOT = Path(__file__).parents[1]
+LONG = ["train.epochs=400", "train.warmup_epochs=1"]  # ended by the test
+FIVE = ["train.epochs=5", "train.warmup_epochs=1", "train.save_every=5", "data.batch_size=32"]
+
+
+# -- kill -9
+
+
+def chaos(trials, tmp_path, *words, timeout=500):
+    command = [sys.executable, ROOT / "tests" / "chaos.py", str(trials), "--seed", "1", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def test_runs_killed_at_random_come_back_identical(tmp_path):
+    done = chaos(5, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 of 5 trials came back identical" in done.stdout
+
+
+@pytest.mark.parametrize(("fault", "trials"), [("no-sample-seed", 2), ("no-step-seed", 1), ("last-step-again", 1)])
+def test_the_comparison_can_fail(tmp_path, fault, trials):
+    """Negative controls: with a fault in the code, chaos.py says so."""
+    done = chaos(trials, tmp_path, "--fault", fault)
+    assert done.returncode == 1
+    assert "DIFFERS in weights, moving average, optimizer" in done.stdout.splitlines()[-2], done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_hundred_runs_killed_at_random_come_back_identical(tmp_path):
+    done = chaos(100, tmp_path, timeout=7000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same, trials, kills, after, saving, evaluation = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert same == trials == 100
+    assert after >= 0.8 * kills and saving >= 5 and evaluation >= 5
+
+
+# -- Saving
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(folder, monkeypatch):
+    """The writer waits for a later step, which would never come if training waited for the writer."""
+    steps, waited = [], {}
+    seed, write = train_module.set_seed, train_module.write_state
+
+    def noted_seed(*counters):
+        if counters[0] == Stream.STEP:
+            steps.append(counters[2])
+        seed(*counters)
+
+    def slow_write(run, step, *rest):
+        deadline = time.monotonic() + 30
+        while step == 2 and max(steps) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        waited[step] = max(steps)
+        write(run, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "set_seed", noted_seed)
+        patch.setattr(train_module, "write_state", slow_write)
+        train(recipe(folder, "train.save_every=2", "train.max_steps=4", f"out={folder.parent / 'slow'}"))
+    assert waited[2] >= 3
+    train(recipe(folder, "train.save_every=2", "train.max_steps=4", f"out={folder.parent / 'plain'}"))
+    slow, plain = (read_safetensors(folder.parent / name / STEP_2)[0] for name in ("slow", "plain"))
+    assert same(slow, plain)  # what is written is the state of its step, not of a later one
+
+
+STEP_2 = "checkpoints/step-2/model.safetensors"
+
+
+def test_saving_by_minutes(folder, monkeypatch):
+    saved, write = [], train_module.write_state
+    monkeypatch.setattr(train_module, "write_state", lambda r, s, *a: (saved.append(s), write(r, s, *a)))
+    train(recipe(folder, "train.save_minutes=1e-9"))
+    assert saved == list(range(1, 9))
+    train(recipe(folder, "train.save_minutes=60", f"out={folder.parent / 'other'}"))
+    assert saved[8:] == [4, 8]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, monkeypatch):
+    """It ends at a step, not at the next checkpoint, and goes on when there is room."""
+    r = recipe(folder, "train.save_every=2", "train.epochs=40")
+    steps, seed, write = [], train_module.set_seed, state_module.write_file
+
+    def noted_seed(*counters):
+        steps.append(counters[2]) if counters[0] == Stream.STEP else None
+        seed(*counters)
+
+    def full(file, content):
+        if file.parent.name == ".step-6.tmp" and file.name == "state.pt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        write(file, content)
+
+    whole = recipe(folder, "train.save_every=2", "train.epochs=40", f"out={folder.parent / 'whole'}")
+    train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "set_seed", noted_seed)
+        patch.setattr(state_module, "write_file", full)
+        with pytest.raises(
+            OSError, match=r"step-6 was not written \(No space left on device; .* earlier ones are intact"
+        ):
+            train(r)
+    assert max(steps) <= 12
+    assert saved_steps(r.run_folder()) == [4, 2]
+    train(r)
+    assert same(weights(whole.run_folder()), weights(r.run_folder()))
+
+
+# -- Signals
+
+
+@contextmanager
+def training(folder, *overrides, ranks=0, options=(), until="epoch 2"):
+    """A long digits run as a process group of its own, given when the line `until` is out."""
+    words = [*launcher(ranks), "train", "digits", *LONG, *overrides]
+    if ranks:
+        words[4:4] = options
+    process = subprocess.Popen(
+        words,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        for line in process.stderr:
+            if line.startswith(until):
+                break
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finish(process, seconds=60):
+    """Exit status and the rest of stderr, within a minute."""
+    err = process.communicate(timeout=seconds)[1]
+    assert "Traceback" not in err.replace('Traceback (most recent call last):\n  File "<frozen', ""), err
+    return process.returncode, err
+
+
+def children(pid):
+    """Process ids below `pid`, the nearest first."""
+    found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [below for child in found for below in children(child)]
+
+
+def test_slurms_warning_saves_and_ends(tmp_path):
+    with training(tmp_path) as process:
+        process.send_signal(signal.SIGUSR1)
+        status, err = finish(process)
+    assert status == 128 + signal.SIGUSR1 and "stopped by SIGUSR1; the same command continues" in err
+    assert saved_steps(tmp_path / "runs" / "digits")
+
+
+STUCK = """
+import sys, time
+from eit import cli, loader, train
+def stuck(*counters):
+    if counters[0] == loader.Stream.STEP:
+        print("in a step", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            time.sleep(1)
+train.set_seed = stuck
+cli.main()
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    words = [sys.executable, "-c", STUCK, "train", "digits"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        while "in a step" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None  # it waits for the end of the step
+        process.send_signal(signal.SIGINT)
+        status, err = finish(process, 10)
+    finally:
+        process.kill()
+    assert status == 130 and "eit: interrupted; what was saved before stays" in err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(tmp_path, signum):
+    with training(tmp_path, "data.cache=false", "data.workers=2") as process:
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        os.killpg(process.pid, signum)
+        status, err = finish(process)
+        assert status == 128 + signum and "the same command continues" in err
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_a_dead_loader_process_ends_the_run_with_its_cause(tmp_path):
+    with training(tmp_path, "data.cache=false", "data.workers=2") as process:
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        status, err = finish(process)
+    assert status == 1 and "eit: a loader process died" in err and "Killed" in err
+
+
+# -- Ranks
+
+
+def test_a_dead_rank_ends_the_others(tmp_path):
+    with training(tmp_path, "data.batch_size=32", ranks=2) as process:
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode not in (0, None) and "Signal 9 (SIGKILL) received by PID" in err
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank_and_the_weights_are_the_same(tmp_path):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    words = ["train", "digits", *FIVE]
+    assert run_eit(*words, cwd=tmp_path / "whole", ranks=2).returncode == 0
+    with training(tmp_path / "broken", *FIVE, ranks=2, options=["--max-restarts=3"]) as process:
+        ranks = [pid for pid in children(process.pid) if b"eit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(ranks[1], signal.SIGKILL)
+        err = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, err
+    assert "continuing runs/digits from step" in err
+    assert same(*(weights(tmp_path / name / "runs" / "digits") for name in ("whole", "broken")))
+
+
+@pytest.mark.parametrize("whom", ["torchrun", "one rank"])
+def test_a_signal_under_torchrun_saves_once_and_does_not_restart(tmp_path, whom):
+    with training(tmp_path, "data.batch_size=32", ranks=2, options=["--max-restarts=3"]) as process:
+        target = process.pid if whom == "torchrun" else children(process.pid)[1]
+        os.kill(target, signal.SIGTERM)
+        err = process.communicate(timeout=60)[1]
+    assert err.count("stopped by SIGTERM; the same command continues") == 1, err
+    assert "continuing" not in err
+    if whom == "one rank":
+        assert process.returncode == 0
+    run = tmp_path / "runs" / "digits"
+    assert saved_steps(run) and not (run / "final.safetensors").exists()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_in_the_same_order(folder, tmp_path, monkeypatch):
+    """With the same global batch: what differs is rounding alone."""
+    words = [*DETERMINISTIC, "train.save_every=1"]
+    whole, moved = (
+        recipe(folder, *words, "data.batch_size=8", f"out={tmp_path / name}") for name in ("whole", "moved")
+    )
+    train(whole)
+    train_until_killed(moved, 3, monkeypatch)
+    two = ["data.batch_size=4", f"data.root={folder}", f"out={tmp_path / 'moved'}"]
+    done = run_eit("train", "cifar10", *TINY, *words, *two, ranks=2)
+    assert done.returncode == 0 and "from step 3" in done.stderr, done.stderr
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "moved")[name], atol=2e-4, rtol=0)
+    train_until_killed(recipe(folder, f"out={tmp_path / 'third'}"), 3, monkeypatch)
+    with pytest.raises(eit.UserError, match="another global_batch: 8, now 4"):
+        train(recipe(folder, "data.batch_size=4", f"out={tmp_path / 'third'}", "train.save_every=1"))
+
+
+RANK = """
+import os, sys
+os.environ |= dict(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+sys.argv[1:3] = []
+from eit.cli import main
+main()
+"""
+
+
+def test_ranks_that_see_different_data_refuse_at_the_start(tmp_path):
+    """The same data.root on two machines, one of which lacks an image."""
+    processes = []
+    for rank in range(2):
+        save_digits(tmp_path / f"machine{rank}" / "data", train=12 - rank)
+        words = [sys.executable, "-c", RANK, str(rank), str(20000 + os.getpid() % 20000), "train", "cifar10", *TINY]
+        more = dict(cwd=tmp_path / f"machine{rank}", stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen([*words, "data.root=data", "data.batch_size=4"], **more))
+    errors = [p.communicate(timeout=60)[1] for p in processes]
+    assert [p.returncode for p in processes] == [2, 2], errors
+    for error in errors:
+        assert error.count("\n") == 1 and "the ranks see different data at data: names or labels differ" in error
+    assert not list(tmp_path.rglob("log.jsonl"))
+
+
+def test_a_stream_is_not_continued_on_another_number_of_ranks(folder, tmp_path, monkeypatch):
+    """The order of shards that come in turn depends on it."""
+    require(find_spec("webdataset") is not None, "webdataset is not installed")
+    train_images, val_images = open_data(Data(root=str(folder)))
+    write_shards(train_images, val_images, tmp_path / "shards", 2, 2)
+    wds = [f"data.root={tmp_path / 'shards'}", "data.dataset=wds/digits", f"out={tmp_path / 'run'}"]
+    train_until_killed(recipe(folder, *wds, "data.batch_size=8", "train.save_every=1"), 3, monkeypatch)
+    done = run_eit("train", "cifar10", *TINY, *wds, "data.batch_size=4", "train.save_every=1", ranks=2)
+    assert done.returncode != 0
+    assert "was trained with another number of processes: 1, now 2" in done.stderr
+
+
+# -- Two nodes
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def nodes():
+    """Two network namespaces joined by a cable: [(namespace, address, interface)]."""
+    require(os.geteuid() == 0 and shutil.which("ip") is not None, "iproute2 and root are needed for two nodes")
+    ends = [(f"eit-node{i}-{os.getpid()}", f"10.77.0.{i + 1}", f"eit{i}") for i in (0, 1)]
+    try:
+        for name, *_ in ends:
+            ip("netns", "add", name)
+        ip("link", "add", "eit0", "netns", ends[0][0], "type", "veth", "peer", "name", "eit1", "netns", ends[1][0])
+        for name, address, interface in ends:
+            for words in (["addr", "add", f"{address}/24", "dev", interface], ["link", "set", interface, "up"]):
+                ip("-n", name, *words)
+            ip("-n", name, "link", "set", "lo", "up")
+        yield ends
+    finally:
+        for name, *_ in ends:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_nodes_survive_a_cut_link(nodes, tmp_path):
+    """2 x 2 processes with addresses of their own; the link is cut in the middle of training and restored."""
+    words = ["train", "digits", "train.epochs=6", "train.warmup_epochs=1", "data.batch_size=16", "train.save_every=5"]
+
+    def start(folder, cut):
+        folder.mkdir()
+        processes = []
+        for rank, (name, _, interface) in enumerate(nodes):
+            join = ["--nnodes=2", "--nproc-per-node=2", f"--node-rank={rank}", f"--master-addr={nodes[0][1]}"]
+            command = [sys.executable, "-m", "torch.distributed.run", *join, "--master-port=12355", "-m", "eit", *words]
+            env = os.environ | dict(GLOO_SOCKET_IFNAME=interface, OMP_NUM_THREADS="1")
+            out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+            inside = ["ip", "netns", "exec", name, *command]
+            processes.append(subprocess.Popen(inside, cwd=folder, env=env, stderr=out, text=True))
+        lines = []
+        for line in processes[0].stderr:
+            lines.append(line)
+            if cut and line.startswith("epoch 2"):
+                ip("-n", nodes[1][0], "link", "set", "eit1", "down")
+                reached = max(saved_steps(folder / "runs" / "digits"))
+                time.sleep(6)
+                assert max(saved_steps(folder / "runs" / "digits")) <= reached + 5  # nothing moves
+                assert all(p.poll() is None for p in processes)
+                ip("-n", nodes[1][0], "link", "set", "eit1", "up")
+        assert [p.wait(120) for p in processes] == [0, 0], "".join(lines)
+        return weights(folder / "runs" / "digits")
+
+    assert same(start(tmp_path / "whole", cut=False), start(tmp_path / "cut", cut=True))
+
+
+# -- Long runs
+
+
+def test_a_short_soak(tmp_path):
+    soak(tmp_path, 60, 30, 1.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_thousand_epochs_hold_on_to_nothing(tmp_path):
+    soak(tmp_path, 2000, 50, 1.05)
+
+
+def soak(tmp_path, epochs, early, growth):
+    """Memory, open files and child processes of one run, early and at its end."""
+    code = """
+import json, os, sys
+from eit import run
+from eit.config import load_recipe
+from eit.train import train
+log, seen = run.Run.log, {}
+def note(name):
+    pages = int(open('/proc/self/statm').read().split()[1])
+    files = os.listdir('/proc/self/fd')
+    tasks = open(f'/proc/self/task/{os.getpid()}/children').read().split()
+    seen[name] = dict(memory=pages * os.sysconf('SC_PAGE_SIZE'), files=len(files), children=len(tasks))
+def watched(self, line, classes):
+    log(self, line, classes)
+    if line['epoch'] + 1 in (int(sys.argv[1]), int(sys.argv[2])):
+        note(line['epoch'] + 1)
+run.Run.log = watched
+note('start')
+train(load_recipe('digits', sys.argv[3:]))
+note('end')
+print(json.dumps(seen))
+"""
+    small = ["model.embed_dim=16", "model.depth=1", "data.batch_size=479", "train.warmup_epochs=1"]
+    words = [
+        sys.executable,
+        "-c",
+        code,
+        str(early),
+        str(epochs),
+        *small,
+        f"train.epochs={epochs}",
+        f"out={tmp_path / 'r'}",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=7000, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    first, last, start, end = seen[str(early)], seen[str(epochs)], seen["start"], seen["end"]
+    print(seen)
+    assert last["memory"] <= growth * first["memory"], seen
+    assert last["files"] == first["files"] and end["files"] <= start["files"] + 1, seen
+    assert end["children"] == start["children"] == 0, seen
+    assert load_recipe(str(tmp_path / "r" / "recipe.yaml")).train.epochs == epochs
