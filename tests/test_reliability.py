@@ -162,8 +162,9 @@ def training(folder, *overrides, ranks=0, options=(), until="epoch 2"):
                 break
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in (*children(process.pid), process.pid):  # torchrun's ranks have process groups of their own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -176,7 +177,10 @@ def finish(process, seconds=60):
 
 def children(pid):
     """Process ids below `pid`, the nearest first."""
-    found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
     return found + [below for child in found for below in children(child)]
 
 
@@ -233,7 +237,7 @@ def test_a_dead_loader_process_ends_the_run_with_its_cause(tmp_path):
     with training(tmp_path, "data.cache=false", "data.workers=2") as process:
         os.kill(children(process.pid)[0], signal.SIGKILL)
         status, err = finish(process)
-    assert status == 1 and "eit: a loader process died" in err and "Killed" in err
+    assert status == 1 and "eit: a loader process died (DataLoader worker (pid" in err
 
 
 # -- Ranks
@@ -287,9 +291,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_in_the_same_order(folder, tm
     assert done.returncode == 0 and "from step 3" in done.stderr, done.stderr
     for name, tensor in weights(tmp_path / "whole").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "moved")[name], atol=2e-4, rtol=0)
-    train_until_killed(recipe(folder, f"out={tmp_path / 'third'}"), 3, monkeypatch)
+    train_until_killed(recipe(folder, f"out={tmp_path / 'third'}", "train.save_every=1"), 3, monkeypatch)
     with pytest.raises(eit.UserError, match="another global_batch: 8, now 4"):
-        train(recipe(folder, "data.batch_size=4", f"out={tmp_path / 'third'}", "train.save_every=1"))
+        train(recipe(folder, "data.batch_size=4", f"out={tmp_path / 'third'}"))
 
 
 RANK = """
@@ -408,7 +412,8 @@ from eit.train import train
 log, seen = run.Run.log, {}
 def note(name):
     pages = int(open('/proc/self/statm').read().split()[1])
-    files = os.listdir('/proc/self/fd')
+    files = [os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')]
+    files = [f for f in files if not f.endswith('.ttf')]  # matplotlib's fonts, which it keeps open
     tasks = open(f'/proc/self/task/{os.getpid()}/children').read().split()
     seen[name] = dict(memory=pages * os.sysconf('SC_PAGE_SIZE'), files=len(files), children=len(tasks))
 def watched(self, line, classes):
@@ -439,6 +444,6 @@ print(json.dumps(seen))
     first, last, start, end = seen[str(early)], seen[str(epochs)], seen["start"], seen["end"]
     print(seen)
     assert last["memory"] <= growth * first["memory"], seen
-    assert last["files"] == first["files"] and end["files"] <= start["files"] + 1, seen
+    assert last["files"] == first["files"] and end["files"] == start["files"], seen
     assert end["children"] == start["children"] == 0, seen
     assert load_recipe(str(tmp_path / "r" / "recipe.yaml")).train.epochs == epochs

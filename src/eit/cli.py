@@ -48,7 +48,8 @@ class Commands(TyperGroup):
             if is_out_of_memory(error):
                 line = "out of memory: give a smaller --batch-size or --size"
             elif "DataLoader worker" in str(error):
-                line = f"a loader process died: {str(error).splitlines()[0]}"
+                hint = "it was killed, or memory or /dev/shm ran out: try fewer data.workers"
+                line = f"a loader process died ({str(error).splitlines()[0].rstrip('. ')}); {hint}"
             elif type(error).__name__ == "DistBackendError" or "gloo" in str(error):
                 line = "another process of this run ended; it says why"
             else:
@@ -648,7 +649,7 @@ def _check_text(report: dict[str, Any]) -> str:
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result, indent=2) if as_json else text)
+    print(json.dumps(result, indent=2) if as_json else "\n".join(map(printable, text.split("\n"))))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from eit import distributed
+from eit.errors import printable
 
 T = TypeVar("T")
 
@@ -20,9 +21,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def say(text: str, any_rank: bool = False) -> None:
     """A line for the person who waits: from rank 0, or from the rank that has something of its own to say."""
     if distributed.is_main():
-        err.print(escape(text))
+        err.print(escape(printable(text)))
     elif any_rank:
-        err.print(escape(f"[rank {distributed.rank()}] {text}"))
+        err.print(escape(printable(f"[rank {distributed.rank()}] {text}")))
 
 
 class Advance(Protocol):
