@@ -2,7 +2,10 @@
 
 import json
 import tarfile
+import threading
 from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -425,3 +428,69 @@ def test_the_command_writes_shards(tmp_path):
     done = run_eit("data", "shard", "digits", "shards", "--count", 3, "--val-count", 1, "--json", cwd=tmp_path)
     assert json.loads(done.stdout) == dict(folder="shards", train=36, val=12, shards=4)
     assert json.loads(run_eit("data", "check", "shards", "--json", cwd=tmp_path).stdout)["ok"]
+
+
+# -- What a stream cannot read
+
+
+def damage_image(shard):
+    """Zeros in the middle of a shard's first image."""
+    with tarfile.open(shard) as tar:
+        member = next(m for m in tar if m.name.endswith(".png"))
+    content = bytearray(shard.read_bytes())
+    content[member.offset_data : member.offset_data + member.size] = bytes(member.size)
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_of_a_stream_counts_against_the_budget_and_stops_an_evaluation(streamed, workers, capsys):
+    root = Path(streamed.root)
+    damage_image(root / "train-00000.tar")
+    damage_image(root / "validation-00001.tar")
+    config = streamed.model_copy(update=dict(workers=workers, bad_image_budget=0.05))
+    train_images, val_images = open_data(config)
+    loader = train_loader(train_images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, Augment(), CPU)
+    for epoch in (0, 1):
+        assert len(list(loader.epoch(epoch))) == 8
+        assert len(loader.bad.seen) == 1
+        loader.bad.check(1)
+    err = capsys.readouterr().err
+    assert err.count("unreadable image") == 2 and "wds/colours, before image" in err and "UnidentifiedImage" in err
+    with pytest.raises(UserError, match=r"1 of 40 training images are unreadable"):
+        loader.bad.allowed = 0
+        loader.bad.check(1)
+    with pytest.raises(UserError, match=r"wds/colours.*UnidentifiedImage"):
+        list(evaluation_loader(val_images, VIEW, 4, workers, CPU))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_lost_shard_stops_a_stream_and_is_named(streamed, workers, how):
+    """webdataset would go on with the others, again and again."""
+    config = streamed.model_copy(update=dict(workers=workers))
+    train_images, val_images = open_data(config)
+    for name in ("train-00002.tar", "validation-00001.tar"):
+        shard = Path(streamed.root, name)
+        shard.unlink() if how == "gone" else shard.write_bytes(shard.read_bytes()[:700])
+    loader = train_loader(train_images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, Augment(), CPU)
+    with pytest.raises(UserError, match=r"wds/colours: shard .*train-00002.tar cannot be read") as error:
+        for epoch in range(3):
+            list(loader.epoch(epoch))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"shard .*validation-00001.tar cannot be read"):
+        list(evaluation_loader(val_images, VIEW, 4, workers, CPU))
+
+
+def test_a_stream_comes_from_an_object_store(streamed):
+    """Over HTTP, as from S3; one shard that the store does not have stops the run."""
+    handler = partial(SimpleHTTPRequestHandler, directory=streamed.root)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        config = streamed.model_copy(update=dict(root=f"http://127.0.0.1:{server.server_port}"))
+        assert stream(config) == stream(streamed)
+        Path(streamed.root, "train-00003.tar").unlink()
+        with pytest.raises(UserError, match=r"shard http://127.0.0.1:.*/train-00003.tar cannot be read"):
+            stream(config)
+    finally:
+        server.shutdown()

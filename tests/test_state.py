@@ -3,6 +3,7 @@
 import io
 import os
 import resource
+import shutil
 import signal
 import threading
 from contextlib import contextmanager
@@ -170,3 +171,27 @@ def test_an_error_of_the_writer_is_raised_by_what_follows():
     with pytest.raises(KeyError), Writer() as writer:  # the first error is the one to tell
         writer.submit(fail)
         raise KeyError
+
+
+def test_the_old_checkpoint_goes_only_after_the_new_one_is_durable(steps, state, monkeypatch):
+    """Every file and both folders are flushed before, and the new name appears when all of its files are."""
+    events = []
+
+    def noted(module, name, describe):
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            events.append((name, describe(arguments[0])))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    noted(os, "fsync", lambda descriptor: os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+    noted(os, "rename", lambda path: path.name)
+    noted(shutil, "rmtree", lambda path: path.name)
+    save_step(steps, 40, card(), state, state, training_state(40))
+    renamed = events.index(("rename", ".step-40.tmp"))
+    flushed = {name for _, name in events[:renamed]}
+    assert flushed >= {f".{file}.tmp" for file in ("model.safetensors", "ema.safetensors", "state.pt", "manifest.json")}
+    assert ".step-40.tmp" in flushed
+    assert events[renamed + 1 :] == [("fsync", "checkpoints"), ("fsync", steps.name), ("rmtree", "step-20")]

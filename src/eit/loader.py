@@ -5,9 +5,11 @@ in worker processes, with timm's transforms; `StreamLoader` does so with images 
 reader of timm. `EvaluationLoader` and `StreamEvaluationLoader` give the same images on any number of ranks.
 """
 
+import logging
 import math
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -426,14 +428,57 @@ class _Turn(IterableDataset):
         self.name, self.classes = images.config.dataset, len(images.classes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
+        """(pixels, label, what could not be read before it), or no pixels and a fault, with which it ends."""
         worker = info.id if (info := get_worker_info()) else 0
-        for turn, (image, label) in enumerate(self.dataset):
-            fault = (
-                "" if 0 <= int(label) < self.classes else f"{self.name} has label {label}, of {self.classes} classes"
-            )
-            image = to_mode(ImageOps.exif_transpose(image), self.channels)
-            with seeded(Stream.TURN, *self.counters, worker, turn):
-                yield self.prepare(image), int(label), [fault] if fault else []
+        with _skipped() as faults:
+            last = ""
+            for turn, (image, label) in enumerate(self.dataset):
+                if not 0 <= int(label) < self.classes:
+                    last = f"{self.name} has label {label}, of {self.classes} classes"
+                    break
+                if any(SHARD.search(fault) for fault in faults):  # a part of a shard, or all of it, is lost
+                    break
+                image = to_mode(ImageOps.exif_transpose(image), self.channels)
+                with seeded(Stream.TURN, *self.counters, worker, turn):
+                    pixels = self.prepare(image)
+                where = f"{self.name}, before image {turn + 1} of worker {worker}"
+                yield pixels, int(label), [f"{where}: {fault}" for fault in faults]
+                faults.clear()
+            for fault in sorted(faults, key=lambda fault: SHARD.search(fault) is not None):  # a shard is worth most
+                found = SHARD.search(fault)
+                last = f"{self.name}: " + (f"shard {found.group(1)} cannot be read: " if found else "") + fault
+            if last:
+                yield torch.empty(0), -1, [last]
+
+
+SHARD = re.compile(r"'([^' ]+\.tar)'\)*$")  # at the end of webdataset's errors on the file itself
+
+
+@contextmanager
+def _skipped() -> Iterator[list[str]]:
+    """What timm's reader of shards cannot read: it passes over it with a line in its log."""
+    faults: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = re.sub(r" object at 0x[0-9a-f]+", "", record.getMessage())
+            faults.append(error.removeprefix("Handling webdataset ").removesuffix(" Ignoring.").rstrip("."))
+
+    log, collect = logging.getLogger("timm.data.readers.reader_wds"), Collect()
+    log.addHandler(collect)
+    propagate, log.propagate = log.propagate, False
+    try:
+        yield faults
+    finally:
+        log.removeHandler(collect)
+        log.propagate = propagate
+
+
+def _collate_turn(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """No images where one of the samples is the fault with which a stream ends."""
+    if last := [faults for pixels, _, faults in samples if not pixels.numel()]:
+        return torch.empty(0), torch.empty(0), last[0]
+    return _collate(samples)
 
 
 class StreamLoader:
@@ -472,10 +517,11 @@ class StreamLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         plan = self.plan
         counters = plan.seed, epoch, distributed.rank()
+        self.bad.seen.clear()  # they have no names, and would count anew each epoch
         loader = DataLoader(
             _Turn(self.images, self._open(epoch), self.view.channels, self.transform, *counters),
             batch_size=plan.batch_size,
-            collate_fn=_collate,
+            collate_fn=_collate_turn,
             generator=generator(Stream.ORDER, *counters),
             **_fresh_workers(self.workers, self.device),
         )
@@ -485,8 +531,9 @@ class StreamLoader:
                 of = f"{number} of {plan.steps * plan.accumulate} batches"
                 raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
             images, labels, faults = batch
-            if faults:
+            if not len(labels):
                 raise UserError(faults[0])
+            self.bad.add(faults)
             if number >= first_step * plan.accumulate:
                 yield Batch(images.to(self.device), labels.to(self.device), len(labels))
 
@@ -598,7 +645,7 @@ class StreamEvaluationLoader:
         turn = _Turn(self.images, dataset, self.view.channels, self.view.pixels)
         options = _fresh_workers(workers, self.device)
         seen = 0
-        loader = DataLoader(turn, self.batch_size, collate_fn=_collate, **options)
+        loader = DataLoader(turn, self.batch_size, collate_fn=_collate_turn, **options)
         for block, (pixels, labels, faults) in enumerate(loader):
             seen += len(labels)
             if faults or block >= self.blocks:
