@@ -30,6 +30,7 @@ from eit import loader
 from eit import train as train_module
 from eit.checkpoint import read_safetensors
 from eit.config import load_recipe
+from eit.plan import Stream
 from eit.state import load_step
 
 EPOCHS, STEPS = 3, 22
@@ -66,7 +67,7 @@ class Watch:
         watch, set_seed, save, evaluate = self, train_module.set_seed, train_module.save_step, train_module.evaluate
 
         def watched_seed(*counters):
-            if counters[0] == loader.Stream.STEP:
+            if counters[0] == Stream.STEP:
                 watch.write(0, counters[2])
             set_seed(*counters)
 
@@ -93,7 +94,7 @@ def no_sample_seed() -> None:
 def no_step_seed() -> None:
     """So does dropout."""
     set_seed = train_module.set_seed
-    train_module.set_seed = lambda *counters: counters[0] == loader.Stream.STEP or set_seed(*counters)
+    train_module.set_seed = lambda *counters: counters[0] == Stream.STEP or set_seed(*counters)
 
 
 def last_step_again() -> None:

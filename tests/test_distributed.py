@@ -1,18 +1,12 @@
 """Several processes, as torchrun starts them (gloo)."""
 
 import json
-import os
-import signal
-import subprocess
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import eit
-from eit.state import load_step, saved_steps
-from tests.conftest import TINY, launcher, run_eit
+from tests.conftest import TINY, run_eit
 
 
 def train(folder, out, ranks, *overrides):
@@ -78,36 +72,6 @@ def test_the_accuracy_of_a_run_on_two_ranks_is_that_of_its_weights_with_batch_no
     assert found["top1"] == pytest.approx(line["val_top1"]) and found["loss"] == pytest.approx(
         line["val_loss"], rel=1e-5
     )
-
-
-@pytest.mark.slow
-def test_two_killed_processes_continue_to_the_same_weights(tmp_path):
-    """kill -9 of both ranks in the middle of an epoch, with EMA and dropout."""
-    short = ["train.epochs=4", "train.warmup_epochs=1", "data.batch_size=32", "train.save_every=7"]
-    words = ["train", "digits", *short, "train.ema_decay=0.9", "model.attn_drop_rate=0.1"]
-    runs = [tmp_path / name / "runs" / "digits" for name in ("whole", "killed")]
-    for run in runs:
-        run.parents[1].mkdir()
-    assert run_eit(*words, cwd=tmp_path / "whole", ranks=2).returncode == 0
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as run_eit has it: the number of threads changes the rounding
-    process = subprocess.Popen([*launcher(2), *words], cwd=tmp_path / "killed", stderr=subprocess.DEVNULL, env=env)
-    deadline = time.monotonic() + 120
-    while not any(step >= 35 for step in saved_steps(runs[1])):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    for rank in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(rank), signal.SIGKILL)
-    assert process.wait(60) != 0
-    done = run_eit(*words, cwd=tmp_path / "killed", ranks=2)
-    assert done.returncode == 0 and "continuing runs/digits from step" in done.stderr
-    ends = [load_step(run / "checkpoints" / "step-88") for run in runs]
-    for whole, killed in zip(ends[0][:2], ends[1][:2], strict=True):
-        assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    optimizers = [state["optimizer"]["state"] for *_, state in ends]
-    for index, moments in optimizers[0].items():
-        assert all(torch.equal(moments[name], optimizers[1][index][name]) for name in moments)
-    logs = [[json.loads(line) | {"images_per_s": 0} for line in (run / "log.jsonl").open()] for run in runs]
-    assert logs[0] == logs[1]
 
 
 @pytest.mark.slow

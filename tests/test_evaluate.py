@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from eit import distributed
+from eit.batch import Batch
 from eit.config import Data
 from eit.data import open_data
 from eit.evaluate import evaluate, make_views
 from eit.images import View, normalise
-from eit.loader import Batch, EvaluationLoader
+from eit.loader import EvaluationLoader
 
 VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
 

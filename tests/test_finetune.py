@@ -12,7 +12,7 @@ from eit.checkpoint import Card, read_card, save_weights
 from eit.config import load_recipe
 from eit.data import open_data
 from eit.finetune import build_model, choose_trainable, settle
-from eit.loader import Plan
+from eit.plan import Plan
 from eit.train import make_optimizer, make_schedule, out_of_memory, train
 from tests.conftest import TINY
 from tests.test_train import recipe, same, train_until_killed, weights

@@ -8,24 +8,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eit import distributed
+from eit.augment import erase, shift_and_flip, simple_crop
 from eit.config import Augment, Data
 from eit.data import open_data
 from eit.errors import UserError
 from eit.images import View, normalise
-from eit.loader import (
-    CachedLoader,
-    EvaluationLoader,
-    Plan,
-    Stream,
-    WorkerLoader,
-    erase,
-    seed_of,
-    seeded,
-    set_seed,
-    shift_and_flip,
-    simple_crop,
-    train_loader,
-)
+from eit.loader import CachedLoader, EvaluationLoader, WorkerLoader, train_loader
+from eit.plan import Plan, Stream, seed_of, seeded, set_seed
 
 CPU = torch.device("cpu")
 VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)

@@ -22,7 +22,7 @@ from eit import train as train_module
 from eit.checkpoint import read_safetensors
 from eit.config import Data, load_recipe
 from eit.data import open_data
-from eit.loader import Stream
+from eit.plan import Stream
 from eit.shard import write_shards
 from eit.state import saved_steps
 from eit.train import train
@@ -194,9 +194,9 @@ def test_slurms_warning_saves_and_ends(tmp_path):
 
 STUCK = """
 import sys, time
-from eit import cli, loader, train
+from eit import cli, plan, train
 def stuck(*counters):
-    if counters[0] == loader.Stream.STEP:
+    if counters[0] == plan.Stream.STEP:
         print("in a step", file=sys.stderr, flush=True)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -264,16 +264,17 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_the_weights_are_the_same(t
     assert same(*(weights(tmp_path / name / "runs" / "digits") for name in ("whole", "broken")))
 
 
-@pytest.mark.parametrize("whom", ["torchrun", "one rank"])
-def test_a_signal_under_torchrun_saves_once_and_does_not_restart(tmp_path, whom):
-    with training(tmp_path, "data.batch_size=32", ranks=2, options=["--max-restarts=3"]) as process:
-        target = process.pid if whom == "torchrun" else children(process.pid)[1]
-        os.kill(target, signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("whom", "signum", "status"),
+    [("torchrun", signal.SIGTERM, 1), ("one rank", signal.SIGTERM, 0), ("torchrun", signal.SIGUSR1, 1)],
+)
+def test_a_signal_under_torchrun_saves_once_and_does_not_restart(tmp_path, whom, signum, status):
+    slurm = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    with training(tmp_path, "data.batch_size=32", ranks=2, options=["--max-restarts=3", slurm]) as process:
+        os.kill(process.pid if whom == "torchrun" else children(process.pid)[1], signum)
         err = process.communicate(timeout=60)[1]
-    assert err.count("stopped by SIGTERM; the same command continues") == 1, err
-    assert "continuing" not in err
-    if whom == "one rank":
-        assert process.returncode == 0
+    assert err.count(f"stopped by {signum.name}; the same command continues") == 1, err
+    assert "continuing" not in err and process.returncode == status
     run = tmp_path / "runs" / "digits"
     assert saved_steps(run) and not (run / "final.safetensors").exists()
 

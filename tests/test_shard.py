@@ -23,9 +23,11 @@ from eit.data import open_data, open_evaluation
 from eit.errors import UserError
 from eit.evaluate import evaluate
 from eit.images import View
-from eit.loader import Plan, StreamLoader, evaluation_loader, train_loader
+from eit.loader import evaluation_loader, train_loader
+from eit.plan import Plan
 from eit.readers import INFO, ImageStream
 from eit.shard import write_shards
+from eit.streams import StreamLoader
 from eit.train import train
 from tests.conftest import TINY, require, run_eit, save_digits
 from tests.test_train import log, same, train_until_killed, weights
@@ -285,15 +287,15 @@ def test_a_webdataset_run_over_two_processes_sees_every_sample(streamed, tmp_pat
     (watch / "sitecustomize.py").write_text(
         "import os, builtins\n"
         "if 'RANK' in os.environ:\n"
-        "    import eit.loader as loader, json\n"
-        "    original = loader.StreamLoader.epoch\n"
+        "    import eit.streams as streams, json\n"
+        "    original = streams.StreamLoader.epoch\n"
         "    def epoch(self, epoch, first_step=0):\n"
         "        for batch in original(self, epoch, first_step):\n"
         "            numbers = ((batch.images[:, 0, 8, 8] * 0.5 + 0.5) * 255).round().int().tolist()\n"
         f"            with open('{tmp_path}/seen-' + os.environ['RANK'], 'a') as f:\n"
         "                f.write(json.dumps([epoch, numbers]) + '\\n')\n"
         "            yield batch\n"
-        "    loader.StreamLoader.epoch = epoch\n"
+        "    streams.StreamLoader.epoch = epoch\n"
     )
     plain = ["augment.pad_crop=0", "augment.hflip=0", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"]
     words = [

@@ -15,7 +15,7 @@ from eit import loss as loss_module
 from eit import train as train_module
 from eit.config import load_recipe
 from eit.data import open_data
-from eit.loader import Plan, Stream
+from eit.plan import Plan, Stream
 from eit.run import Run
 from eit.state import load_step, newest_step, saved_steps
 from eit.train import make_optimizer, make_schedule, train

@@ -6,7 +6,7 @@ from eit.checkpoint import load_weights, read_card
 from eit.config import Model, Recipe, differences
 from eit.console import say
 from eit.errors import UserError
-from eit.loader import Stream, set_seed
+from eit.plan import Stream, set_seed
 from eit.run import read_recipe
 from eit.state import saved_steps
 from eit.zoo import TIMM, check_timm_name, create_model, head_names

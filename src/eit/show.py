@@ -10,7 +10,8 @@ from eit.data import open_data
 from eit.draw import Tile
 from eit.finetune import settle
 from eit.images import Images
-from eit.loader import Plan, Stream, evaluation_loader, set_seed, train_loader
+from eit.loader import evaluation_loader, train_loader
+from eit.plan import Plan, Stream, set_seed
 from eit.train import check_plan, make_mixup, make_view
 
 

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from eit import distributed
+from eit.batch import STOP_SIGNALS
 from eit.checkpoint import Card, StateDict, default_mean_std, save_weights, write_file
 from eit.config import Recipe
 from eit.console import progress, say
@@ -31,8 +32,9 @@ from eit.errors import UserError, is_out_of_memory
 from eit.evaluate import autocast, evaluate
 from eit.finetune import build_model, choose_trainable, model_of_begun, settle
 from eit.images import Images, View
-from eit.loader import STOP_SIGNALS, Plan, Stream, StreamLoader, evaluation_loader, set_seed, train_loader
+from eit.loader import StreamLoader, evaluation_loader, train_loader
 from eit.loss import Distillation, class_weights, make_criterion
+from eit.plan import Plan, Stream, set_seed
 from eit.run import Run, environment, is_finished
 from eit.state import State, Writer, load_state, load_step, newest_step, save_step
 from eit.zoo import TIMM

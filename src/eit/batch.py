@@ -1,0 +1,87 @@
+"""What a loader gives, what it could not read, and the processes that make it."""
+
+import os
+import signal
+from collections.abc import Iterable
+from threading import Thread
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eit import distributed
+from eit.console import say
+from eit.errors import UserError
+from eit.images import Images
+from eit.readers import ImageStream
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # preemption, Ctrl-C, Slurm's --signal=USR1
+
+
+class Batch(NamedTuple):
+    images: Tensor  # (B, channels, height, width) float, normalised, on the device
+    labels: Tensor  # (B,) int64, on the device
+    valid: int  # the first so many count; the rest pads a last evaluation block
+
+
+class BadImages:
+    """Unreadable training images: named once each, and counted against the budget."""
+
+    def __init__(self, images: Images | ImageStream, budget: float) -> None:
+        self.total, self.allowed = len(images), int(budget * len(images))
+        self.seen: dict[str, None] = {}  # in the order met
+
+    def add(self, faults: Iterable[str]) -> None:
+        for fault in faults:
+            if fault not in self.seen:
+                self.seen[fault] = None
+                if len(self.seen) <= self.allowed:  # beyond, the run stops
+                    say(f"unreadable image, another is used instead: {fault}", any_rank=True)
+
+    def check(self, met: int) -> None:
+        """Raise a UserError if the budget is used up. `met` is the sum over ranks; what several met counts once."""
+        if met > self.allowed and (count := len(set().union(*distributed.gather(self.seen)))) > self.allowed:
+            last = f"; the last here: {list(self.seen)[-1]}" if self.seen else ""
+            raise UserError(
+                f"{count} of {self.total} training images are unreadable, "
+                f"data.bad_image_budget allows {self.allowed}{last}"
+            )
+
+
+def collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels, faults = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), [fault for one in faults for fault in one]
+
+
+def worker_count(workers: int | None) -> int:
+    """Loader processes of this rank: as given, else one a core, at most 8."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min((os.cpu_count() or 1) // local_world, 8) if workers is None else workers
+
+
+def worker_options(workers: int | None, device: torch.device, persistent: bool = False) -> dict[str, Any]:
+    """Arguments of a DataLoader."""
+    workers = worker_count(workers)
+    return dict(
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """Signals that ask a run to end reach all its processes; the trainer decides, and ends its workers itself."""
+    torch.set_num_threads(1)
+    for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_when_told(trainer: int) -> None:
+    """End at a SIGTERM of the trainer, with which Python and torch clean up, and of nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
