@@ -111,3 +111,14 @@ def test_recipes_name_no_figure_that_nobody_measured_without_saying_so(name):
 
     header = recipe_header(name)
     assert "published" in header or "results/" in header or "not yet" in header
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_that_a_page_names_exist(page):
+    for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", page.read_text()):
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
+def test_every_promise_of_a_run_names_its_tests():
+    rows = re.findall(r"^\| (?!---|what happens|file).*$", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 25 and all(".py::test_" in row for row in rows)
