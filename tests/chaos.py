@@ -38,14 +38,14 @@ SHORT = [f"train.epochs={EPOCHS}", "train.warmup_epochs=1", "train.save_every=5"
 SHORT += ["train.ema_decay=0.9", "model.attn_drop_rate=0.1", "model.drop_path_rate=0.1"]
 # A global batch of 64 in each
 VARIANTS = {
-    "1 process": (1, ["data.batch_size=64"]),
     "1 process, 2 workers": (1, ["data.batch_size=64", "data.cache=false", "data.workers=2"]),
-    "1 process, bf16, accumulate 2": (1, ["data.batch_size=32", "train.accumulate=2", "train.precision=bf16"]),
-    "2 processes": (2, ["data.batch_size=32", "data.workers=0"]),
     "2 processes, 2 workers, bf16, accumulate 2": (
         2,
         ["data.batch_size=16", "train.accumulate=2", "train.precision=bf16", "data.cache=false", "data.workers=2"],
     ),
+    "1 process, bf16, accumulate 2": (1, ["data.batch_size=32", "train.accumulate=2", "train.precision=bf16"]),
+    "2 processes": (2, ["data.batch_size=32", "data.workers=0"]),
+    "1 process": (1, ["data.batch_size=64"]),
 }
 
 

@@ -60,7 +60,7 @@ def test_its_commands_exist_and_its_recipes_are_valid(page):
                 if "overrides" in given and given["recipe"] != "mine.yaml":
                     load_recipe(given["recipe"], given["overrides"] or [])
                 found += 1
-    assert found >= 3
+    assert found
 
 
 def results(name):

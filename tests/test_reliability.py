@@ -20,11 +20,11 @@ import eit
 from eit import state as state_module
 from eit import train as train_module
 from eit.checkpoint import read_safetensors
-from eit.config import Data, load_recipe
+from eit.config import Data
 from eit.data import open_data
 from eit.plan import Stream
 from eit.shard import write_shards
-from eit.state import saved_steps
+from eit.state import load_step, newest_step, saved_steps
 from eit.train import train
 from tests.conftest import TINY, launcher, require, run_eit, save_digits
 from tests.test_distributed import DETERMINISTIC
@@ -45,15 +45,15 @@ def chaos(trials, tmp_path, *words, timeout=500):
 
 
 def test_runs_killed_at_random_come_back_identical(tmp_path):
-    done = chaos(5, tmp_path)
+    done = chaos(3, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 of 5 trials came back identical" in done.stdout
+    assert "3 of 3 trials came back identical" in done.stdout
 
 
-@pytest.mark.parametrize(("fault", "trials"), [("no-sample-seed", 2), ("no-step-seed", 1), ("last-step-again", 1)])
-def test_the_comparison_can_fail(tmp_path, fault, trials):
+@pytest.mark.parametrize("fault", ["no-sample-seed", "no-step-seed", "last-step-again"])
+def test_the_comparison_can_fail(tmp_path, fault):
     """Negative controls: with a fault in the code, chaos.py says so."""
-    done = chaos(trials, tmp_path, "--fault", fault)
+    done = chaos(1, tmp_path, "--fault", fault)
     assert done.returncode == 1
     assert "DIFFERS in weights, moving average, optimizer" in done.stdout.splitlines()[-2], done.stdout + done.stderr
 
@@ -222,14 +222,14 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert status == 130 and "eit: interrupted; what was saved before stays" in err
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(tmp_path, signum):
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(tmp_path):
     with training(tmp_path, "data.cache=false", "data.workers=2") as process:
         workers = children(process.pid)
         assert len(workers) >= 2
-        os.killpg(process.pid, signum)
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
         status, err = finish(process)
-        assert status == 128 + signum and "the same command continues" in err
+        assert status == 128 + signal.SIGTERM and "the same command continues" in err
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
@@ -307,19 +307,54 @@ main()
 """
 
 
-def test_ranks_that_see_different_data_refuse_at_the_start(tmp_path):
-    """The same data.root on two machines, one of which lacks an image."""
+def two_machines(tmp_path, code, *overrides):
+    """Exit status and stderr of the two ranks of a run, each in a folder of its own with data/ in it."""
     processes = []
     for rank in range(2):
-        save_digits(tmp_path / f"machine{rank}" / "data", train=12 - rank)
-        words = [sys.executable, "-c", RANK, str(rank), str(20000 + os.getpid() % 20000), "train", "cifar10", *TINY]
+        words = [sys.executable, "-c", code, str(rank), str(20000 + os.getpid() % 20000), "train", "cifar10", *TINY]
         more = dict(cwd=tmp_path / f"machine{rank}", stderr=subprocess.PIPE, text=True)
-        processes.append(subprocess.Popen([*words, "data.root=data", "data.batch_size=4"], **more))
+        processes.append(subprocess.Popen([*words, "data.root=data", "data.batch_size=4", *overrides], **more))
     errors = [p.communicate(timeout=60)[1] for p in processes]
-    assert [p.returncode for p in processes] == [2, 2], errors
+    return [p.returncode for p in processes], errors
+
+
+def test_ranks_that_see_different_data_refuse_at_the_start(tmp_path):
+    """The same data.root on two machines, one of which lacks an image."""
+    for rank in range(2):
+        save_digits(tmp_path / f"machine{rank}" / "data", train=12 - rank)
+    status, errors = two_machines(tmp_path, RANK)
+    assert status == [2, 2], errors
     for error in errors:
         assert error.count("\n") == 1 and "the ranks see different data at data: names or labels differ" in error
     assert not list(tmp_path.rglob("log.jsonl"))
+
+
+NAN_ON_RANK_1 = """
+import os
+from eit import train
+make = train.make_criterion
+def broken(*arguments):
+    criterion, calls = make(*arguments), []
+    def loss(logits, target):
+        calls.append(0)
+        return criterion(logits, target) * (float("nan") if len(calls) == 6 and os.environ["RANK"] == "1" else 1)
+    return loss
+train.make_criterion = broken
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path):
+    for rank in range(2):
+        save_digits(tmp_path / f"machine{rank}" / "data")
+    code = RANK.replace("from eit.cli import main", NAN_ON_RANK_1 + "from eit.cli import main")
+    status, errors = two_machines(tmp_path, code, "train.save_every=1", "out=run")
+    assert status == [1, 1], errors
+    assert "eit: the loss is nan in epoch 2, step 5, on images" in errors[0] and "Traceback" not in "".join(errors)
+    assert errors[1] == ""  # said once
+    run = tmp_path / "machine0" / "run"
+    assert len((run / "not-finite-5.txt").read_text().splitlines()) == 8  # of both ranks
+    folder, _ = newest_step(run)
+    assert folder.name == "step-5" and all(v.isfinite().all() for v in load_step(folder)[0].values())
 
 
 def test_a_stream_is_not_continued_on_another_number_of_ranks(folder, tmp_path, monkeypatch):
@@ -394,18 +429,16 @@ def test_two_nodes_survive_a_cut_link(nodes, tmp_path):
 
 
 def test_a_short_soak(tmp_path):
-    soak(tmp_path, 60, 30, 1.05)
+    soak(tmp_path, 60, 30, ["data.cache=false", "data.workers=1"])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_two_thousand_epochs_hold_on_to_nothing(tmp_path):
-    soak(tmp_path, 2000, 50, 1.05)
+    print(soak(tmp_path, 2000, 50))
 
 
-def soak(tmp_path, epochs, early, growth):
-    """Memory, open files and child processes of one run, early and at its end."""
-    code = """
+SOAK = """
 import json, os, sys
 from eit import run
 from eit.config import load_recipe
@@ -415,8 +448,8 @@ def note(name):
     pages = int(open('/proc/self/statm').read().split()[1])
     files = [os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')]
     files = [f for f in files if not f.endswith('.ttf')]  # matplotlib's fonts, which it keeps open
-    tasks = open(f'/proc/self/task/{os.getpid()}/children').read().split()
-    seen[name] = dict(memory=pages * os.sysconf('SC_PAGE_SIZE'), files=len(files), children=len(tasks))
+    children = open(f'/proc/self/task/{os.getpid()}/children').read().split()
+    seen[name] = dict(memory=pages * os.sysconf('SC_PAGE_SIZE'), files=len(files), children=len(children))
 def watched(self, line, classes):
     log(self, line, classes)
     if line['epoch'] + 1 in (int(sys.argv[1]), int(sys.argv[2])):
@@ -427,24 +460,19 @@ train(load_recipe('digits', sys.argv[3:]))
 note('end')
 print(json.dumps(seen))
 """
-    small = ["model.embed_dim=16", "model.depth=1", "data.batch_size=479", "train.warmup_epochs=1"]
-    words = [
-        sys.executable,
-        "-c",
-        code,
-        str(early),
-        str(epochs),
-        *small,
-        f"train.epochs={epochs}",
-        f"out={tmp_path / 'r'}",
-    ]
+
+
+def soak(tmp_path, epochs, early, more=()):
+    """Memory, open files and child processes of a run, early and at its end."""
+    small = ["model.embed_dim=16", "model.depth=1", "data.batch_size=479", "train.warmup_epochs=1", *more]
+    words = [sys.executable, "-c", SOAK, str(early), str(epochs), *small]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=7000, env=env)
+    whole = [*words, f"train.epochs={epochs}", f"out={tmp_path / 'run'}"]
+    done = subprocess.run(whole, capture_output=True, text=True, timeout=7000, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     first, last, start, end = seen[str(early)], seen[str(epochs)], seen["start"], seen["end"]
-    print(seen)
-    assert last["memory"] <= growth * first["memory"], seen
+    assert last["memory"] <= 1.05 * first["memory"], seen
     assert last["files"] == first["files"] and end["files"] == start["files"], seen
-    assert end["children"] == start["children"] == 0, seen
-    assert load_recipe(str(tmp_path / "r" / "recipe.yaml")).train.epochs == epochs
+    assert last["children"] == first["children"] and end["children"] == start["children"] == 0, seen
+    return seen

@@ -158,7 +158,7 @@ def test_the_writer_writes_what_was_there_when_it_was_asked():
     assert seen == [("first", [0, 0], [1])]
 
 
-def test_an_error_of_the_writer_is_raised_by_what_follows():
+def test_an_error_of_the_writer_is_raised_by_what_follows(capsys):
     def fail():
         raise OSError("no room")
 
@@ -166,11 +166,12 @@ def test_an_error_of_the_writer_is_raised_by_what_follows():
         with pytest.raises(OSError, match="no room"), Writer() as writer:
             writer.submit(fail)
             writer._pool.shutdown()
-            assert writer.failed()
+            assert str(writer.fault()) == "no room"
             following(writer)
-    with pytest.raises(KeyError), Writer() as writer:  # the first error is the one to tell
+    with pytest.raises(KeyError), Writer() as writer:  # the first error is the one to raise
         writer.submit(fail)
         raise KeyError
+    assert capsys.readouterr().err == "no room\n"
 
 
 def test_the_old_checkpoint_goes_only_after_the_new_one_is_durable(steps, state, monkeypatch):

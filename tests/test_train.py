@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -218,32 +217,6 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(folder, monkeypatch
         f.write('{"epoch": 2, "st')
     train(r)
     assert [line["step"] for line in log(r.run_folder())] == [4, 8, 12]
-
-
-def test_a_killed_digits_run_continues_to_identical_files(tmp_path):
-    """kill -9 from outside, in the middle of training, with the real recipe."""
-    words = ["train", "digits", "train.epochs=4", "train.warmup_epochs=1", "train.save_every=7"]
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    assert run_eit(*words, cwd=tmp_path / "whole").returncode == 0
-    run = tmp_path / "killed" / "runs" / "digits"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eit", *words],
-        cwd=tmp_path / "killed",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not any(step >= 28 for step in saved_steps(run)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (run / "final.safetensors").exists()
-    done = run_eit(*words, cwd=tmp_path / "killed")
-    assert done.returncode == 0 and "continuing runs/digits from step" in done.stderr
-    for name in ("final", "best"):
-        assert same(weights(tmp_path / "whole" / "runs" / "digits", name), weights(run, name))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(folder, monkeypatch, capsys):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import typer.testing
 import yaml
 from PIL import Image
 
 import eit
+from eit import cli
 from eit.checkpoint import load, save_weights
 from eit.config import load_recipe
 from eit.data import open_data
@@ -116,7 +118,16 @@ NAMES = [
 ]
 
 
-def test_class_names_with_separators_or_markup_are_names_and_nothing_else(tmp_path):
+def call(capsys, *words, status=0):
+    """What the command prints, in this process; nothing that moves a terminal's cursor."""
+    found = typer.testing.CliRunner().invoke(cli.app, list(map(str, words)))
+    assert found.exit_code == status, found.output
+    output = found.output + "".join(capsys.readouterr())
+    assert "\x1b" not in output
+    return found.stdout
+
+
+def test_class_names_with_separators_or_markup_are_names_and_nothing_else(tmp_path, monkeypatch, capsys):
     """From weights, which are a stranger's: shown by predict, eval and its tables, with nothing written elsewhere."""
     model = eit.create_model("eit_mini", num_classes=len(NAMES), **SMALL)
     save_weights(tmp_path / "w.safetensors", model.state_dict(), card(classes=NAMES))
@@ -124,33 +135,30 @@ def test_class_names_with_separators_or_markup_are_names_and_nothing_else(tmp_pa
     for i in range(len(NAMES)):
         (tmp_path / "data" / f"class{i}").mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / "data" / f"class{i}" / "x.png")
-    done = run_eit("predict", "w.safetensors", "data", "--top", "9", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "../../etc/passwd" in done.stdout and "[red]cat[/red]" in done.stdout and "[/]" in done.stdout
-    assert "\x1b" not in done.stdout and len(done.stdout.splitlines()) == len(NAMES)
-    done = run_eit("predict", "w.safetensors", "data", "--json", cwd=tmp_path)
-    assert {label["label"] for line in done.stdout.splitlines() for label in json.loads(line)["labels"]} <= set(NAMES)
+    monkeypatch.chdir(tmp_path)
+    shown = call(capsys, "predict", "w.safetensors", "data", "--top", "9")
+    assert "../../etc/passwd" in shown and "[red]cat[/red]" in shown and "[/]" in shown
+    assert len(shown.splitlines()) == len(NAMES)
+    lines = call(capsys, "predict", "w.safetensors", "data", "--json", "--top", "9").splitlines()
+    assert [{label["label"] for label in json.loads(line)["labels"]} for line in lines] == [set(NAMES)] * len(NAMES)
     before = {p for p in tmp_path.rglob("*") if p.is_file()}
     for file in ("m.png", "m.csv"):
-        done = run_eit("eval", "w.safetensors", "--data", "data", "--confusion", file, cwd=tmp_path)
-        assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr, done.stderr
+        call(capsys, "eval", "w.safetensors", "--data", "data", "--confusion", file, "--workers", "0")
     after = {p for p in tmp_path.rglob("*") if p.is_file()}
     assert after - before == {tmp_path / "m.png", tmp_path / "m.csv"}
 
 
-def test_folders_named_like_markup_train_and_are_shown_as_they_are(tmp_path):
+def test_folders_named_like_markup_train_and_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     folder = save_digits(tmp_path / "data")
     names = ["[red]", "[bold]", "\x1b[2J"]
     for part in ("train", "val"):
         for i, name in enumerate(names):
             (folder / part / f"digit{i}").rename(folder / part / name)
-    done = run_eit("train", "cifar10", *TINY, "data.root=data", "out=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = run_eit("eval", "run", "--confusion", "m.png", cwd=tmp_path)
-    assert done.returncode == 0 and "[red]" in done.stdout and "\x1b" not in done.stdout + done.stderr, done.stderr
+    monkeypatch.chdir(tmp_path)
+    call(capsys, "train", "cifar10", *TINY, "data.root=data", "out=run")
+    assert "[red]" in call(capsys, "eval", "run", "--confusion", "m.png", "--workers", "0")
     (folder / "train" / "[red]" / "[bold]\x1b[2J.png").write_bytes(b"nothing")
-    done = run_eit("data", "check", "data", cwd=tmp_path)
-    assert done.returncode == 1 and "[bold]" in done.stdout and "\x1b" not in done.stdout + done.stderr, done.stdout
+    assert "[bold]" in call(capsys, "data", "check", "data", status=1)
 
 
 # -- Links, and files that are none

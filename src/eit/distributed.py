@@ -73,7 +73,7 @@ def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
                 store.set(ask, word)
         if time.monotonic() > deadline:
             raise TimeoutError(f"rank {min(waiting) if rank == 0 else 0} did not join within {TIMEOUT}")
-        time.sleep(0.02)
+        time.sleep(0.05)
     return dist.PrefixStore(word, store)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eit.checkpoint import Card, StateDict, read_pickle, read_safetensors, sync_folder, weights_bytes, write_file
+from eit.console import say
 from eit.errors import UserError
 
 KEPT = 2  # checkpoints of a run
@@ -45,9 +46,9 @@ class Writer:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def failed(self) -> bool:
-        """Whether `wait` would raise at once."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+    def fault(self) -> BaseException | None:
+        """What `wait` would raise at once."""
+        return self._pending.exception() if self._pending is not None and self._pending.done() else None
 
     def __enter__(self) -> "Writer":
         return self
@@ -56,6 +57,8 @@ class Writer:
         self._pool.shutdown()  # what was begun is finished, whatever ended the run
         if error is None:
             self.wait()
+        elif fault := self.fault():  # the first error is the one to raise
+            say(str(fault))
 
 
 def _on_host(value: Any) -> Any:

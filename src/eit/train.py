@@ -210,7 +210,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                     # One small collective a step: mean loss, norm of the gradient (each rank's is that of all),
                     # unreadable images, whether saving failed, signals that any rank was sent.
                     own = [float(loss) / plan.world, float(norm) / plan.world]
-                    own += [len(loader.bad.seen), writer.failed(), *asked()]
+                    own += [len(loader.bad.seen), writer.fault() is not None, *asked()]
                     shared = distributed.sum_over_ranks(torch.tensor(own, device=device)).tolist()
                     mean_loss, mean_norm, bad_images, failed, *signals = shared
                     loader.bad.check(int(bad_images))
@@ -320,7 +320,9 @@ def not_finite(
             write_file(file, "".join(f"{i}\t{images.names[i]}\n" for i in indices))
             what += f" and others (all {len(indices)} with their numbers: {file})"
     advice = "try a lower optim.lr, a longer train.warmup_epochs or optim.clip_grad=1"
-    return FloatingPointError(f"{what}; the weights were not updated with it; {advice}")
+    error = FloatingPointError(f"{what}; the weights were not updated with it; {advice}")
+    error.add_note(distributed.ON_MAIN)
+    return error
 
 
 # -- Parts, each from the recipe --------------------------------------------------------------------------------------
