@@ -19,6 +19,7 @@ import torch
 import eit
 from eit import state as state_module
 from eit import train as train_module
+from eit.batch import STOP_SIGNALS
 from eit.checkpoint import read_safetensors
 from eit.config import Data
 from eit.data import open_data
@@ -112,29 +113,32 @@ def test_saving_by_minutes(folder, monkeypatch):
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, monkeypatch):
     """It ends at a step, not at the next checkpoint, and goes on when there is room."""
-    r = recipe(folder, "train.save_every=2", "train.epochs=40")
+    words = ["data.batch_size=2", "train.save_every=6", "train.max_steps=36"]  # 18 steps an epoch
+    r = recipe(folder, *words)
     steps, seed, write = [], train_module.set_seed, state_module.write_file
 
     def noted_seed(*counters):
-        steps.append(counters[2]) if counters[0] == Stream.STEP else None
+        if counters[0] == Stream.STEP:
+            steps.append(counters[2])
+            time.sleep(0.2 if counters[2] > 12 else 0)  # time for the writer to fail
         seed(*counters)
 
     def full(file, content):
-        if file.parent.name == ".step-6.tmp" and file.name == "state.pt":
+        if file.parent.name == ".step-12.tmp" and file.name == "state.pt":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         write(file, content)
 
-    whole = recipe(folder, "train.save_every=2", "train.epochs=40", f"out={folder.parent / 'whole'}")
+    whole = recipe(folder, *words, f"out={folder.parent / 'whole'}")
     train(whole)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "set_seed", noted_seed)
         patch.setattr(state_module, "write_file", full)
         with pytest.raises(
-            OSError, match=r"step-6 was not written \(No space left on device; .* earlier ones are intact"
+            OSError, match=r"step-12 was not written \(No space left on device; .* earlier ones are intact"
         ):
             train(r)
-    assert max(steps) <= 12
-    assert saved_steps(r.run_folder()) == [4, 2]
+    assert max(steps) < 17
+    assert saved_steps(r.run_folder()) == [6]
     train(r)
     assert same(weights(whole.run_folder()), weights(r.run_folder()))
 
@@ -222,11 +226,16 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert status == 130 and "eit: interrupted; what was saved before stays" in err
 
 
-def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(tmp_path):
+def test_loader_processes_leave_signals_to_the_trainer(tmp_path):
+    """They reach all of a group; the workers go on until it ends them."""
     with training(tmp_path, "data.cache=false", "data.workers=2") as process:
         workers = children(process.pid)
         assert len(workers) >= 2
-        os.killpg(process.pid, signal.SIGINT)
+        for signum in STOP_SIGNALS:
+            for pid in workers:
+                os.kill(pid, signum)
+        time.sleep(2)
+        assert process.poll() is None and set(workers) <= set(children(process.pid))
         os.killpg(process.pid, signal.SIGTERM)
         status, err = finish(process)
         assert status == 128 + signal.SIGTERM and "the same command continues" in err
