@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from eit.state import load_step
 EPOCHS, STEPS = 3, 22
 SHORT = [f"train.epochs={EPOCHS}", "train.warmup_epochs=1", "train.save_every=5", "out=run"]
 SHORT += ["train.ema_decay=0.9", "model.attn_drop_rate=0.1", "model.drop_path_rate=0.1"]
-# A global batch of 64 in each
+# A global batch of 64 in each, or as near as three can share
 VARIANTS = {
     "1 process, 2 workers": (1, ["data.batch_size=64", "data.cache=false", "data.workers=2"]),
     "2 processes, 2 workers, bf16, accumulate 2": (
@@ -46,6 +47,7 @@ VARIANTS = {
     "1 process, bf16, accumulate 2": (1, ["data.batch_size=32", "train.accumulate=2", "train.precision=bf16"]),
     "2 processes": (2, ["data.batch_size=32", "data.workers=0"]),
     "1 process": (1, ["data.batch_size=64"]),
+    "3 processes": (3, ["data.batch_size=21", "data.workers=0"]),
 }
 
 
@@ -130,7 +132,9 @@ def start(folder: Path, variant: str, watch: Watch, fault: str | None) -> list[i
             os.dup2(errors, 2)
             torch.set_num_threads(1)
             if world > 1:
-                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE="2")
+                os.environ |= dict(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+                )
                 os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             if fault:
                 FAULTS[fault]()
@@ -157,7 +161,11 @@ def kill(pids: list[int]) -> None:
 
 
 def kill_at(pids: list[int], watch: Watch, moment: str, step: int, delay: float) -> tuple[int, bool, bool] | None:
-    """Kill all at the moment; where they were, or None where the run ended before."""
+    """Kill all at the moment; where they were, or None where the run ended before, as it should.
+
+    Raises:
+        ChildProcessError: it ended with an error of its own.
+    """
     while True:
         at, saving, evaluating = watch.read()
         if at >= step and (
@@ -167,10 +175,10 @@ def kill_at(pids: list[int], watch: Watch, moment: str, step: int, delay: float)
             where = watch.read()
             kill(pids)
             return where
-        done, _ = os.waitpid(pids[0], os.WNOHANG)
+        done, status = os.waitpid(pids[0], os.WNOHANG)
         if done:
-            for pid in pids[1:]:
-                os.waitpid(pid, 0)
+            if not wait(pids[1:]) or status:
+                raise ChildProcessError
             return None
         time.sleep(0.0005)
 
@@ -209,6 +217,26 @@ def _differences(a: Path, b: Path) -> list[str]:
     return found + (["log"] if logs[0] != logs[1] or len(logs[0]) != EPOCHS else [])
 
 
+def disturb(folder: Path, variant: str, draw: random.Random, fault: str | None) -> Iterator[tuple[int, bool, bool]]:
+    """Start a run and kill it, one to three times; where it was."""
+    kills, killed = draw.randint(1, 3), False
+    while kills:
+        kills -= 1
+        # One in eight before the first step ends; the rest anywhere, a part of them in saving and in evaluation
+        moment = draw.choice(["step", "step", "saving", "evaluation"])
+        step = 0 if draw.random() < 0.125 else draw.randint(1, EPOCHS * STEPS - 2)
+        if fault:  # a place where it shows: early, and not at the end of an epoch
+            moment, step, kills = "step", 14, 0
+        watch = Watch()
+        where = kill_at(start(folder, variant, watch, fault), watch, moment, step, draw.random() * 0.02)
+        if where is not None:
+            killed = True
+            yield where
+        elif not killed:  # the moment did not come; a run that was never disturbed shows nothing
+            shutil.rmtree(folder / "run")
+            kills = 1
+
+
 def main(trials: int, seed: int, fault: str | None) -> int:
     home = Path(tempfile.mkdtemp(prefix="chaos-"))
     draw = random.Random(seed)
@@ -223,29 +251,18 @@ def main(trials: int, seed: int, fault: str | None) -> int:
                 sys.exit(f"{variant} does not train: see {whole[variant]}/errors-0")
         folder = home / f"trial-{trial}"
         folder.mkdir()
-        killed = False
-        kills = draw.randint(1, 3)
-        while kills:
-            kills -= 1
-            # One in eight before the first step ends; the rest anywhere, a part of them in saving and in evaluation
-            moment = draw.choice(["step", "step", "saving", "evaluation"])
-            step = 0 if draw.random() < 0.125 else draw.randint(1, EPOCHS * STEPS - 2)
-            watch = Watch()
-            where = kill_at(start(folder, variant, watch, fault), watch, moment, step, draw.random() * 0.02)
-            if where is None:  # the moment did not come again; a run that was never disturbed shows nothing
-                if not killed:
-                    shutil.rmtree(folder / "run")
-                    kills = 1
-                continue
-            killed = True
-            at, saving, evaluating = where
-            count["kills"] += 1
-            count["after"] += at > 0
-            count["saving"] += saving
-            count["evaluation"] += evaluating
-            what = " while saving" * saving + " in evaluation" * evaluating
-            print(f"trial {trial}  {variant}: killed in step {at}{what}", flush=True)
-        if not wait(start(folder, variant, Watch(), fault)):
+        try:
+            for where in disturb(folder, variant, draw, fault):
+                at, saving, evaluating = where
+                count["kills"] += 1
+                count["after"] += at > 0
+                count["saving"] += saving
+                count["evaluation"] += evaluating
+                what = " while saving" * saving + " in evaluation" * evaluating
+                print(f"trial {trial}  {variant}: killed in step {at}{what}", flush=True)
+            if not wait(start(folder, variant, Watch(), fault)):
+                raise ChildProcessError
+        except ChildProcessError:
             print(f"trial {trial}  {variant}: DOES NOT CONTINUE, see {folder}/errors-0", flush=True)
             continue
         if different := identical(whole[variant] / "run", folder / "run"):

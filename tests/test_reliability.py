@@ -197,20 +197,21 @@ def test_slurms_warning_saves_and_ends(tmp_path):
 
 
 STUCK = """
-import sys, time
+import ctypes, sys
 from eit import cli, plan, train
 def stuck(*counters):
     if counters[0] == plan.Stream.STEP:
         print("in a step", file=sys.stderr, flush=True)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            time.sleep(1)
+        ctypes.CDLL(None).pause()  # once for each signal, without a way for Python to run its handler
+        ctypes.CDLL(None).pause()
+        ctypes.CDLL(None).pause()
 train.set_seed = stuck
 cli.main()
 """
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """Also where the main thread hangs in a call that is none of Python's, as in a collective."""
     words = [sys.executable, "-c", STUCK, "train", "digits"]
     process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
@@ -231,10 +232,10 @@ def test_loader_processes_leave_signals_to_the_trainer(tmp_path):
     with training(tmp_path, "data.cache=false", "data.workers=2") as process:
         workers = children(process.pid)
         assert len(workers) >= 2
-        for signum in STOP_SIGNALS:
+        for signum in (*STOP_SIGNALS, signal.SIGINT):
             for pid in workers:
                 os.kill(pid, signum)
-        time.sleep(2)
+            time.sleep(0.5)
         assert process.poll() is None and set(workers) <= set(children(process.pid))
         os.killpg(process.pid, signal.SIGTERM)
         status, err = finish(process)
@@ -323,7 +324,11 @@ def two_machines(tmp_path, code, *overrides):
         words = [sys.executable, "-c", code, str(rank), str(20000 + os.getpid() % 20000), "train", "cifar10", *TINY]
         more = dict(cwd=tmp_path / f"machine{rank}", stderr=subprocess.PIPE, text=True)
         processes.append(subprocess.Popen([*words, "data.root=data", "data.batch_size=4", *overrides], **more))
-    errors = [p.communicate(timeout=60)[1] for p in processes]
+    try:
+        errors = [p.communicate(timeout=60)[1] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [p.returncode for p in processes], errors
 
 
@@ -336,6 +341,24 @@ def test_ranks_that_see_different_data_refuse_at_the_start(tmp_path):
     for error in errors:
         assert error.count("\n") == 1 and "the ranks see different data at data: names or labels differ" in error
     assert not list(tmp_path.rglob("log.jsonl"))
+
+
+def test_images_that_one_rank_alone_cannot_read_stop_both(tmp_path):
+    """The same names and labels on two machines; on one of them three files are damaged."""
+    for rank in range(2):
+        folder = save_digits(tmp_path / f"machine{rank}" / "data")
+    for name in ("000.png", "001.png", "002.png"):
+        (folder / "train" / "digit1" / name).write_bytes(b"nothing")
+    status, errors = two_machines(tmp_path, RANK)
+    assert status == [2, 2] and all("3 of 36 training images are unreadable" in error for error in errors), errors
+
+
+def test_an_environment_that_describes_half_a_group_is_one_line(tmp_path):
+    done = run_eit("train", "digits", cwd=tmp_path, env=dict(RANK="0", WORLD_SIZE="2"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "eit: RANK is set, as torchrun does, but MASTER_ADDR, MASTER_PORT not: set it, or unset RANK\n"
+    )
 
 
 NAN_ON_RANK_1 = """
@@ -373,9 +396,15 @@ def test_a_stream_is_not_continued_on_another_number_of_ranks(folder, tmp_path, 
     write_shards(train_images, val_images, tmp_path / "shards", 2, 2)
     wds = [f"data.root={tmp_path / 'shards'}", "data.dataset=wds/digits", f"out={tmp_path / 'run'}"]
     train_until_killed(recipe(folder, *wds, "data.batch_size=8", "train.save_every=1"), 3, monkeypatch)
-    done = run_eit("train", "cifar10", *TINY, *wds, "data.batch_size=4", "train.save_every=1", ranks=2)
-    assert done.returncode != 0
-    assert "was trained with another number of processes: 1, now 2" in done.stderr
+    with pytest.raises(eit.UserError, match="another data.batch_size: 8, now 4; set data.batch_size=8"):
+        train(recipe(folder, *wds, "data.batch_size=4", "train.accumulate=2"))
+    done = run_eit("train", "cifar10", *TINY, *wds, "data.batch_size=4", "train.accumulate=1", ranks=2)
+    assert done.returncode != 0 and "was trained with another data.batch_size: 8, now 4" in done.stderr
+    words = ["data.batch_size=8", "train.accumulate=2"]
+    train_until_killed(recipe(folder, *wds, *words, "train.save_every=1", f"out={tmp_path / 'two'}"), 1, monkeypatch)
+    wds[-1] = f"out={tmp_path / 'two'}"
+    done = run_eit("train", "cifar10", *TINY, *wds, "data.batch_size=8", "train.accumulate=1", ranks=2)
+    assert done.returncode != 0 and "was trained with another number of processes: 1, now 2" in done.stderr
 
 
 # -- Two nodes
@@ -428,7 +457,13 @@ def test_two_nodes_survive_a_cut_link(nodes, tmp_path):
                 assert max(saved_steps(folder / "runs" / "digits")) <= reached + 5  # nothing moves
                 assert all(p.poll() is None for p in processes)
                 ip("-n", nodes[1][0], "link", "set", "eit1", "up")
-        assert [p.wait(120) for p in processes] == [0, 0], "".join(lines)
+        try:
+            assert [p.wait(120) for p in processes] == [0, 0], "".join(lines)
+        finally:
+            for process in processes:
+                for pid in (*children(process.pid), process.pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         return weights(folder / "runs" / "digits")
 
     assert same(start(tmp_path / "whole", cut=False), start(tmp_path / "cut", cut=True))

@@ -1,6 +1,7 @@
 """Shards: the same batches as the folder they were written from, and every sample once where they come in turn."""
 
 import json
+import struct
 import tarfile
 import threading
 from collections import Counter
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 import eit
-from eit import distributed
+from eit import distributed, streams
 from eit.checkpoint import read_card, save_weights
 from eit.config import Augment, Data, load_recipe
 from eit.data import open_data, open_evaluation
@@ -460,19 +461,21 @@ def test_an_unreadable_image_of_a_stream_counts_against_the_budget_and_stops_an_
     assert err.count("unreadable image") == 2 and "wds/colours, before image" in err and "UnidentifiedImage" in err
     with pytest.raises(UserError, match=r"1 of 40 training images are unreadable"):
         loader.bad.allowed = 0
-        loader.bad.check(1)
+        loader.bad.check(2)  # both of two ranks met it
     with pytest.raises(UserError, match=r"wds/colours.*UnidentifiedImage"):
         list(evaluation_loader(val_images, VIEW, 4, workers, CPU))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("how", ["gone", "cut"])
-def test_a_lost_shard_stops_a_stream_and_is_named(streamed, workers, how):
+@pytest.mark.parametrize("folder", ["shards4", "it's my shards"])
+def test_a_lost_shard_stops_a_stream_and_is_named(streamed, workers, how, folder):
     """webdataset would go on with the others, again and again."""
-    config = streamed.model_copy(update=dict(workers=workers))
+    root = Path(streamed.root).rename(Path(streamed.root).with_name(folder))
+    config = streamed.model_copy(update=dict(workers=workers, root=str(root)))
     train_images, val_images = open_data(config)
     for name in ("train-00002.tar", "validation-00001.tar"):
-        shard = Path(streamed.root, name)
+        shard = root / name
         shard.unlink() if how == "gone" else shard.write_bytes(shard.read_bytes()[:700])
     loader = train_loader(train_images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, Augment(), CPU)
     with pytest.raises(UserError, match=r"wds/colours: shard .*train-00002.tar cannot be read") as error:
@@ -481,6 +484,36 @@ def test_a_lost_shard_stops_a_stream_and_is_named(streamed, workers, how):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"shard .*validation-00001.tar cannot be read"):
         list(evaluation_loader(val_images, VIEW, 4, workers, CPU))
+
+
+def test_a_shard_that_is_cut_between_two_samples_is_named_at_the_start(streamed):
+    """To webdataset it is whole."""
+    shard = Path(streamed.root, "train-00001.tar")
+    with tarfile.open(shard) as tar:
+        third = tar.getmembers()[6].offset
+    shard.write_bytes(shard.read_bytes()[:third])
+    with pytest.raises(UserError, match=r"train-00001.tar is cut: it has no end of a tar file"):
+        open_data(streamed)
+
+
+def test_an_image_of_a_stream_with_damaged_exif_or_too_many_pixels_is_an_unreadable_one(streamed, monkeypatch):
+    config = streamed.model_copy(update=dict(max_pixels=16 * 16))
+    train_images, val_images = open_data(config)
+    assert len(list(evaluation_loader(val_images, VIEW, 5, 0, CPU))) == 2
+    config = streamed.model_copy(update=dict(max_pixels=100))
+    _, val_images = open_data(config)
+    with pytest.raises(UserError, match=r"wds/colours.*DecompressionBombError"):
+        list(evaluation_loader(val_images, VIEW, 5, 0, CPU))
+
+    def damaged(image):
+        if image.getpixel((0, 0))[0] == 7:
+            raise struct.error("unpack requires a buffer of 4 bytes")
+        return image
+
+    monkeypatch.setattr(streams.ImageOps, "exif_transpose", damaged)
+    loader = train_loader(train_images, VIEW, Plan(40, 5, 1, 1, 1, 0), streamed, Augment(), CPU)
+    seen = [n for x, _, _ in loader.epoch(0) for n in numbers(x)]
+    assert 7 not in seen and len(loader.bad.seen) == 1 and "unpack requires" in next(iter(loader.bad.seen))
 
 
 def test_a_stream_comes_from_an_object_store(streamed):

@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -68,10 +68,12 @@ def test_no_whole_checkpoint_is_an_error(steps):
         newest_step(steps)
 
 
-def test_a_half_written_checkpoint_does_not_count(steps):
+def test_a_half_written_checkpoint_does_not_count(steps, state):
     (steps / "checkpoints" / ".step-40.tmp").mkdir()
     (steps / "checkpoints" / ".step-40.tmp" / "state.pt").write_bytes(b"half")
     assert newest_step(steps)[0].name == "step-30"
+    save_step(steps, 50, card(), state, None, training_state(50))  # and does not stay
+    assert sorted(p.name for p in (steps / "checkpoints").iterdir()) == ["step-30", "step-50"]
 
 
 def test_checkpoints_that_a_run_went_back_behind_are_dropped(steps, state):
@@ -196,3 +198,42 @@ def test_the_old_checkpoint_goes_only_after_the_new_one_is_durable(steps, state,
     assert flushed >= {f".{file}.tmp" for file in ("model.safetensors", "ema.safetensors", "state.pt", "manifest.json")}
     assert ".step-40.tmp" in flushed
     assert events[renamed + 1 :] == [("fsync", "checkpoints"), ("fsync", steps.name), ("rmtree", "step-20")]
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_kill_at_any_moment_of_saving_the_same_step_again_leaves_it_whole(tmp_path, state, monkeypatch, older):
+    """A long epoch is saved before its evaluation and after it. Every change of the disk is a moment to die."""
+
+    class Killed(BaseException):
+        pass
+
+    def dying(call):
+        def changed(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return call(*arguments, **options)
+
+        return changed
+
+    changes = {name: getattr(os, name) for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir")}
+    for moment in range(100):
+        run = tmp_path / f"run-{moment}"
+        for step in (20, 30) if older else (30,):
+            save_step(run, step, card(), state, None, training_state(step))
+        left = moment
+        with monkeypatch.context() as patch:
+            for name, call in changes.items():
+                patch.setattr(os, name, dying(call))
+            with suppress(Killed):
+                save_step(run, 30, card(), state, None, training_state(30))
+        died = left < 0
+        folder, faults = newest_step(run)
+        assert folder is not None and folder.name == "step-30" and not faults, moment
+        assert load_step(folder)[2] == training_state(30)
+        if not died:
+            break
+    assert 15 < moment < 100  # there were as many, and the last run came through
+    save_step(run, 40, card(), state, None, training_state(40))
+    assert not [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]

@@ -426,6 +426,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):
     assert file.read_text().splitlines() == [f"{i}\t{images.names[i]}" for i in numbers]
 
 
+def test_a_gradient_that_is_never_finite_stops_fp16_too(folder, monkeypatch):
+    """A scaler skips such a step; but not all of them."""
+    r = recipe(folder, "train.precision=fp16", "train.epochs=20")
+    make = train_module.make_criterion
+
+    def broken(*arguments):
+        criterion = make(*arguments)
+        return lambda logits, target: criterion(logits, target) + torch.sqrt(0 * logits.sum())
+
+    monkeypatch.setattr(train_module, "make_criterion", broken)
+    with pytest.raises(FloatingPointError, match="the gradient is (nan|inf) in epoch 5, step 16"):
+        train(r)
+
+
 @pytest.mark.parametrize("more", [[], ["optim.clip_grad=1"], ["train.accumulate=2", "data.batch_size=4"]])
 def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypatch, more):
     """Though the loss is finite: the square root of 0 has no slope."""

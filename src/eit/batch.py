@@ -30,6 +30,7 @@ class BadImages:
     def __init__(self, images: Images | ImageStream, budget: float) -> None:
         self.total, self.allowed = len(images), int(budget * len(images))
         self.seen: dict[str, None] = {}  # in the order met
+        self.checked = 0
 
     def add(self, faults: Iterable[str]) -> None:
         for fault in faults:
@@ -40,6 +41,9 @@ class BadImages:
 
     def check(self, met: int) -> None:
         """Raise a UserError if the budget is used up. `met` is the sum over ranks; what several met counts once."""
+        if met == self.checked:
+            return
+        self.checked = met
         if met > self.allowed and (count := len(set().union(*distributed.gather(self.seen)))) > self.allowed:
             last = f"; the last here: {list(self.seen)[-1]}" if self.seen else ""
             raise UserError(
@@ -49,6 +53,12 @@ class BadImages:
 
 
 def collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """A batch and what could not be read; no batch where a sample has no pixels, but the fault that ends the run.
+
+    A fault is handed over, not raised: a worker's exception would arrive with its traceback as its message.
+    """
+    if last := [faults for pixels, _, faults in samples if not pixels.numel()]:
+        return torch.empty(0), torch.empty(0), last[0]
     images, labels, faults = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels), [fault for one in faults for fault in one]
 

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping
@@ -362,8 +363,10 @@ def write_file(path: Path, content: bytes | str) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:  # the one of a full disk does not name the file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    except OSError as error:  # the one of a full disk names neither the file nor what is missing
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        room = f"{error.strerror}; {len(content):,} bytes are needed, {free:,} are free"
+        raise OSError(error.errno, room, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

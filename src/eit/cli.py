@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -50,7 +50,7 @@ class Commands(TyperGroup):
             elif "DataLoader worker" in str(error):
                 hint = "it was killed, or memory or /dev/shm ran out: try fewer data.workers"
                 line = f"a loader process died ({str(error).splitlines()[0].rstrip('. ')}); {hint}"
-            elif type(error).__name__ == "DistBackendError" or "gloo" in str(error):
+            elif type(error).__name__.startswith("Dist") or "gloo" in str(error):  # torch's DistError and below
                 line = "another process of this run ended; it says why"
             else:
                 raise
@@ -147,8 +147,6 @@ def train(
                 f"run folder {folder}\n"
                 f"next: {_program()} eval {folder}    {_program()} predict {folder} IMAGE...",
             )
-    finally:
-        distributed.stop()
 
 
 @app.command(name="eval")
@@ -206,36 +204,33 @@ def evaluate(
     from eit.evaluate import make_views
     from eit.loader import evaluation_loader
 
-    try:
-        on = distributed.start(device)
-        model = load(checkpoint)
-        for size in sizes or ():
-            _check_size(model, size)
-        if split and not dataset:
-            raise UserError(f"--split {split} is of a data set of timm: give --dataset too")
-        where = _evaluation_data(model.card, data, dataset, split, max_pixels)
-        images = _with_classes_of(model.card, open_evaluation(where))
-        model = model.to(on)
-        results = []
-        for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
-            metrics = run(model, evaluation_loader(images, view, batch_size, workers, on), precision, flip)
-            results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
-        if distributed.is_main():
-            head = dict(checkpoint=checkpoint, data=where.root, precision=precision, flip=flip)
-            shown = [
-                view | {key: value for key, value in vars(metrics).items() if key != "confusion"}
-                for view, metrics in results
-            ]
-            if as_json:
-                print(json.dumps(shown[0] | head if len(shown) == 1 else head | dict(views=shown), indent=2))
-            elif len(shown) == 1:
-                print(_metrics_text(metrics))
-            else:
-                _views_table(shown)
-            if confusion:
-                _write_confusion(Path(confusion).expanduser(), metrics.confusion, list(metrics.per_class))
-    finally:
-        distributed.stop()
+    on = distributed.start(device)
+    model = load(checkpoint)
+    for size in sizes or ():
+        _check_size(model, size)
+    if split and not dataset:
+        raise UserError(f"--split {split} is of a data set of timm: give --dataset too")
+    where = _evaluation_data(model.card, data, dataset, split, max_pixels)
+    images = _with_classes_of(model.card, open_evaluation(where))
+    model = model.to(on)
+    results = []
+    for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
+        metrics = run(model, evaluation_loader(images, view, batch_size, workers, on), precision, flip)
+        results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
+    if distributed.is_main():
+        head = dict(checkpoint=checkpoint, data=where.root, precision=precision, flip=flip)
+        shown = [
+            view | {key: value for key, value in vars(metrics).items() if key != "confusion"}
+            for view, metrics in results
+        ]
+        if as_json:
+            print(json.dumps(shown[0] | head if len(shown) == 1 else head | dict(views=shown), indent=2))
+        elif len(shown) == 1:
+            print(_metrics_text(metrics))
+        else:
+            _views_table(shown)
+        if confusion:
+            _write_confusion(Path(confusion).expanduser(), metrics.confusion, list(metrics.per_class))
 
 
 @app.command()
@@ -673,7 +668,8 @@ def main() -> None:
         status = app(standalone_mode=False)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of the parser's
-            raise
+            sys.excepthook(type(error), error, error.__traceback__)
+            _leave(1)
         context = getattr(error, "ctx", None)
         hint = f"; see {context.command_path} -h" if context else ""
         if "No such command" in error.format_message() and sys.argv[1:2] == ["recipes"]:
@@ -682,6 +678,18 @@ def main() -> None:
             hint = "; settings are key=value, such as train.epochs=2"
         _complain(UserError(error.format_message().rstrip(".") + hint))
         status = 2
+    _leave(status or 0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process: where it failed beside others, at once, for NCCL would wait for them, and torchrun for it."""
+    distributed = sys.modules.get("eit.distributed")
+    if distributed is not None and distributed.is_group():
+        if status:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        distributed.stop()
     sys.exit(status)
 
 

@@ -16,7 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 from eit.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # of a start and of a collective; a rank may read and check data for so long
+TIMEOUT = timedelta(minutes=10)  # of a collective; a rank may read and check data for so long
+JOIN = 2 * TIMEOUT  # others may have to notice first that a rank is gone
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -41,8 +42,10 @@ def start(device: str = "auto") -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
+        if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"RANK is set, as torchrun does, but {', '.join(missing)} not: set it, or unset RANK")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        store, rank, world = next(rendezvous("env://", timeout=JOIN))
         store = _of_this_start(store, rank, world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return chosen
@@ -55,7 +58,7 @@ def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
     count of restarts is no prefix: it differs between nodes (pytorch issue 135712). So each rank asks rank 0, with a
     word of its own that no dead process knows, and again until it is answered.
     """
-    word, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    word, deadline = uuid4().hex, time.monotonic() + JOIN.total_seconds()
     waiting = set(range(1, world)) if rank == 0 else {rank}
     if rank == 0:
         for other in waiting:
@@ -72,13 +75,17 @@ def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
             elif rank:
                 store.set(ask, word)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank {min(waiting) if rank == 0 else 0} did not join within {TIMEOUT}")
+            raise TimeoutError(f"rank {min(waiting) if rank == 0 else 0} did not join within {JOIN}")
         time.sleep(0.05)
     return dist.PrefixStore(word, store)
 
 
+def is_group() -> bool:
+    return dist.is_initialized()
+
+
 def stop() -> None:
-    if dist.is_initialized():
+    if is_group():
         dist.destroy_process_group()
 
 

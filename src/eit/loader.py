@@ -91,7 +91,8 @@ class CachedLoader:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for faults in track(pool.map(fill, range(len(images))), "reading images", len(images)):
                 self.bad.add(faults)
-        self.bad.check(len(self.bad.seen))
+        met = torch.tensor(float(len(self.bad.seen)), device=self.device)
+        self.bad.check(int(distributed.sum_over_ranks(met)))
         self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -122,7 +123,10 @@ class _Samples(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, list[str]]:
         epoch, index, repeat = key
-        image, label, faults = read_or_neighbour(self.images, index, self.view.channels)
+        try:
+            image, label, faults = read_or_neighbour(self.images, index, self.view.channels)
+        except UserError as error:
+            return torch.empty(0), -1, [str(error)]
         with seeded(Stream.SAMPLE, self.seed, epoch, index, repeat):
             return self.transform(image), label, faults
 
@@ -161,6 +165,8 @@ class WorkerLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
         for images, labels, faults in self.loader:
+            if not len(labels):
+                raise UserError(faults[0])
             self.bad.add(faults)
             yield Batch(
                 images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), len(labels)
@@ -213,7 +219,7 @@ class EvaluationLoader:
         loader = DataLoader(
             _Pixels(self.images, self.view),
             batch_sampler=keys,
-            collate_fn=_collate_pixels,
+            collate_fn=collate,
             **worker_options(self.workers, self.device),
         )
         for pixels, labels, faults in loader:
@@ -231,11 +237,6 @@ class _Pixels(Dataset):
             return self.view.pixels(self.images.read(index, self.view.channels)), self.images.labels[index], []
         except UnreadableImage as error:
             return torch.empty(0), 0, [str(error)]
-
-
-def _collate_pixels(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    faults = [fault for *_, one in samples for fault in one]
-    return (torch.empty(0), torch.empty(0), faults) if faults else collate(samples)
 
 
 AnyEvaluationLoader = EvaluationLoader | StreamEvaluationLoader

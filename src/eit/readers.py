@@ -11,7 +11,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -53,14 +53,22 @@ def read_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Images:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Paths of the images below `folder`, in a fixed order. Links are followed, but none to a folder that it is in."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        here = os.path.join(os.path.realpath(parent), "")
-        inner = ((name, os.path.realpath(os.path.join(parent, name))) for name in folders)
-        folders[:] = sorted(name for name, real in inner if not here.startswith(os.path.join(real, "")))
-        found += [os.path.join(parent, f) for f in sorted(files) if f.lower().endswith(EXTENSIONS) and f[0] != "."]
-    return found
+    """Paths of the images below `folder`, in a fixed order. Links are followed, but none back to where it came from."""
+
+    def walk(here: str, above: tuple[str, ...]) -> Iterator[str]:
+        real = os.path.join(os.path.realpath(here), "")
+        if any(one.startswith(real) for one in above):
+            return
+        folders = []
+        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != ".":
+                yield entry.path
+        for inner in folders:
+            yield from walk(inner, (*above, real))
+
+    return list(walk(str(folder), ()))
 
 
 # -- The digits of scikit-learn ---------------------------------------------------------------------------------------
@@ -463,9 +471,20 @@ def _check_shards(reader: Any, config: Data) -> int:
     names = getattr(getattr(reader, "split_info", None), "filenames", ())
     for name in names:
         _refuse_commands(config, name)
-        if "://" not in config.root and not Path(config.root, name).is_file():
-            raise UserError(f"shard {Path(config.root, name)} is missing: {INFO} names it")
+        if "://" not in config.root:
+            _check_end(Path(config.root, name))
     return len(names)
+
+
+def _check_end(shard: Path) -> None:
+    """Raise a UserError where a tar file is missing, or does not end as one: cut between two members it looks whole."""
+    if not shard.is_file():
+        raise UserError(f"shard {shard} is missing: {INFO} names it")
+    with open(shard, "rb") as f:
+        f.seek(max(os.path.getsize(shard) - 1024, 0))
+        end = f.read()
+    if end != bytes(1024):
+        raise UserError(f"shard {shard} is cut: it has no end of a tar file")
 
 
 def _create_timm(config: Data, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:

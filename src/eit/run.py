@@ -61,12 +61,7 @@ class Run:
 
     def finished(self) -> dict[str, Any] | None:
         """The summary, where the run has ended."""
-        if not is_finished(self.path):
-            return None
-        try:
-            return json.loads((self.path / "summary.json").read_text())
-        except ValueError:  # it is written last, and written again
-            return None
+        return read_summary(self.path)
 
     def lines(self) -> list[dict[str, Any]]:
         """The log, up to a line that was torn when a process died."""
@@ -93,10 +88,14 @@ class Run:
 
     def log(self, line: dict[str, Any], classes: int) -> None:
         """An epoch's line: to log.jsonl, TensorBoard, curves.png and the screen (top-5 of more than 5 classes)."""
-        with open(self.path / "log.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        file = self.path / "log.jsonl"
+        try:
+            with open(file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as error:  # the one of a full disk does not name the file
+            raise OSError(error.errno, error.strerror, str(file)) from None
         for key, value in line.items():
             if key not in ("epoch", "step") and value is not None:
                 self._board.add_scalar(key, value, line["step"])
@@ -128,9 +127,12 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{file}: {error}; was it made by another version?") from None
 
 
-def is_finished(path: Path) -> bool:
-    """Whether the run in a folder has ended."""
-    return (path / "final.safetensors").exists() and (path / "summary.json").exists()
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """The summary of the run in a folder, where it has ended. One that is damaged is written again."""
+    try:
+        return json.loads((path / "summary.json").read_text()) if (path / "final.safetensors").exists() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _closer(file: IO[str]) -> Callable[[], None]:

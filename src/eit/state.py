@@ -86,21 +86,24 @@ def save_step(run: Path, step: int, card: Card, model: StateDict, ema: StateDict
     manifest = dict(step=step, sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
     files["manifest.json"] = json.dumps(manifest, indent=2).encode()
     folder = run / "checkpoints"
-    target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
+    target, temporary, aside = (folder / name for name in (f"step-{step}", f".step-{step}.tmp", f".step-{step}.old"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(".step-*.tmp"):  # by a process that was killed
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
         for name, content in files.items():
             write_file(temporary / name, content)
-        if target.exists():  # damaged, or of a run that went on from an older step
-            shutil.rmtree(target)
+        if target.exists():  # a long epoch is saved before and after its evaluation
+            os.rename(target, aside)
         os.rename(temporary, target)
         sync_folder(folder)
         sync_folder(run)
+        if aside.exists():
+            shutil.rmtree(aside)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         need, free = sum(map(len, files.values())), shutil.disk_usage(run).free
-        reason = f"{error.strerror}; {need:,} bytes are needed, {free:,} are free"
+        reason = f"{os.strerror(error.errno or 0)}; {need:,} bytes are needed, {free:,} are free"
         raise OSError(f"checkpoint {target} was not written ({reason}); earlier ones are intact") from None
     kept = [old for old in saved_steps(run) if old <= step][:KEPT]
     for old in set(saved_steps(run)) - set(kept):  # later ones are damaged: the run went on from an older step
@@ -115,11 +118,16 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def newest_step(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line on each newer one that is not.
+    """The newest checkpoint that is whole, and a line on each newer one that is not. For the holder of the run.
 
     Raises:
         UserError: there are checkpoints and all are damaged.
     """
+    for aside in (run / "checkpoints").glob(".step-*.old"):  # a process was killed while it put another in its place
+        if (target := aside.with_name(aside.stem[1:])).exists():
+            shutil.rmtree(aside)
+        else:
+            os.rename(aside, target)
     faults = []
     for step in saved_steps(run):
         folder = run / "checkpoints" / f"step-{step}"

@@ -1,14 +1,15 @@
 """Images that come in turn, from shards behind a reader of timm -> batches."""
 
 import logging
-import re
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -62,7 +63,7 @@ class StreamLoader:
         loader = DataLoader(
             _Turn(self.images, self._open(epoch), self.view.channels, self.transform, *counters),
             batch_size=plan.batch_size,
-            collate_fn=_collate_turn,
+            collate_fn=collate,
             generator=generator(Stream.ORDER, *counters),
             **worker_options(self.workers, self.device),
         )
@@ -111,7 +112,7 @@ class StreamEvaluationLoader:
         turn = _Turn(self.images, dataset, self.view.channels, self.view.pixels)
         options = worker_options(workers, self.device)
         seen = 0
-        loader = DataLoader(turn, self.batch_size, collate_fn=_collate_turn, **options)
+        loader = DataLoader(turn, self.batch_size, collate_fn=collate, **options)
         for block, (pixels, labels, faults) in enumerate(loader):
             seen += len(labels)
             if faults or block >= self.blocks:
@@ -130,56 +131,62 @@ class _Turn(IterableDataset):
     def __init__(self, images: ImageStream, dataset: Any, channels: int, prepare: Any, *counters: int) -> None:
         self.dataset, self.channels, self.prepare, self.counters = dataset, channels, prepare, counters
         self.name, self.classes = images.config.dataset, len(images.classes)
+        self.max_pixels = images.config.max_pixels
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
         """(pixels, label, what could not be read before it), or no pixels and a fault, with which it ends."""
         worker = info.id if (info := get_worker_info()) else 0
-        with _skipped() as faults:
+        with _skipped(self.dataset.reader, self.max_pixels) as (faults, lost):
             last = ""
             for turn, (image, label) in enumerate(self.dataset):
                 if not 0 <= int(label) < self.classes:
                     last = f"{self.name} has label {label}, of {self.classes} classes"
+                if last or lost:
                     break
-                if any(SHARD.search(fault) for fault in faults):  # a part of a shard, or all of it, is lost
-                    break
-                image = to_mode(ImageOps.exif_transpose(image), self.channels)
+                try:
+                    image = to_mode(ImageOps.exif_transpose(image), self.channels)
+                except Exception as error:  # as in `eit.images.decode`
+                    faults.append(repr(error))
+                    continue
                 with seeded(Stream.TURN, *self.counters, worker, turn):
                     pixels = self.prepare(image)
                 where = f"{self.name}, before image {turn + 1} of worker {worker}"
                 yield pixels, int(label), [f"{where}: {fault}" for fault in faults]
                 faults.clear()
-            for fault in sorted(faults, key=lambda fault: SHARD.search(fault) is not None):  # a shard is worth most
-                found = SHARD.search(fault)
-                last = f"{self.name}: " + (f"shard {found.group(1)} cannot be read: " if found else "") + fault
+            if lost:
+                last = f"{self.name}: shard {lost[0]}"
+            elif faults:
+                last = f"{self.name}: {faults[0]}"
             if last:
                 yield torch.empty(0), -1, [last]
 
 
-SHARD = re.compile(r"'([^' ]+\.tar)'\)*$")  # at the end of webdataset's errors on the file itself
-
-
 @contextmanager
-def _skipped() -> Iterator[list[str]]:
-    """What timm's reader of shards cannot read: it passes over it with a line in its log."""
+def _skipped(reader: Any, max_pixels: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Images, and shards, that a reader of timm cannot read: it passes over both with a line in its log.
+
+    Images of more than `max_pixels` are among them.
+    """
+    shards = {os.path.join(reader.root, name) for name in getattr(getattr(reader, "split_info", None), "filenames", ())}
     faults: list[str] = []
+    lost: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            error = re.sub(r" object at 0x[0-9a-f]+", "", record.getMessage())
-            faults.append(error.removeprefix("Handling webdataset ").removesuffix(" Ignoring.").rstrip("."))
+            error = sys.exc_info()[1]  # the line is written where it is handled
+            arguments = [str(argument) for argument in error.args] if error else []
+            if found := shards.intersection(arguments):  # webdataset adds it to an error of the file itself
+                lost.append(f"{found.pop()} cannot be read: {type(error).__name__}: {arguments[0]}")
+            else:
+                faults.append(repr(error) if error else record.getMessage())
 
     log, collect = logging.getLogger("timm.data.readers.reader_wds"), Collect()
     log.addHandler(collect)
     propagate, log.propagate = log.propagate, False
+    cap, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, -(-max_pixels // 2)  # Pillow refuses more than twice as many
     try:
-        yield faults
+        yield faults, lost
     finally:
+        Image.MAX_IMAGE_PIXELS = cap
         log.removeHandler(collect)
         log.propagate = propagate
-
-
-def _collate_turn(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    """No images where one of the samples is the fault with which a stream ends."""
-    if last := [faults for pixels, _, faults in samples if not pixels.numel()]:
-        return torch.empty(0), torch.empty(0), last[0]
-    return collate(samples)

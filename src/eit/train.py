@@ -35,7 +35,7 @@ from eit.images import Images, View
 from eit.loader import StreamLoader, evaluation_loader, train_loader
 from eit.loss import Distillation, class_weights, make_criterion
 from eit.plan import Plan, Stream, set_seed
-from eit.run import Run, environment, is_finished
+from eit.run import Run, environment, read_summary
 from eit.state import State, Writer, load_state, load_step, newest_step, save_step
 from eit.zoo import TIMM
 
@@ -101,12 +101,13 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     model = build_model(recipe, len(classes), initial=begun is None)
     choose_trainable(recipe, model)
     weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
-    needs_teacher = recipe.loss.teacher and not distributed.on_main(lambda: is_finished(recipe.run_folder()))
+    needs_teacher = recipe.loss.teacher and not distributed.on_main(lambda: read_summary(recipe.run_folder()))
     distillation = Distillation(recipe.loss, view, classes, device) if needs_teacher else None
     card = make_card(recipe, view, classes)
     at = Progress(fixed=dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=plan.global_batch))
     if isinstance(loader, StreamLoader):  # whose order depends on it
-        at.fixed |= {"data.workers": loader.workers, "number of processes": plan.world}
+        at.fixed |= {"data.workers": loader.workers, "data.batch_size": plan.batch_size}
+        at.fixed["number of processes"] = plan.world
     if distillation:
         at.fixed["loss.teacher"] = distillation.digest
     if len(set(distributed.gather(at.fixed["data"]))) > 1:
@@ -147,6 +148,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if recipe.train.compile:
         network = torch.compile(network)
+    if plan.world > 2:
+        warm_up(network, torch.zeros(plan.batch_size, view.channels, view.size, view.size, device=device), recipe)
 
     def backward(micro: int, batches: Iterator[Any]) -> Tensor:
         """One micro-batch's share of the step's loss, its gradients added."""
@@ -218,7 +221,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                         distributed.on_main(writer.wait)
                     if not math.isfinite(mean_loss):
                         raise not_finite("loss", mean_loss, at, plan, train_images, run)
-                    if not math.isfinite(mean_norm) and not scaler.is_enabled():  # a scaler skips such steps by itself
+                    # A scaler skips such a step by itself, and halves the scale: at 1 it is no longer to blame.
+                    if not math.isfinite(mean_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
                         raise not_finite("gradient", mean_norm, at, plan, train_images, run)
                     if recipe.optim.clip_grad:
                         nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
@@ -284,6 +288,19 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         )
 
     return distributed.on_main(finish)
+
+
+def warm_up(network: nn.Module, x: Tensor, recipe: Recipe) -> None:
+    """A backward pass without an effect: DDP arranges its buckets after the first one.
+
+    The sum over three or more ranks depends on the arrangement, so a continued run must have it from its first step.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with autocast(x.device, recipe.train.precision):
+        network(x).float().sum().backward()
+    network.zero_grad(set_to_none=True)
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def largest_rate(optimizer: torch.optim.Optimizer) -> float:
@@ -436,7 +453,7 @@ def check_same(state: dict[str, Any], at: Progress, run: Run) -> None:
     saved = state["progress"]["fixed"]
     for key, now in at.fixed.items():
         if (before := saved.get(key)) != now:
-            advice = f"set {key}={before}" if key == "data.workers" else "use another out="
+            advice = f"set {key}={before}" if key.startswith("data.") else "use another out="
             raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; {advice}")
 
 
@@ -482,21 +499,41 @@ def stop_signals() -> Iterator[Callable[[], list[float]]]:
     seen: set[int] = set()
 
     def note(signum: int, _: Any) -> None:
-        if signum == signal.SIGINT and signum in seen:
-            cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""  # which a progress bar hides
-            os.write(2, cursor + b"eit: interrupted; what was saved before stays\n")
-            os._exit(130)
         seen.add(signum)
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield lambda: [0.0] * len(STOP_SIGNALS)
         return
     before = {signum: signal.signal(signum, note) for signum in STOP_SIGNALS}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    waked = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_end_at_the_second, args=(reading,), daemon=True)
+    watch.start()
     try:
         yield lambda: [float(signum in seen) for signum in STOP_SIGNALS]
     finally:
+        signal.set_wakeup_fd(waked)
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        os.write(writing, bytes(1))  # loader processes have the pipe too: closing it would not end the thread
+        watch.join()
+        os.close(writing)
+
+
+def _end_at_the_second(reading: int) -> None:
+    """End the process at its second SIGINT, also while the main thread waits for other ranks and runs no handler."""
+    interrupts = 0
+    with os.fdopen(reading, "rb", buffering=0) as signums:
+        while signum := signums.read(1)[0]:
+            interrupts += signum == signal.SIGINT
+            if interrupts == 2:
+                cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""  # which a progress bar hides
+                os.write(2, cursor + b"eit: interrupted; what was saved before stays\n")
+                os._exit(130)
+
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # signals of loader processes are their own
 
 
 def which_signal(signals: list[float]) -> int:
