@@ -191,12 +191,9 @@ def evaluate(
     """
     if precision not in ("fp32", "bf16", "fp16"):
         raise UserError(f"--precision {precision}: fp32, bf16 or fp16 is expected")
-    if confusion:
-        _file_to_write(confusion, "--confusion", ".csv")
-        if (views := len(set(sizes or [0])) * len(set(crop_ratios or [0]))) > 1:
-            raise UserError(
-                f"--confusion {confusion} is of one size and crop ratio; {views} combinations are asked for"
-            )
+    matrix = _file_to_write(confusion, "--confusion", ".csv") if confusion else None
+    if matrix and (views := len(set(sizes or [0])) * len(set(crop_ratios or [0]))) > 1:
+        raise UserError(f"--confusion {confusion} is of one size and crop ratio; {views} combinations are asked for")
     from eit import distributed
     from eit.checkpoint import load
     from eit.data import open_evaluation
@@ -229,8 +226,8 @@ def evaluate(
             print(_metrics_text(metrics))
         else:
             _views_table(shown)
-        if confusion:
-            _write_confusion(Path(confusion).expanduser(), metrics.confusion, list(metrics.per_class))
+        if matrix:
+            _write_confusion(matrix, metrics.confusion, list(metrics.per_class))
 
 
 @app.command()

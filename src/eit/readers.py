@@ -466,9 +466,14 @@ def _refuse_commands(config: Data, *names: str) -> None:
             raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, for a shell would see it")
 
 
+def shard_names(reader: Any) -> list[str]:
+    """The files that a reader of timm reads, below its root; none where it does not say."""
+    return list(getattr(getattr(reader, "split_info", None), "filenames", ()))
+
+
 def _check_shards(reader: Any, config: Data) -> int:
     """Count them. Raise a UserError where one is not there, which timm would replace by the others, or is a command."""
-    names = getattr(getattr(reader, "split_info", None), "filenames", ())
+    names = shard_names(reader)
     for name in names:
         _refuse_commands(config, name)
         if "://" not in config.root:

@@ -59,10 +59,6 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def finished(self) -> dict[str, Any] | None:
-        """The summary, where the run has ended."""
-        return read_summary(self.path)
-
     def lines(self) -> list[dict[str, Any]]:
         """The log, up to a line that was torn when a process died."""
         lines = []

@@ -20,7 +20,7 @@ from eit.config import Augment, Data
 from eit.errors import UserError
 from eit.images import View, normalise, to_mode
 from eit.plan import Plan, Stream, generator, seed_of, seeded
-from eit.readers import ImageStream
+from eit.readers import ImageStream, shard_names
 
 
 class StreamLoader:
@@ -167,7 +167,7 @@ def _skipped(reader: Any, max_pixels: int) -> Iterator[tuple[list[str], list[str
 
     Images of more than `max_pixels` are among them.
     """
-    shards = {os.path.join(reader.root, name) for name in getattr(getattr(reader, "split_info", None), "filenames", ())}
+    shards = {os.path.join(reader.root, name) for name in shard_names(reader)}
     faults: list[str] = []
     lost: list[str] = []
 

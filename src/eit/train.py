@@ -119,7 +119,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     def open_run() -> dict[str, Any] | None:
         nonlocal run
         run = held.enter_context(Run(recipe.run_folder(), recipe))
-        if summary := run.finished():
+        if summary := read_summary(run.path):
             newest, _ = newest_step(run.path)
             if newest is not None:
                 check_same(load_state(newest), at, run)
@@ -177,8 +177,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             best_card = measured(card, at) if best else None
             writer.submit(write_state, run.path, at.step, card, best_card, model.state_dict(), averaged, state)
 
-    def save_and_stop(signals: list[float]) -> NoReturn:
-        save()
+    def stop(signals: list[float]) -> NoReturn:
+        """When what was saved is on the disk."""
         distributed.on_main(writer.wait)
         raise Stopped(which_signal(signals), recipe.run_folder())
 
@@ -239,7 +239,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                     images_per_s = (at.step - began_step) * plan.global_batch / (now - began)
                     advance(loss=mean_loss, lr=largest_rate(optimizer), **{"images/s": round(images_per_s)})
                     if at.step < end and any(signals):
-                        save_and_stop(signals)
+                        save()
+                        stop(signals)
                     if at.step < end and is_due(recipe, at.step, now - saved):
                         save()
                         saved = time.monotonic()
@@ -269,8 +270,7 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                 run.log(at.last, len(classes))
             save(best)
             if any(signals) and at.step < total_steps:
-                distributed.on_main(writer.wait)
-                raise Stopped(which_signal(signals), recipe.run_folder())
+                stop(signals)
 
     def finish() -> dict[str, Any]:
         assert run is not None
