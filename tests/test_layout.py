@@ -8,7 +8,7 @@ import pytest
 import eit
 
 SOURCE = Path(eit.__file__).parent
-# Lower layers first; a module imports from lower layers only.
+# Lower layers first; a module imports from lower layers only. `analysis` is a package, with layers of its own.
 LAYERS = [
     {"errors"},
     {"model", "config", "distributed", "draw"},
@@ -18,10 +18,20 @@ LAYERS = [
     {"streams"},
     {"data", "loader", "run", "predict", "loss", "prepare"},
     {"evaluate", "finetune", "shard"},
-    {"train"},
+    {"train", "analysis"},
     {"show"},
     {"cli"},
     {"__main__", "__init__"},
+]
+ANALYSIS = [
+    {"__init__", "moments"},
+    {"frequency"},
+    {"attention"},
+    {"probe"},
+    {"measure", "pictures"},
+    {"subjects", "robustness"},
+    {"figures"},
+    {"compare", "report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -37,16 +47,24 @@ def imported(file, top_level_only):
 
 
 def test_every_module_has_its_layer():
-    assert {file.stem for file in SOURCE.glob("*.py")} == set(LEVEL)
+    packages = {folder.parent.name for folder in SOURCE.glob("*/__init__.py")}
+    assert {file.stem for file in SOURCE.glob("*.py")} | packages == set(LEVEL)
+    assert {file.stem for file in (SOURCE / "analysis").glob("*.py")} == set().union(*ANALYSIS)
 
 
-@pytest.mark.parametrize("file", sorted(SOURCE.glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
 def test_imports_go_down(file):
+    own = LEVEL["analysis" if file.parent != SOURCE else file.stem]
+    inner = {name: level for level, names in enumerate(ANALYSIS) for name in names}
     for name in imported(file, top_level_only=False):
-        package, _, module = name.partition(".")
-        module = module.split(".")[0]
-        if package == "eit" and module in LEVEL and file.stem != "__init__":
-            assert LEVEL[module] < LEVEL[file.stem], f"{file.stem} imports {module}"
+        package, module, *part = (*name.split("."), "")[:3]
+        if package != "eit" or module not in LEVEL or file == SOURCE / "__init__.py":
+            continue
+        if module == "analysis" and file.parent != SOURCE:
+            if part != [""]:
+                assert inner[part[0]] < inner[file.stem], f"{file.stem} imports {name}"
+        else:
+            assert LEVEL[module] < own, f"{file.stem} imports {module}"
 
 
 def test_the_model_needs_torch_and_timm_layers_alone():

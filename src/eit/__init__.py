@@ -18,6 +18,8 @@ __version__ = _version("eit")
 # Public name -> its module. Imported on first use, so that `eit --version` does not wait for torch.
 _PUBLIC = {
     "EIT": "model",
+    "Analysis": "analysis.measure",
+    "analyze": "analysis.measure",
     "complexity": "macs",
     "create_model": "zoo",
     "list_models": "zoo",

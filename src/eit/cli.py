@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ import eit
 from eit.errors import UserError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
+    from eit.analysis.figures import Measured
     from eit.checkpoint import Card
     from eit.config import Data
     from eit.evaluate import Metrics
@@ -267,6 +269,61 @@ def predict(
 
 
 @app.command()
+def analyze(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Weights files, run folders, digits; eit_mini, lsra/eit_mini; timm/NAME, torchvision/NAME.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[str, typer.Option(help="Images: a folder of any depth, or a data set.", show_default=False)],
+    out: Annotated[str, typer.Option(help="The folder to write report.html, figures/ and csv/ into.")] = "analysis",
+    images: Annotated[int, typer.Option("--images", min=1, help="At most so many, evenly spaced.")] = 1000,
+    pictures: Annotated[int, typer.Option(min=0, max=8, help="Images that are shown one by one.")] = 4,
+    bands: Annotated[bool, typer.Option("--bands", help="Accuracy under noise of frequency bands as well.")] = False,
+    rollout: Annotated[bool, typer.Option("--rollout", help="Show attention rollout as well.")] = False,
+    grad_cam: Annotated[bool, typer.Option("--grad-cam", help="Show Grad-CAM as well (extra: analysis).")] = False,
+    initial: Annotated[
+        bool, typer.Option("--initial/--no-initial", help="Each trained model beside its initial values.")
+    ] = True,
+    rho: Annotated[float, typer.Option(help="Frequencies above are high; 1 is the Nyquist frequency.")] = 0.5,
+    renormalize: Annotated[
+        bool,
+        typer.Option("--renormalize/--no-renormalize", help="Leave attention to the class token out of distances."),
+    ] = True,
+    size: Annotated[int | None, typer.Option(min=1, max=65536, help="Pixels; default: each model's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.")] = None,
+    max_pixels: MaxPixels = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """High-frequency share and head diversity of vision transformers, side by side.
+
+    eit analyze runs/eit runs/lsra runs/vit timm/vit_tiny_patch16_224 --data photos --out report
+    """
+    from eit.analysis.compare import Options, compare
+    from eit.analysis.report import to_json, write
+    from eit.analysis.subjects import check_names, choose_images
+    from eit.distributed import start
+    from eit.images import MAX_PIXELS
+
+    folder = _folder_to_write(out, "--out")
+    check_names(names)
+    chosen = choose_images(data, images, bands, max_pixels or MAX_PIXELS)
+    options = Options(size, initial, rho, renormalize, bands, pictures, rollout, grad_cam, batch_size, workers)
+    measured, shown = compare(names, chosen, start(device), options, _with_classes_of)
+    page = write(folder, measured, data, shlex.join(["eit", *sys.argv[1:]]), shown)
+    if as_json:
+        print(to_json(measured, folder))
+        return
+    _table(*_analysis_table(measured))
+    print(f"{page}: figures and numbers of {len(chosen):,} images")
+
+
+@app.command()
 def models(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
@@ -496,6 +553,18 @@ def _file_to_write(name: str, option: str, also: str | None = None) -> Path:
     return file
 
 
+def _folder_to_write(name: str, option: str) -> Path:
+    """A folder, made now: before anything is computed."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"{option} {name} cannot be written: {error.strerror}") from None
+    return folder
+
+
 def _program() -> str:
     """How the user called this command."""
     called = Path(sys.argv[0])
@@ -623,6 +692,29 @@ def _views_table(views: Sequence[dict[str, Any]]) -> None:
     if len(views[0]["per_class"]) <= 5:
         del columns["top-5"]  # every class is among the first five
     _table(list(columns), [[text(view) for text in columns.values()] for view in views])
+
+
+def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list[list[str]]]:
+    """A row a model: what its first and last layer hold, and how diverse its heads are in the mean."""
+    head = ("model", "tokens", "pitch", "share, layer 1>last", "with DC", "noise", "diversity", "of uniform")
+    rows = []
+    for one in measured:
+        layers, heads = one.analysis.at("block"), one.analysis.attention
+        diversity = sum(layer.std for layer in heads) / len(heads) if heads else None
+        relative = sum(layer.std / layer.uniform for layer in heads) / len(heads) if heads else None
+        rows.append(
+            [
+                one.name,
+                "x".join(map(str, one.analysis.grid)),
+                f"{heads[0].pitch:g} px" if heads else "-",
+                f"{100 * layers[0].share:.1f}>{100 * layers[-1].share:.1f}%",
+                f"{100 * layers[0].share_with_dc:.1f}>{100 * layers[-1].share_with_dc:.1f}%",
+                f"{100 * layers[0].noise_share:.1f}%",
+                f"{diversity:.2f} px" if diversity is not None else "-",
+                f"{100 * relative:.1f}%" if relative is not None else "-",
+            ]
+        )
+    return head, rows
 
 
 def _check_text(report: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def curves(lines: Sequence[dict[str, Any]], file: Path) -> None:
         axis.grid(alpha=0.3)
         if len(axis.lines) > 1:
             axis.legend(frameon=False)
-    _save(figure, file)
+    save(figure, file)
 
 
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Path) -> None:
@@ -76,7 +76,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Pat
         for (row, column), count in np.ndenumerate(table):
             colour = "white" if shares[row, column] > 0.4 else "black" if count else "#bbbbbb"
             axis.text(column, row, str(count), ha="center", va="center", fontsize=size, color=colour)
-    _save(figure, file, bbox_inches="tight")
+    save(figure, file, bbox_inches="tight")
 
 
 class Tile(NamedTuple):
@@ -109,7 +109,7 @@ def grid(sections: Sequence[tuple[str, Sequence[Tile]]], file: Path, columns: in
             axis.text(
                 0.5, -0.03, name, transform=axis.transAxes, ha="center", va="top", fontsize=size, parse_math=False
             )
-    _save(figure, file)
+    save(figure, file)
 
 
 class Point(NamedTuple):
@@ -170,7 +170,7 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
     figure.legend(
         handles=note, loc="lower left", bbox_to_anchor=(0.81, 0.07), frameon=False, fontsize=9, labelspacing=1.0
     )
-    _save(figure, file)
+    save(figure, file)
 
 
 def shorten(name: str, width: int) -> str:
@@ -179,7 +179,7 @@ def shorten(name: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
-def _save(figure: Any, file: Path, **options: Any) -> None:
+def save(figure: Any, file: Path, **options: Any) -> None:
     """Write the picture whole or not at all; the name's ending says what it is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

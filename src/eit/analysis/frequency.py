@@ -1,0 +1,186 @@
+"""The share of high frequencies in a layer's tokens, their radial spectrum and relative log amplitude.
+
+The frequency of a bin is f = 2 sqrt(u^2 + v^2), u and v in cycles per token: 1 is the Nyquist frequency of an axis,
+sqrt(2) the corner. Shares are 0..1. docs/analysis.md has the definitions with their maths.
+
+Legend of the shape comments: B images, (h, w) token grid, C channels.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from eit.analysis.moments import Moments
+
+RHO = 0.5  # what lies above half the Nyquist frequency of an axis is called high
+ANNULI = 12  # of the radial spectrum, of equal width from 0 to sqrt(2)
+
+Grid = tuple[int, int]
+
+
+@lru_cache(maxsize=64)
+def basis(n: int) -> Tensor:
+    """The real Fourier basis, (n, n) float64 with orthonormal rows: 1, cos 1, sin 1, cos 2, sin 2 ... in cycles of n.
+
+    The squares of its coefficients on both axes are those of a 2-D FFT, summed over the bins (+-u, +-v), which have the
+    same f. On narrow grids two products of matrices take a third of the FFT's time (benchmarks/analysis.py).
+    """
+    angle = 2 * math.pi * cycles(n)[:, None] * torch.arange(n)
+    rows = torch.where(torch.arange(n)[:, None] % 2 == 0, angle.sin(), angle.cos())
+    rows[0] = 1
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def cycles(n: int) -> Tensor:
+    """Cycles per token of each row of `basis(n)`: 0, 1, 1, 2, 2 ... divided by n."""
+    return (torch.arange(n) + 1).div(2, rounding_mode="floor").double() / n
+
+
+@lru_cache(maxsize=64)
+def frequencies(grid: Grid) -> Tensor:
+    """f of each coefficient, (h, w), float64."""
+    return 2 * (cycles(grid[0])[:, None] ** 2 + cycles(grid[1]) ** 2).sqrt()
+
+
+def is_high(grid: Grid, rho: float = RHO) -> Tensor:
+    """Whether f > rho, (h, w). What lies on rho itself is low, whatever rounding makes of its square root."""
+    return frequencies(grid) > rho + 1e-9
+
+
+def noise_shares(grid: Grid, rho: float = RHO) -> tuple[float, float]:
+    """`share` and `share_with_dc` that white noise has in the mean: k high coefficients of all but DC, and of all."""
+    n, k = grid[0] * grid[1], int(is_high(grid, rho).sum())
+    return k / (n - 1), k / n
+
+
+def transform(x: Tensor) -> Tensor:
+    """(B, h, w, C) -> its coefficients in the real Fourier basis of both axes, the same shape; [:, 0, 0] is DC.
+
+    The mean is taken out before and put back, so that a large one does not round the others away. A channel that varies
+    by no more than the rounding of its mean has DC alone.
+    """
+    h, w = x.shape[1:3]
+    x = x.float()
+    mean = x.mean(dim=(1, 2), keepdim=True)
+    along_h = torch.matmul(basis(h).to(x), (x - mean).flatten(2)).unflatten(2, (w, -1))
+    found = torch.matmul(basis(w).to(x), along_h)
+    found[:, 0, 0] = 0
+    dc = mean[:, 0, 0] * math.sqrt(h * w)
+    varies = found.square().sum(dim=(1, 2)) > (torch.finfo(x.dtype).eps * dc).square()
+    found *= varies[:, None, None]
+    found[:, 0, 0] = dc
+    return found
+
+
+def shares(x: Tensor, rho: float = RHO) -> tuple[Tensor, Tensor]:
+    """(B, h, w, C) -> `share`, `share_with_dc`, each (B,): the mean over channels. A channel without energy has 0."""
+    return _shares(transform(x).square(), rho)
+
+
+def _shares(energy: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    high = is_high((energy.shape[1], energy.shape[2]), rho).flatten()
+    dc = torch.zeros_like(high)
+    dc[0] = True
+    sums = torch.stack((high, ~dc, dc)).to(energy)
+    above, varying, constant = torch.matmul(sums, energy.flatten(1, 2)).unbind(dim=1)  # (B, C) each
+    without = torch.where(varying > 0, above / varying, 0)
+    with_dc = torch.where(varying > 0, above / (varying + constant), 0)
+    return without.mean(dim=1), with_dc.mean(dim=1)
+
+
+def diagonal_frequencies(grid: Grid) -> list[float]:
+    """f of the bins (i, i) of the FFT from DC to the corner: the half diagonal."""
+    return [2 * math.hypot(i / grid[0], i / grid[1]) for i in range(min(grid) // 2 + 1)]
+
+
+def log_amplitude(coefficients: Tensor) -> Tensor:
+    """log(|F| + 1e-6) on the half diagonal of the FFT, the mean over channels: (B, h, w, C) -> (B, min(h, w) // 2 + 1).
+
+    F = C - iS on each axis, where C and S are the coefficients of cos and sin by sqrt(2), or C alone at DC and at an
+    axis's Nyquist frequency. Park & Kim (ICLR 2022, arXiv 2202.06709) show it minus its first value.
+    """
+    h, w = coefficients.shape[1:3]
+    steps = torch.arange(1, min(h, w) // 2 + 1)
+    cos, sin = 2 * steps - 1, 2 * steps
+    half = [torch.where(sin < n, 0.5, 1.0).sqrt().to(coefficients) for n in (h, w)]
+    scale = (half[0] * half[1])[:, None]
+
+    def part(rows: Tensor, columns: Tensor) -> Tensor:
+        there = ((rows < h) & (columns < w))[:, None].to(coefficients)
+        return coefficients[:, rows.clamp(max=h - 1), columns.clamp(max=w - 1)] * there * scale
+
+    real, imaginary = part(cos, cos) - part(sin, sin), part(cos, sin) + part(sin, cos)
+    amplitude = torch.cat((coefficients[:, :1, 0].abs(), torch.hypot(real, imaginary)), dim=1)
+    return (amplitude + 1e-6).log().mean(dim=2)
+
+
+@dataclass
+class Frequency:
+    """What one place of a model holds, over all images. NaN is a standard error of one image."""
+
+    layer: int  # 0 is the stem's output
+    where: str  # stem, mixer, block; conv, attention: of the mixer's output, before the residual is added
+    channels: int
+    grid: Grid
+    rho: float
+    share: float
+    share_se: float
+    share_with_dc: float
+    share_with_dc_se: float
+    noise_share: float  # of white noise on this grid
+    noise_share_with_dc: float
+    log_amplitude: list[float]  # relative, at `diagonal_frequencies(grid)`: the first is 0
+    energy: Tensor = field(repr=False)  # (h, w), of each coefficient, the mean over channels and images
+
+    def radial(self) -> list[tuple[float, float, float, float]]:
+        """(f from, f to, share of the energy without DC, the same share of white noise) of each annulus."""
+        f, edges = frequencies(self.grid), [math.sqrt(2) * i / ANNULI for i in range(ANNULI + 1)]
+        total = float(self.energy.sum() - self.energy[0, 0])
+        rings = []
+        for low, high in itertools.pairwise(edges):
+            inside = (f > low + 1e-9) & (f <= high + 1e-9)
+            if inside.any():
+                share = float(self.energy[inside].sum()) / total if total else 0.0
+                rings.append((low, high, share, int(inside.sum()) / (f.numel() - 1)))
+        return rings
+
+
+class FrequencyMeter:
+    """Running sums of one place."""
+
+    def __init__(self, layer: int, where: str, rho: float) -> None:
+        self.layer, self.where, self.rho = layer, where, rho
+        self.grid: Grid | None = None
+        self._shares, self._logs, self._energy = Moments(), Moments(), Moments()
+
+    def add(self, x: Tensor) -> None:
+        """Tokens of a batch, (B, h, w, C)."""
+        self.grid, self.channels = (x.shape[1], x.shape[2]), x.shape[3]
+        coefficients = transform(x)
+        energy = coefficients.square()
+        self._shares.add(torch.stack(_shares(energy, self.rho), dim=1))
+        self._logs.add(log_amplitude(coefficients))
+        self._energy.add(energy.mean(dim=3))
+
+    def result(self) -> Frequency:
+        assert self.grid is not None
+        (share, with_dc), (se, with_dc_se) = self._shares.mean.tolist(), self._shares.standard_error.tolist()
+        logs = self._logs.mean
+        return Frequency(
+            self.layer,
+            self.where,
+            self.channels,
+            self.grid,
+            self.rho,
+            share,
+            se,
+            with_dc,
+            with_dc_se,
+            *noise_shares(self.grid, self.rho),
+            log_amplitude=(logs - logs[0]).tolist(),
+            energy=self._energy.mean,
+        )

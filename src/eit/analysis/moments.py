@@ -1,0 +1,32 @@
+"""Mean and standard error over images, in one pass and constant memory."""
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Streaming mean and variance of per-image values (Chan, Golub & LeVeque 1983), in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """`values` (B, ...), one row an image."""
+        values = values.cpu().double()
+        n, mean = len(values), values.mean(dim=0)
+        shift, total = mean - self._mean, self.count + n
+        self._squares = self._squares + (values - mean).square().sum(dim=0) + shift**2 * (self.count * n / total)
+        self._mean = self._mean + shift * (n / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of the mean; NaN for one image."""
+        if self.count < 2:
+            return torch.full_like(self._mean, torch.nan)
+        return (self._squares / (self.count - 1) / self.count).sqrt()

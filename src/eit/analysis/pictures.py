@@ -1,0 +1,113 @@
+"""What a model makes of single images: feature energy, class-token attention, rollout, Grad-CAM."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eit.analysis.attention import rollout
+from eit.analysis.probe import Heads, Tokens, unwrapped, watch
+from eit.errors import UserError
+
+
+@dataclass
+class Picture:
+    """Of one image; maps are (h, w) on the token grid, in 0..1 unless said."""
+
+    energy: list[Tensor]  # sum over channels of squares after each block, the mean over the grid taken out
+    class_attention: Tensor | None = None  # of the last layer with a class token on a grid, the mean over heads
+    rollout: Tensor | None = None
+    grad_cam: Tensor | None = None
+
+
+class Example(NamedTuple):
+    """An image that is shown, as the first model sees it."""
+
+    name: str
+    image: np.ndarray  # (H, W, 3) in 0..1
+    spectrum: np.ndarray  # (H, W) in 0..1
+
+
+@torch.no_grad()
+def take(model: nn.Module, images: Tensor, with_rollout: bool = False, with_grad_cam: bool = False) -> list[Picture]:
+    """One `Picture` of each image, (B, channels, height, width), normalised, on the model's device."""
+    model = unwrapped(model)
+    state = _Maps(with_rollout)
+    with watch(model, state.tokens, state.heads):
+        model(images)
+    cams = grad_cam(model, images, state.grid) if with_grad_cam else [None] * len(images)
+    pictures = []
+    for i in range(len(images)):
+        seen = None if state.class_attention is None else _to_one(state.class_attention[i])
+        rolled = None if state.rolled is None else _to_one(state.rolled[i, 0, state.prefix :].unflatten(0, state.grid))
+        pictures.append(Picture([_to_one(e[i]) for e in state.energy], seen, rolled, cams[i]))
+    return pictures
+
+
+class _Maps:
+    def __init__(self, with_rollout: bool) -> None:
+        self.with_rollout = with_rollout
+        self.energy: list[Tensor] = []
+        self.class_attention: Tensor | None = None
+        self.rolled: Tensor | None = None
+        self.grid, self.prefix = (0, 0), 0
+
+    def tokens(self, found: Tokens) -> None:
+        if found.where == "block":
+            x = found.grid.float()
+            self.energy.append((x - x.mean(dim=(1, 2), keepdim=True)).square().sum(dim=3))
+            self.grid = (x.shape[1], x.shape[2])
+
+    def heads(self, found: Heads) -> None:
+        if not found.prefix:
+            return
+        weights = found.call.weights()
+        self.prefix = found.prefix
+        self.class_attention = weights[:, :, 0, found.prefix :].mean(dim=1).unflatten(1, found.grid)
+        if self.with_rollout:
+            if self.rolled is not None and self.rolled.shape[-1] != weights.shape[-1]:
+                raise UserError("attention rollout needs as many tokens in every layer")
+            self.rolled = rollout(weights, self.rolled)
+
+
+def grad_cam(model: Any, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    """Grad-CAM (Selvaraju et al. 2017) of the likeliest class, on the tokens before the last mixer: (h, w) an image.
+
+    The library is grad-cam, of the extra `analysis`.
+    """
+    try:
+        from pytorch_grad_cam import GradCAM
+    except ImportError:
+        raise UserError("Grad-CAM needs the package grad-cam: pip install 'eit[analysis]'") from None
+    blocks = getattr(model, "blocks", None)
+    if blocks is None or not hasattr(blocks[-1], "norm1"):
+        raise UserError(f"Grad-CAM of {type(model).__name__}: its blocks have no norm1 to look at")
+    count = grid[0] * grid[1]
+
+    def reshape(x: Tensor) -> Tensor:  # the class token dropped: (B, N, C) -> (B, C, h, w)
+        return x[:, -count:].transpose(1, 2).unflatten(2, grid)
+
+    with torch.enable_grad(), GradCAM(model, [blocks[-1].norm1], reshape_transform=reshape) as cam:
+        found = cam(input_tensor=images, targets=None)  # of the likeliest class: (B, height, width)
+    maps = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(found)[:, None], grid)[:, 0]
+    return [_to_one(one) for one in maps]
+
+
+def _to_one(values: Tensor) -> Tensor:
+    """On the CPU, scaled to 0..1."""
+    values = values.float().cpu()
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def spectrum(image: Tensor) -> Tensor:
+    """Logarithm of the Fourier amplitude of the grey image, frequency 0 in the middle: (channels, H, W) -> (H, W)."""
+    grey = image.float().mean(dim=0)
+    return torch.fft.fftshift(torch.fft.fft2(grey - grey.mean(), norm="ortho").abs().add(1e-4).log())
+
+
+def example(name: str, image: Tensor) -> Example:
+    """Of an image (channels, H, W) in 0..1."""
+    return Example(name, image.expand(3, -1, -1).permute(1, 2, 0).numpy(), _to_one(spectrum(image)).numpy())

@@ -1,0 +1,78 @@
+"""Accuracy under noise of one frequency band (Park & Kim, ICLR 2022, arXiv 2202.06709, section 2)."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eit.console import progress
+from eit.images import View
+from eit.loader import EvaluationLoader
+
+HALF_WIDTH = 0.1  # of a ring, in units of an axis's Nyquist frequency, pi
+EPS = 0.1  # of pixels in 0..1
+
+
+@dataclass(frozen=True)
+class Band:
+    """Accuracy with noise of frequencies low < f <= high, 1 is an axis's Nyquist frequency; without noise both None."""
+
+    low: float | None
+    high: float | None
+    images: int
+    correct: int
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.correct / self.images
+
+
+def rings(height: int, width: int) -> list[tuple[float, float]]:
+    """(low, high) of rings that tile the spectrum of an image from DC, which is left out; those that hold a bin."""
+    edges = [round(2 * HALF_WIDTH * i, 9) for i in range(9)]  # to the corner, sqrt(2)
+    return [ring for ring in itertools.pairwise(edges) if _inside(height, width, *ring).any()]
+
+
+def _inside(height: int, width: int, low: float, high: float) -> Tensor:
+    """Which bins of the half spectrum lie in the ring, (height, width // 2 + 1)."""
+    f = 2 * (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width) ** 2).sqrt()
+    return (f > low + 1e-6) & (f <= high + 1e-6)
+
+
+def band_noise(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    """The sign of white noise of the ring low < f <= high: -1 or 1, of `shape` (..., height, width), on the CPU.
+
+    The sign gives every band the same largest and mean energy, but leaks some of it into other frequencies.
+    """
+    height, width = shape[-2:]
+    white = torch.randn(shape, generator=generator)
+    spectrum = torch.fft.rfft2(white) * _inside(height, width, low, high)
+    return torch.fft.irfft2(spectrum, s=(height, width)).sign()
+
+
+@torch.no_grad()
+def band_accuracy(model: nn.Module, loader: EvaluationLoader, view: View, eps: float = EPS) -> list[Band]:
+    """Accuracy on the loader's images without noise, then with that of each ring.
+
+    The noise is eps * sign, in units of pixels in 0..1, before normalisation and not clipped. It is a function of ring
+    and block, so that all models see the same.
+    """
+    std = torch.tensor(view.std).view(-1, 1, 1)
+    found = []
+    every: list[tuple[float, float] | None] = [None, *rings(view.size, view.size)]
+    with progress("noise by band", len(every) * len(loader.own_blocks)) as advance:
+        for number, ring in enumerate(every):
+            correct = 0
+            for block, batch in loader:
+                x = batch.images
+                if ring is not None:
+                    generator = torch.Generator().manual_seed(1000 * block + number)
+                    x = x + (eps * band_noise(tuple(x.shape), *ring, generator) / std).to(x)
+                hits = model(x).argmax(dim=1) == batch.labels
+                correct += int(hits[: batch.valid].sum())
+                advance()
+            low, high = ring or (None, None)
+            found.append(Band(low, high, len(loader.images), correct))
+    return found

@@ -1,0 +1,209 @@
+"""What is analysed: names on the command line -> models, with what they want to see and where they come from."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torchvision
+from timm.data import resolve_data_config
+
+from eit.checkpoint import SHIPPED, Card, find_weights, load
+from eit.config import data_config, parse_recipe
+from eit.console import say
+from eit.data import DIGITS, open_evaluation
+from eit.errors import UserError, nearest
+from eit.finetune import build_model
+from eit.images import MAX_PIXELS, Images, View
+from eit.model import EIT
+from eit.plan import Stream, set_seed
+from eit.predict import expand
+from eit.readers import ImageStream, read_layout
+from eit.zoo import FAMILIES, TIMM, VARIANTS, check_timm_name, create_model
+
+TORCHVISION = "torchvision/"
+
+
+@dataclass
+class Subject:
+    """A model to analyse, in evaluation mode."""
+
+    label: str  # short, and unique in a report
+    state: str  # trained, untrained, or initial: the initial values of the trained one before it
+    model: Any
+    view: View
+    source: str  # as the user gave it, or what its initial values are
+    sha256: str = ""  # of the weights file
+    card: Card | None = None
+
+    @property
+    def provenance(self) -> str:
+        """Where the values come from, for a caption."""
+        digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
+        metrics = (self.card.metrics if self.card and self.state == "trained" else None) or {}
+        top1 = f", validation top-1 {metrics['val_top1']:.2f}%" if "val_top1" in metrics else ""
+        return f"{self.label}: {self.source} ({self.state}{top1}{digest})"
+
+
+def open_subjects(names: Sequence[str], size: int | None = None, initial: bool = True) -> Iterator[Subject]:
+    """The models in order; behind each trained one of ours the same with its initial values, if wanted.
+
+    A name is that of a checkpoint (a weights file, a run folder, one that ships), of the zoo (NAME or FAMILY/NAME), of
+    timm (timm/NAME) or of torchvision (torchvision/NAME). `size` replaces the pixels of their input.
+
+    Raises:
+        UserError: no such checkpoint or model, or one that does not take `size`.
+    """
+    for name, label in zip(names, _labels(names), strict=True):
+        subject = _open(name, label)
+        if size is not None:
+            _check_size(subject, size)
+            resize = size * subject.view.resize // subject.view.size
+            subject.view = replace(subject.view, size=size, resize=resize)
+        yield subject
+        if initial and subject.card is not None:
+            yield _initial(subject)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise a UserError for a name that `open_subjects` would refuse, before anything is computed."""
+    for name in names:
+        kind, _, plain = name.partition("/")
+        if Path(name).exists() or name in VARIANTS or (kind in FAMILIES and plain in VARIANTS):
+            continue
+        if name.startswith(TIMM):
+            check_timm_name(name)
+        elif name.startswith(TORCHVISION):
+            known = torchvision.models.list_models(module=torchvision.models)
+            if plain not in known:
+                raise UserError(f"torchvision has no model {plain!r}{nearest(plain, known)}")
+        elif name not in SHIPPED:
+            near = nearest(name, [*VARIANTS, *SHIPPED])
+            raise UserError(
+                f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(SHIPPED)}, "
+                f"{', '.join(VARIANTS)}, lsra/NAME, vit/NAME, timm/NAME, torchvision/NAME)"
+            )
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The last part of a path, or as many as tell the paths apart; a number where the same name is given twice."""
+    parts = [
+        [name]
+        if name.partition("/")[0] in FAMILIES
+        else os.path.normpath(name).removesuffix(".safetensors").split(os.sep)
+        for name in names
+    ]
+    different = len(set(map(tuple, parts)))
+    length = 1
+    while len({tuple(part[-length:]) for part in parts}) < different:
+        length += 1
+    labels = ["/".join(part[-length:]) for part in parts]
+    return [x if x not in labels[:i] else f"{x} ({labels[:i].count(x) + 1})" for i, x in enumerate(labels)]
+
+
+def _open(name: str, label: str) -> Subject:
+    check_names([name])
+    kind, _, plain = name.partition("/")
+    if Path(name).exists() or name in SHIPPED:
+        model = load(name)
+        digest = hashlib.sha256(find_weights(name).read_bytes()).hexdigest()
+        return Subject(label, "trained", model, model.card.view, name, digest, model.card)
+    state = "untrained"
+    set_seed(Stream.INITIAL_VALUES, 0)
+    if name in VARIANTS:
+        model = create_model(name)
+    elif name.startswith(TIMM):
+        model, state = _timm_model(name)
+    elif name.startswith(TORCHVISION):
+        model, state = _torchvision_model(plain)
+        return Subject(label, state, model.eval(), _torchvision_view(plain), name)
+    else:
+        model = create_model(plain, family=kind)
+    return Subject(label, state, model.eval(), _timm_view(model), name)
+
+
+def _timm_model(name: str) -> tuple[Any, str]:
+    if timm.get_pretrained_cfg(name.removeprefix(TIMM)).has_weights:
+        try:
+            return create_model(name, pretrained=True), "trained"
+        except UserError as error:
+            say(f"{str(error).partition(';')[0]}; it is analysed untrained")
+    return create_model(name), "untrained"
+
+
+def _torchvision_model(name: str) -> tuple[Any, str]:
+    try:
+        return torchvision.models.get_model(name, weights="DEFAULT"), "trained"
+    except OSError as error:
+        say(f"the weights of {TORCHVISION}{name} cannot be had ({error}); it is analysed untrained")
+    return torchvision.models.get_model(name), "untrained"
+
+
+def _timm_view(model: Any) -> View:
+    """What timm's configuration of the model says of its input."""
+    config = resolve_data_config({}, model=model)
+    size = config["input_size"][-1]
+    resize = math.floor(size / config["crop_pct"])
+    return View(size, resize, _interpolation(config["interpolation"]), config["mean"], config["std"])
+
+
+def _torchvision_view(name: str) -> View:
+    """What the transforms of the model's weights do."""
+    found = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    size, resize = found.crop_size[0], found.resize_size[0]
+    return View(size, resize, _interpolation(found.interpolation.value), tuple(found.mean), tuple(found.std))
+
+
+def _interpolation(name: str) -> Literal["bilinear", "bicubic"]:
+    return "bilinear" if name == "bilinear" else "bicubic"
+
+
+def _initial(trained: Subject) -> Subject:
+    """The model of a checkpoint with the values that its training began with."""
+    card = trained.card
+    assert card is not None
+    if card.recipe is None:
+        set_seed(Stream.INITIAL_VALUES, 0)
+        model, source = card.create_model(), "initial values of seed 0, for the weights do not say their own"
+    else:
+        recipe = parse_recipe(card.recipe)
+        model = build_model(recipe, len(card.classes), initial=False)
+        source = f"initial values of seed {recipe.seed}"
+        if recipe.model.pretrained:
+            source += ", without the weights that the run started from"
+    return replace(trained, state="initial", model=model.eval(), source=source, sha256="")
+
+
+def _check_size(subject: Subject, size: int) -> None:
+    model = subject.model
+    if isinstance(model, EIT):
+        if 0 in model.patch_embed.grid_size(size, size):
+            raise UserError(f"--size {size}: {subject.label} makes no token of so few pixels")
+    elif size != subject.view.size and (
+        hasattr(model, "image_size") or getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
+    ):
+        raise UserError(f"--size {size}: {subject.label} takes {subject.view.size} pixels alone")
+
+
+def choose_images(path: str, count: int, labelled: bool, max_pixels: int = MAX_PIXELS) -> Images:
+    """At most `count` images of `path`, evenly spaced: of a data set its validation images, else all below the folder.
+
+    Classes are told from folders only where the images must be `labelled`.
+
+    Raises:
+        UserError: no such path, or no images there.
+    """
+    config = data_config(root=path, max_pixels=max_pixels)
+    root = Path(path).expanduser()
+    if path == DIGITS or labelled or (root / "val").is_dir() or read_layout(root, max_pixels) is not None:
+        images = open_evaluation(config)
+        assert not isinstance(images, ImageStream)  # those have a data.dataset
+    else:
+        files = expand([str(root)])
+        images = Images(["unknown"], [0] * len(files), files, files, max_pixels)
+    count = min(count, len(images))
+    return images.subset(i * len(images) // count for i in range(count))
