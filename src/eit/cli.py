@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -320,6 +321,10 @@ def analyze(
         print(to_json(measured, folder))
         return
     _table(*_analysis_table(measured))
+    print(
+        "Means of the layers. share: energy of high frequencies; noise: that of white noise on as many tokens.\n"
+        "diversity: standard deviation of the heads' attention distances; relative: to uniform attention."
+    )
     print(f"{page}: figures and numbers of {len(chosen):,} images")
 
 
@@ -695,23 +700,20 @@ def _views_table(views: Sequence[dict[str, Any]]) -> None:
 
 
 def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list[list[str]]]:
-    """A row a model: what its first and last layer hold, and how diverse its heads are in the mean."""
-    head = ("model", "tokens", "pitch", "share, layer 1>last", "with DC", "noise", "diversity", "of uniform")
+    """A row a model, with means over its layers."""
+    head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
     rows = []
     for one in measured:
         layers, heads = one.analysis.at("block"), one.analysis.attention
-        diversity = sum(layer.std for layer in heads) / len(heads) if heads else None
-        relative = sum(layer.std / layer.uniform for layer in heads) / len(heads) if heads else None
         rows.append(
             [
                 one.name,
                 "x".join(map(str, one.analysis.grid)),
-                f"{heads[0].pitch:g} px" if heads else "-",
-                f"{100 * layers[0].share:.1f}>{100 * layers[-1].share:.1f}%",
-                f"{100 * layers[0].share_with_dc:.1f}>{100 * layers[-1].share_with_dc:.1f}%",
+                f"{100 * fmean(layer.share for layer in layers):.1f}%",
+                f"{100 * fmean(layer.share_with_dc for layer in layers):.1f}%",
                 f"{100 * layers[0].noise_share:.1f}%",
-                f"{diversity:.2f} px" if diversity is not None else "-",
-                f"{100 * relative:.1f}%" if relative is not None else "-",
+                f"{fmean(layer.std for layer in heads):.2f} px" if heads else "-",
+                f"{100 * fmean(layer.std / layer.uniform for layer in heads):.1f}%" if heads else "-",
             ]
         )
     return head, rows

@@ -55,7 +55,7 @@ def compare(
         number = len([one for one in measured if not one.is_initial]) - (subject.state == "initial")
         subject.model.to(device)
         loader = EvaluationLoader(images, subject.view, options.batch_size, options.workers, device)
-        title = subject.label + (" at initial values" if subject.state == "initial" else "")
+        title = subject.label + (" (initial)" if subject.state == "initial" else "")
         analysis = analyze(subject.model, _watched(loader, title), options.rho, options.renormalize)
         if subject.state != "initial":
             for text in analysis.missing:

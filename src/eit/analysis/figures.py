@@ -35,7 +35,7 @@ class Measured:
     @property
     def name(self) -> str:
         """The label, with what must be known of it wherever it is shown."""
-        note = {"trained": "", "untrained": " (untrained)", "initial": " at initial values"}[self.subject.state]
+        note = {"trained": "", "untrained": " (untrained)", "initial": " (initial)"}[self.subject.state]
         return self.subject.label + note
 
     def style(self) -> dict[str, Any]:

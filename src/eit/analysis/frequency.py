@@ -87,8 +87,8 @@ def _shares(energy: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     dc[0] = True
     sums = torch.stack((high, ~dc, dc)).to(energy)
     above, varying, constant = torch.matmul(sums, energy.flatten(1, 2)).unbind(dim=1)  # (B, C) each
-    without = torch.where(varying > 0, above / varying, 0)
-    with_dc = torch.where(varying > 0, above / (varying + constant), 0)
+    without = torch.where(varying == 0, 0, above / varying)
+    with_dc = torch.where(varying == 0, 0, above / (varying + constant))
     return without.mean(dim=1), with_dc.mean(dim=1)
 
 
