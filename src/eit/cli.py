@@ -301,7 +301,7 @@ def analyze(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """High-frequency share and head diversity of vision transformers, side by side.
+    """High-frequency share and head diversity of models.
 
     eit analyze runs/eit runs/lsra runs/vit timm/vit_tiny_patch16_224 --data photos --out report
     """

@@ -1,0 +1,288 @@
+"""`eit analyze` from the command line to the page in a browser."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import eit
+from eit.analysis import report
+from eit.analysis.compare import Options, compare
+from eit.analysis.figures import Measured, figures
+from eit.analysis.measure import analyze
+from eit.analysis.pictures import Example, take
+from eit.analysis.subjects import Subject, check_names, choose_images, open_subjects
+from eit.checkpoint import load
+from eit.config import load_recipe
+from eit.errors import UserError
+from eit.images import View
+from eit.train import train
+from tests.conftest import TINY, require, run_eit, save_digits
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FILES = {"amplitude", "diversity", "frequency", "heads", "models", "spectrum"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    train(load_recipe("cifar10", [*TINY, f"data.root={data}", f"out={folder}"]))
+    return folder
+
+
+def read(folder, name):
+    with open(folder / "csv" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measured(label="one", state="trained", seed=0, **arguments):
+    torch.manual_seed(seed)
+    model = eit.EIT(32, 3, 1, 4, embed_dim=24, depth=3, num_heads=4, num_classes=5, **arguments).eval()
+    x = torch.randn(3, 3, 32, 32)
+    subject = Subject(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32)
+    return Measured(subject, analyze(model, x), "#0072b2", "o", pictures=take(model, x[:2]))
+
+
+# -- The command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_page_figures_and_numbers(run, data, tmp_path):
+    words = (
+        "analyze",
+        run,
+        "lsra/eit_mini",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--size",
+        "36",
+        "--images",
+        "5",
+    )
+    done = run_eit(*words, "--bands", "--rollout", "--pictures", "2")
+    assert done.returncode == 0, done.stderr
+    assert (
+        re.search(r"tiny +3x3|tiny +9x9", done.stdout) and "lsra/eit_mini" in done.stdout and "5 images" in done.stdout
+    )
+    out = tmp_path / "out"
+    assert {file.stem for file in (out / "csv").iterdir()} == FILES | {"robustness"}
+    assert {(row["model"], row["state"]) for row in read(out, "models")} == {
+        ("tiny", "trained"),
+        ("tiny", "initial"),
+        ("lsra/eit_mini", "untrained"),
+    }
+    page = (out / "report.html").read_text()
+    for name in ("share", "parts", "amplitude", "spectra", "distances", "diversity", "attention", "robustness"):
+        assert f'id="{name}"' in page
+        assert (out / "figures" / f"{name}.svg").is_file()
+        with Image.open(out / "figures" / f"{name}.png") as picture:
+            assert picture.width == pytest.approx(2100, abs=2) and picture.info["dpi"][0] == pytest.approx(300, abs=1)
+    assert page.count("rollout</span>") == 4 and page.count("its spectrum</span>") == 2
+
+
+def test_the_numbers_as_json_are_those_of_the_tables(run, data, tmp_path):
+    done = run_eit("analyze", run, "--data", data, "--out", tmp_path, "--json", "--no-initial", "--pictures", "0")
+    assert done.returncode == 0, done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    rows = [row for row in read(tmp_path, "frequency") if row["where"] == "block"]
+    assert [float(row["share"]) for row in rows] == model["share"]
+    assert [float(row["std_px"]) for row in read(tmp_path, "diversity")] == model["diversity_px"]
+    assert model["images"] == 12 and len(read(tmp_path, "heads")) == 4  # 2 layers of 2 heads
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["nothing"], "no weights at nothing"),
+        (["digitz"], "did you mean 'digits'"),
+        (["timm/vit_tinny_patch16_224"], "did you mean"),
+        (["torchvision/vit_b_61"], "did you mean 'vit_b_16'"),
+        (["eit_mini", "--data", "nowhere"], "no such image: nowhere"),
+        (["eit_mini", "--data", "empty"], "no images below empty"),
+        (["eit_mini", "--size", "5"], "--size 5: eit_mini makes no token of so few pixels"),
+        (["eit_mini", "--size", "12"], "images of 12x12 make a 1x1 grid of tokens"),
+        (["eit_mini", "--rho", "2"], "rho=2.0: a frequency between 0 and sqrt(2) is expected"),
+        (["eit_mini", "--out", "file.txt"], "--out file.txt cannot be written: File exists"),
+        (["eit_mini", "--pictures", "9"], "should be less than or equal to 8"),
+        (["torchvision/resnet18", "--size", "64"], "nothing of it can be measured"),
+    ],
+)
+def test_bad_input_gets_one_line(words, line, data, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").touch()
+    given = [*words] if "--data" in words else [*words, "--data", data]
+    done = run_eit("analyze", *given, cwd=tmp_path)
+    errors = [found for found in done.stderr.splitlines() if found.startswith("eit: ") and "untrained" not in found]
+    assert done.returncode == 2 and len(errors) == 1 and line in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_models_without_distances_are_reported_with_a_line(data, tmp_path):
+    words = ("analyze", "timm/test_resnet", "--data", data, "--size", "64", "--out", tmp_path, "--images", "2")
+    done = run_eit(*words, env=dict(HF_HUB_OFFLINE="1"))
+    assert done.returncode == 0, done.stderr
+    assert "no attention distances of layers 1 to 5: ResNet does not call" in done.stderr
+    assert "test_resnet" in done.stdout and "it is analysed untrained" in done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "What cannot be measured" in page and 'id="share"' in page and 'id="distances"' not in page
+    assert not (tmp_path / "csv" / "heads.csv").exists()
+
+
+# -- Models and images ------------------------------------------------------------------------------------------------
+
+
+def test_the_initial_values_are_those_that_the_run_began_with(data, tmp_path):
+    """A run that learns nothing keeps them."""
+    still = ["optim.lr=1e-30", "optim.min_lr=0", "optim.warmup_lr=0", "optim.weight_decay=0", "seed=3"]
+    train(load_recipe("cifar10", [*TINY, *still, f"data.root={data}", f"out={tmp_path / 'still'}"]))
+    trained, initial = open_subjects([str(tmp_path / "still")])
+    assert (trained.state, initial.state) == ("trained", "initial") and "seed 3" in initial.source
+    for name, value in trained.model.state_dict().items():
+        assert torch.allclose(value, initial.model.state_dict()[name], atol=1e-20), name
+
+
+def test_labels_are_short_and_differ(run):
+    names = ["digits", "eit_mini", "vit/eit_mini", str(run), str(run / "final.safetensors"), "digits"]
+    labels = [subject.label for subject in open_subjects(names, initial=False)]
+    assert len(set(labels)) == 6 and labels[2] == "vit/eit_mini" and labels[5].endswith("digits (2)")
+
+
+def test_families_of_the_zoo_are_analysed_at_initial_values():
+    lsra, vit = open_subjects(["lsra/eit_mini", "vit/eit_mini"])
+    assert lsra.model.attn_channels == [120] * 5 and vit.model.attn_channels == [250] * 5
+    assert lsra.state == "untrained" and "untrained" in lsra.provenance
+    assert lsra.view.size == 224 and lsra.view.resize == 256
+    check_names(["digits", "eit_mini", "timm/resnet18", "torchvision/vit_b_16"])
+
+
+def test_the_views_of_other_libraries_are_theirs():
+    (subject,) = open_subjects(["timm/vit_tiny_patch16_224"])
+    assert (subject.view.size, subject.view.resize, subject.view.mean[0]) == (224, 248, 0.5)
+    with pytest.raises(UserError, match="takes 224 pixels alone"):
+        list(open_subjects(["timm/vit_tiny_patch16_224"], size=64))
+
+
+def test_images_are_those_of_validation_or_all_below_a_folder(data):
+    assert len(choose_images(str(data), 1000, labelled=False)) == 12
+    below = choose_images(str(data / "train"), 1000, labelled=False)
+    assert len(below) == 36 and below.classes == ["unknown"]
+    assert choose_images(str(data / "train"), 1000, labelled=True).classes == ["digit0", "digit1", "digit2"]
+    few = choose_images(str(data / "train"), 4, labelled=True)
+    assert few.labels == [0, 0, 1, 2]  # evenly spaced
+
+
+def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
+    """`digits` takes one channel of 8 pixels, the run three of 16."""
+    images = choose_images(str(data), 5, labelled=False)
+    found, shown = compare(["digits", str(run)], images, torch.device("cpu"), Options(), lambda card, given: given)
+    assert [one.analysis.image_size[0] for one in found] == [8, 8, 16, 16]
+    assert shown[0].image.shape == (8, 8, 3) and len(shown) == 4
+    assert found[0].colour == found[1].colour != found[2].colour
+    assert load(run).card.classes == ["digit0", "digit1", "digit2"]
+
+
+# -- The page ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_report_is_replaced_and_other_files_stay(tmp_path):
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "robustness.csv").write_text("old")
+    (tmp_path / "mine.txt").write_text("mine")
+    report.write(tmp_path, [measured()], "photos", "eit analyze")
+    assert {file.stem for file in (tmp_path / "csv").iterdir()} == FILES and (tmp_path / "mine.txt").exists()
+
+
+def test_names_that_hold_markup_are_shown_as_they_are(tmp_path):
+    name = '<script>alert("x")</script>&$names'
+    one = measured(name)
+    shown = [Example(name, torch.rand(32, 32, 3).numpy(), torch.rand(32, 32).numpy())]
+    page = report.write(tmp_path, [one], name, name, shown).read_text()
+    assert "<script" not in page and "&lt;script&gt;alert" in page and "$names" in page
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    page = report.write(tmp_path, [measured()], "photos", "eit analyze").read_text()
+    addresses = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', page)
+    assert addresses and all(a.startswith(("data:", "#")) or b.startswith("#") for a, b in addresses)
+    assert "<script" not in page
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(tmp_path):
+    ones = [measured(), measured(state="initial", seed=1), measured("two", schedule="lsra")]
+    page = report.write(tmp_path, ones, "photos", "eit analyze").read_text()
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
+    assert len(captions) == len(figures(ones)) >= 7
+    for caption in captions:
+        assert "3 images of photos" in caption and "runs/one (trained, sha256 abababababab)" in caption
+    assert sum("would count" in caption for caption in captions) >= 6
+
+
+def test_the_words_of_a_comparison_are_its_numbers():
+    ones = [measured("eit"), measured("eit", "initial", seed=1), measured("flat", schedule="vit", seed=2)]
+    words = " ".join(report.verdicts(ones))
+    pairs = list(zip(ones[0].analysis.at("block"), ones[2].analysis.at("block"), strict=True))
+    more = sum(a.share - b.share > 2 * (a.share_se**2 + b.share_se**2) ** 0.5 for a, b in pairs)
+    assert f"share: eit has more than flat in {more} of 3 layers" in words
+    wider = [
+        a.std / a.uniform > b.std / b.uniform
+        for a, b in zip(ones[0].analysis.attention, ones[2].analysis.attention, strict=True)
+    ]
+    assert f"eit is more diverse than flat in {sum(wider)} of 3 layers" in words
+    assert "Training moves the share of eit by" in words
+    assert report.verdicts([measured(state="untrained")]) == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+    require(CHROMIUM is not None, "Chromium is not installed (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_shows_it(browser, tmp_path, scheme, width):
+    """On a phone and a desk: nothing asked of the network, no error, every figure in sight, no sideways scrolling."""
+    shown = [Example("cat.jpg", torch.rand(32, 32, 3).numpy(), torch.rand(32, 32).numpy())] * 2
+    file = report.write(tmp_path, [measured(), measured(state="initial", seed=1)], "photos", "eit analyze", shown)
+    page = browser.new_page(color_scheme=scheme, viewport=dict(width=width, height=800))
+    faults, asked = [], []
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    assert not faults and all(url.startswith("data:") or url == file.as_uri() for url in asked)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    drawn = page.locator("figure .panel svg, figure img")
+    assert drawn.count() > 20
+    for i in range(drawn.count()):
+        box = drawn.nth(i).bounding_box()
+        assert drawn.nth(i).is_visible() and box["width"] > 50 and box["height"] > 50
+    panel = page.locator(".panel svg").first
+    assert panel.bounding_box()["width"] > (300 if width == 360 else 400)
+    ink = panel.locator("text").first.evaluate("e => getComputedStyle(e).fill")
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper))
+    assert (light > 600 and dark < 150) if scheme == "dark" else (light < 150 and dark > 600)
+    smallest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('.panel svg text')].map(e => e.getBoundingClientRect().height))"
+    )
+    assert smallest >= 7  # pixels
+    page.close()
