@@ -42,6 +42,19 @@ def test_its_python_runs(folder, tmp_path):
     assert "cat.jpg [('digit" in done.stdout, done.stderr
 
 
+def test_the_python_of_the_analysis_page_runs(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        Image.effect_noise((12, 12), 60).convert("RGB").save(tmp_path / "photos" / f"{i}.png")
+    page = (ROOT / "docs" / "analysis.md").read_text()
+    found = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(found) == 2
+    for code in found:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([4, 4]) (8, 8)"
+
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

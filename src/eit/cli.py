@@ -308,14 +308,17 @@ def analyze(
     from eit.analysis.compare import Options, compare
     from eit.analysis.report import to_json, write
     from eit.analysis.subjects import check_names, choose_images
-    from eit.distributed import start
+    from eit.distributed import start, world_size
     from eit.images import MAX_PIXELS
 
+    on = start(device)
+    if world_size() > 1:
+        raise UserError("eit analyze runs in one process: leave torchrun out")
     folder = _folder_to_write(out, "--out")
     check_names(names)
     chosen = choose_images(data, images, bands, max_pixels or MAX_PIXELS)
     options = Options(size, initial, rho, renormalize, bands, pictures, rollout, grad_cam, batch_size, workers)
-    measured, shown = compare(names, chosen, start(device), options, _with_classes_of)
+    measured, shown = compare(names, chosen, on, options, _with_classes_of)
     page = write(folder, measured, data, shlex.join(["eit", *sys.argv[1:]]), shown)
     if as_json:
         print(to_json(measured, folder))
@@ -325,7 +328,7 @@ def analyze(
         "Means of the layers. share: energy of high frequencies; noise: that of white noise on as many tokens.\n"
         "diversity: standard deviation of the heads' attention distances; relative: to uniform attention."
     )
-    print(f"{page}: figures and numbers of {len(chosen):,} images")
+    print(f"{page}: figures and numbers of {len(chosen):,} image{'s' if len(chosen) > 1 else ''}")
 
 
 @app.command()
