@@ -55,6 +55,11 @@ def test_a_constant_with_the_rounding_of_a_large_offset_has_none():
     assert of(small)[0] > 0.5
 
 
+def test_a_large_mean_does_not_round_a_faint_wave_into_noise():
+    wave = grid_of(lambda y, x: 1000 + 0.01 * torch.cos(2 * math.pi * x / 19), 19, 19)
+    assert of(wave)[0] < 1e-4
+
+
 @pytest.mark.parametrize("grid", [(8, 8), (6, 10), (14, 14)])
 def test_a_checkerboard_is_all_high_and_dc_counts_where_asked(grid):
     board = grid_of(lambda y, x: 1 - 2 * ((x + y) % 2), *grid)

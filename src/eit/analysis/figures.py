@@ -13,7 +13,7 @@ from eit.analysis.subjects import Subject
 
 # Okabe & Ito's palette without black and yellow: the colour-blind can tell them, on white and on black paper.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours, so that 42 models differ
 HEAT = "cividis"
 
 
@@ -208,8 +208,8 @@ def _spectra(measured: Sequence[Measured]) -> Figure:
                 for f in places
             ]
             rows = np.arange(len(places) + 1) - 0.5
-            mesh = axis.pcolormesh(edges, rows, np.array(decibels), cmap=HEAT, vmin=-10, vmax=10, linewidth=0)
-            mesh.set_edgecolor("face")
+            mesh = axis.pcolormesh(edges, rows, np.array(decibels), cmap=HEAT, vmin=-10, vmax=10, linewidth=0.5)
+            mesh.set_edgecolor("face")  # else the paper shows through the seams
             bar = axis.figure.colorbar(mesh, ax=axis, pad=0.02, fraction=0.06, ticks=[-10, -5, 0, 5, 10], extend="both")
             bar.ax.tick_params(labelsize=7, length=2)
             bar.outline.set_visible(False)
@@ -327,7 +327,8 @@ def _attention(measured: Sequence[Measured]) -> Figure | None:
         "Class-token mass and entropy",
         "Left: the part of the patches' attention that goes to the class token, which the distances leave out; where "
         "it is large, they speak of little. Right: entropy of a patch's attention over the grid, as a share of its "
-        "largest value, log(h w); low means that a head looks at few places. Means over heads; dashed: initial values.",
+        "largest value, log(h w); low means that a head looks at few places. Means over heads; dashed: initial values. "
+        "Neither is a claim of the paper; masses that differ widely would count against comparing distances.",
         [
             panel(
                 "class-token mass", "attention to class token (%)", lambda layer: layer.class_mass, lambda layer: 1.0
@@ -364,8 +365,9 @@ def _robustness(measured: Sequence[Measured]) -> Figure | None:
         "robustness",
         "Accuracy under noise of one band",
         "Change of top-1 when noise of one ring of frequencies is added to the pixels (Park & Kim 2022). Without "
-        f"noise: {clean}. A model that lives on high frequencies falls where they are disturbed; one that uses low "
-        "ones falls on the left.",
+        f"noise: {clean}. A model that reads high frequencies falls on the right, one that reads low ones on the left. "
+        "Against the claim that EIT uses more high frequencies would count: a line that is not below those of LSRA and "
+        "ViT on the right.",
         [Panel("", draw)],
         shown,
     )
