@@ -96,7 +96,9 @@ class Zygote:
             streams["stdin"].write_text(stdin or "")
             request = dict(words=words, cwd=str(cwd or os.getcwd()), env=env, **{k: str(v) for k, v in streams.items()})
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            pid = int(self.process.stdout.readline())
+            line = self.process.stdout.readline()
+            assert line, f"tests/zygote.py died with status {self.process.wait()}: see its errors above"
+            pid = int(line)
             alarm = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
             alarm.start()
             try:

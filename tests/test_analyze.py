@@ -15,7 +15,7 @@ from eit.analysis import pictures
 from eit.analysis.attention import head_distances
 from eit.analysis.frequency import shares
 from eit.analysis.measure import analyze
-from eit.analysis.probe import watch
+from eit.analysis.probe import CannotMeasure, watch
 from eit.analysis.robustness import Band, band_accuracy, band_noise, rings
 from eit.errors import UserError
 
@@ -65,6 +65,7 @@ def test_every_sub_block_and_both_kinds_of_channels_are_seen():
     seen = {}
     with torch.no_grad(), watch(model, lambda t: seen.setdefault((t.layer, t.where), t.grid)):
         model(x)
+    with torch.no_grad():
         tokens, h, w = model.embed(x)
         assert torch.equal(seen[0, "stem"], tokens[:, 1:].unflatten(1, (h, w)))
         for number, block in enumerate(model.blocks, start=1):
@@ -81,33 +82,37 @@ def test_every_sub_block_and_both_kinds_of_channels_are_seen():
 
 
 @pytest.mark.parametrize(
-    "name, grid, pitch",
+    "name, grid, pitch, heads",
     [
-        ("vit_tiny_patch16_224", (14, 14), 16),
-        ("deit_tiny_distilled_patch16_224", (14, 14), 16),
-        ("beit_base_patch16_224", (14, 14), 16),
-        ("eva02_tiny_patch14_224", (16, 16), 14),
-        ("vit_relpos_small_patch16_224", (14, 14), 16),  # no class token
-        ("pit_ti_224", (27, 27), 224 / 27),
-        ("torchvision/vit_b_16", (14, 14), 16),
+        ("vit_tiny_patch16_224", (14, 14), 16, 3),
+        ("deit_tiny_distilled_patch16_224", (14, 14), 16, 3),
+        ("beit_base_patch16_224", (14, 14), 16, 12),
+        ("eva02_tiny_patch14_224", (16, 16), 14, 3),
+        ("vit_relpos_small_patch16_224", (14, 14), 16, 6),  # no class token
+        ("vit_small_patch16_18x2_224", (14, 14), 16, 12),  # two attentions of 6 heads side by side
+        ("pit_ti_224", (27, 27), 8, 2),
+        ("torchvision", (14, 14), 16, 3),
     ],
 )
-def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(name, grid, pitch):
-    torch.manual_seed(0)
-    if name.startswith("torchvision/"):
-        model = torchvision.models.get_model(name.removeprefix("torchvision/")).eval()
+def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(name, grid, pitch, heads):
+    if name == "torchvision":
+        torch.manual_seed(0)
+        model = torchvision.models.VisionTransformer(224, 16, 2, 3, 192, 384).eval()
     else:
-        model = timm_model(name)
+        model = timm_model(name, **({} if name == "pit_ti_224" else dict(depth=2)))
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)  # torchvision's head has zeros alone
     x = images(1, (224, 224))
     with torch.no_grad():
         before = model(x)
         with watch(model, lambda tokens: None, lambda heads: None):
             during = model(x)
     found = analyze(model, x)
-    assert torch.equal(before, during)
+    assert torch.equal(before, during) and before.std() > 0.01
     assert found.missing == [] and len(found.attention) == found.depth == len(found.at("block"))
     assert found.grid == grid and found.attention[0].pitch == pytest.approx(pitch)
     assert all(0 < d < 1.42 * 224 for layer in found.attention for d in layer.distance)
+    assert len(found.attention[0].distance) == heads
 
 
 def test_the_weights_of_torchvisions_attention_are_the_modules_own():
@@ -214,10 +219,7 @@ def test_at_most_one_layers_maps_are_alive(monkeypatch):
             [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 64, 64)],
             "images of one size are needed, not of 32x32 and 64x64",
         ),
-        (
-            torch.zeros(1, 3, 6, 6),
-            "images of 6x6 make a 1x1 grid of tokens, which has neither frequencies nor distances",
-        ),
+        (torch.zeros(1, 3, 6, 6), "EIT has no layer with a grid of more than one token for images of 6x6"),
         (torch.full((1, 3, 32, 32), torch.nan), "layer 0 (stem) holds values that are not finite"),
     ],
 )
@@ -239,7 +241,7 @@ def test_a_rho_beyond_the_corner_is_refused(rho):
         ("resnet18", "attention distances of layers 1 to 5: ResNet does not call scaled_dot_product_attention there"),
         ("swin_tiny_patch4_window7_224", "layers 1 to 12: SwinTransformer attends within windows there"),
         ("convit_tiny", "layers 1 to 12: ConVit does not call scaled_dot_product_attention there"),
-        ("cait_xxs24_224", "layers 25, 26: Cait attends to 197 tokens there, not to all of the grid"),
+        ("cait_xxs24_224", "layers 25, 26: Cait attends from 1 to 197 tokens there"),
     ],
 )
 def test_of_other_models_frequencies_are_measured_and_it_is_said_what_is_missing(name, missing):
@@ -270,11 +272,118 @@ def test_models_that_cannot_be_measured_are_refused(model, line):
         analyze(model().eval(), images(1, (224, 224)))
 
 
+def test_global_attention_on_maps_is_measured():
+    """CoAtNet's last stages attend from all of a map to all of it, after a convolution."""
+    found = analyze(timm_model("coatnet_pico_rw_224"), images(1, (224, 224)))
+    assert found.attention and {layer.grid for layer in found.attention} <= {(14, 14), (7, 7)}
+    assert {layer.pitch for layer in found.attention} <= {16, 32}
+
+
+@pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "mobilevit_xxs"])
+def test_tokens_that_are_not_one_grid_an_image_are_not_measured(name):
+    with pytest.raises(CannotMeasure, match="no layer with a grid"):
+        analyze(timm_model(name), images(2, (224, 224)))
+
+
+class Twice(nn.Module):
+    """A block that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small()
+        self.inner.blocks[1] = self.inner.blocks[0]
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_block_that_runs_twice_is_not_measured():
+    with pytest.raises(CannotMeasure, match="layer 1 of Twice runs several times"):
+        analyze(Twice().eval(), images())
+
+
+def test_dropped_tokens_are_not_taken_for_a_smaller_grid():
+    class Drop(nn.Module):
+        def forward(self, x):
+            return x[:, :170]
+
+    model = timm_model("vit_tiny_patch16_224")
+    model.norm_pre = Drop()  # 169 of 196 tokens would be 13 x 13
+    with pytest.raises(CannotMeasure, match="no layer with a grid"):
+        analyze(model, images(1, (224, 224)))
+
+
+@pytest.mark.parametrize("option", ["mask", "padding", "other keys"])
+def test_multihead_attention_with_masks_or_other_keys_is_not_followed(option):
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 2, 4, 24, 48, num_classes=3).eval()
+    plain = nn.MultiheadAttention.forward
+
+    class Masked(nn.MultiheadAttention):
+        pass
+
+    for block in model.encoder.layers:
+        attention = block.self_attention
+
+        def forward(query, key, value, attention=attention, **options):
+            if option == "mask":
+                options["attn_mask"] = torch.zeros(17, 17)
+            elif option == "padding":
+                options["key_padding_mask"] = torch.zeros(len(query), 17, dtype=torch.bool)
+            else:
+                key = value = key.clone()
+            return attention(query, key, value, **options)
+
+        class Outer(nn.Module):
+            def __init__(self, forward, inner):
+                super().__init__()
+                self.call, self.inner = forward, inner
+
+            def forward(self, *args, **kwargs):
+                return self.call(*args, **kwargs)
+
+        block.self_attention = Outer(forward, attention)
+    found = analyze(model, images(2))
+    assert found.attention == [] and "calls nn.MultiheadAttention with masks or other keys" in found.missing[0]
+    assert plain is nn.MultiheadAttention.forward and not torch.overrides._get_current_function_mode()
+
+
+def test_the_instrument_measures_in_single_precision_whatever_the_model_runs_in():
+    model, x = small(), images()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = analyze(model, x)
+        seen = []
+        with torch.no_grad(), watch(model, seen.append):
+            model(x)
+    for place, tokens in zip(inside.frequency, sorted(seen, key=lambda t: t.layer), strict=True):
+        expected = shares(tokens.grid)[0].mean().item()
+        assert (place.layer, place.where) == (tokens.layer, tokens.where)
+        assert place.share == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_model_inside_another_is_the_model_that_runs():
+    class Halved(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.module = model
+
+        def forward(self, x):
+            return self.module(x / 2)
+
+    model, x = small(), images()
+    wrapped, halved = analyze(Halved(model), x), analyze(model, x / 2)
+    assert [f.share for f in wrapped.frequency] == [f.share for f in halved.frequency]
+    assert wrapped.attention[0].pitch == 4  # the stem's own, not image by grid
+    assert analyze(nn.DataParallel(model), x).depth == 3
+
+
 def test_windows_as_large_as_a_batch_of_grids_are_not_taken_for_the_grid():
     """MaxViT's windows have 8 x 8 tokens, on a grid of 64 x 64."""
     found = analyze(timm_model("maxvit_pico_rw_256"), images(1, (256, 256)))
     assert found.grid == (64, 64) and all(layer.grid == (8, 8) for layer in found.attention)
-    assert any("attends to 64 tokens there" in line for line in found.missing)
+    assert any("attends within windows of 64 tokens there" in line for line in found.missing)
+    assert any("frequencies (attention)" in line for line in found.missing)  # in windows as well
+    assert {place.grid for place in found.frequency} == {(64, 64), (32, 32), (16, 16), (8, 8)}
 
 
 # -- Noise by band ----------------------------------------------------------------------------------------------------
@@ -324,8 +433,10 @@ def test_accuracy_falls_where_the_model_looks_for_its_answer():
 
 def test_pictures_of_an_image():
     model, x = small(), images(2)
-    taken = pictures.take(model, x, with_rollout=True, with_grad_cam=True)
-    assert len(taken) == 2
+    model.head.weight.grad = mine = torch.ones_like(model.head.weight)
+    taken, missing = pictures.take(model, x, with_rollout=True, with_grad_cam=True)
+    assert len(taken) == 2 and missing == []
+    assert model.head.weight.grad is mine and model.blocks[0].norm1.weight.grad is None
     for one in taken:
         assert [e.shape for e in one.energy] == [(8, 8)] * 3
         for values in (*one.energy, one.class_attention, one.rollout, one.grad_cam):
@@ -342,6 +453,18 @@ def test_pictures_of_an_image():
         seen = weights[0, :, 0, 1:].mean(dim=0).unflatten(0, (8, 8))
     expected = (seen - seen.min()) / (seen.max() - seen.min())
     assert taken[0].class_attention == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_cannot_be_shown_is_said():
+    swin = timm_model("swin_tiny_patch4_window7_224")
+    (one,), missing = pictures.take(swin, images(1, (224, 224)), with_rollout=True, with_grad_cam=True)
+    assert one.rollout is None and one.class_attention is None and len(one.energy) == 12
+    assert missing == ["Grad-CAM of SwinTransformer: it has no blocks with a norm1 to look at"]
+    (one,), missing = pictures.take(timm_model("pit_ti_224"), images(1, (224, 224)), with_rollout=True)
+    assert one.rollout is None and missing == ["attention rollout: its layers have different numbers of tokens"]
+    registers = timm_model("vit_little_patch16_reg4_gap_256")
+    (one,), _ = pictures.take(registers, images(1, (256, 256)))
+    assert one.class_attention is None  # it has no class token
 
 
 def test_the_spectrum_of_a_wave_is_two_points():

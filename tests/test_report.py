@@ -11,12 +11,12 @@ from PIL import Image
 
 import eit
 from eit.analysis import report
-from eit.analysis.compare import Options, compare
+from eit.analysis.compare import Comparison, Options, compare
 from eit.analysis.figures import Measured, figures
 from eit.analysis.measure import analyze
 from eit.analysis.pictures import Example, take
 from eit.analysis.subjects import Subject, check_names, choose_images, open_subjects
-from eit.checkpoint import load
+from eit.checkpoint import find_weights, load
 from eit.config import load_recipe
 from eit.errors import UserError
 from eit.images import View
@@ -45,12 +45,19 @@ def read(folder, name):
         return list(csv.DictReader(file))
 
 
-def measured(label="one", state="trained", seed=0, **arguments):
+def measured(label="one", state="trained", seed=0, images=3, colour="#0072b2", **arguments):
     torch.manual_seed(seed)
-    model = eit.EIT(32, 3, 1, 4, embed_dim=24, depth=3, num_heads=4, num_classes=5, **arguments).eval()
-    x = torch.randn(3, 3, 32, 32)
+    arguments = dict(embed_dim=24, depth=3, num_heads=4, num_classes=5) | arguments
+    model = eit.EIT(32, 3, 1, 4, **arguments).eval()
+    x = torch.randn(images, 3, 32, 32)
     subject = Subject(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32)
-    return Measured(subject, analyze(model, x), "#0072b2", "o", pictures=take(model, x[:2]))
+    one = Measured(subject, colour, "o")
+    one.analysis, (one.pictures, _) = analyze(model, x), take(model, x[:2])
+    return one
+
+
+def write(folder, ones, data="photos", command="eit analyze", examples=()):
+    return report.write(folder, Comparison(ones, [], list(examples)), data, command)
 
 
 # -- The command ------------------------------------------------------------------------------------------------------
@@ -111,7 +118,7 @@ def test_the_numbers_as_json_are_those_of_the_tables(run, data, tmp_path):
         (["eit_mini", "--data", "nowhere"], "no such image: nowhere"),
         (["eit_mini", "--data", "empty"], "no images below empty"),
         (["eit_mini", "--size", "5"], "--size 5: eit_mini makes no token of so few pixels"),
-        (["eit_mini", "--size", "12"], "images of 12x12 make a 1x1 grid of tokens"),
+        (["eit_mini", "--size", "12"], "EIT has no layer with a grid of more than one token for images of 12x12"),
         (["eit_mini", "--rho", "2"], "rho=2.0: a frequency between 0 and sqrt(2) is expected"),
         (["eit_mini", "--out", "file.txt"], "--out file.txt cannot be written: File exists"),
         (["eit_mini", "--pictures", "9"], "should be less than or equal to 8"),
@@ -123,7 +130,9 @@ def test_bad_input_gets_one_line(words, line, data, tmp_path, monkeypatch):
     (tmp_path / "file.txt").touch()
     given = [*words] if "--data" in words else [*words, "--data", data]
     done = run_eit("analyze", *given, cwd=tmp_path)
-    errors = [found for found in done.stderr.splitlines() if found.startswith("eit: ") and "untrained" not in found]
+    errors = [
+        found for found in done.stderr.splitlines() if found.startswith("eit: ") and "analysed untrained" not in found
+    ]
     assert done.returncode == 2 and len(errors) == 1 and line in errors[0], done.stderr
     assert "Traceback" not in done.stderr
 
@@ -185,7 +194,8 @@ def test_images_are_those_of_validation_or_all_below_a_folder(data):
 def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
     """`digits` takes one channel of 8 pixels, the run three of 16."""
     images = choose_images(str(data), 5, labelled=False)
-    found, shown = compare(["digits", str(run)], images, torch.device("cpu"), Options(), lambda card, given: given)
+    compared = compare(["digits", str(run)], images, torch.device("cpu"), Options(), lambda card, given: given)
+    found, shown = compared.measured, compared.examples
     assert [one.analysis.image_size[0] for one in found] == [8, 8, 16, 16]
     assert shown[0].image.shape == (8, 8, 3) and len(shown) == 4
     assert found[0].colour == found[1].colour != found[2].colour
@@ -198,21 +208,25 @@ def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
 def test_an_earlier_report_is_replaced_and_other_files_stay(tmp_path):
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "robustness.csv").write_text("old")
-    (tmp_path / "mine.txt").write_text("mine")
-    report.write(tmp_path, [measured()], "photos", "eit analyze")
-    assert {file.stem for file in (tmp_path / "csv").iterdir()} == FILES and (tmp_path / "mine.txt").exists()
+    (tmp_path / "figures").mkdir()
+    mine = [tmp_path / name for name in ("mine.txt", "csv/mine.csv", "figures/plot.png", "figures/diagram.svg")]
+    for file in mine:
+        file.write_text("mine")
+    write(tmp_path, [measured()])
+    assert all(file.read_text() == "mine" for file in mine)
+    assert {file.stem for file in (tmp_path / "csv").iterdir()} == FILES | {"mine"}
 
 
 def test_names_that_hold_markup_are_shown_as_they_are(tmp_path):
     name = '<script>alert("x")</script>&$names'
     one = measured(name)
     shown = [Example(name, torch.rand(32, 32, 3).numpy(), torch.rand(32, 32).numpy())]
-    page = report.write(tmp_path, [one], name, name, shown).read_text()
+    page = write(tmp_path, [one], name, name, shown).read_text()
     assert "<script" not in page and "&lt;script&gt;alert" in page and "$names" in page
 
 
 def test_the_page_needs_nothing_else(tmp_path):
-    page = report.write(tmp_path, [measured()], "photos", "eit analyze").read_text()
+    page = write(tmp_path, [measured()], "photos", "eit analyze").read_text()
     addresses = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert addresses and all(a.startswith(("data:", "#")) or b.startswith("#") for a, b in addresses)
     assert "<script" not in page
@@ -222,7 +236,7 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(tmp_path):
     ones = [measured(), measured(state="initial", seed=1), measured("two", schedule="lsra")]
-    page = report.write(tmp_path, ones, "photos", "eit analyze").read_text()
+    page = write(tmp_path, ones, "photos", "eit analyze").read_text()
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
     assert len(captions) == len(figures(ones)) >= 7
     for caption in captions:
@@ -241,8 +255,55 @@ def test_the_words_of_a_comparison_are_its_numbers():
         for a, b in zip(ones[0].analysis.attention, ones[2].analysis.attention, strict=True)
     ]
     assert f"eit is more diverse than flat in {sum(wider)} of 3 layers" in words
+    assert report.verdicts(ones[::-1])[:3] == report.verdicts(ones)[:3]  # in whatever order they are given
     assert "Training moves the share of eit by" in words
     assert report.verdicts([measured(state="untrained")]) == []
+
+
+def test_words_where_models_cannot_be_compared():
+    mixed = measured("mixed", schedule=(0, 12, 24))  # no attention in its first layer
+    words = " ".join(report.verdicts([mixed, measured("flat", schedule="vit")]))
+    assert "mixed is more diverse than flat in" in words and "of 2 layers" in words
+    deep = measured("deep", depth=4)
+    assert "deep has 4 layers, flat 3: they are not compared" in " ".join(
+        report.verdicts([deep, measured("flat", schedule="vit")])
+    )
+    single = [measured("a", images=1), measured("b", images=1, schedule="vit")]
+    assert "One image has no standard error" in " ".join(report.verdicts(single))
+
+
+def test_names_with_control_characters_are_drawn_and_printed_as_boxes(tmp_path):
+    from xml.etree import ElementTree
+
+    shutil.copy(find_weights("digits"), tmp_path / "a\x1b[31mb.safetensors")
+    done = run_eit("analyze", "a\x1b[31mb.safetensors", "--data", "sklearn:digits", "--images", "2", cwd=tmp_path)
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr and "Warning" not in done.stderr
+    assert "\x1b" not in (tmp_path / "analysis" / "report.html").read_text()
+    for file in (tmp_path / "analysis" / "figures").glob("*.svg"):
+        ElementTree.parse(file)
+
+
+def test_one_model_that_cannot_be_measured_does_not_cost_the_others(data, tmp_path):
+    words = ("analyze", "torchvision/resnet18", "digits", "--bands", "--grad-cam", "--data", data, "--out", tmp_path)
+    done = run_eit(*words, "--no-initial")
+    assert done.returncode == 0, done.stderr
+    assert "resnet18 (untrained): ResNet has neither transformer blocks" in done.stderr
+    assert "digits: no accuracy under noise: the data have classes that the model does not know" in done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "ResNet has neither" in page and "Grad-CAM</span>" in page and not (tmp_path / "csv/robustness.csv").exists()
+
+
+def test_a_report_inside_its_own_images_does_not_feed_on_itself(data, tmp_path):
+    shutil.copytree(data / "val", tmp_path / "photos")
+    for _ in range(2):
+        done = run_eit("analyze", "digits", "--data", "photos", "--out", "photos/report", "--json", cwd=tmp_path)
+        assert json.loads(done.stdout)["models"][0]["images"] == 12
+
+
+def test_where_initial_values_come_from_stands_in_the_page(tmp_path):
+    twin = measured(state="initial", seed=1)
+    twin.subject.source, twin.subject.sha256 = "initial values of seed 7", ""
+    assert "initial values of seed 7" in write(tmp_path, [measured(), twin]).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +322,8 @@ def browser():
 def test_a_browser_shows_it(browser, tmp_path, scheme, width):
     """On a phone and a desk: nothing asked of the network, no error, every figure in sight, no sideways scrolling."""
     shown = [Example("cat.jpg", torch.rand(32, 32, 3).numpy(), torch.rand(32, 32).numpy())] * 2
-    file = report.write(tmp_path, [measured(), measured(state="initial", seed=1)], "photos", "eit analyze", shown)
+    ones = [measured(), measured(state="initial", seed=1), measured("two", seed=2), measured("three", seed=3)]
+    file = write(tmp_path, ones, examples=shown)
     page = browser.new_page(color_scheme=scheme, viewport=dict(width=width, height=800))
     faults, asked = [], []
     page.on("console", lambda message: faults.append(message.text))
@@ -281,8 +343,9 @@ def test_a_browser_shows_it(browser, tmp_path, scheme, width):
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper))
     assert (light > 600 and dark < 150) if scheme == "dark" else (light < 150 and dark > 600)
-    smallest = page.evaluate(
-        "Math.min(...[...document.querySelectorAll('.panel svg text')].map(e => e.getBoundingClientRect().height))"
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('.panel svg text')].map("
+        "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a || 99)"  # turned text has a = 0
     )
-    assert smallest >= 7  # pixels
+    assert min(sizes) >= 10  # pixels
     page.close()

@@ -203,11 +203,12 @@ def evaluate(
     from eit.evaluate import evaluate as run
     from eit.evaluate import make_views
     from eit.loader import evaluation_loader
+    from eit.zoo import check_size
 
     on = distributed.start(device)
     model = load(checkpoint)
     for size in sizes or ():
-        _check_size(model, size)
+        check_size(model, size, model.card.size, model.card.model)
     if split and not dataset:
         raise UserError(f"--split {split} is of a data set of timm: give --dataset too")
     where = _evaluation_data(model.card, data, dataset, split, max_pixels)
@@ -294,7 +295,7 @@ def analyze(
         bool,
         typer.Option("--renormalize/--no-renormalize", help="Leave attention to the class token out of distances."),
     ] = True,
-    size: Annotated[int | None, typer.Option(min=1, max=65536, help="Pixels; default: each model's own.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, max=4096, help="Pixels; default: each model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     workers: Annotated[int | None, typer.Option(min=0, help="Loader processes.")] = None,
     max_pixels: MaxPixels = None,
@@ -316,19 +317,19 @@ def analyze(
         raise UserError("eit analyze runs in one process: leave torchrun out")
     folder = _folder_to_write(out, "--out")
     check_names(names)
-    chosen = choose_images(data, images, bands, max_pixels or MAX_PIXELS)
+    chosen = choose_images(data, images, bands, max_pixels or MAX_PIXELS, without=folder)
     options = Options(size, initial, rho, renormalize, bands, pictures, rollout, grad_cam, batch_size, workers)
-    measured, shown = compare(names, chosen, on, options, _with_classes_of)
-    page = write(folder, measured, data, shlex.join(["eit", *sys.argv[1:]]), shown)
+    compared = compare(names, chosen, on, options, _with_classes_of)
+    page = write(folder, compared, data, shlex.join(["eit", *sys.argv[1:]]))
     if as_json:
-        print(to_json(measured, folder))
+        print(to_json(compared.measured, folder))
         return
-    _table(*_analysis_table(measured))
+    _table(*_analysis_table(compared.measured))
     print(
         "Means of the layers. share: energy of high frequencies; noise: that of white noise on as many tokens.\n"
         "diversity: standard deviation of the heads' attention distances; relative: to uniform attention."
     )
-    print(f"{page}: figures and numbers of {len(chosen):,} image{'s' if len(chosen) > 1 else ''}")
+    print(printable(f"{page}: figures and numbers of {len(chosen):,} image{'s' if len(chosen) > 1 else ''}"))
 
 
 @app.command()
@@ -628,19 +629,6 @@ def _with_classes_of(card: "Card", images: "Images | ImageStream") -> "Images | 
     )
 
 
-def _check_size(model: Any, size: int) -> None:
-    """Raise a UserError where the model does not take images of `size` pixels."""
-    from eit.model import EIT
-
-    if not isinstance(model, EIT):
-        if model.pretrained_cfg.get("fixed_input_size") and size != model.card.size:
-            raise UserError(f"--size {size}: {model.card.model} takes {model.card.size} pixels alone")
-        return
-    if 0 in model.patch_embed.grid_size(size, size):
-        least = next(n for n in range(size, 1 << 20) if 0 not in model.patch_embed.grid_size(n, n))
-        raise UserError(f"--size {size}: this model makes no token of so few pixels; {least} is the least")
-
-
 def _write_confusion(file: Path, counts: list[list[int]], classes: list[str]) -> None:
     """`counts` as a picture, or as a table that names the classes."""
     import csv
@@ -704,13 +692,15 @@ def _views_table(views: Sequence[dict[str, Any]]) -> None:
 
 def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list[list[str]]]:
     """A row a model, with means over its layers."""
+    from rich.markup import escape
+
     head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
     rows = []
     for one in measured:
         layers, heads = one.analysis.at("block"), one.analysis.attention
         rows.append(
             [
-                one.name,
+                escape(one.name),
                 "x".join(map(str, one.analysis.grid)),
                 f"{100 * fmean(layer.share for layer in layers):.1f}%",
                 f"{100 * fmean(layer.share_with_dc for layer in layers):.1f}%",

@@ -157,6 +157,19 @@ def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any)
         raise UserError(f"{name}: {line}{hint}") from None
 
 
+def check_size(model: Any, size: int, own: int, name: str) -> None:
+    """Raise a UserError where `model`, whose own input is `own` pixels, does not take images of `size` pixels."""
+    if isinstance(model, eit.model.EIT):
+        stem = model.patch_embed
+        if 0 in stem.grid_size(size, size):
+            least = next(n for n in range(size, 1 << 20) if 0 not in stem.grid_size(n, n))
+            raise UserError(f"--size {size}: {name} makes no token of so few pixels; {least} is the least")
+    elif size != own and (
+        hasattr(model, "image_size") or getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
+    ):  # torchvision's ViT, timm's
+        raise UserError(f"--size {size}: {name} takes {own} pixels alone")
+
+
 def head_names(model: Any) -> tuple[str, ...]:
     """Names of the classifier's modules. A model that was made without the zoo has no configuration."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")

@@ -21,7 +21,7 @@ from eit.analysis.moments import Moments
 MAP_BYTES = 1 << 22  # of attention maps alive at a time, if one image has no more: they stay in a CPU's cache then
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def pairwise_distances(grid: Grid, pitch: float = 1.0) -> Tensor:
     """Pixels from each token of the grid to each other one, (n, n), with `pitch` pixels from a token to the next."""
     y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
@@ -123,7 +123,7 @@ class Attention:
     pitch: float
     distance: list[float]
     distance_se: list[float]
-    class_mass: list[float]  # share of the grid's attention that goes to the class token (and other prefix tokens)
+    class_mass: list[float]  # share of the grid's attention that goes to class token and registers
     entropy: list[float]  # nats; log(h * w) where a head looks everywhere alike
 
     @property
@@ -169,6 +169,16 @@ class AttentionMeter:
         return Attention(
             self.layer, self.grid, self.pitch, distance, self._moments.standard_error[0].tolist(), mass, entropy
         )
+
+
+def together(calls: list[Attention]) -> Attention:
+    """The heads of attentions that run side by side in one layer, as one."""
+    first = calls[0]
+    lists = {
+        name: [value for call in calls for value in getattr(call, name)]
+        for name in ("distance", "distance_se", "class_mass", "entropy")
+    }
+    return Attention(first.layer, first.grid, first.pitch, **lists)
 
 
 def rollout(maps: Tensor, before: Tensor | None = None) -> Tensor:

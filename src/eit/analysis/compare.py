@@ -10,13 +10,12 @@ from torch import Tensor
 from eit.analysis import pictures, robustness
 from eit.analysis.figures import MARKERS, PALETTE, Measured
 from eit.analysis.frequency import RHO
-from eit.analysis.measure import analyze
-from eit.analysis.subjects import Subject, check_names, open_subjects
+from eit.analysis.measure import CannotMeasure, analyze
+from eit.analysis.subjects import check_names, open_subjects
 from eit.console import say, track
+from eit.errors import UserError
 from eit.images import Images
 from eit.loader import EvaluationLoader
-
-MOST_PICTURES = 8
 
 
 @dataclass
@@ -28,11 +27,20 @@ class Options:
     rho: float = RHO
     renormalize: bool = True
     bands: bool = False  # accuracy under noise of frequency bands: the images must be labelled
-    pictures: int = 4  # images to show; at most MOST_PICTURES
+    pictures: int = 4  # images to show
     rollout: bool = False
     grad_cam: bool = False
     batch_size: int = 16
     workers: int | None = None
+
+
+@dataclass
+class Comparison:
+    """What was measured of each model, which models could not be and why, and the images that are shown."""
+
+    measured: list[Measured]
+    left_out: list[str]
+    examples: list[pictures.Example]
 
 
 def compare(
@@ -41,39 +49,53 @@ def compare(
     device: torch.device,
     options: Options,
     with_classes_of: Callable[[Any, Images], Any],
-) -> tuple[list[Measured], list[pictures.Example]]:
-    """What was measured of each model, and the images that are shown.
+) -> Comparison:
+    """Measure the models on the images, one after the other; what cannot be measured is said, and the rest goes on.
 
     `with_classes_of(card, images)` gives images the class numbers of weights.
+
+    Raises:
+        UserError: an unknown name, images that cannot be read, or no model that can be measured.
     """
     check_names(names)
-    measured: list[Measured] = []
-    shown: list[pictures.Example] = []
+    if options.grad_cam:
+        pictures.check_grad_cam()
+    found = Comparison([], [], [])
     count = min(options.pictures, len(images))
-    examples = images.subset(i * len(images) // count for i in range(count)) if count else None
+    shown = images.subset(i * len(images) // count for i in range(count)) if count else None
+    number = -1
     for subject in open_subjects(names, options.size, options.initial):
-        number = len([one for one in measured if not one.is_initial]) - (subject.state == "initial")
+        number += subject.state != "initial"
+        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        one = Measured(subject, colour, marker)
         subject.model.to(device)
         loader = EvaluationLoader(images, subject.view, options.batch_size, options.workers, device)
-        title = subject.label + (" (initial)" if subject.state == "initial" else "")
-        analysis = analyze(subject.model, _watched(loader, title), options.rho, options.renormalize)
-        if subject.state != "initial":
-            for text in analysis.missing:
-                say(f"{subject.label}: no {text}")
-        one = Measured(subject, analysis, PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)])
+        try:
+            one.analysis = analyze(subject.model, _watched(loader, one.name), options.rho, options.renormalize)
+        except CannotMeasure as error:
+            found.left_out.append(f"{one.name}: {error}")
+            continue
+        one.missing = list(one.analysis.missing)
         if options.bands and subject.state == "trained":
-            one.bands = _bands(subject, images, device, options, with_classes_of)
-        if examples is not None and subject.state != "initial":
-            view = subject.view
-            _, batch = next(iter(EvaluationLoader(examples, view, len(examples), 0, device)))
-            one.pictures = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
-            if not shown:
-                std, mean = (torch.tensor(v).view(-1, 1, 1) for v in (view.std, view.mean))
+            _bands(one, images, device, options, with_classes_of)
+        if shown is not None and subject.state != "initial":
+            _, batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
+            one.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
+            one.missing += missing
+            if not found.examples:
+                std, mean = (torch.tensor(v).view(-1, 1, 1) for v in (subject.view.std, subject.view.mean))
                 pixels = (batch.images.cpu() * std + mean).clamp(0, 1)
-                shown = [pictures.example(name, x) for name, x in zip(examples.names, pixels, strict=True)]
-        measured.append(one)
+                found.examples = [pictures.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
+        if subject.state != "initial":
+            for text in one.missing:
+                say(f"{one.name}: no {text}")
+        found.measured.append(one)
         subject.model = None  # the numbers are what is kept
-    return measured, shown
+    if not found.measured:
+        raise UserError(found.left_out[0])
+    for line in found.left_out:
+        say(line)
+    return found
 
 
 def _watched(loader: EvaluationLoader, title: str) -> Iterator[Tensor]:
@@ -83,15 +105,21 @@ def _watched(loader: EvaluationLoader, title: str) -> Iterator[Tensor]:
 
 
 def _bands(
-    subject: Subject,
+    one: Measured,
     images: Images,
     device: torch.device,
     options: Options,
-    with_classes_of: Callable[[Any, Images], Images],
-) -> list[robustness.Band] | None:
+    with_classes_of: Callable[[Any, Images], Any],
+) -> None:
+    """Accuracy under noise of each band, where the classes of weights and images agree."""
+    subject = one.subject
     if subject.card is None:
-        say(f"{subject.label}: no accuracy under noise: which classes it knows is not said by its weights")
-        return None
-    own = with_classes_of(subject.card, images)
+        one.missing.append("accuracy under noise: its weights do not say which classes they know")
+        return
+    try:
+        own = with_classes_of(subject.card, images)
+    except UserError as error:
+        one.missing.append(f"accuracy under noise: {error}")
+        return
     loader = EvaluationLoader(own, subject.view, options.batch_size, options.workers, device)
-    return robustness.band_accuracy(subject.model, loader, subject.view)
+    one.bands = robustness.band_accuracy(subject.model, loader, subject.view)

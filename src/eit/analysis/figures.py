@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from eit.analysis.frequency import Frequency, diagonal_frequencies
@@ -15,6 +15,7 @@ from eit.analysis.subjects import Subject
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours, so that 42 models differ
 HEAT = "cividis"
+FIGURES = ("share", "parts", "amplitude", "spectra", "distances", "diversity", "attention", "robustness")  # their keys
 
 
 @dataclass
@@ -22,9 +23,10 @@ class Measured:
     """A subject with all that was measured of it."""
 
     subject: Subject
-    analysis: Analysis
     colour: str
     marker: str
+    analysis: Analysis = field(init=False)
+    missing: list[str] = field(default_factory=list)  # what cannot be measured or shown of it
     bands: list[Band] | None = None
     pictures: list[Picture] | None = None
 
@@ -97,7 +99,7 @@ def _share(measured: Sequence[Measured]) -> Figure:
                 _noise(axis, places, with_dc)
             _depth(axis, measured, first=0)
             axis.set_ylabel("high-frequency share (%)")
-            axis.set_ylim(bottom=0)
+            _from_zero(axis)
 
         return Panel("share_with_dc: the mean counts" if with_dc else "share: the mean left out", draw)
 
@@ -139,8 +141,8 @@ def _parts(measured: Sequence[Measured]) -> Figure | None:
             _noise(axis, one.analysis.at("attention"), with_dc=False)
             _depth(axis, [one])
             axis.set_ylabel("high-frequency share (%)")
-            axis.set_ylim(bottom=0)
-            axis.legend(frameon=False, fontsize=8)
+            _from_zero(axis)
+            axis.legend(frameon=False, fontsize=9)
 
         return Panel(one.name, draw)
 
@@ -199,19 +201,15 @@ def _spectra(measured: Sequence[Measured]) -> Figure:
             import numpy as np
 
             places = [f for f in one.analysis.frequency if f.where in ("stem", "block")]
-            rings = places[0].radial()
-            edges = [rings[0][0], *(ring[1] for ring in rings)]
-            decibels = [
-                [10 * math.log10(max(share / noise, 1e-9)) for _, _, share, noise in f.radial()]
-                if f.grid == places[0].grid
-                else [math.nan] * len(rings)
-                for f in places
-            ]
-            rows = np.arange(len(places) + 1) - 0.5
-            mesh = axis.pcolormesh(edges, rows, np.array(decibels), cmap=HEAT, vmin=-10, vmax=10, linewidth=0.5)
-            mesh.set_edgecolor("face")  # else the paper shows through the seams
+            for f in places:  # each with the rings of its own grid
+                rings = f.radial()
+                edges = [rings[0][0], *(ring[1] for ring in rings)]
+                decibels = np.array([[10 * math.log10(max(share / noise, 1e-9)) for _, _, share, noise in rings]])
+                rows = [f.layer - 0.5, f.layer + 0.5]
+                mesh = axis.pcolormesh(edges, rows, decibels, cmap=HEAT, vmin=-10, vmax=10, linewidth=0.5)
+                mesh.set_edgecolor("face")  # else the paper shows through the seams
             bar = axis.figure.colorbar(mesh, ax=axis, pad=0.02, fraction=0.06, ticks=[-10, -5, 0, 5, 10], extend="both")
-            bar.ax.tick_params(labelsize=7, length=2)
+            bar.ax.tick_params(length=2)
             bar.outline.set_visible(False)
             _integers(axis.yaxis, [f.layer for f in places])
             axis.set(xlabel="frequency (1: Nyquist of an axis)", ylabel="layer")
@@ -290,15 +288,15 @@ def _diversity(measured: Sequence[Measured]) -> Figure | None:
                 axis.plot([layer.layer for layer in layers], y, **one.style())
             _depth(axis, shown)
             axis.set_ylabel("diversity (% of uniform)" if relative else "diversity (px)")
-            axis.set_ylim(bottom=0)
+            _from_zero(axis)
 
         return Panel("by the distance of uniform attention" if relative else "in pixels", draw)
 
     return Figure(
         "diversity",
         "Head diversity over depth",
-        "Standard deviation over a layer's heads of their mean attention distance. Dashed: initial values, where LSRA "
-        "and EIT are less diverse than ViT: the claim is about trained models. Against it would count: a line of EIT "
+        "Standard deviation over a layer's heads of their mean attention distance. Dashed: initial values, "
+        "of which the paper claims nothing. Against it would count: a line of EIT "
         "that is not above the others after training. Grids differ in pitch: compare them in the panel on the right.",
         [panel(False), panel(True)],
         shown,
@@ -318,17 +316,18 @@ def _attention(measured: Sequence[Measured]) -> Figure | None:
                 axis.plot([layer.layer for layer in layers], y, **one.style())
             _depth(axis, shown)
             axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
+            _from_zero(axis)
 
         return Panel(title, draw)
 
+    cut = "which the distances leave out" if shown[0].analysis.renormalize else "which counts as distance 0"
     return Figure(
         "attention",
         "Class-token mass and entropy",
-        "Left: the part of the patches' attention that goes to the class token, which the distances leave out; where "
-        "it is large, they speak of little. Right: entropy of a patch's attention over the grid, as a share of its "
-        "largest value, log(h w); low means that a head looks at few places. Means over heads; dashed: initial values. "
-        "Neither is a claim of the paper; masses that differ widely would count against comparing distances.",
+        f"Left: the part of the patches' attention that goes to the class token (and to registers), {cut}; where it is "
+        "large, they speak of little. Right: entropy of a patch's attention over the grid, as a share of its largest "
+        "value, log(h w); low means that a head looks at few places. Means over heads; dashed: initial values. Neither "
+        "is a claim of the paper; masses that differ widely would count against comparing distances.",
         [
             panel(
                 "class-token mass", "attention to class token (%)", lambda layer: layer.class_mass, lambda layer: 1.0
@@ -388,6 +387,11 @@ def _depth(axis: Any, measured: Sequence[Measured], first: int = 1) -> None:
     _integers(axis.xaxis, range(first, depth + 1))
     axis.set_xlim(first - 0.5, depth + 0.5)
     axis.set_xlabel("layer")
+
+
+def _from_zero(axis: Any) -> None:
+    """The y axis from 0 to a little above the data: a line at the top is not cut in half."""
+    axis.set_ylim(0, 1.06 * axis.dataLim.y1 or 1)
 
 
 def _integers(axis: Any, values: Sequence[int]) -> None:

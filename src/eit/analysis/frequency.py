@@ -64,13 +64,14 @@ def transform(x: Tensor) -> Tensor:
     by no more than the rounding of its mean has DC alone.
     """
     h, w = x.shape[1:3]
+    rounding = torch.finfo(x.dtype).eps
     x = x.float()
     mean = x.mean(dim=(1, 2), keepdim=True)
     along_h = torch.matmul(basis(h).to(x), (x - mean).flatten(2)).unflatten(2, (w, -1))
     found = torch.matmul(basis(w).to(x), along_h)
     found[:, 0, 0] = 0
     dc = mean[:, 0, 0] * math.sqrt(h * w)
-    varies = found.square().sum(dim=(1, 2)) > (torch.finfo(x.dtype).eps * dc).square()
+    varies = found.square().sum(dim=(1, 2)) > (rounding * dc).square()
     found *= varies[:, None, None]
     found[:, 0, 0] = dc
     return found
@@ -126,6 +127,7 @@ class Frequency:
     where: str  # stem, mixer, block; conv, attention: of the mixer's output, before the residual is added
     channels: int
     grid: Grid
+    pitch: float  # pixels from one token to the next
     rho: float
     share: float
     share_se: float
@@ -157,9 +159,9 @@ class FrequencyMeter:
         self.grid: Grid | None = None
         self._shares, self._logs, self._energy = Moments(), Moments(), Moments()
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, pitch: float = 1.0) -> None:
         """Tokens of a batch, (B, h, w, C)."""
-        self.grid, self.channels = (x.shape[1], x.shape[2]), x.shape[3]
+        self.grid, self.channels, self.pitch = (x.shape[1], x.shape[2]), x.shape[3], pitch
         coefficients = transform(x)
         energy = coefficients.square()
         self._shares.add(torch.stack(_shares(energy, self.rho), dim=1))
@@ -175,6 +177,7 @@ class FrequencyMeter:
             self.where,
             self.channels,
             self.grid,
+            self.pitch,
             self.rho,
             share,
             se,

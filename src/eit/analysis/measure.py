@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eit.analysis.attention import Attention, AttentionMeter
+from eit.analysis.attention import Attention, AttentionMeter, together
 from eit.analysis.frequency import RHO, Frequency, FrequencyMeter, Grid
-from eit.analysis.probe import Heads, Tokens, layers_of, unwrapped, watch
+from eit.analysis.probe import CannotMeasure, Heads, Tokens, layers_of, unwrapped, watch
 from eit.errors import UserError
 
 
@@ -20,6 +20,8 @@ class Analysis:
     images: int
     image_size: tuple[int, int]  # pixels
     depth: int
+    rho: float
+    renormalize: bool  # whether attention to prefix tokens was cut off
     frequency: list[Frequency]  # by layer, in the order in which a layer works
     attention: list[Attention]  # by layer
     missing: list[str]  # what cannot be measured of this model, and why
@@ -30,8 +32,13 @@ class Analysis:
 
     @property
     def grid(self) -> Grid:
-        """Tokens (h, w) of the first layer."""
+        """Tokens (h, w) of the first place that was measured."""
         return self.frequency[0].grid
+
+    @property
+    def pitch(self) -> float:
+        """Pixels from one token of that grid to the next."""
+        return self.frequency[0].pitch
 
 
 @torch.no_grad()
@@ -55,7 +62,8 @@ def analyze(
         batch_size: images at a time where `images` is one tensor.
 
     Raises:
-        UserError: no images, images of different sizes, values that are not finite, or nothing that can be measured.
+        UserError: no images, or images of different sizes.
+        CannotMeasure: a UserError too; the model has nothing that can be measured, or values that are not finite.
 
     >>> model = create_model("eit_mini", num_classes=10)
     >>> found = analyze(model, torch.randn(2, 3, 224, 224))
@@ -68,7 +76,7 @@ def analyze(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with watch(model, run.tokens, run.heads, run.other_attention):
+        with watch(model, run.tokens, run.heads, run.lacks):
             for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
                 run.images(batch)
     finally:
@@ -84,9 +92,9 @@ class _Run:
         self.count = 0
         self.size: tuple[int, int] | None = None
         self.frequency: dict[tuple[int, str], FrequencyMeter] = {}
-        self.attention: dict[int, AttentionMeter] = {}
+        self.attention: dict[tuple[int, int], AttentionMeter] = {}  # by layer and call
         self.single: dict[tuple[int, str], None] = {}  # places with one token
-        self.windows: dict[int, int] = {}  # layer -> keys of attention that is not over the whole grid
+        self.missing: dict[tuple[str, str], set[int]] = {}  # (where, reason) -> layers
 
     def images(self, batch: Tensor) -> None:
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
@@ -110,53 +118,56 @@ class _Run:
             return
         if place not in self.frequency:
             self.frequency[place] = FrequencyMeter(*place, self.rho)
-        self.frequency[place].add(found.grid)
+        self.frequency[place].add(found.grid, found.pitch)
 
     def heads(self, found: Heads) -> None:
         if found.grid == (1, 1):
             return
-        if found.layer not in self.attention:
-            self.attention[found.layer] = AttentionMeter(found.layer, self.renormalize)
-        self.attention[found.layer].add(found.call, found.grid, found.pitch, found.prefix)
+        key = found.layer, found.number
+        if key not in self.attention:
+            self.attention[key] = AttentionMeter(found.layer, self.renormalize)
+        self.attention[key].add(found.call, found.grid, found.pitch, found.prefix)
 
-    def other_attention(self, layer: int, keys: int) -> None:
-        self.windows[layer] = keys
+    def lacks(self, layer: int, where: str, reason: str) -> None:
+        self.missing.setdefault((where, reason), set()).add(layer)
 
     def result(self) -> Analysis:
         if self.size is None:
             raise UserError("no images: nothing was measured")
-        if not self.frequency:
-            size = "x".join(map(str, self.size))
-            raise UserError(
-                f"images of {size} make a 1x1 grid of tokens, which has neither frequencies nor distances: "
-                "give larger images"
+        missing = self._missing()
+        if not any(where == "block" for _, where in self.frequency):
+            size, name = "x".join(map(str, self.size)), type(self.model).__name__
+            why = missing[0] if self.missing else "larger images make more"
+            raise CannotMeasure(
+                f"{name} has no layer with a grid of more than one token for images of {size}, "
+                f"thus neither frequencies nor distances: {why}"
             )
         frequency = [meter.result() for meter in self.frequency.values()]
         frequency.sort(key=lambda found: found.layer)  # stable: within a layer as it works
-        attention = [self.attention[layer].result() for layer in sorted(self.attention)]
-        for found in frequency:
-            if not math.isfinite(found.share):
-                raise UserError(f"layer {found.layer} ({found.where}) holds values that are not finite")
-        return Analysis(self.count, self.size, self.depth, frequency, attention, self._missing())
+        calls: dict[int, list[Attention]] = {}
+        for (layer, _), meter in sorted(self.attention.items()):
+            calls.setdefault(layer, []).append(meter.result())
+        attention = [together(found) for found in calls.values()]
+        for place in frequency:
+            if not math.isfinite(place.share):
+                raise CannotMeasure(f"layer {place.layer} ({place.where}) holds values that are not finite")
+        return Analysis(self.count, self.size, self.depth, self.rho, self.renormalize, frequency, attention, missing)
 
     def _missing(self) -> list[str]:
-        missing = []
+        lines = []
         if layers := sorted({layer for layer, _ in self.single}):
-            missing.append(f"frequencies of {_layers(layers)}: one token has none")
-        name = type(self.model).__name__
-        if self.windows:
-            keys = ", ".join(map(str, sorted(set(self.windows.values()))))
-            missing.append(
-                f"attention distances of {_layers(sorted(self.windows))}: {name} attends to {keys} tokens there, not "
-                "to all of the grid (windows); frequencies are measured"
-            )
-        measured = set(self.attention) | set(self.windows) | {layer for layer, _ in self.single}
-        silent = [n for n in range(1, self.depth + 1) if n not in measured]
-        if silent:
+            lines.append(f"frequencies of {_layers(layers)}: one token has none")
+        for (where, reason), found in self.missing.items():
+            what = "attention distances" if where == "heads" else f"frequencies ({where})"
+            lines.append(f"{what} of {_layers(sorted(found))}: {reason}")
+        told = {layer for (where, _), found in self.missing.items() if where == "heads" for layer in found}
+        known = told | {layer for layer, _ in self.attention} | {layer for layer, _ in self.single}
+        if silent := [n for n in range(1, self.depth + 1) if n not in known]:
             windows = any(hasattr(module, "window_size") for module in self.model.modules())
             why = "attends within windows" if windows else "does not call scaled_dot_product_attention"
-            missing.append(f"attention distances of {_layers(silent)}: {name} {why} there; frequencies are measured")
-        return missing
+            name = type(self.model).__name__
+            lines.append(f"attention distances of {_layers(silent)}: {name} {why} there; frequencies are measured")
+        return lines
 
 
 def _layers(numbers: list[int]) -> str:

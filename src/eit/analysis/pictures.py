@@ -1,5 +1,6 @@
 """What a model makes of single images: feature energy, class-token attention, rollout, Grad-CAM."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eit.analysis.attention import rollout
+from eit.analysis.frequency import Grid
 from eit.analysis.probe import Heads, Tokens, unwrapped, watch
 from eit.errors import UserError
 
@@ -31,28 +33,48 @@ class Example(NamedTuple):
 
 
 @torch.no_grad()
-def take(model: nn.Module, images: Tensor, with_rollout: bool = False, with_grad_cam: bool = False) -> list[Picture]:
-    """One `Picture` of each image, (B, channels, height, width), normalised, on the model's device."""
+def take(
+    model: nn.Module, images: Tensor, with_rollout: bool = False, with_grad_cam: bool = False
+) -> tuple[list[Picture], list[str]]:
+    """A `Picture` of each image, and what cannot be shown of this model.
+
+    The images (B, channels, height, width) are normalised and on the device of the model, which is in evaluation mode.
+    """
     model = unwrapped(model)
     state = _Maps(with_rollout)
     with watch(model, state.tokens, state.heads):
         model(images)
-    cams = grad_cam(model, images, state.grid) if with_grad_cam else [None] * len(images)
-    pictures = []
+    cams: list[Tensor] | None = None
+    missing = [state.fault] if state.fault else []
+    if with_grad_cam:
+        try:
+            cams = grad_cam(model, images, state.grid)
+        except UserError as error:
+            missing.append(str(error))
+    taken = []
     for i in range(len(images)):
-        seen = None if state.class_attention is None else _to_one(state.class_attention[i])
-        rolled = None if state.rolled is None else _to_one(state.rolled[i, 0, state.prefix :].unflatten(0, state.grid))
-        pictures.append(Picture([_to_one(e[i]) for e in state.energy], seen, rolled, cams[i]))
-    return pictures
+        picture = Picture([_to_one(e[i]) for e in state.energy])
+        if state.class_attention is not None:
+            picture.class_attention = _to_one(state.class_attention[i])
+        if state.rolled is not None and not state.fault:
+            seen = state.rolled[i, 0, -state.grid[0] * state.grid[1] :]  # by the class token
+            picture.rollout = _to_one(seen.unflatten(0, state.grid))
+        if cams is not None:
+            picture.grad_cam = cams[i]
+        taken.append(picture)
+    return taken, missing
 
 
 class _Maps:
+    """What `watch` reports of one batch, as maps."""
+
     def __init__(self, with_rollout: bool) -> None:
         self.with_rollout = with_rollout
         self.energy: list[Tensor] = []
+        self.grid: Grid = (0, 0)  # of the last block
         self.class_attention: Tensor | None = None
         self.rolled: Tensor | None = None
-        self.grid, self.prefix = (0, 0), 0
+        self.fault = ""
 
     def tokens(self, found: Tokens) -> None:
         if found.where == "block":
@@ -61,36 +83,45 @@ class _Maps:
             self.grid = (x.shape[1], x.shape[2])
 
     def heads(self, found: Heads) -> None:
-        if not found.prefix:
+        if not found.has_class_token or found.number:
             return
         weights = found.call.weights()
-        self.prefix = found.prefix
         self.class_attention = weights[:, :, 0, found.prefix :].mean(dim=1).unflatten(1, found.grid)
         if self.with_rollout:
             if self.rolled is not None and self.rolled.shape[-1] != weights.shape[-1]:
-                raise UserError("attention rollout needs as many tokens in every layer")
-            self.rolled = rollout(weights, self.rolled)
+                self.fault = "attention rollout: its layers have different numbers of tokens"
+            else:
+                self.rolled = rollout(weights, self.rolled)
+
+
+def check_grad_cam() -> None:
+    """Raise a UserError where the library is missing: grad-cam, of the extra `analysis`."""
+    if importlib.util.find_spec("pytorch_grad_cam") is None:
+        raise UserError("Grad-CAM needs the package grad-cam: pip install 'eit[analysis]'")
 
 
 def grad_cam(model: Any, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
     """Grad-CAM (Selvaraju et al. 2017) of the likeliest class, on the tokens before the last mixer: (h, w) an image.
 
-    The library is grad-cam, of the extra `analysis`.
+    Raises:
+        UserError: the model has no `blocks` of tokens on `grid` with a `norm1`.
     """
-    try:
-        from pytorch_grad_cam import GradCAM
-    except ImportError:
-        raise UserError("Grad-CAM needs the package grad-cam: pip install 'eit[analysis]'") from None
+    check_grad_cam()
+    from pytorch_grad_cam import GradCAM
+
     blocks = getattr(model, "blocks", None)
     if blocks is None or not hasattr(blocks[-1], "norm1"):
-        raise UserError(f"Grad-CAM of {type(model).__name__}: its blocks have no norm1 to look at")
+        raise UserError(f"Grad-CAM of {type(model).__name__}: it has no blocks with a norm1 to look at")
     count = grid[0] * grid[1]
 
     def reshape(x: Tensor) -> Tensor:  # the class token dropped: (B, N, C) -> (B, C, h, w)
         return x[:, -count:].transpose(1, 2).unflatten(2, grid)
 
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
     with torch.enable_grad(), GradCAM(model, [blocks[-1].norm1], reshape_transform=reshape) as cam:
         found = cam(input_tensor=images, targets=None)  # of the likeliest class: (B, height, width)
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
     maps = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(found)[:, None], grid)[:, 0]
     return [_to_one(one) for one in maps]
 

@@ -5,10 +5,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from eit.analysis.attention import Call
@@ -17,6 +19,11 @@ from eit.errors import UserError
 from eit.model import EIT, ConvAttention
 
 MIXERS = {"attn": "norm2", "self_attention": "ln_2"}  # of timm's blocks, torchvision's -> the norm before the MLP
+STEMS = ("patch_embed.proj", "patch_embed.conv", "conv_proj")  # their convolutions; the stride is the pitch
+
+
+class CannotMeasure(UserError):
+    """It is the model, not the input, that cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Tokens:
     layer: int  # 0 is what the first block takes
     where: str  # stem, mixer, block; conv, attention
     grid: Tensor
+    pitch: float  # pixels from one token to the next
 
 
 @dataclass(frozen=True)
@@ -33,10 +41,12 @@ class Heads:
     """One call of attention in a layer, whose tokens lie on a grid behind `prefix` others."""
 
     layer: int
+    number: int  # of the call in its layer: parallel blocks make several
     call: Call
     grid: Grid
     pitch: float
     prefix: int
+    has_class_token: bool  # the first of the prefix
 
 
 def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -46,7 +56,7 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         UserError: the model has neither.
     """
     if hasattr(model, "reroll"):
-        raise UserError(f"{type(model).__name__} keeps its tokens in another order than the image's: not measured")
+        raise CannotMeasure(f"{type(model).__name__} keeps its tokens in another order than the image's: not measured")
     blocks: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         mixer = next((getattr(module, m) for m in MIXERS if hasattr(module, m)), None)
@@ -56,7 +66,7 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         return blocks
     stages = [info["module"] for info in getattr(model, "feature_info", ())]
     if not stages:
-        raise UserError(
+        raise CannotMeasure(
             f"{type(model).__name__} has neither transformer blocks (attn and mlp) nor feature_info of timm: "
             "nothing of it can be measured"
         )
@@ -68,14 +78,14 @@ def watch(
     model: nn.Module,
     on_tokens: Callable[[Tokens], None] | None = None,
     on_heads: Callable[[Heads], None] | None = None,
-    on_other_attention: Callable[[int, int], None] | None = None,
+    on_missing: Callable[[int, str, str], None] | None = None,
 ) -> Iterator[None]:
     """While the context lasts, `model(images)` reports what its layers do.
 
-    `on_other_attention(layer, tokens)` is told of attention that is not over all tokens of a layer's grid.
-    The outputs stay as they are, to the bit. Hooks are gone afterwards, however the context ends.
+    `on_missing(layer, where, reason)` is told what lies on no grid of the image: `where` is a place, or `heads`. The
+    outputs stay as they are, to the bit. Hooks are gone afterwards, however the context ends.
     """
-    probe = _Probe(model, on_tokens, on_heads, on_other_attention)
+    probe = _Probe(model, on_tokens, on_heads, on_missing or (lambda layer, where, reason: None))
     try:
         probe.attach()
         if on_heads is None:
@@ -89,19 +99,28 @@ def watch(
 
 
 class _Probe:
-    def __init__(self, model: nn.Module, on_tokens: Any, on_heads: Any, on_other_attention: Any) -> None:
-        self.model, self.on_tokens, self.on_heads, self.on_other = model, on_tokens, on_heads, on_other_attention
+    def __init__(self, model: nn.Module, on_tokens: Any, on_heads: Any, on_missing: Any) -> None:
+        self.model, self.on_tokens, self.on_heads, self.on_missing = model, on_tokens, on_heads, on_missing
+        self.name = type(model).__name__
+        self.eit = next((module for module in model.modules() if isinstance(module, EIT)), None)
         self.handles: list[Any] = []
+        self.prefix = getattr(self.eit or model, "num_prefix_tokens", 1)
+        classes = (getattr(self.eit or model, name, None) for name in ("cls_token", "class_token"))
+        self.has_class_token = any(token is not None for token in classes)
+        self.batch, self.image = 0, (1, 1)
         self.layer: int | None = None  # the one that runs
+        self.tokens = self.calls = 0  # of that layer
         self.in_mlp = False
-        self.image = (1, 1)
-        self.prefix = getattr(model, "num_prefix_tokens", 1)
-        self.batch = 0
+        self.done: set[int] = set()  # layers that have run
 
     def attach(self) -> None:
         self._before(self.model, self._begin)
         for number, (_, layer) in enumerate(layers_of(self.model), start=1):
             self._attach_layer(number, layer)
+        if self.on_heads is not None:
+            for module in self.model.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    self._attach_multihead(module)
 
     def _before(self, module: nn.Module, do: Callable[[Any], None]) -> None:
         self.handles.append(module.register_forward_pre_hook(lambda module, args: do(args[0])))
@@ -114,30 +133,38 @@ class _Probe:
     def _begin(self, images: Tensor) -> None:
         self.batch, self.image = images.shape[0], (images.shape[2], images.shape[3])
         self.layer = None
+        self.done.clear()
 
     def _attach_layer(self, number: int, layer: nn.Module) -> None:
-        def enter(x: Tensor) -> None:
-            self.layer, self.in_mlp = number, False
-            self.tokens = math.prod(x.shape[1:-1])  # (B, N, C) or (B, h, w, C); attention of maps is over windows
-            if number == 1 and has_mixer:
+        mixer = next((name for name in MIXERS if hasattr(layer, name)), None)
+
+        def enter(x: Any) -> None:
+            if number in self.done:
+                raise CannotMeasure(f"layer {number} of {self.name} runs several times in a pass: not measured")
+            self.done.add(number)
+            self.layer, self.calls, self.in_mlp = number, 0, False
+            self.tokens = 0
+            if isinstance(x, Tensor) and x.dim() == 3:
+                self.tokens = x.shape[1]
+            elif isinstance(x, Tensor) and x.dim() == 4 and (place := self._place(x)) is not None:
+                self.tokens = math.prod(place.shape[1:3])
+            if number == 1 and mixer is not None:
                 self._report(0, "stem", x)
 
-        def leave(x: Tensor) -> None:
+        def leave(x: Any) -> None:
             self._report(number, "block", x)
             self.layer = None
 
-        mixer = next((m for m in MIXERS if hasattr(layer, m)), None)
-        has_mixer = mixer is not None
         self._before(layer, enter)
         if mixer is not None:
             self._attach_mixer(number, getattr(layer, mixer))
             norm, mlp = getattr(layer, MIXERS[mixer], None), getattr(layer, "mlp", None)
             if isinstance(norm, nn.Module) and isinstance(mlp, nn.Module):
 
-                def begin_mlp(_: Tensor) -> None:
+                def begin_mlp(_: Any) -> None:
                     self.in_mlp = True
 
-                def before_norm(x: Tensor) -> None:
+                def before_norm(x: Any) -> None:
                     if not self.in_mlp:  # a norm behind the MLP does not take what the mixer left
                         self._report(number, "mixer", x)
 
@@ -159,68 +186,105 @@ class _Probe:
         else:
             self._after(mixer, lambda x: self._report(number, "attention", x))
 
-    def _report(self, layer: int, where: str, x: Any) -> None:
-        if self.on_tokens is not None:
-            self.on_tokens(Tokens(layer, where, self._on_grid(x, layer)))
+    def _attach_multihead(self, module: nn.MultiheadAttention) -> None:
+        """torch's own module: what it calls is out of sight, and it has a fast path that a mode would switch off."""
+        signature = inspect.signature(nn.MultiheadAttention.forward)
+        guards: list[Any] = []
 
-    def _on_grid(self, x: Tensor, layer: int) -> Tensor:
-        """Tokens (B, N, C), or a map, as (B, h, w, C)."""
-        if isinstance(x, Tensor) and x.dim() == 3:
-            grid, prefix = self._grid(x.shape[1])
-            return x[:, prefix:].unflatten(1, grid)
-        if isinstance(x, Tensor) and x.dim() == 4:
-            last, first = self._has_image_shape(x.shape[1:3]), self._has_image_shape(x.shape[2:4])
-            if last and first:  # as many channels as tokens on an axis
-                last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-            if last or first:
-                return x if last else x.permute(0, 2, 3, 1)
-        name, shape = type(self.model).__name__, tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(
-            f"layer {layer} of {name} gives {shape}, which is neither tokens nor a map of the image's shape"
-        )
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            self.attention(_packed(module, signature.bind(module, *args, **kwargs).arguments))
+            guards.append(torch._C.DisableTorchFunction())
+            guards[-1].__enter__()
+
+        def after(module: Any, args: Any, out: Any) -> None:
+            if guards:
+                guards.pop().__exit__(None, None, None)
+
+        self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self.handles.append(module.register_forward_hook(after, always_call=True))
+
+    def _report(self, layer: int, where: str, x: Any) -> None:
+        if self.on_tokens is None:
+            return
+        place = self._place(x)
+        if place is None:
+            self.on_missing(layer, where, f"{self.name} gives no grid of each image there (windows?)")
+            return
+        with torch.autocast(place.device.type, enabled=False):
+            self.on_tokens(Tokens(layer, where, place, self.pitch(place.shape[1])))
+
+    def _place(self, x: Any) -> Tensor | None:
+        """Tokens (B, N, C), or a map, as (B, h, w, C); None where they are not one grid an image."""
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4) or x.shape[0] != self.batch:
+            return None
+        if x.dim() == 3:
+            found = self._grid(x.shape[1])
+            return None if found is None else x[:, found[1] :].unflatten(1, found[0])
+        last, first = self._has_image_shape(x.shape[1:3]), self._has_image_shape(x.shape[2:4])
+        if last and first:  # as many channels as tokens on an axis
+            last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        return x if last else x.permute(0, 2, 3, 1) if first else None
 
     def _has_image_shape(self, grid: Sequence[int]) -> bool:
         """Up to the rounding of one token."""
         return abs(grid[0] * self.image[1] / self.image[0] - grid[1]) <= 1
 
-    def _grid(self, tokens: int) -> tuple[Grid, int]:
+    def _grid(self, tokens: int) -> tuple[Grid, int] | None:
         """The grid that has the image's shape, and how many tokens stand before it."""
         height, width = self.image
-        if isinstance(self.model, EIT):
-            return self.model.patch_embed.grid_size(height, width), 1
+        if self.eit is not None:
+            return self.eit.patch_embed.grid_size(height, width), 1
+        size = getattr(getattr(self.model, "patch_embed", None), "dynamic_feat_size", None)
+        stem: Grid | None = None if size is None else tuple(size(self.image))
         for prefix in dict.fromkeys([self.prefix, *range(8)]):  # some add the class token late
             n = tokens - prefix
+            if stem is not None and n == stem[0] * stem[1]:
+                return stem, prefix
             h = round((n * height / width) ** 0.5) if n > 0 else 0
             if h and n % h == 0 and self._has_image_shape((h, n // h)):
-                return (h, n // h), prefix
-        raise UserError(
-            f"{tokens} tokens of {type(self.model).__name__} do not lie on a grid of the shape of {height}x{width}"
-        )
+                dropped = (
+                    stem is not None and n > 1 and (stem[0] * stem[1]) % n
+                )  # not a coarser grid: tokens are missing
+                return None if dropped else ((h, n // h), prefix)
+        return None
 
-    def attention(self, call: Call) -> None:
-        """A call of attention while a layer runs."""
-        if self.layer is None:
-            return
-        batch, queries, keys = call.query.shape[0], call.query.shape[-2], call.key.shape[-2]
-        if call.query.dim() == 4 and batch == self.batch and queries == keys == self.tokens:
-            grid, prefix = self._grid(queries)
-            self.on_heads(Heads(self.layer, call, grid, self.pitch(grid), prefix))
-        elif self.on_other is not None:
-            self.on_other(self.layer, keys)
-
-    def pitch(self, grid: Grid) -> float:
-        """Pixels from one token of the grid to the next: the stem's stride where it is known, else image by grid."""
-        model: Any = self.model
-        if isinstance(model, EIT):
-            return float(model.patch_embed.pitch)
-        for path in ("patch_embed.proj", "conv_proj"):
+    def pitch(self, rows: int) -> float:
+        """Pixels from one token to the next: multiples of the stem's stride where it is known, else image by grid."""
+        if self.eit is not None:
+            return float(self.eit.patch_embed.pitch)
+        for path in STEMS:
             try:
-                stride = model.get_submodule(path).stride[0]
+                stride = int(cast(nn.Conv2d, self.model.get_submodule(path)).stride[0])
             except AttributeError:
                 continue
-            if self.image[0] // stride == grid[0]:
-                return float(stride)
-        return self.image[0] / grid[0]
+            for factor in (1, 2, 4, 8, 16):  # of stages that are coarser
+                if abs(self.image[0] / (stride * factor) - rows) <= 1:
+                    return float(stride * factor)
+        return self.image[0] / rows
+
+    def attention(self, call: Call | None) -> None:
+        """A call of attention while a layer runs; None is one that cannot be followed."""
+        if self.layer is None:
+            return
+        number, self.calls = self.calls, self.calls + 1
+        if call is None:
+            self.on_missing(
+                self.layer, "heads", f"{self.name} calls nn.MultiheadAttention with masks or other keys there"
+            )
+            return
+        queries, keys = call.query.shape[-2], call.key.shape[-2]
+        found = self._grid(queries) if call.query.dim() == 4 and queries == keys == self.tokens else None
+        if call.query.shape[0] != self.batch:
+            self.on_missing(self.layer, "heads", f"{self.name} attends within windows of {keys} tokens there")
+        elif found is None:
+            self.on_missing(
+                self.layer, "heads", f"{self.name} attends from {queries} to {keys} tokens there, no whole grid"
+            )
+        else:
+            grid, prefix = found
+            has_class = self.has_class_token and prefix > 0
+            with torch.autocast(call.query.device.type, enabled=False):
+                self.on_heads(Heads(self.layer, number, call, grid, self.pitch(grid[0]), prefix, has_class))
 
 
 class _Interceptor(TorchFunctionMode):
@@ -236,9 +300,6 @@ class _Interceptor(TorchFunctionMode):
             given = _SDPA.bind(*args, **kwargs).arguments
             options = given.get("attn_mask"), given.get("is_causal", False), given.get("scale")
             self.probe.attention(Call(given["query"], given["key"], *options))
-        elif function is F.multi_head_attention_forward:  # of nn.MultiheadAttention: what it calls is out of sight
-            given = inspect.signature(function).bind(*args, **kwargs).arguments
-            self.probe.attention(_packed(given))
         return function(*args, **kwargs)
 
 
@@ -248,20 +309,26 @@ _SDPA = inspect.signature(
 )
 
 
-def _packed(given: dict[str, Any]) -> Call:
-    """The call that nn.MultiheadAttention makes of (N, B, C) tokens, where query, key and value are one."""
-    x, heads = given["query"], given["num_heads"]
-    if x is not given["key"] or given.get("use_separate_proj_weight"):
-        return Call(x.transpose(0, 1), given["key"].transpose(0, 1))
-    width, bias = x.shape[-1], given["in_proj_bias"]
-    both = F.linear(x, given["in_proj_weight"][: 2 * width], None if bias is None else bias[: 2 * width])
-    q, k = both.unflatten(-1, (2, heads, -1)).permute(2, 1, 3, 0, 4)  # (2, B, H, N, D)
-    return Call(q, k, given.get("attn_mask"))
+def _packed(module: nn.MultiheadAttention, given: dict[str, Any]) -> Call | None:
+    """The attention of one sequence to itself; None where there are other keys, or masks, or added keys."""
+    x, width = given["query"], module.embed_dim
+    plain = x is given["key"] and x.dim() == 3 and module.in_proj_weight is not None
+    masked = given.get("attn_mask") is not None or given.get("key_padding_mask") is not None
+    if not plain or masked or module.bias_k is not None or module.add_zero_attn:
+        return None
+    x = x if module.batch_first else x.transpose(0, 1)
+    bias = None if module.in_proj_bias is None else module.in_proj_bias[: 2 * width]
+    both = F.linear(x, module.in_proj_weight[: 2 * width], bias)
+    q, k = both.unflatten(2, (2, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (2, B, H, N, D)
+    return Call(q, k)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile and DistributedDataParallel."""
-    for attribute in ("_orig_mod", "module", "_orig_mod"):
-        inner = getattr(model, attribute, None)
-        model = inner if isinstance(inner, nn.Module) else model
-    return model
+    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model

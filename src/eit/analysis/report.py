@@ -4,25 +4,29 @@ import base64
 import csv
 import html
 import io
+import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from string import Template
 from typing import Any
 
 from eit import __version__
-from eit.analysis.figures import Figure, Measured, figures
+from eit.analysis.compare import Comparison
+from eit.analysis.figures import FIGURES, HEAT, Figure, Measured, figures
 from eit.analysis.frequency import diagonal_frequencies
 from eit.analysis.pictures import Example
 from eit.checkpoint import write_file
 from eit.draw import save
+from eit.errors import printable
 
 INK = "#010203"  # stands for the page's ink in its figures
-FOLDERS = ("csv", "figures")
-PICTURES = 8
+TABLES = ("models", "frequency", "amplitude", "spectrum", "heads", "diversity", "robustness")
 
 
 # -- Numbers ----------------------------------------------------------------------------------------------------------
@@ -30,13 +34,10 @@ PICTURES = 8
 
 def tables(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
     """The numbers as tidy tables, a row a measurement: what is written as csv/NAME.csv."""
-    found: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("models", "frequency", "amplitude", "spectrum", "heads", "diversity", "robustness")
-    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
     for one in measured:
         subject, analysis = one.subject, one.analysis
         key = dict(model=subject.label, state=subject.state)
-        first = analysis.frequency[0]
         found["models"].append(
             key
             | dict(
@@ -45,10 +46,11 @@ def tables(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
                 images=analysis.images,
                 image_size="x".join(map(str, analysis.image_size)),
                 grid="x".join(map(str, analysis.grid)),
-                pitch=analysis.attention[0].pitch if analysis.attention else None,
+                pitch=analysis.pitch,
                 layers=analysis.depth,
-                rho=first.rho,
-                missing="; ".join(analysis.missing),
+                rho=analysis.rho,
+                renormalize=analysis.renormalize,
+                missing="; ".join(one.missing),
             )
         )
         for f in analysis.frequency:
@@ -56,6 +58,7 @@ def tables(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
             found["frequency"].append(
                 place
                 | dict(
+                    grid="x".join(map(str, f.grid)),
                     channels=f.channels,
                     share=f.share,
                     share_se=f.share_se,
@@ -117,14 +120,14 @@ def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 state=one.subject.state,
                 images=analysis.images,
                 grid=list(analysis.grid),
-                pitch=heads[0].pitch if heads else None,
+                pitch=analysis.pitch,
                 share=[f.share for f in blocks],
                 share_with_dc=[f.share_with_dc for f in blocks],
                 noise_share=blocks[0].noise_share,
                 noise_share_with_dc=blocks[0].noise_share_with_dc,
                 diversity_px=[layer.std for layer in heads],
                 relative_diversity=[layer.std / layer.uniform for layer in heads],
-                missing=analysis.missing,
+                missing=one.missing,
             )
         )
     return rows
@@ -133,26 +136,23 @@ def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 # -- Files ------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, measured: Sequence[Measured], data: str, command: str, shown: Sequence[Example] = ()) -> Path:
-    """Write report.html, csv/ and figures/ into `folder`, in place of those of an earlier report; the page's path.
-
-    `shown` are the images that the `pictures` of what was measured are of.
-    """
-    for part in FOLDERS:
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        for old in (folder / part).iterdir():
-            if old.suffix in (".csv", ".png", ".svg"):
-                old.unlink()
+def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
+    """Write report.html, csv/ and figures/ into `folder`, in place of those of an earlier report; the page's path."""
+    measured, drawn = compared.measured, figures(compared.measured)
+    ours = {folder / "csv" / f"{name}.csv" for name in TABLES}
+    ours |= {folder / "figures" / f"{key}{ending}" for key in FIGURES for ending in (".png", ".svg")}
+    for file in ours:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
     for name, rows in tables(measured).items():
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "" if _is_nan(value) else value for key, value in row.items()} for row in rows)
         write_file(folder / "csv" / f"{name}.csv", text.getvalue().encode(errors="surrogateescape"))
-    drawn = figures(measured)
     for figure in drawn:
         publish(figure, folder / "figures")
-    page = _page(measured, drawn, data, command, shown)
+    page = _page(compared, drawn, printable(data), printable(command))
     write_file(folder / "report.html", page.encode(errors="replace"))
     return folder / "report.html"
 
@@ -221,14 +221,16 @@ def _inline(figure: Figure, number: int) -> str:
     from matplotlib.figure import Figure as Canvas
 
     panel, key = figure.panels[number], f"{figure.key}{number}"
-    with matplotlib.rc_context(_settings(INK) | {"svg.hashsalt": key}):
-        canvas = Canvas(figsize=(4.4, 3.1), layout="constrained")
+    sizes = {"axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5}
+    with matplotlib.rc_context(_settings(INK) | sizes | {"svg.hashsalt": key}), warnings.catch_warnings():
+        canvas = Canvas(figsize=(3.7, 2.8), layout="constrained")
         canvas.patch.set_visible(False)
         axis = canvas.subplots()
         axis.set_title(panel.title, parse_math=False)
         panel.draw(axis)
         FigureCanvasSVG(canvas)
         text = io.StringIO()
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the page's own fonts have it
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -243,24 +245,34 @@ def _inline(figure: Figure, number: int) -> str:
     )
 
 
+# matplotlib's markers, in a box of 30 x 10
+SHAPES = {
+    "o": "M11.5 5a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0Z",
+    "s": "M11.5 1.5h7v7h-7Z",
+    "^": "M15 1l4 7.5h-8Z",
+    "D": "M15 0.5l4.5 4.5l-4.5 4.5l-4.5 -4.5Z",
+    "v": "M15 9l4 -7.5h-8Z",
+    "P": "M13.5 1.5h3v2h2v3h-2v2h-3v-2h-2v-3h2Z",
+    "X": "M12 1l3 2.5l3 -2.5l1 1.5l-2.5 2.5l2.5 2.5l-1 1.5l-3 -2.5l-3 2.5l-1 -1.5l2.5 -2.5l-2.5 -2.5Z",
+}
+
+
+def _swatch(stroke: str, dash: str = "", shape: str = "", fill: str = "none") -> str:
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    marker = f'<path d="{shape}" fill="{fill}" stroke="{stroke}"/>' if shape else ""
+    line = f'<path d="M0 5H30" stroke="{stroke}" stroke-width="2"{dashed}/>'
+    return f'<svg class="swatch" viewBox="0 0 30 10" aria-hidden="true">{line}{marker}</svg>'
+
+
 def _key(figure: Figure) -> str:
     """The legend in HTML, above the panels."""
     items = []
     for one in figure.legend:
-        dash = ' stroke-dasharray="5 3"' if one.is_initial else ""
-        fill = "none" if one.is_initial else one.colour
-        swatch = (
-            f'<svg class="swatch" viewBox="0 0 30 10" aria-hidden="true"><path d="M0 5H30" stroke="{one.colour}" '
-            f'stroke-width="2"{dash}/><circle cx="15" cy="5" r="3.5" fill="{fill}" stroke="{one.colour}"/></svg>'
-        )
-        items.append(f"<li>{swatch}{html.escape(one.name)}</li>")
+        fill, dash = ("var(--paper)", "5 3") if one.is_initial else (one.colour, "")
+        items.append(_swatch(one.colour, dash, SHAPES[one.marker], fill) + html.escape(one.name))
     if figure.noise:
-        swatch = (
-            '<svg class="swatch" viewBox="0 0 30 10" aria-hidden="true"><path d="M0 5H30" stroke="currentColor" '
-            'stroke-width="1.5" stroke-dasharray="2 3"/></svg>'
-        )
-        items.append(f"<li>{swatch}white noise</li>")
-    return f'<ul class="key">{"".join(items)}</ul>' if items else ""
+        items.append(_swatch("currentColor", "2 3") + "white noise")
+    return f'<ul class="key">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
 
 
 def _figure(figure: Figure, number: int, origin: str) -> str:
@@ -273,20 +285,15 @@ def _figure(figure: Figure, number: int, origin: str) -> str:
     )
 
 
-def _page(
-    measured: Sequence[Measured],
-    drawn: Sequence[Figure],
-    data: str,
-    command: str,
-    shown: Sequence[Example],
-) -> str:
-    images = measured[0].analysis.images
-    sources = "; ".join(one.subject.provenance for one in measured if not one.is_initial)
-    origin = f"{images:,} images of {data}. {sources}."
+def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str) -> str:
+    measured = compared.measured
+    sources = "; ".join(one.subject.provenance for one in measured)
+    origin = f"{measured[0].analysis.images:,} images of {data}. {printable(sources)}."
     body = "".join(_figure(figure, number, origin) for number, figure in enumerate(drawn, start=1))
-    if shown:
-        body += _gallery(measured, shown, len(drawn) + 1, sources)
-    missing = [f"{one.name}: no {text}" for one in measured if not one.is_initial for text in one.analysis.missing]
+    if compared.examples:
+        body += _gallery(measured, compared.examples, len(drawn) + 1, printable(sources))
+    missing = [f"{one.name}: no {text}" for one in measured if not one.is_initial for text in one.missing]
+    missing = list(map(printable, [*compared.left_out, *missing]))
     template = resources.files("eit.analysis").joinpath("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         names=html.escape(_names(measured)),
@@ -312,47 +319,69 @@ def _names(measured: Sequence[Measured]) -> str:
 def verdicts(measured: Sequence[Measured]) -> list[str]:
     """The paper's two claims in the numbers of this report, a sentence a comparison; none where nothing was trained.
 
-    A difference counts where it is more than two standard errors of the two means.
+    Each model whose convolution decreases with depth stands against each other trained one, or, where there is none,
+    each that convolves. A difference of shares counts where it is more than two standard errors.
     """
     trained = [one for one in measured if one.subject.state == "trained"]
     mixed = [one for one in trained if one.analysis.at("conv")]
+    decreasing = [one for one in mixed if _decreases([f.channels for f in one.analysis.at("conv")])]
     lines = []
-    for one in mixed[:1]:
+    for one in decreasing or mixed:
         for other in trained:
-            if other is one or other.analysis.depth != one.analysis.depth:
-                continue
-            for kind in ("share", "share_with_dc"):
-                pairs = list(zip(one.analysis.at("block"), other.analysis.at("block"), strict=True))
-                gaps = [getattr(a, kind) - getattr(b, kind) for a, b in pairs]
-                errors = [math.hypot(getattr(a, kind + "_se"), getattr(b, kind + "_se")) for a, b in pairs]
-                more = sum(gap > 2 * error for gap, error in zip(gaps, errors, strict=True))
-                less = sum(gap < -2 * error for gap, error in zip(gaps, errors, strict=True))
-                lines.append(
-                    f"High frequencies, {kind}: {one.name} has more than {other.name} in {more} of {len(pairs)} layers "
-                    f"and less in {less}."
-                )
-            heads = list(zip(one.analysis.attention, other.analysis.attention, strict=False))
-            if heads:
-                more = sum(a.std / a.uniform > b.std / b.uniform for a, b in heads)
-                means = [sum(layer.std for layer in layers) / len(layers) for layers in zip(*heads, strict=True)]
-                lines.append(
-                    f"Head diversity: {one.name} is more diverse than {other.name} in {more} of {len(heads)} layers "
-                    f"(mean {means[0]:.2f} against {means[1]:.2f} px)."
-                )
+            if other is not one:
+                lines += _against(one, other)
     for one in trained:
         twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
         if twin:
             rise = [
-                100 * (a.share - b.share)
-                for a, b in zip(one.analysis.at("block"), twin.analysis.at("block"), strict=True)
+                100 * (a.share - b.share) for a, b in _same_layers(one.analysis.at("block"), twin.analysis.at("block"))
             ]
             text = f"Training moves the share of {one.name} by {min(rise):+.1f} to {max(rise):+.1f} points"
             if one.analysis.attention:
-                before, after = (
-                    sum(layer.std for layer in o.analysis.attention) / len(o.analysis.attention) for o in (twin, one)
-                )
-                text += f", its mean head diversity from {before:.2f} to {after:.2f} px"
+                before, after = (_mean_diversity(o) for o in (twin, one))
+                text += f", its mean head diversity from {before:.1f} to {after:.1f}% of uniform attention's distance"
             lines.append(text + ".")
+    return lines
+
+
+def _decreases(channels: Sequence[int]) -> bool:
+    return all(a > b for a, b in itertools.pairwise(channels))
+
+
+def _same_layers(these: Iterable[Any], those: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Pairs of what was measured in the same layer of both."""
+    by_layer = {found.layer: found for found in those}
+    return [(found, by_layer[found.layer]) for found in these if found.layer in by_layer]
+
+
+def _mean_diversity(one: Measured) -> float:
+    """Percent of the distance of uniform attention."""
+    return 100 * fmean(layer.std / layer.uniform for layer in one.analysis.attention)
+
+
+def _against(one: Measured, other: Measured) -> list[str]:
+    a, b = one.analysis, other.analysis
+    if a.depth != b.depth:
+        return [f"{one.name} has {a.depth} layers, {other.name} {b.depth}: they are not compared layer by layer."]
+    if a.images < 2:
+        return ["One image has no standard error: nothing is compared."]
+    lines = []
+    for kind in ("share", "share_with_dc"):
+        pairs = _same_layers(a.at("block"), b.at("block"))
+        gaps = [getattr(x, kind) - getattr(y, kind) for x, y in pairs]
+        errors = [math.hypot(getattr(x, kind + "_se"), getattr(y, kind + "_se")) for x, y in pairs]
+        more = sum(gap > 2 * error for gap, error in zip(gaps, errors, strict=True))
+        less = sum(gap < -2 * error for gap, error in zip(gaps, errors, strict=True))
+        lines.append(
+            f"High frequencies, {kind}: {one.name} has more than {other.name} in {more} of {len(pairs)} layers and "
+            f"less in {less}."
+        )
+    if heads := _same_layers(a.attention, b.attention):
+        more = sum(x.std / x.uniform > y.std / y.uniform for x, y in heads)
+        lines.append(
+            f"Head diversity: {one.name} is more diverse than {other.name} in {more} of {len(heads)} layers (mean "
+            f"{_mean_diversity(one):.1f} against {_mean_diversity(other):.1f}% of uniform attention's distance)."
+        )
     return lines
 
 
@@ -364,29 +393,28 @@ def _summary_table(measured: Sequence[Measured]) -> str:
     rows = []
     for one in measured:
         blocks, heads = one.analysis.at("block"), one.analysis.attention
-        pitch = f", {heads[0].pitch:g} px" if heads else ""
         cells = [
             html.escape(one.name),
-            f"{one.analysis.grid[0]}x{one.analysis.grid[1]}{pitch}",
+            f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
             span(100 * f.share for f in blocks),
             f"{100 * blocks[0].noise_share:.1f}",
             span(100 * f.share_with_dc for f in blocks),
-            f"{sum(layer.std for layer in heads) / len(heads):.2f}" if heads else "&ndash;",
-            f"{100 * sum(layer.std / layer.uniform for layer in heads) / len(heads):.1f}" if heads else "&ndash;",
+            f"{fmean(layer.std for layer in heads):.2f}" if heads else "&ndash;",
+            f"{_mean_diversity(one):.1f}" if heads else "&ndash;",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = (
         "model",
-        "tokens, pitch",
-        "share, layer 1 &rarr; last (%)",
-        "of white noise (%)",
+        "tokens",
+        "share, first &rarr; last (%)",
+        "noise (%)",
         "with DC (%)",
-        "diversity, mean (px)",
-        "of uniform (%)",
+        "diversity (px)",
+        "relative (%)",
     )
     return (
-        '<div class="scroll"><table><thead><tr>'
-        + "".join(f"<th>{cell}</th>" for cell in head)
+        '<div class="scroll" tabindex="0"><table><thead><tr>'
+        + "".join(f'<th scope="col">{cell}</th>' for cell in head)
         + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -397,49 +425,54 @@ def _summary_table(measured: Sequence[Measured]) -> str:
 def _gallery(measured: Sequence[Measured], shown: Sequence[Example], number: int, sources: str) -> str:
     parts = []
     for i, (name, image, spectrum) in enumerate(shown):
-        top = _tile("input", image) + _tile("its spectrum", _heat(spectrum))
+        top = _tile("input", name, image) + _tile("its spectrum", name, _heat(spectrum))
         rows = [f'<div class="tiles">{top}</div>']
         for one in measured:
             if not one.pictures:
                 continue
             picture = one.pictures[i]
-            tiles = [_tile(f"energy {n}", _heat(e.numpy())) for n, e in enumerate(picture.energy, start=1)]
+            about = f"{name}, {one.name}"
+            tiles = [_tile(f"energy {n}", about, _heat(e.numpy())) for n, e in enumerate(picture.energy, start=1)]
             maps = (
                 ("class token", picture.class_attention),
                 ("rollout", picture.rollout),
                 ("Grad-CAM", picture.grad_cam),
             )
-            tiles += [_tile(text, _over(image, found.numpy())) for text, found in maps if found is not None]
+            tiles += [_tile(text, about, _over(image, found.numpy())) for text, found in maps if found is not None]
             rows.append(f'<h4>{html.escape(one.name)}</h4><div class="tiles">{"".join(tiles)}</div>')
-        parts.append(f"<section><h3>{html.escape(name)}</h3>{''.join(rows)}</section>")
+        parts.append(f"<section><h3>{html.escape(printable(name))}</h3>{''.join(rows)}</section>")
     caption = (
-        "Single images: the input and its Fourier amplitude (logarithm, frequency 0 in the middle); the energy of "
-        "each layer's tokens after taking out their mean; what the class token attends to in the last layer that has "
-        "one, over the image (mean of the heads, scaled to the brightest place). Examples, not evidence: no single "
-        "image counts for or against a claim."
+        "Single images: the input and its Fourier amplitude (logarithm, frequency 0 in the middle); the energy of each "
+        "layer's tokens after taking out their mean; what the class token attends to in the last layer that has one, "
+        "over the image (mean of the heads, scaled to the brightest place)."
     )
+    shown_maps = [picture for one in measured for picture in one.pictures or []]
+    if any(picture.rollout is not None for picture in shown_maps):
+        caption += " Rollout: attention multiplied over the layers, without the channels that are convolved."
+    if any(picture.grad_cam is not None for picture in shown_maps):
+        caption += " Grad-CAM: where tokens before the last mixer speak for the likeliest class."
+    caption += " Examples, not evidence: no single image would count for or against a claim."
     return (
         f'<figure id="pictures"><h2>Single images</h2>{"".join(parts)}<figcaption><b>Figure {number}.</b> {caption} '
         f"<small>{len(shown)} images. {html.escape(sources)}.</small></figcaption></figure>"
     )
 
 
-def _tile(text: str, pixels: Any) -> str:
-    """(H, W, 3) in 0..1 as an image with a line below it."""
+def _tile(text: str, about: str, pixels: Any) -> str:
+    """(H, W, 3) in 0..1 as an image with a line below it; `about` says more to those who cannot see it."""
     import numpy as np
     from PIL import Image
 
     png = io.BytesIO()
     Image.fromarray((np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)).save(png, "png")
     data = base64.b64encode(png.getvalue()).decode()
-    return f'<div class="tile"><img alt="{text}" src="data:image/png;base64,{data}"><span>{text}</span></div>'
+    alt = html.escape(f"{text}: {about}")
+    return f'<div class="tile"><img alt="{alt}" src="data:image/png;base64,{data}"><span>{text}</span></div>'
 
 
 def _heat(values: Any) -> Any:
     """(h, w) in 0..1 -> colours (h, w, 3)."""
     from matplotlib import colormaps
-
-    from eit.analysis.figures import HEAT
 
     return colormaps[HEAT](values)[..., :3]
 

@@ -16,14 +16,14 @@ from eit.checkpoint import SHIPPED, Card, find_weights, load
 from eit.config import data_config, parse_recipe
 from eit.console import say
 from eit.data import DIGITS, open_evaluation
+from eit.draw import shorten
 from eit.errors import UserError, nearest
 from eit.finetune import build_model
 from eit.images import MAX_PIXELS, Images, View
-from eit.model import EIT
 from eit.plan import Stream, set_seed
 from eit.predict import expand
 from eit.readers import ImageStream, read_layout
-from eit.zoo import FAMILIES, TIMM, VARIANTS, check_timm_name, create_model
+from eit.zoo import FAMILIES, TIMM, VARIANTS, check_size, check_timm_name, create_model
 
 TORCHVISION = "torchvision/"
 
@@ -61,7 +61,7 @@ def open_subjects(names: Sequence[str], size: int | None = None, initial: bool =
     for name, label in zip(names, _labels(names), strict=True):
         subject = _open(name, label)
         if size is not None:
-            _check_size(subject, size)
+            check_size(subject.model, size, subject.view.size, subject.label)
             resize = size * subject.view.resize // subject.view.size
             subject.view = replace(subject.view, size=size, resize=resize)
         yield subject
@@ -101,7 +101,7 @@ def _labels(names: Sequence[str]) -> list[str]:
     length = 1
     while len({tuple(part[-length:]) for part in parts}) < different:
         length += 1
-    labels = ["/".join(part[-length:]) for part in parts]
+    labels = [shorten("/".join(part[-length:]), 40) for part in parts]
     return [x if x not in labels[:i] else f"{x} ({labels[:i].count(x) + 1})" for i, x in enumerate(labels)]
 
 
@@ -178,25 +178,19 @@ def _initial(trained: Subject) -> Subject:
     return replace(trained, state="initial", model=model.eval(), source=source, sha256="")
 
 
-def _check_size(subject: Subject, size: int) -> None:
-    model = subject.model
-    if isinstance(model, EIT):
-        if 0 in model.patch_embed.grid_size(size, size):
-            raise UserError(f"--size {size}: {subject.label} makes no token of so few pixels")
-    elif size != subject.view.size and (
-        hasattr(model, "image_size") or getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
-    ):
-        raise UserError(f"--size {size}: {subject.label} takes {subject.view.size} pixels alone")
-
-
-def choose_images(path: str, count: int, labelled: bool, max_pixels: int = MAX_PIXELS) -> Images:
+def choose_images(
+    path: str, count: int, labelled: bool, max_pixels: int = MAX_PIXELS, without: Path | None = None
+) -> Images:
     """At most `count` images of `path`, evenly spaced: of a data set its validation images, else all below the folder.
 
-    Classes are told from folders only where the images must be `labelled`.
+    Classes are told from folders only where the images must be `labelled`. Those below the folder `without` do not
+    count: an earlier report has images of its own.
 
     Raises:
         UserError: no such path, or no images there.
     """
+    if not path.strip():
+        raise UserError("--data '': a folder of images, or a data set, is expected")
     config = data_config(root=path, max_pixels=max_pixels)
     root = Path(path).expanduser()
     if path == DIGITS or labelled or (root / "val").is_dir() or read_layout(root, max_pixels) is not None:
@@ -204,6 +198,10 @@ def choose_images(path: str, count: int, labelled: bool, max_pixels: int = MAX_P
         assert not isinstance(images, ImageStream)  # those have a data.dataset
     else:
         files = expand([str(root)])
+        if without is not None:
+            files = [file for file in files if not Path(file).resolve().is_relative_to(without.resolve())]
+        if not files:
+            raise UserError(f"no images below {path}, but for those of the report in {without}")
         images = Images(["unknown"], [0] * len(files), files, files, max_pixels)
     count = min(count, len(images))
     return images.subset(i * len(images) // count for i in range(count))
