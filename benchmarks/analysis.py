@@ -91,8 +91,8 @@ def main() -> None:
     show(interleaved(transforms, 5 * given.rounds), given.batch)
 
     print("memory:")
-    for images in (2, 8, 32):
-        arguments = (given.model, given.size, given.batch, images * given.batch)
+    for batches in (2, 8, 32, 128):
+        arguments = (given.model, given.size, given.batch, batches * given.batch)
         process = multiprocessing.get_context("spawn").Process(target=resident, args=arguments)
         process.start()
         process.join()

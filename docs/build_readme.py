@@ -1,5 +1,6 @@
 """Rebuild what README.md shows from the zoo and from results/: `make readme`. With --check, only say what is stale."""
 
+import csv
 import json
 import statistics
 import subprocess
@@ -88,6 +89,31 @@ def distillation() -> str:
     return "\n".join([*table(head, rows), "", "From [results/distillation](results/distillation)."])
 
 
+def analysis() -> str:
+    """Means over the layers, before and after training."""
+    folder = ROOT / "results" / "analysis"
+
+    def mean(table: str, column: str, model: str, state: str, **where: str) -> float:
+        with open(folder / "csv" / f"{table}.csv", newline="") as file:
+            key = dict(model=model, state=state) | where
+            return statistics.fmean(float(row[column]) for row in csv.DictReader(file) if key.items() <= row.items())
+
+    rows = []
+    for name in ("eit", "lsra", "vit"):
+        summary = json.loads((folder / name / "summary.json").read_text())
+        row = [name, f"{summary['params']:,}", f"{summary['last_top1']:.2f}%"]
+        for column in ("share", "share_with_dc"):
+            before, after = (100 * mean("frequency", column, name, s, where="block") for s in ("initial", "trained"))
+            row.append(f"{before:.1f} to {after:.1f}%")
+        before, after = (mean("diversity", "std_px", name, state) for state in ("initial", "trained"))
+        rows.append([*row, f"{before:.2f} to {after:.2f} px"])
+    head = "| model | parameters | top-1 | share | with the mean | head diversity |"
+    note = (
+        "From [results/analysis](results/analysis): each figure from initial values to trained, the mean of 5 layers."
+    )
+    return "\n".join([*table(head, rows), "", note])
+
+
 def draw(file: Path) -> None:
     """The family in one picture: which channels of each layer are convolved, and which attend."""
     figure = Figure(figsize=(9.6, 3.9), dpi=130)
@@ -121,7 +147,7 @@ def draw(file: Path) -> None:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for build in (zoo, runs, finetuning, distillation):
+    for build in (zoo, runs, finetuning, distillation, analysis):
         name = build.__name__
         start, end = f"<!-- {name}: make readme -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)

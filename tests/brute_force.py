@@ -3,7 +3,7 @@
     python tests/brute_force.py results/analysis [--initial]
 
 Nothing of eit.analysis is used: hooks on the model's own modules, and the definitions of docs/analysis.md as plain
-loops over images, layers, bins of the spectrum, heads and queries, in double precision. With --initial the rows of
+loops over images, layers, bins of the spectrum and heads, in double precision. With --initial the rows of
 initial values are recomputed as well, by building each run's model anew. Exit status 1 where a number differs by more
 than 1e-5 (shares absolute, pixels relative).
 """
@@ -76,12 +76,9 @@ def distances(h, w, pitch):
 
 def head_distance(q, k, away):
     """Pixels: of one head of one image, q and k (1 + n, D), the class token first."""
-    total = 0.0
-    for query in range(1, len(q)):
-        scores = k @ q[query] / math.sqrt(q.shape[1])
-        weights = np.exp(scores - scores.max())
-        total += (weights[1:] * away[query - 1]).sum() / weights[1:].sum()
-    return total / (len(q) - 1)
+    scores = q[1:] @ k.T / math.sqrt(q.shape[1])
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))[:, 1:]
+    return float(np.mean((weights * away).sum(axis=1) / weights.sum(axis=1)))
 
 
 def watched(model):

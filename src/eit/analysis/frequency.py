@@ -27,7 +27,7 @@ def basis(n: int) -> Tensor:
     """The real Fourier basis, (n, n) float64 with orthonormal rows: 1, cos 1, sin 1, cos 2, sin 2 ... in cycles of n.
 
     The squares of its coefficients on both axes are those of a 2-D FFT, summed over the bins (+-u, +-v), which have the
-    same f. On narrow grids two products of matrices take a third of the FFT's time (benchmarks/analysis.py).
+    same f. On narrow grids two products of matrices take less than half of the FFT's time (benchmarks/analysis.py).
     """
     angle = 2 * math.pi * cycles(n)[:, None] * torch.arange(n)
     rows = torch.where(torch.arange(n)[:, None] % 2 == 0, angle.sin(), angle.cos())

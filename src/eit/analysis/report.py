@@ -196,8 +196,8 @@ def publish(figure: Figure, folder: Path) -> None:
     rows = -(-len(figure.panels) // columns)
     with matplotlib.rc_context(_settings(ink) | {"svg.hashsalt": figure.key, "svg.fonttype": "path"}):
         handles = _legend(figure, ink)
-        legend_rows = -(-len(handles) // 3)
-        height = 2.5 * rows + 0.2 * legend_rows
+        per_row = len(handles) if len(handles) < 4 else min(4, -(-len(handles) // 2))  # a model over its initial values
+        height = 2.5 * rows + 0.2 * -(-len(handles) // max(per_row, 1))
         canvas = Canvas(figsize=(7.0, height), layout="constrained", facecolor="white")
         axes = canvas.subplots(rows, columns, squeeze=False).ravel()
         for axis, panel in zip(axes, figure.panels, strict=False):
@@ -206,7 +206,7 @@ def publish(figure: Figure, folder: Path) -> None:
         for axis in axes[len(figure.panels) :]:
             axis.set_axis_off()
         if handles:
-            canvas.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+            canvas.legend(handles=handles, loc="outside upper center", ncols=per_row, frameon=False, fontsize=8)
         save(canvas, folder / f"{figure.key}.png", dpi=300, metadata={"Software": None})
         save(canvas, folder / f"{figure.key}.svg", metadata={"Date": None})
 
