@@ -31,7 +31,8 @@ ANALYSIS = [
     {"measure", "pictures"},
     {"subjects", "robustness"},
     {"figures"},
-    {"compare", "report"},
+    {"compare", "findings"},
+    {"report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

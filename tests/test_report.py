@@ -13,6 +13,7 @@ import eit
 from eit.analysis import report
 from eit.analysis.compare import Comparison, Options, compare
 from eit.analysis.figures import Measured, figures
+from eit.analysis.findings import sentences
 from eit.analysis.measure import analyze
 from eit.analysis.pictures import Example, take
 from eit.analysis.subjects import Subject, check_names, choose_images, open_subjects
@@ -51,9 +52,7 @@ def measured(label="one", state="trained", seed=0, images=3, colour="#0072b2", *
     model = eit.EIT(32, 3, 1, 4, **arguments).eval()
     x = torch.randn(images, 3, 32, 32)
     subject = Subject(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32)
-    one = Measured(subject, colour, "o")
-    one.analysis, (one.pictures, _) = analyze(model, x), take(model, x[:2])
-    return one
+    return Measured(subject, analyze(model, x), colour, "o", pictures=take(model, x[:2])[0])
 
 
 def write(folder, ones, data="photos", command="eit analyze", examples=()):
@@ -246,7 +245,7 @@ def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(t
 
 def test_the_words_of_a_comparison_are_its_numbers():
     ones = [measured("eit"), measured("eit", "initial", seed=1), measured("flat", schedule="vit", seed=2)]
-    words = " ".join(report.verdicts(ones))
+    words = " ".join(sentences(ones))
     pairs = list(zip(ones[0].analysis.at("block"), ones[2].analysis.at("block"), strict=True))
     more = sum(a.share - b.share > 2 * (a.share_se**2 + b.share_se**2) ** 0.5 for a, b in pairs)
     assert f"share: eit has more than flat in {more} of 3 layers" in words
@@ -255,21 +254,21 @@ def test_the_words_of_a_comparison_are_its_numbers():
         for a, b in zip(ones[0].analysis.attention, ones[2].analysis.attention, strict=True)
     ]
     assert f"eit is more diverse than flat in {sum(wider)} of 3 layers" in words
-    assert report.verdicts(ones[::-1])[:3] == report.verdicts(ones)[:3]  # in whatever order they are given
+    assert sentences(ones[::-1])[:3] == sentences(ones)[:3]  # in whatever order they are given
     assert "Training moves the share of eit by" in words
-    assert report.verdicts([measured(state="untrained")]) == []
+    assert sentences([measured(state="untrained")]) == []
 
 
 def test_words_where_models_cannot_be_compared():
     mixed = measured("mixed", schedule=(0, 12, 24))  # no attention in its first layer
-    words = " ".join(report.verdicts([mixed, measured("flat", schedule="vit")]))
+    words = " ".join(sentences([mixed, measured("flat", schedule="vit")]))
     assert "mixed is more diverse than flat in" in words and "of 2 layers" in words
     deep = measured("deep", depth=4)
     assert "deep has 4 layers, flat 3: they are not compared" in " ".join(
-        report.verdicts([deep, measured("flat", schedule="vit")])
+        sentences([deep, measured("flat", schedule="vit")])
     )
     single = [measured("a", images=1), measured("b", images=1, schedule="vit")]
-    assert "One image has no standard error" in " ".join(report.verdicts(single))
+    assert "One image has no standard error" in " ".join(sentences(single))
 
 
 def test_names_with_control_characters_are_drawn_and_printed_as_boxes(tmp_path):

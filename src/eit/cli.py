@@ -307,7 +307,8 @@ def analyze(
     eit analyze runs/eit runs/lsra runs/vit timm/vit_tiny_patch16_224 --data photos --out report
     """
     from eit.analysis.compare import Options, compare
-    from eit.analysis.report import to_json, write
+    from eit.analysis.findings import summary
+    from eit.analysis.report import write
     from eit.analysis.subjects import check_names, choose_images
     from eit.distributed import start, world_size
     from eit.images import MAX_PIXELS
@@ -322,7 +323,7 @@ def analyze(
     compared = compare(names, chosen, on, options, _with_classes_of)
     page = write(folder, compared, data, shlex.join(["eit", *sys.argv[1:]]))
     if as_json:
-        print(to_json(compared.measured, folder))
+        print(json.dumps(dict(report=str(page), models=summary(compared.measured)), indent=2))
         return
     _table(*_analysis_table(compared.measured))
     print(

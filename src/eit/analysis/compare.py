@@ -67,15 +67,14 @@ def compare(
     for subject in open_subjects(names, options.size, options.initial):
         number += subject.state != "initial"
         colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-        one = Measured(subject, colour, marker)
         subject.model.to(device)
         loader = EvaluationLoader(images, subject.view, options.batch_size, options.workers, device)
         try:
-            one.analysis = analyze(subject.model, _watched(loader, one.name), options.rho, options.renormalize)
+            analysis = analyze(subject.model, _watched(loader, subject.name), options.rho, options.renormalize)
         except CannotMeasure as error:
-            found.left_out.append(f"{one.name}: {error}")
+            found.left_out.append(f"{subject.name}: {error}")
             continue
-        one.missing = list(one.analysis.missing)
+        one = Measured(subject, analysis, colour, marker, list(analysis.missing))
         if options.bands and subject.state == "trained":
             _bands(one, images, device, options, with_classes_of)
         if shown is not None and subject.state != "initial":

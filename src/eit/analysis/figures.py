@@ -23,9 +23,9 @@ class Measured:
     """A subject with all that was measured of it."""
 
     subject: Subject
+    analysis: Analysis
     colour: str
     marker: str
-    analysis: Analysis = field(init=False)
     missing: list[str] = field(default_factory=list)  # what cannot be measured or shown of it
     bands: list[Band] | None = None
     pictures: list[Picture] | None = None
@@ -36,9 +36,7 @@ class Measured:
 
     @property
     def name(self) -> str:
-        """The label, with what must be known of it wherever it is shown."""
-        note = {"trained": "", "untrained": " (untrained)", "initial": " (initial)"}[self.subject.state]
-        return self.subject.label + note
+        return self.subject.name
 
     def style(self) -> dict[str, Any]:
         """How its lines look: dashed and hollow at initial values."""

@@ -4,8 +4,6 @@ import base64
 import csv
 import html
 import io
-import itertools
-import json
 import math
 import re
 import warnings
@@ -19,118 +17,13 @@ from typing import Any
 from eit import __version__
 from eit.analysis.compare import Comparison
 from eit.analysis.figures import FIGURES, HEAT, Figure, Measured, figures
-from eit.analysis.frequency import diagonal_frequencies
+from eit.analysis.findings import TABLES, mean_diversity, sentences, tables
 from eit.analysis.pictures import Example
 from eit.checkpoint import write_file
 from eit.draw import save
 from eit.errors import printable
 
 INK = "#010203"  # stands for the page's ink in its figures
-TABLES = ("models", "frequency", "amplitude", "spectrum", "heads", "diversity", "robustness")
-
-
-# -- Numbers ----------------------------------------------------------------------------------------------------------
-
-
-def tables(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
-    """The numbers as tidy tables, a row a measurement: what is written as csv/NAME.csv."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
-    for one in measured:
-        subject, analysis = one.subject, one.analysis
-        key = dict(model=subject.label, state=subject.state)
-        found["models"].append(
-            key
-            | dict(
-                source=subject.source,
-                sha256=subject.sha256,
-                images=analysis.images,
-                image_size="x".join(map(str, analysis.image_size)),
-                grid="x".join(map(str, analysis.grid)),
-                pitch=analysis.pitch,
-                layers=analysis.depth,
-                rho=analysis.rho,
-                renormalize=analysis.renormalize,
-                missing="; ".join(one.missing),
-            )
-        )
-        for f in analysis.frequency:
-            place = key | dict(layer=f.layer, where=f.where)
-            found["frequency"].append(
-                place
-                | dict(
-                    grid="x".join(map(str, f.grid)),
-                    channels=f.channels,
-                    share=f.share,
-                    share_se=f.share_se,
-                    share_with_dc=f.share_with_dc,
-                    share_with_dc_se=f.share_with_dc_se,
-                    noise_share=f.noise_share,
-                    noise_share_with_dc=f.noise_share_with_dc,
-                )
-            )
-            for frequency, value in zip(diagonal_frequencies(f.grid), f.log_amplitude, strict=True):
-                found["amplitude"].append(place | dict(frequency=frequency, relative_log_amplitude=value))
-            for low, high, share, noise in f.radial():
-                found["spectrum"].append(
-                    place | dict(frequency_from=low, frequency_to=high, share=share, noise_share=noise)
-                )
-        for layer in analysis.attention:
-            heads = zip(layer.distance, layer.distance_se, layer.class_mass, layer.entropy, strict=True)
-            for number, (distance, se, mass, entropy) in enumerate(heads, start=1):
-                found["heads"].append(
-                    key
-                    | dict(
-                        layer=layer.layer,
-                        head=number,
-                        distance_px=distance,
-                        distance_px_se=se,
-                        relative_distance=distance / layer.uniform,
-                        class_mass=mass,
-                        entropy_nats=entropy,
-                    )
-                )
-            found["diversity"].append(
-                key
-                | dict(
-                    layer=layer.layer,
-                    heads=len(layer.distance),
-                    std_px=layer.std,
-                    range_px=layer.range,
-                    pair_gap_px=layer.gap,
-                    relative_std=layer.std / layer.uniform,
-                    uniform_px=layer.uniform,
-                )
-            )
-        for band in one.bands or []:
-            found["robustness"].append(
-                key | dict(frequency_from=band.low, frequency_to=band.high, top1=band.top1, images=band.images)
-            )
-    return {name: rows for name, rows in found.items() if rows}
-
-
-def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """The figures of each model that a table of a few columns has room for."""
-    rows = []
-    for one in measured:
-        analysis, blocks = one.analysis, one.analysis.at("block")
-        heads = analysis.attention
-        rows.append(
-            dict(
-                model=one.subject.label,
-                state=one.subject.state,
-                images=analysis.images,
-                grid=list(analysis.grid),
-                pitch=analysis.pitch,
-                share=[f.share for f in blocks],
-                share_with_dc=[f.share_with_dc for f in blocks],
-                noise_share=blocks[0].noise_share,
-                noise_share_with_dc=blocks[0].noise_share_with_dc,
-                diversity_px=[layer.std for layer in heads],
-                relative_diversity=[layer.std / layer.uniform for layer in heads],
-                missing=one.missing,
-            )
-        )
-    return rows
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------
@@ -298,7 +191,9 @@ def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str
     return Template(template).substitute(
         names=html.escape(_names(measured)),
         origin=html.escape(origin),
-        words=_list(verdicts(measured) or ["No trained model is here: nothing below speaks for or against the paper."]),
+        words=_list(
+            sentences(measured) or ["No trained model is here: nothing below speaks for or against the paper."]
+        ),
         table=_summary_table(measured),
         missing=f"<h2>What cannot be measured</h2>{_list(missing)}" if missing else "",
         figures=body,
@@ -316,75 +211,6 @@ def _names(measured: Sequence[Measured]) -> str:
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
-def verdicts(measured: Sequence[Measured]) -> list[str]:
-    """The paper's two claims in the numbers of this report, a sentence a comparison; none where nothing was trained.
-
-    Each model whose convolution decreases with depth stands against each other trained one, or, where there is none,
-    each that convolves. A difference of shares counts where it is more than two standard errors.
-    """
-    trained = [one for one in measured if one.subject.state == "trained"]
-    mixed = [one for one in trained if one.analysis.at("conv")]
-    decreasing = [one for one in mixed if _decreases([f.channels for f in one.analysis.at("conv")])]
-    lines = []
-    for one in decreasing or mixed:
-        for other in trained:
-            if other is not one:
-                lines += _against(one, other)
-    for one in trained:
-        twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
-        if twin:
-            rise = [
-                100 * (a.share - b.share) for a, b in _same_layers(one.analysis.at("block"), twin.analysis.at("block"))
-            ]
-            text = f"Training moves the share of {one.name} by {min(rise):+.1f} to {max(rise):+.1f} points"
-            if one.analysis.attention:
-                before, after = (_mean_diversity(o) for o in (twin, one))
-                text += f", its mean head diversity from {before:.1f} to {after:.1f}% of uniform attention's distance"
-            lines.append(text + ".")
-    return lines
-
-
-def _decreases(channels: Sequence[int]) -> bool:
-    return all(a > b for a, b in itertools.pairwise(channels))
-
-
-def _same_layers(these: Iterable[Any], those: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Pairs of what was measured in the same layer of both."""
-    by_layer = {found.layer: found for found in those}
-    return [(found, by_layer[found.layer]) for found in these if found.layer in by_layer]
-
-
-def _mean_diversity(one: Measured) -> float:
-    """Percent of the distance of uniform attention."""
-    return 100 * fmean(layer.std / layer.uniform for layer in one.analysis.attention)
-
-
-def _against(one: Measured, other: Measured) -> list[str]:
-    a, b = one.analysis, other.analysis
-    if a.depth != b.depth:
-        return [f"{one.name} has {a.depth} layers, {other.name} {b.depth}: they are not compared layer by layer."]
-    if a.images < 2:
-        return ["One image has no standard error: nothing is compared."]
-    lines = []
-    for kind in ("share", "share_with_dc"):
-        pairs = _same_layers(a.at("block"), b.at("block"))
-        gaps = [getattr(x, kind) - getattr(y, kind) for x, y in pairs]
-        errors = [math.hypot(getattr(x, kind + "_se"), getattr(y, kind + "_se")) for x, y in pairs]
-        more = sum(gap > 2 * error for gap, error in zip(gaps, errors, strict=True))
-        less = sum(gap < -2 * error for gap, error in zip(gaps, errors, strict=True))
-        lines.append(
-            f"High frequencies, {kind}: {one.name} has more than {other.name} in {more} of {len(pairs)} layers and "
-            f"less in {less}."
-        )
-    if heads := _same_layers(a.attention, b.attention):
-        more = sum(x.std / x.uniform > y.std / y.uniform for x, y in heads)
-        lines.append(
-            f"Head diversity: {one.name} is more diverse than {other.name} in {more} of {len(heads)} layers (mean "
-            f"{_mean_diversity(one):.1f} against {_mean_diversity(other):.1f}% of uniform attention's distance)."
-        )
-    return lines
-
-
 def _summary_table(measured: Sequence[Measured]) -> str:
     def span(values: Iterable[float]) -> str:
         values = list(values)
@@ -400,7 +226,7 @@ def _summary_table(measured: Sequence[Measured]) -> str:
             f"{100 * blocks[0].noise_share:.1f}",
             span(100 * f.share_with_dc for f in blocks),
             f"{fmean(layer.std for layer in heads):.2f}" if heads else "&ndash;",
-            f"{_mean_diversity(one):.1f}" if heads else "&ndash;",
+            f"{mean_diversity(one):.1f}" if heads else "&ndash;",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = (
@@ -487,7 +313,3 @@ def _over(image: Any, values: Any) -> Any:
     )
     veil = 0.15 + 0.85 * np.asarray(grey)[..., None] / 255
     return image * veil + np.array([0.15, 0.1, 0.35]) * (1 - veil)
-
-
-def to_json(measured: Sequence[Measured], folder: Path) -> str:
-    return json.dumps(dict(report=str(folder / "report.html"), models=summary(measured)), indent=2)

@@ -41,10 +41,17 @@ class Subject:
     card: Card | None = None
 
     @property
+    def name(self) -> str:
+        """The label, with what must be known of it wherever it is shown."""
+        return self.label if self.state == "trained" else f"{self.label} ({self.state})"
+
+    @property
     def provenance(self) -> str:
         """Where the values come from, for a caption."""
+        if self.state == "initial":
+            return f"{self.name}: {self.source}"
         digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
-        metrics = (self.card.metrics if self.card and self.state == "trained" else None) or {}
+        metrics = (self.card.metrics if self.card else None) or {}
         top1 = f", validation top-1 {metrics['val_top1']:.2f}%" if "val_top1" in metrics else ""
         return f"{self.label}: {self.source} ({self.state}{top1}{digest})"
 
