@@ -188,6 +188,8 @@ def test_running_sums_are_those_of_all_images_at_once():
     a, b = once.result(), in_turn.result()
     assert (a.share, a.share_se, a.share_with_dc) == pytest.approx((b.share, b.share_se, b.share_with_dc), rel=1e-6)
     assert a.log_amplitude == pytest.approx(b.log_amplitude, abs=1e-5)
+    logs = log_amplitude(transform(x)).mean(dim=0)
+    assert a.log_amplitude[0] == 0 and a.log_amplitude == pytest.approx((logs - logs[0]).tolist(), abs=1e-5)
     each = shares(x)[0].double()
     assert a.share_se == pytest.approx(each.std().item() / math.sqrt(11), rel=1e-5)
     assert a.share == pytest.approx(each.mean().item(), rel=1e-6)
