@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 import eit
@@ -115,6 +116,48 @@ def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(
     assert len(found.attention[0].distance) == heads
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_nn_multiheadattention_keeps_its_fast_path(batch):
+    """Under any other torch function mode it takes another, whose sums differ in the last bits."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 128).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    x = images(batch)
+    with torch.no_grad():
+        before = model(x)
+        with watch(model, None, lambda heads: None):
+            during = model(x)
+    assert torch.equal(before, during)
+
+
+def test_a_norm_behind_the_mlp_is_not_taken_for_what_the_mixer_left():
+    found = analyze(timm_model("vit_tiny_patch16_224", block_fn=ResPostBlock, depth=2), images(1, (224, 224)))
+    assert found.at("mixer") == [] and len(found.at("block")) == 2
+
+
+class Maps(nn.Module):
+    """A block on maps of 8 x 8 places and 8 channels, which may lie in either order."""
+
+    def __init__(self, output_fmt):
+        super().__init__()
+        self.output_fmt = output_fmt
+        block = nn.Module()
+        block.attn, block.mlp, block.forward = nn.Identity(), nn.Identity(), lambda x: x
+        self.block = block
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        first = x[:, :1].expand(-1, 8, -1, -1)
+        return self.block(first if self.output_fmt == "NCHW" else first.permute(0, 2, 3, 1))
+
+
+def test_maps_with_as_many_channels_as_places_are_read_in_the_models_order():
+    x = images(2, (8, 8))
+    first, last = (analyze(Maps(order), x) for order in ("NCHW", "NHWC"))
+    assert first.at("block")[0].share == last.at("block")[0].share > 0.5
+
+
 def test_the_weights_of_torchvisions_attention_are_the_modules_own():
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(32, 8, 2, 4, 24, 48, num_classes=3).eval()
@@ -149,7 +192,7 @@ def hooks(model):
 
 
 def test_the_model_is_left_as_it_was_and_its_outputs_are_the_same_to_the_bit():
-    model, x = small(drop_rate=0.5), images()
+    model, x = small(drop_rate=0.5, proj_drop_rate=0.5), images()
     reference = model(x)
     seen = []
     with watch(model, seen.append, seen.append):
@@ -158,9 +201,10 @@ def test_the_model_is_left_as_it_was_and_its_outputs_are_the_same_to_the_bit():
     model.train()
     model.blocks[1].eval()
     modes = [module.training for module in model.modules()]
-    analyze(model, x)
+    found = analyze(model, x)
     assert [module.training for module in model.modules()] == modes and hooks(model) == 0
     assert torch.equal(model.eval()(x), reference)
+    assert [f.share for f in found.frequency] == [f.share for f in analyze(model, x).frequency]  # no dropout
 
 
 def test_no_hook_is_left_after_an_exception():
@@ -250,7 +294,7 @@ def test_of_other_models_frequencies_are_measured_and_it_is_said_what_is_missing
     assert found.attention == [] and found.at("block")
 
 
-def test_a_map_with_as_many_channels_as_places_is_read_in_the_models_order():
+def test_maps_with_channels_last_are_read_so():
     torch.manual_seed(0)
     model = torchvision.models.swin_t().eval()  # (B, h, w, C)
     assert analyze(model, images(1, (224, 224))).grid == (56, 56)

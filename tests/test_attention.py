@@ -185,6 +185,9 @@ def test_rollout_of_known_layers():
     assert rollout(eye)[0] == pytest.approx(torch.eye(4))
     twice = rollout(mean, rollout(mean))[0]
     assert twice == pytest.approx(0.25 * torch.eye(4) + 0.75 * 0.25 * torch.ones(4, 4))
+    first, second = (torch.zeros(1, 1, 2, 2) for _ in range(2))
+    first[..., 0], second[..., 1] = 1, 1  # all look at token 0; then all at token 1
+    assert rollout(second, rollout(first))[0] == pytest.approx(torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
     assert rollout(random_weights(2, 2), rollout(random_weights(2, 2, seed=1))).sum(dim=-1) == pytest.approx(
         torch.ones(2, 5), rel=1e-5
     )
