@@ -101,15 +101,15 @@ def analysis() -> str:
     rows = []
     for name in ("eit", "lsra", "vit"):
         summary = json.loads((folder / name / "summary.json").read_text())
-        row = [name, f"{summary['params']:,}", f"{summary['last_top1']:.2f}%"]
+        row = [name, f"{summary['params']:,}", f"{summary['best_top1']:.2f}%"]  # of the weights that were analysed
         for column in ("share", "share_with_dc"):
             before, after = (100 * mean("frequency", column, name, s, where="block") for s in ("initial", "trained"))
-            row.append(f"{before:.1f} to {after:.1f}%")
+            row.append(f"{before:.1f} → {after:.1f}%")
         before, after = (mean("diversity", "std_px", name, state) for state in ("initial", "trained"))
-        rows.append([*row, f"{before:.2f} to {after:.2f} px"])
-    head = "| model | parameters | top-1 | share | with the mean | head diversity |"
+        rows.append([*row, f"{before:.2f} → {after:.2f} px"])
+    head = "| model | parameters | top-1 (best epoch) | share | share with DC | head diversity |"
     note = (
-        "From [results/analysis](results/analysis): each figure from initial values to trained, the mean of 5 layers."
+        "From [results/analysis](results/analysis): means of the 5 layers, at initial values → trained."
     )
     return "\n".join([*table(head, rows), "", note])
 

@@ -1,6 +1,6 @@
 """Recompute the numbers of a committed analysis by brute force, from its weights and images, and compare.
 
-    python tests/brute_force.py results/analysis [--initial]
+    python tests/brute_force.py results/analysis [--initial] [--images FOLDER]
 
 Nothing of eit.analysis is used: hooks on the model's own modules, and the definitions of docs/analysis.md as plain
 loops over images, layers, bins of the spectrum and heads, in double precision. With --initial the rows of
@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import eit
 from eit.config import parse_recipe
 from eit.finetune import build_model
-from eit.images import normalise
+from eit.images import decode, normalise
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5
@@ -35,9 +34,8 @@ def rows(folder, name):
 
 def images_of(folder, view):
     """The images below the folder, sorted by path, as the model sees them."""
-    for file in sorted(str(f) for f in folder.rglob("*.png")):
-        with Image.open(file) as image:
-            yield normalise(view.pixels(image.convert("RGB"))[None], view.mean, view.std)
+    for file in sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")):
+        yield normalise(view.pixels(decode(file, view.channels))[None], view.mean, view.std)
 
 
 def phases(h, w):
@@ -146,20 +144,21 @@ def largest(*differences):
     return max((abs(d) for d in differences), key=lambda d: math.inf if math.isnan(d) else d)
 
 
-def check(folder, initial=False):
+def check(folder, initial=False, images=None):
     """Lines that say how well the numbers agree, and whether all do."""
     lines, fine = [], True
     for row in rows(folder, "models"):
         if row["state"] == "untrained" or (row["state"] == "initial" and not initial):
             continue
-        model = eit.load(ROOT / next(r["source"] for r in rows(folder, "models") if r["model"] == row["model"]))
+        source = Path(next(r["source"] for r in rows(folder, "models") if r["model"] == row["model"]))
+        model = eit.load(source if source.exists() else ROOT / source)
         card = model.card
         if row["state"] == "initial":
             model = build_model(parse_recipe(card.recipe), len(card.classes), initial=False)
         key = dict(model=row["model"], state=row["state"])
         pitch, rho = float(row["pitch"]), float(row["rho"])
-        spectra, heads, count = recompute(model, card.view, folder / "images", pitch, rho)
-        assert count == int(row["images"])
+        spectra, heads, count = recompute(model, card.view, images or folder / "images", pitch, rho)
+        assert count == int(row["images"]), f"{count} images, {row['images']} were analysed: give --images"
         worst = [0.0, 0.0, 0.0]
         mine = [r for r in rows(folder, "frequency") if key.items() <= r.items()]
         assert {(int(r["layer"]), r["where"]) for r in mine} == set(spectra)
@@ -188,8 +187,12 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--initial", action="store_true")
+    parser.add_argument("--images", type=Path, help="those that were analysed, all of them; default: FOLDER/images")
     given = parser.parse_args()
-    lines, fine = check(given.folder, given.initial)
+    try:
+        lines, fine = check(given.folder, given.initial, given.images)
+    except (OSError, ValueError, AssertionError) as error:
+        sys.exit(f"brute_force: {error}")
     print("\n".join(lines))
     print("all equal to 1e-5" if fine else "NOT equal to 1e-5")
     sys.exit(not fine)

@@ -15,7 +15,7 @@ from eit.analysis.compare import Comparison, Options, compare
 from eit.analysis.figures import Measured, figures
 from eit.analysis.findings import sentences
 from eit.analysis.measure import analyze
-from eit.analysis.pictures import Example, take
+from eit.analysis.pictures import example, take
 from eit.analysis.subjects import Subject, check_names, choose_images, open_subjects
 from eit.checkpoint import find_weights, load
 from eit.config import load_recipe
@@ -25,7 +25,7 @@ from eit.train import train
 from tests.conftest import TINY, require, run_eit, save_digits
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FILES = {"amplitude", "diversity", "frequency", "heads", "models", "spectrum"}
+FILES = {"amplitude", "diversity", "frequency", "heads", "images", "models", "spectrum"}
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,15 @@ def measured(label="one", state="trained", seed=0, images=3, colour="#0072b2", *
     model = eit.EIT(32, 3, 1, 4, **arguments).eval()
     x = torch.randn(images, 3, 32, 32)
     subject = Subject(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32)
-    return Measured(subject, analyze(model, x), colour, "o", pictures=take(model, x[:2])[0])
+    one = Measured(subject, analyze(model, x), colour, "o")
+    if state == "trained":
+        one.pictures, _ = take(model, x[:2])
+        one.examples = [example(f"{i}.jpg", torch.rand(3, 32, 32)) for i in range(len(one.pictures))]
+    return one
 
 
-def write(folder, ones, data="photos", command="eit analyze", examples=()):
-    return report.write(folder, Comparison(ones, [], list(examples)), data, command)
+def write(folder, ones, data="photos", command="eit analyze"):
+    return report.write(folder, Comparison(ones, [], ["1.jpg", "2.jpg", "3.jpg"]), data, command)
 
 
 # -- The command ------------------------------------------------------------------------------------------------------
@@ -114,12 +118,14 @@ def test_the_numbers_as_json_are_those_of_the_tables(run, data, tmp_path):
         (["digitz"], "did you mean 'digits'"),
         (["timm/vit_tinny_patch16_224"], "did you mean"),
         (["torchvision/vit_b_61"], "did you mean 'vit_b_16'"),
-        (["eit_mini", "--data", "nowhere"], "no such image: nowhere"),
+        (["eit_mini", "--data", "nowhere"], "no such folder, image or data set: nowhere"),
+        (["eit_mini", "--data", "digits"], "no such folder, image or data set: digits; did you mean sklearn:digits?"),
+        (["eit_mini", "--data", "empty", "--bands"], "--bands needs labelled images: empty"),
         (["eit_mini", "--data", "empty"], "no images below empty"),
         (["eit_mini", "--size", "5"], "--size 5: eit_mini makes no token of so few pixels"),
         (["eit_mini", "--size", "12"], "EIT has no layer with a grid of more than one token for images of 12x12"),
         (["eit_mini", "--rho", "2"], "rho=2.0: a frequency between 0 and sqrt(2) is expected"),
-        (["eit_mini", "--out", "file.txt"], "--out file.txt cannot be written: File exists"),
+        (["eit_mini", "--out", "file.txt"], "--out file.txt cannot be written: "),
         (["eit_mini", "--pictures", "9"], "should be less than or equal to 8"),
         (["torchvision/resnet18", "--size", "64"], "nothing of it can be measured"),
     ],
@@ -194,9 +200,10 @@ def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
     """`digits` takes one channel of 8 pixels, the run three of 16."""
     images = choose_images(str(data), 5, labelled=False)
     compared = compare(["digits", str(run)], images, torch.device("cpu"), Options(), lambda card, given: given)
-    found, shown = compared.measured, compared.examples
+    found = compared.measured
     assert [one.analysis.image_size[0] for one in found] == [8, 8, 16, 16]
-    assert shown[0].image.shape == (8, 8, 3) and len(shown) == 4
+    assert [one.examples[0].image.shape for one in found if one.examples] == [(8, 8, 3), (16, 16, 3)]  # its own input
+    assert len(found[0].pictures) == 4 and not found[1].pictures and len(compared.images) == 5
     assert found[0].colour == found[1].colour != found[2].colour
     assert load(run).card.classes == ["digit0", "digit1", "digit2"]
 
@@ -212,15 +219,31 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(tmp_path):
     for file in mine:
         file.write_text("mine")
     write(tmp_path, [measured()])
-    assert all(file.read_text() == "mine" for file in mine)
+    assert all(file.read_text() == "mine" for file in mine) and not (tmp_path / ".unfinished").exists()
     assert {file.stem for file in (tmp_path / "csv").iterdir()} == FILES | {"mine"}
+
+
+def test_an_interruption_leaves_the_earlier_report_whole(tmp_path, monkeypatch):
+    write(tmp_path, [measured()])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "_page", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, [measured("two", seed=1)])
+    assert all(file.read_bytes() == content for file, content in before.items())
+    monkeypatch.undo()
+    write(tmp_path, [measured("two", seed=1)])
+    assert not (tmp_path / ".unfinished").exists() and read(tmp_path, "models")[0]["model"] == "two"
 
 
 def test_names_that_hold_markup_are_shown_as_they_are(tmp_path):
     name = '<script>alert("x")</script>&$names'
     one = measured(name)
-    shown = [Example(name, torch.rand(32, 32, 3).numpy(), torch.rand(32, 32).numpy())]
-    page = write(tmp_path, [one], name, name, shown).read_text()
+    one.examples = [example(name, torch.rand(3, 32, 32)) for _ in one.examples]
+    page = write(tmp_path, [one], name, name).read_text()
     assert "<script" not in page and "&lt;script&gt;alert" in page and "$names" in page
 
 
@@ -237,9 +260,11 @@ def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(t
     ones = [measured(), measured(state="initial", seed=1), measured("two", schedule="lsra")]
     page = write(tmp_path, ones, "photos", "eit analyze").read_text()
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
-    assert len(captions) == len(figures(ones)) >= 7
+    assert len(captions) == len(figures(ones)) + 1 >= 8
     for caption in captions:
-        assert "3 images of photos" in caption and "runs/one (trained, sha256 abababababab)" in caption
+        assert (
+            "3 images of photos" in caption or "2 images. " in caption
+        ) and "runs/one (trained, sha256 abababababab)" in caption
     assert sum("would count" in caption for caption in captions) >= 6
 
 
@@ -253,8 +278,8 @@ def test_the_words_of_a_comparison_are_its_numbers():
         a.std / a.uniform > b.std / b.uniform
         for a, b in zip(ones[0].analysis.attention, ones[2].analysis.attention, strict=True)
     ]
-    assert f"eit is more diverse than flat in {sum(wider)} of 3 layers" in words
-    assert sentences(ones[::-1])[:3] == sentences(ones)[:3]  # in whatever order they are given
+    assert f"eit is above in {sum(wider)} of 3 layers" in words and "two standard errors of both means" in words
+    assert sentences(ones[::-1])[:4] == sentences(ones)[:4]  # in whatever order they are given
     assert "Training moves the share of eit by" in words
     assert sentences([measured(state="untrained")]) == []
 
@@ -262,13 +287,11 @@ def test_the_words_of_a_comparison_are_its_numbers():
 def test_words_where_models_cannot_be_compared():
     mixed = measured("mixed", schedule=(0, 12, 24))  # no attention in its first layer
     words = " ".join(sentences([mixed, measured("flat", schedule="vit")]))
-    assert "mixed is more diverse than flat in" in words and "of 2 layers" in words
-    deep = measured("deep", depth=4)
-    assert "deep has 4 layers, flat 3: they are not compared" in " ".join(
-        sentences([deep, measured("flat", schedule="vit")])
-    )
+    assert "mixed is above in" in words and "of 2 layers" in words
+    words = sentences([measured("deep", depth=4), measured("flat", schedule="vit")])
+    assert words == ["Of another depth than deep (4 layers), so not compared: flat (3)."]
     single = [measured("a", images=1), measured("b", images=1, schedule="vit")]
-    assert "One image has no standard error" in " ".join(sentences(single))
+    assert "a and b: one image has no standard error" in " ".join(sentences(single))
 
 
 def test_names_with_control_characters_are_drawn_and_printed_as_boxes(tmp_path):
@@ -295,7 +318,7 @@ def test_one_model_that_cannot_be_measured_does_not_cost_the_others(data, tmp_pa
 def test_a_report_inside_its_own_images_does_not_feed_on_itself(data, tmp_path):
     shutil.copytree(data / "val", tmp_path / "photos")
     for _ in range(2):
-        done = run_eit("analyze", "digits", "--data", "photos", "--out", "photos/report", "--json", cwd=tmp_path)
+        done = run_eit("analyze", "digits", "--data", "photos", "--out", "photos", "--json", cwd=tmp_path)
         assert json.loads(done.stdout)["models"][0]["images"] == 12
 
 
@@ -320,9 +343,8 @@ def browser():
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_it(browser, tmp_path, scheme, width):
     """On a phone and a desk: nothing asked of the network, no error, every figure in sight, no sideways scrolling."""
-    shown = [Example("cat.jpg", torch.rand(32, 32, 3).numpy(), torch.rand(32, 32).numpy())] * 2
     ones = [measured(), measured(state="initial", seed=1), measured("two", seed=2), measured("three", seed=3)]
-    file = write(tmp_path, ones, examples=shown)
+    file = write(tmp_path, ones)
     page = browser.new_page(color_scheme=scheme, viewport=dict(width=width, height=800))
     faults, asked = [], []
     page.on("console", lambda message: faults.append(message.text))

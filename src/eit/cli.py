@@ -318,7 +318,7 @@ def analyze(
         raise UserError("eit analyze runs in one process: leave torchrun out")
     folder = _folder_to_write(out, "--out")
     check_names(names)
-    chosen = choose_images(data, images, bands, max_pixels or MAX_PIXELS, without=folder)
+    chosen = choose_images(data, images, bands, max_pixels or MAX_PIXELS, without=folder / "figures")
     options = Options(size, initial, rho, renormalize, bands, pictures, rollout, grad_cam, batch_size, workers)
     compared = compare(names, chosen, on, options, _with_classes_of)
     page = write(folder, compared, data, shlex.join(["eit", *sys.argv[1:]]))
@@ -564,14 +564,11 @@ def _file_to_write(name: str, option: str, also: str | None = None) -> Path:
 
 
 def _folder_to_write(name: str, option: str) -> Path:
-    """A folder, made now: before anything is computed."""
+    """A folder that is there or can be made: checked before anything is computed, made once there is a result."""
     folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UserError(f"{option} {name} cannot be written: {error.strerror}") from None
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{option} {name} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
     return folder
 
 

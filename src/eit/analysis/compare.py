@@ -36,11 +36,11 @@ class Options:
 
 @dataclass
 class Comparison:
-    """What was measured of each model, which models could not be and why, and the images that are shown."""
+    """What was measured of each model, which models could not be and why, and on which images."""
 
     measured: list[Measured]
     left_out: list[str]
-    examples: list[pictures.Example]
+    images: list[str]  # names
 
 
 def compare(
@@ -60,7 +60,7 @@ def compare(
     check_names(names)
     if options.grad_cam:
         pictures.check_grad_cam()
-    found = Comparison([], [], [])
+    found = Comparison([], [], images.names)
     count = min(options.pictures, len(images))
     shown = images.subset(i * len(images) // count for i in range(count)) if count else None
     number = -1
@@ -81,10 +81,9 @@ def compare(
             _, batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
             one.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
             one.missing += missing
-            if not found.examples:
-                std, mean = (torch.tensor(v).view(-1, 1, 1) for v in (subject.view.std, subject.view.mean))
-                pixels = (batch.images.cpu() * std + mean).clamp(0, 1)
-                found.examples = [pictures.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
+            std, mean = (torch.tensor(v).view(-1, 1, 1) for v in (subject.view.std, subject.view.mean))
+            pixels = (batch.images.cpu() * std + mean).clamp(0, 1)
+            one.examples = [pictures.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
         if subject.state != "initial":
             for text in one.missing:
                 say(f"{one.name}: no {text}")

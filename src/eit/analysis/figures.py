@@ -7,7 +7,7 @@ from typing import Any
 
 from eit.analysis.frequency import Frequency, diagonal_frequencies
 from eit.analysis.measure import Analysis
-from eit.analysis.pictures import Picture
+from eit.analysis.pictures import Example, Picture
 from eit.analysis.robustness import Band
 from eit.analysis.subjects import Subject
 
@@ -28,7 +28,8 @@ class Measured:
     marker: str
     missing: list[str] = field(default_factory=list)  # what cannot be measured or shown of it
     bands: list[Band] | None = None
-    pictures: list[Picture] | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)  # the images of the pictures, as this model sees them
 
     @property
     def is_initial(self) -> bool:
@@ -99,7 +100,7 @@ def _share(measured: Sequence[Measured]) -> Figure:
             axis.set_ylabel("high-frequency share (%)")
             _from_zero(axis)
 
-        return Panel("share_with_dc: the mean counts" if with_dc else "share: the mean left out", draw)
+        return Panel("share with DC: the mean counts" if with_dc else "share: the mean left out", draw)
 
     rho = measured[0].analysis.frequency[0].rho
     return Figure(
@@ -161,22 +162,25 @@ def _amplitude(measured: Sequence[Measured]) -> Figure | None:
     trained = [one for one in measured if one.analysis.at("mixer") and not one.is_initial]
     if not trained:
         return None
+    places = ("stem", "mixer", "block")
+    values = [f.log_amplitude[-1] for one in measured for f in one.analysis.frequency if f.where in places]
+    lowest, highest = min(values), max(values)
 
     def panel(one: Measured) -> Panel:
         twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
 
         def draw(axis: Any) -> None:
             for source in (one, twin) if twin else (one,):
-                places = [f for f in source.analysis.frequency if f.where in ("stem", "mixer", "block")]
-                x = [f.layer - (0.5 if f.where == "mixer" else 0.0) for f in places]
-                axis.plot(x, [f.log_amplitude[-1] for f in places], **source.style())
+                along = [f for f in source.analysis.frequency if f.where in places]
+                x = [f.layer - (0.5 if f.where == "mixer" else 0.0) for f in along]
+                axis.plot(x, [f.log_amplitude[-1] for f in along], **source.style())
             for layer in range(1, one.analysis.depth + 1):
                 axis.axvspan(layer - 1, layer - 0.5, color=_ink(), alpha=0.08, linewidth=0)
             _depth(axis, [one], first=0)
-            axis.set_ylabel("relative log amplitude")
+            axis.set_ylabel(f"log amplitude at f = {diagonal_frequencies(one.analysis.grid)[-1]:.2f}")
+            axis.set_ylim(lowest - 0.1 * (highest - lowest), highest + 0.1 * (highest - lowest))
 
-        f = diagonal_frequencies(one.analysis.grid)[-1]
-        return Panel(f"{one.name}, f = {f:.2f}", draw)
+        return Panel(one.name, draw)
 
     return Figure(
         "amplitude",
@@ -208,6 +212,7 @@ def _spectra(measured: Sequence[Measured]) -> Figure:
                 mesh.set_edgecolor("face")  # else the paper shows through the seams
             bar = axis.figure.colorbar(mesh, ax=axis, pad=0.02, fraction=0.06, ticks=[-10, -5, 0, 5, 10], extend="both")
             bar.ax.tick_params(length=2)
+            bar.set_label("dB")
             bar.outline.set_visible(False)
             _integers(axis.yaxis, [f.layer for f in places])
             axis.set(xlabel="frequency (1: Nyquist of an axis)", ylabel="layer")
@@ -235,10 +240,12 @@ def _distances(measured: Sequence[Measured]) -> Figure | None:
         return None
     same_size = len({one.analysis.image_size for one in shown}) == 1
 
-    def top(ones: Sequence[Measured]) -> float:
-        """Pixels that all dots and dotted lines lie below."""
+    def span(ones: Sequence[Measured]) -> tuple[float, float]:
+        """Pixels between which all dots and dotted lines lie."""
         layers = [layer for one in ones for layer in one.analysis.attention]
-        return 1.08 * max(max(*layer.distance, layer.uniform) for layer in layers)
+        values = [value for layer in layers for value in (*layer.distance, layer.uniform)]
+        margin = 0.08 * (max(values) - min(values))
+        return min(values) - margin, max(values) + margin
 
     def panel(one: Measured) -> Panel:
         twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
@@ -257,7 +264,7 @@ def _distances(measured: Sequence[Measured]) -> Figure | None:
                     )
             _depth(axis, [one])
             axis.set_ylabel("mean attention distance (px)")
-            axis.set_ylim(0, top([o for o in measured if o.analysis.attention] if same_size else [one]))
+            axis.set_ylim(*span([o for o in measured if o.analysis.attention] if same_size else [one]))
 
         return Panel(one.name, draw)
 
@@ -353,18 +360,18 @@ def _robustness(measured: Sequence[Measured]) -> Figure | None:
         for one in shown:
             clean, *noisy = one.bands or []
             x = [((band.low or 0) + (band.high or 0)) / 2 for band in noisy]
-            axis.plot(x, [band.top1 - clean.top1 for band in noisy], **one.style())
+            axis.errorbar(x, [b.top1 - clean.top1 for b in noisy], [b.standard_error for b in noisy], **one.style())
         axis.axhline(0, linestyle=":", linewidth=1.2, color=_ink())
-        axis.set(xlabel="frequency of the noise (1: Nyquist of an axis)", ylabel="change of top-1 (points)")
+        axis.set(xlabel="frequency of the noise in pixels", ylabel="change of top-1 (points)")
 
     clean = ", ".join(f"{one.name} {(one.bands or [])[0].top1:.1f}%" for one in shown)
     return Figure(
         "robustness",
         "Accuracy under noise of one band",
-        "Change of top-1 when noise of one ring of frequencies is added to the pixels (Park & Kim 2022). Without "
-        f"noise: {clean}. A model that reads high frequencies falls on the right, one that reads low ones on the left. "
-        "Against the claim that EIT uses more high frequencies would count: a line that is not below those of LSRA and "
-        "ViT on the right.",
+        "Change of top-1 when noise of one ring of frequencies (1 is the Nyquist frequency of the pixels) is added "
+        f"to the pixels (Park & Kim 2022); bars: one standard error of top-1. Without noise: {clean}. A model that "
+        "reads high frequencies falls on the right, one that reads low ones on the left. Against the claim that EIT "
+        "uses more high frequencies would count: a line that is not below those of LSRA and ViT on the right.",
         [Panel("", draw)],
         shown,
     )

@@ -9,12 +9,13 @@ from typing import Any
 from eit.analysis.figures import Measured
 from eit.analysis.frequency import diagonal_frequencies
 
-TABLES = ("models", "frequency", "amplitude", "spectrum", "heads", "diversity", "robustness")
+TABLES = ("models", "images", "frequency", "amplitude", "spectrum", "heads", "diversity", "robustness")
 
 
-def tables(measured: Sequence[Measured]) -> dict[str, list[dict[str, Any]]]:
+def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
     """The numbers as tidy tables, a row a measurement: what is written as csv/NAME.csv."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+    found["images"] = [dict(image=name) for name in images]
     for one in measured:
         subject, analysis = one.subject, one.analysis
         key = dict(model=subject.label, state=subject.state)
@@ -124,9 +125,18 @@ def sentences(measured: Sequence[Measured]) -> list[str]:
     decreasing = [one for one in mixed if _decreases([f.channels for f in one.analysis.at("conv")])]
     lines = []
     for one in decreasing or mixed:
-        for other in trained:
-            if other is not one:
-                lines += _against(one, other)
+        others = [other for other in trained if other is not one]
+        same = [other for other in others if other.analysis.depth == one.analysis.depth]
+        for other in same:
+            lines += _against(one, other)
+        if names := ", ".join(f"{o.name} ({o.analysis.depth})" for o in others if o not in same):
+            lines.append(f"Of another depth than {one.name} ({one.analysis.depth} layers), so not compared: {names}.")
+    if any(line.startswith("High") for line in lines):
+        lines.insert(
+            0,
+            "More and less: by over two standard errors of both means, as if the images differed; they are the same, "
+            "so this is cautious. For diversity no error is known.",
+        )
     for one in trained:
         twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
         if twin:
@@ -158,25 +168,23 @@ def mean_diversity(one: Measured) -> float:
 
 def _against(one: Measured, other: Measured) -> list[str]:
     a, b = one.analysis, other.analysis
-    if a.depth != b.depth:
-        return [f"{one.name} has {a.depth} layers, {other.name} {b.depth}: they are not compared layer by layer."]
     if a.images < 2:
-        return ["One image has no standard error: nothing is compared."]
+        return [f"{one.name} and {other.name}: one image has no standard error, so they are not compared."]
     lines = []
-    for kind in ("share", "share_with_dc"):
+    for kind, word in (("share", "share"), ("share_with_dc", "share with DC")):
         pairs = _same_layers(a.at("block"), b.at("block"))
         gaps = [getattr(x, kind) - getattr(y, kind) for x, y in pairs]
         errors = [math.hypot(getattr(x, kind + "_se"), getattr(y, kind + "_se")) for x, y in pairs]
         more = sum(gap > 2 * error for gap, error in zip(gaps, errors, strict=True))
         less = sum(gap < -2 * error for gap, error in zip(gaps, errors, strict=True))
         lines.append(
-            f"High frequencies, {kind}: {one.name} has more than {other.name} in {more} of {len(pairs)} layers and "
-            f"less in {less}."
+            f"High frequencies, {word}: {one.name} has more than {other.name} in "
+            f"{more} of {len(pairs)} layers and less in {less}."
         )
     if heads := _same_layers(a.attention, b.attention):
         more = sum(x.std / x.uniform > y.std / y.uniform for x, y in heads)
         lines.append(
-            f"Head diversity: {one.name} is more diverse than {other.name} in {more} of {len(heads)} layers (mean "
-            f"{mean_diversity(one):.1f} against {mean_diversity(other):.1f}% of uniform attention's distance)."
+            f"Head diversity: {one.name} {mean_diversity(one):.2f}, {other.name} {mean_diversity(other):.2f}% of "
+            f"uniform attention's distance in the mean; {one.name} is above in {more} of {len(heads)} layers."
         )
     return lines

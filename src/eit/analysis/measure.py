@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eit.analysis.attention import Attention, AttentionMeter, together
-from eit.analysis.frequency import RHO, Frequency, FrequencyMeter, Grid
+from eit.analysis.frequency import RHO, Frequency, FrequencyMeter, Grid, noise_shares
 from eit.analysis.probe import CannotMeasure, Heads, Tokens, layers_of, unwrapped, watch
 from eit.errors import UserError
 
@@ -157,6 +157,11 @@ class _Run:
         lines = []
         if layers := sorted({layer for layer, _ in self.single}):
             lines.append(f"frequencies of {_layers(layers)}: one token has none")
+        grids = {meter.grid for meter in self.frequency.values() if meter.grid is not None}
+        for grid in sorted(grid for grid in grids if noise_shares(grid, self.rho)[0] in (0, 1)):
+            lines.append(
+                f"meaning of shares on {grid[0]}x{grid[1]} tokens: all their frequencies lie on one side of rho"
+            )
         for (where, reason), found in self.missing.items():
             what = "attention distances" if where == "heads" else f"frequencies ({where})"
             lines.append(f"{what} of {_layers(sorted(found))}: {reason}")

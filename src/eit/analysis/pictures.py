@@ -25,7 +25,7 @@ class Picture:
 
 
 class Example(NamedTuple):
-    """An image that is shown, as the first model sees it."""
+    """An image that is shown, as a model sees it."""
 
     name: str
     image: np.ndarray  # (H, W, 3) in 0..1

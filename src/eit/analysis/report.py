@@ -5,9 +5,11 @@ import csv
 import html
 import io
 import math
+import os
 import re
+import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +20,6 @@ from eit import __version__
 from eit.analysis.compare import Comparison
 from eit.analysis.figures import FIGURES, HEAT, Figure, Measured, figures
 from eit.analysis.findings import TABLES, mean_diversity, sentences, tables
-from eit.analysis.pictures import Example
 from eit.checkpoint import write_file
 from eit.draw import save
 from eit.errors import printable
@@ -30,23 +31,34 @@ INK = "#010203"  # stands for the page's ink in its figures
 
 
 def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
-    """Write report.html, csv/ and figures/ into `folder`, in place of those of an earlier report; the page's path."""
+    """Write report.html, csv/ and figures/ into `folder`, in place of those of an earlier report; the page's path.
+
+    All is made aside first, so that an interruption leaves the earlier report whole.
+    """
+    aside = folder / ".unfinished"
+    shutil.rmtree(aside, ignore_errors=True)
+    for part in ("csv", "figures"):
+        (aside / part).mkdir(parents=True)
     measured, drawn = compared.measured, figures(compared.measured)
-    ours = {folder / "csv" / f"{name}.csv" for name in TABLES}
-    ours |= {folder / "figures" / f"{key}{ending}" for key in FIGURES for ending in (".png", ".svg")}
-    for file in ours:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
-    for name, rows in tables(measured).items():
+    for name, rows in tables(measured, compared.images).items():
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "" if _is_nan(value) else value for key, value in row.items()} for row in rows)
-        write_file(folder / "csv" / f"{name}.csv", text.getvalue().encode(errors="surrogateescape"))
+        write_file(aside / "csv" / f"{name}.csv", text.getvalue().encode(errors="surrogateescape"))
     for figure in drawn:
-        publish(figure, folder / "figures")
+        publish(figure, aside / "figures")
     page = _page(compared, drawn, printable(data), printable(command))
-    write_file(folder / "report.html", page.encode(errors="replace"))
+    write_file(aside / "report.html", page.encode(errors="replace"))
+    ours = [f"csv/{name}.csv" for name in TABLES]
+    ours += [f"figures/{key}{ending}" for key in FIGURES for ending in (".png", ".svg")]
+    for name in [*ours, "report.html"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        if (aside / name).exists():
+            os.replace(aside / name, folder / name)
+        else:  # of an earlier report alone
+            (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(aside)
     return folder / "report.html"
 
 
@@ -183,8 +195,8 @@ def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str
     sources = "; ".join(one.subject.provenance for one in measured)
     origin = f"{measured[0].analysis.images:,} images of {data}. {printable(sources)}."
     body = "".join(_figure(figure, number, origin) for number, figure in enumerate(drawn, start=1))
-    if compared.examples:
-        body += _gallery(measured, compared.examples, len(drawn) + 1, printable(sources))
+    if any(one.pictures for one in measured):
+        body += _gallery(measured, len(drawn) + 1, printable(sources))
     missing = [f"{one.name}: no {text}" for one in measured if not one.is_initial for text in one.missing]
     missing = list(map(printable, [*compared.left_out, *missing]))
     template = resources.files("eit.analysis").joinpath("report.html").read_text(encoding="utf-8")
@@ -212,67 +224,59 @@ def _names(measured: Sequence[Measured]) -> str:
 
 
 def _summary_table(measured: Sequence[Measured]) -> str:
-    def span(values: Iterable[float]) -> str:
-        values = list(values)
-        return f"{values[0]:.1f} &rarr; {values[-1]:.1f}" if values else "&ndash;"
-
     rows = []
     for one in measured:
         blocks, heads = one.analysis.at("block"), one.analysis.attention
         cells = [
             html.escape(one.name),
             f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
-            span(100 * f.share for f in blocks),
-            f"{100 * blocks[0].noise_share:.1f}",
-            span(100 * f.share_with_dc for f in blocks),
-            f"{fmean(layer.std for layer in heads):.2f}" if heads else "&ndash;",
-            f"{mean_diversity(one):.1f}" if heads else "&ndash;",
+            f"{100 * fmean(f.share for f in blocks):.1f}%",
+            f"{100 * fmean(f.share_with_dc for f in blocks):.1f}%",
+            f"{100 * blocks[0].noise_share:.1f}%",
+            f"{fmean(layer.std for layer in heads):.2f} px" if heads else "&ndash;",
+            f"{mean_diversity(one):.2f}%" if heads else "&ndash;",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = (
-        "model",
-        "tokens",
-        "share, first &rarr; last (%)",
-        "noise (%)",
-        "with DC (%)",
-        "diversity (px)",
-        "relative (%)",
-    )
+    head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
     return (
         '<div class="scroll" tabindex="0"><table><thead><tr>'
         + "".join(f'<th scope="col">{cell}</th>' for cell in head)
         + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<p><small>Means of the layers. share: energy of high frequencies, without and with DC; noise: the share of "
+        "white noise on as many tokens; diversity: standard deviation of the heads' attention distances, in pixels "
+        "and relative to the distance of uniform attention.</small></p>"
     )
 
 
 # -- Single images ----------------------------------------------------------------------------------------------------
 
 
-def _gallery(measured: Sequence[Measured], shown: Sequence[Example], number: int, sources: str) -> str:
+def _gallery(measured: Sequence[Measured], number: int, sources: str) -> str:
     parts = []
-    for i, (name, image, spectrum) in enumerate(shown):
-        top = _tile("input", name, image) + _tile("its spectrum", name, _heat(spectrum))
-        rows = [f'<div class="tiles">{top}</div>']
-        for one in measured:
-            if not one.pictures:
-                continue
-            picture = one.pictures[i]
-            about = f"{name}, {one.name}"
-            tiles = [_tile(f"energy {n}", about, _heat(e.numpy())) for n, e in enumerate(picture.energy, start=1)]
+    having = [one for one in measured if one.pictures]
+    largest = max(having, key=lambda one: one.analysis.image_size)
+    for i, (name, image, spectrum) in enumerate(largest.examples):
+        rows = [_tile("input", name, image) + _tile("its spectrum", name, _heat(spectrum))]
+        for one in having:
+            own, picture, about = one.examples[i].image, one.pictures[i], f"{name}, {one.name}"
+            tiles = [_tile("its input", about, own)] if own.shape != image.shape else []
+            tiles += [_tile(f"energy {n}", about, _heat(e.numpy())) for n, e in enumerate(picture.energy, start=1)]
             maps = (
                 ("class token", picture.class_attention),
                 ("rollout", picture.rollout),
                 ("Grad-CAM", picture.grad_cam),
             )
-            tiles += [_tile(text, about, _over(image, found.numpy())) for text, found in maps if found is not None]
-            rows.append(f'<h4>{html.escape(one.name)}</h4><div class="tiles">{"".join(tiles)}</div>')
-        parts.append(f"<section><h3>{html.escape(printable(name))}</h3>{''.join(rows)}</section>")
+            tiles += [_tile(text, about, _over(own, found.numpy())) for text, found in maps if found is not None]
+            rows.append("".join(tiles))
+        names = ["", *(f"<h4>{html.escape(one.name)}</h4>" for one in having)]
+        body = "".join(f'{head}<div class="tiles">{row}</div>' for head, row in zip(names, rows, strict=True))
+        parts.append(f"<section><h3>{html.escape(printable(name))}</h3>{body}</section>")
     caption = (
         "Single images: the input and its Fourier amplitude (logarithm, frequency 0 in the middle); the energy of each "
         "layer's tokens after taking out their mean; what the class token attends to in the last layer that has one, "
         "over the image (mean of the heads, scaled to the brightest place)."
     )
-    shown_maps = [picture for one in measured for picture in one.pictures or []]
+    shown_maps = [picture for one in having for picture in one.pictures]
     if any(picture.rollout is not None for picture in shown_maps):
         caption += " Rollout: attention multiplied over the layers, without the channels that are convolved."
     if any(picture.grad_cam is not None for picture in shown_maps):
@@ -280,7 +284,7 @@ def _gallery(measured: Sequence[Measured], shown: Sequence[Example], number: int
     caption += " Examples, not evidence: no single image would count for or against a claim."
     return (
         f'<figure id="pictures"><h2>Single images</h2>{"".join(parts)}<figcaption><b>Figure {number}.</b> {caption} '
-        f"<small>{len(shown)} images. {html.escape(sources)}.</small></figcaption></figure>"
+        f"<small>{len(parts)} images. {html.escape(sources)}.</small></figcaption></figure>"
     )
 
 

@@ -1,6 +1,7 @@
 """Accuracy under noise of one frequency band (Park & Kim, ICLR 2022, arXiv 2202.06709, section 2)."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,15 @@ class Band:
         """Percent."""
         return 100 * self.correct / self.images
 
+    @property
+    def standard_error(self) -> float:
+        """Of top1, points: that of a share of so many images."""
+        return (self.top1 * (100 - self.top1) / self.images) ** 0.5
+
 
 def rings(height: int, width: int) -> list[tuple[float, float]]:
     """(low, high) of rings that tile the spectrum of an image from DC, which is left out; those that hold a bin."""
-    edges = [round(2 * HALF_WIDTH * i, 9) for i in range(9)]  # to the corner, sqrt(2)
+    edges = [*(round(2 * HALF_WIDTH * i, 9) for i in range(7)), math.sqrt(2)]  # the last a little wider, to the corner
     return [ring for ring in itertools.pairwise(edges) if _inside(height, width, *ring).any()]
 
 

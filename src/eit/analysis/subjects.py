@@ -191,7 +191,7 @@ def choose_images(
     """At most `count` images of `path`, evenly spaced: of a data set its validation images, else all below the folder.
 
     Classes are told from folders only where the images must be `labelled`. Those below the folder `without` do not
-    count: an earlier report has images of its own.
+    count: the figures of an earlier report.
 
     Raises:
         UserError: no such path, or no images there.
@@ -200,15 +200,21 @@ def choose_images(
         raise UserError("--data '': a folder of images, or a data set, is expected")
     config = data_config(root=path, max_pixels=max_pixels)
     root = Path(path).expanduser()
+    if path != DIGITS and not root.exists():
+        hint = f"; did you mean {DIGITS}?" if path in DIGITS else ""
+        raise UserError(f"no such folder, image or data set: {path}{hint}")
     if path == DIGITS or labelled or (root / "val").is_dir() or read_layout(root, max_pixels) is not None:
-        images = open_evaluation(config)
+        try:
+            images = open_evaluation(config)
+        except UserError as error:
+            raise UserError(f"--bands needs labelled images: {error}" if labelled else str(error)) from None
         assert not isinstance(images, ImageStream)  # those have a data.dataset
     else:
         files = expand([str(root)])
         if without is not None:
             files = [file for file in files if not Path(file).resolve().is_relative_to(without.resolve())]
         if not files:
-            raise UserError(f"no images below {path}, but for those of the report in {without}")
+            raise UserError(f"no images below {path}, but for the figures in {without}")
         images = Images(["unknown"], [0] * len(files), files, files, max_pixels)
     count = min(count, len(images))
     return images.subset(i * len(images) // count for i in range(count))
