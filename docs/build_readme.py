@@ -108,9 +108,7 @@ def analysis() -> str:
         before, after = (mean("diversity", "std_px", name, state) for state in ("initial", "trained"))
         rows.append([*row, f"{before:.2f} → {after:.2f} px"])
     head = "| model | parameters | top-1 (best epoch) | share | share with DC | head diversity |"
-    note = (
-        "From [results/analysis](results/analysis): means of the 5 layers, at initial values → trained."
-    )
+    note = "From [results/analysis](results/analysis): means of the 5 layers, at initial values → trained."
     return "\n".join([*table(head, rows), "", note])
 
 

@@ -215,7 +215,7 @@ def _spectra(measured: Sequence[Measured]) -> Figure:
             bar.set_label("dB")
             bar.outline.set_visible(False)
             _integers(axis.yaxis, [f.layer for f in places])
-            axis.set(xlabel="frequency (1: Nyquist of an axis)", ylabel="layer")
+            axis.set(xlabel="frequency", ylabel="layer")
             axis.spines[:].set_visible(False)
 
         return Panel(one.name, draw)
@@ -224,8 +224,9 @@ def _spectra(measured: Sequence[Measured]) -> Figure:
         "spectra",
         "Radial spectra",
         "Energy per Fourier coefficient of each layer's tokens (without DC) against that of white noise, in decibels: "
-        "0 is flat, bright is more, dark is less. Energy that moves to the right with depth is what the paper calls a "
-        "thirst for high frequencies. Against it would count: rows of EIT that look like those of ViT.",
+        "0 is flat, bright is more, dark is less; frequency 1 is the Nyquist frequency of an axis of tokens. Energy "
+        "that moves to the right with depth is what the paper calls a thirst for high frequencies. Against it would "
+        "count: rows of EIT that look like those of ViT.",
         [panel(one) for one in shown],
         [],
     )
@@ -272,9 +273,9 @@ def _distances(measured: Sequence[Measured]) -> Figure | None:
         "distances",
         "How far each head looks",
         "Mean attention distance in pixels, one dot a head (Dosovitskiy et al. 2021, figure 11). Filled: as given; "
-        "hollow: initial values; dotted: a head that looks everywhere alike. The paper claims that EIT's heads are "
-        "more diverse: its dots should spread more within a layer. Against it would count: columns as short as those "
-        "of LSRA and ViT.",
+        "hollow: initial values; dotted: a head that looks everywhere alike; the axis does not begin at 0. The paper "
+        "claims that EIT's heads are more diverse: its dots should spread more within a layer. Against it would "
+        "count: columns as short as those of LSRA and ViT.",
         [panel(one) for one in shown],
         [],
     )
