@@ -284,6 +284,15 @@ def test_the_words_of_a_comparison_are_its_numbers():
     assert sentences([measured(state="untrained")]) == []
 
 
+@pytest.mark.parametrize("gap, more", [(0.019, 0), (0.021, 3)])
+def test_a_difference_counts_beyond_two_standard_errors(gap, more):
+    one, other = measured("eit"), measured("flat", schedule="vit")
+    for a, b in zip(one.analysis.at("block"), other.analysis.at("block"), strict=True):
+        a.share, a.share_se, b.share, b.share_se = 0.5 + gap, 0.01, 0.5, 0.0001
+    words = f"High frequencies, share: eit has more than flat in {more} of 3 layers and less in 0."
+    assert words in sentences([one, other])
+
+
 def test_words_where_models_cannot_be_compared():
     mixed = measured("mixed", schedule=(0, 12, 24))  # no attention in its first layer
     words = " ".join(sentences([mixed, measured("flat", schedule="vit")]))
