@@ -692,6 +692,8 @@ def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list
     """A row a model, with means over its layers."""
     from rich.markup import escape
 
+    from eit.analysis.findings import mean_diversity
+
     head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
     rows = []
     for one in measured:
@@ -704,7 +706,7 @@ def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list
                 f"{100 * fmean(layer.share_with_dc for layer in layers):.1f}%",
                 f"{100 * layers[0].noise_share:.1f}%",
                 f"{fmean(layer.std for layer in heads):.2f} px" if heads else "-",
-                f"{100 * fmean(layer.std / layer.uniform for layer in heads):.1f}%" if heads else "-",
+                f"{mean_diversity(one):.1f}%" if heads else "-",
             ]
         )
     return head, rows

@@ -110,6 +110,11 @@ class Images:
             sources=[self.sources[i] for i in indices],
         )
 
+    def evenly(self, count: int) -> "Images":
+        """At most `count` images, evenly spaced."""
+        count = min(count, len(self))
+        return self.subset(i * len(self) // count for i in range(count))
+
     def digest(self) -> str:
         """A hash of names and labels: two processes with the same one see the same data."""
         lines = "\n".join([*self.classes, *(f"{n} {y}" for n, y in zip(self.names, self.labels, strict=True))])
@@ -152,6 +157,12 @@ def normalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Te
     """(B, channels, height, width) uint8 -> float, (x / 255 - mean) / std."""
     mean_, std_ = (torch.tensor(tuple(v), device=images.device).view(-1, 1, 1) for v in (mean, std))
     return (images.float() / 255 - mean_) / std_
+
+
+def denormalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
+    """The inverse of `normalise`, to look at: (..., channels, height, width) -> the same in 0..1, on the CPU."""
+    mean_, std_ = (torch.tensor(tuple(v)).view(-1, 1, 1) for v in (mean, std))
+    return (images.cpu() * std_ + mean_).clamp(0, 1)
 
 
 @dataclass

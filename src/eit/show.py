@@ -9,7 +9,7 @@ from eit.config import Recipe
 from eit.data import open_data
 from eit.draw import Tile
 from eit.finetune import settle
-from eit.images import Images
+from eit.images import Images, denormalise
 from eit.loader import evaluation_loader, train_loader
 from eit.plan import Plan, Stream, set_seed
 from eit.train import check_plan, make_mixup, make_view
@@ -41,8 +41,7 @@ def tiles(recipe: Recipe, count: int, epoch: int = 0) -> tuple[list[Tile], list[
 
 
 def _tile(x: Tensor, view: Any, label: str) -> Tile:
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (view.mean, view.std))
-    return Tile((x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), label)
+    return Tile(denormalise(x, view.mean, view.std).permute(1, 2, 0).numpy(), label)
 
 
 def _classes(target: Tensor, classes: list[str], floor: float) -> str:

@@ -137,6 +137,11 @@ class Attention:
         return diversity(self.distance)[0]
 
     @property
+    def relative_std(self) -> float:
+        """Head diversity by the distance of uniform attention, which grids of different pitch can be compared by."""
+        return self.std / self.uniform
+
+    @property
     def range(self) -> float:
         return diversity(self.distance)[1]
 

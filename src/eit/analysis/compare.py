@@ -11,10 +11,10 @@ from eit.analysis import pictures, robustness
 from eit.analysis.figures import MARKERS, PALETTE, Measured
 from eit.analysis.frequency import RHO
 from eit.analysis.measure import CannotMeasure, analyze
-from eit.analysis.subjects import check_names, open_subjects
+from eit.analysis.subjects import open_subjects
 from eit.console import say, track
 from eit.errors import UserError
-from eit.images import Images
+from eit.images import Images, denormalise
 from eit.loader import EvaluationLoader
 
 
@@ -57,12 +57,10 @@ def compare(
     Raises:
         UserError: an unknown name, images that cannot be read, or no model that can be measured.
     """
-    check_names(names)
     if options.grad_cam:
         pictures.check_grad_cam()
     found = Comparison([], [], images.names)
-    count = min(options.pictures, len(images))
-    shown = images.subset(i * len(images) // count for i in range(count)) if count else None
+    shown = images.evenly(options.pictures)
     number = -1
     for subject in open_subjects(names, options.size, options.initial):
         number += subject.state != "initial"
@@ -77,12 +75,11 @@ def compare(
         one = Measured(subject, analysis, colour, marker, list(analysis.missing))
         if options.bands and subject.state == "trained":
             _bands(one, images, device, options, with_classes_of)
-        if shown is not None and subject.state != "initial":
+        if len(shown) and subject.state != "initial":
             _, batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
             one.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
             one.missing += missing
-            std, mean = (torch.tensor(v).view(-1, 1, 1) for v in (subject.view.std, subject.view.mean))
-            pixels = (batch.images.cpu() * std + mean).clamp(0, 1)
+            pixels = denormalise(batch.images, subject.view.mean, subject.view.std)
             one.examples = [pictures.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
         if subject.state != "initial":
             for text in one.missing:

@@ -39,6 +39,11 @@ class Measured:
     def name(self) -> str:
         return self.subject.name
 
+    def twin(self, measured: Sequence["Measured"]) -> "Measured | None":
+        """The same model at its initial values, if it is among those measured."""
+        label = self.subject.label
+        return next((other for other in measured if other.is_initial and other.subject.label == label), None)
+
     def style(self) -> dict[str, Any]:
         """How its lines look: dashed and hollow at initial values."""
         if self.is_initial:
@@ -64,7 +69,6 @@ class Figure:
     panels: list[Panel]
     legend: list[Measured]
     noise: bool = False  # a dotted line stands for white noise
-    colour_bar: str = ""
 
 
 def figures(measured: Sequence[Measured]) -> list[Figure]:
@@ -125,11 +129,11 @@ def _parts(measured: Sequence[Measured]) -> Figure | None:
         return None
 
     def panel(one: Measured) -> Panel:
-        twin = [other for other in measured if other.is_initial and other.subject.label == one.subject.label]
+        twin = one.twin(measured)
 
         def draw(axis: Any) -> None:
             for where, colour, marker in (("conv", PALETTE[0], "o"), ("attention", PALETTE[5], "s")):
-                for source in (one, *twin):
+                for source in (one, twin) if twin else (one,):
                     places = source.analysis.at(where)
                     line = dict(color=colour, marker=marker) | (
                         dict(linestyle="--", mfc="none", markersize=3.5, linewidth=1.1)
@@ -167,7 +171,7 @@ def _amplitude(measured: Sequence[Measured]) -> Figure | None:
     lowest, highest = min(values), max(values)
 
     def panel(one: Measured) -> Panel:
-        twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
+        twin = one.twin(measured)
 
         def draw(axis: Any) -> None:
             for source in (one, twin) if twin else (one,):
@@ -249,7 +253,7 @@ def _distances(measured: Sequence[Measured]) -> Figure | None:
         return min(values) - margin, max(values) + margin
 
     def panel(one: Measured) -> Panel:
-        twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
+        twin = one.twin(measured)
 
         def draw(axis: Any) -> None:
             for layer in one.analysis.attention:
@@ -290,7 +294,7 @@ def _diversity(measured: Sequence[Measured]) -> Figure | None:
         def draw(axis: Any) -> None:
             for one in shown:
                 layers = one.analysis.attention
-                y = [100 * layer.std / layer.uniform if relative else layer.std for layer in layers]
+                y = [100 * layer.relative_std if relative else layer.std for layer in layers]
                 axis.plot([layer.layer for layer in layers], y, **one.style())
             _depth(axis, shown)
             axis.set_ylabel("diversity (% of uniform)" if relative else "diversity (px)")

@@ -78,7 +78,7 @@ def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str
                     std_px=layer.std,
                     range_px=layer.range,
                     pair_gap_px=layer.gap,
-                    relative_std=layer.std / layer.uniform,
+                    relative_std=layer.relative_std,
                     uniform_px=layer.uniform,
                 )
             )
@@ -107,7 +107,7 @@ def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 noise_share=blocks[0].noise_share,
                 noise_share_with_dc=blocks[0].noise_share_with_dc,
                 diversity_px=[layer.std for layer in heads],
-                relative_diversity=[layer.std / layer.uniform for layer in heads],
+                relative_diversity=[layer.relative_std for layer in heads],
                 missing=one.missing,
             )
         )
@@ -138,7 +138,7 @@ def sentences(measured: Sequence[Measured]) -> list[str]:
             "so this is cautious. For diversity no error is known.",
         )
     for one in trained:
-        twin = next((o for o in measured if o.is_initial and o.subject.label == one.subject.label), None)
+        twin = one.twin(measured)
         if twin:
             rise = [
                 100 * (a.share - b.share) for a, b in _same_layers(one.analysis.at("block"), twin.analysis.at("block"))
@@ -163,7 +163,7 @@ def _same_layers(these: Iterable[Any], those: Iterable[Any]) -> list[tuple[Any, 
 
 def mean_diversity(one: Measured) -> float:
     """Percent of the distance of uniform attention."""
-    return 100 * fmean(layer.std / layer.uniform for layer in one.analysis.attention)
+    return 100 * fmean(layer.relative_std for layer in one.analysis.attention)
 
 
 def _against(one: Measured, other: Measured) -> list[str]:
@@ -182,7 +182,7 @@ def _against(one: Measured, other: Measured) -> list[str]:
             f"{more} of {len(pairs)} layers and less in {less}."
         )
     if heads := _same_layers(a.attention, b.attention):
-        more = sum(x.std / x.uniform > y.std / y.uniform for x, y in heads)
+        more = sum(x.relative_std > y.relative_std for x, y in heads)
         lines.append(
             f"Head diversity: {one.name} {mean_diversity(one):.2f}, {other.name} {mean_diversity(other):.2f}% of "
             f"uniform attention's distance in the mean; {one.name} is above in {more} of {len(heads)} layers."

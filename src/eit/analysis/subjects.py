@@ -15,7 +15,7 @@ from timm.data import resolve_data_config
 from eit.checkpoint import SHIPPED, Card, find_weights, load
 from eit.config import data_config, parse_recipe
 from eit.console import say
-from eit.data import DIGITS, open_evaluation
+from eit.data import DIGITS, AnyImages, open_evaluation
 from eit.draw import shorten
 from eit.errors import UserError, nearest
 from eit.finetune import build_model
@@ -65,6 +65,7 @@ def open_subjects(names: Sequence[str], size: int | None = None, initial: bool =
     Raises:
         UserError: no such checkpoint or model, or one that does not take `size`.
     """
+    check_names(names)
     for name, label in zip(names, _labels(names), strict=True):
         subject = _open(name, label)
         if size is not None:
@@ -113,7 +114,6 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 
 def _open(name: str, label: str) -> Subject:
-    check_names([name])
     kind, _, plain = name.partition("/")
     if Path(name).exists() or name in SHIPPED:
         model = load(name)
@@ -203,18 +203,21 @@ def choose_images(
     if path != DIGITS and not root.exists():
         hint = f"; did you mean {DIGITS}?" if path in DIGITS else ""
         raise UserError(f"no such folder, image or data set: {path}{hint}")
-    if path == DIGITS or labelled or (root / "val").is_dir() or read_layout(root, max_pixels) is not None:
-        try:
+    images: AnyImages | None = None
+    try:
+        pair = None if path == DIGITS else read_layout(root, max_pixels)
+        if pair is not None:
+            images = pair[1]
+        elif path == DIGITS or labelled or (root / "val").is_dir():
             images = open_evaluation(config)
-        except UserError as error:
-            raise UserError(f"--bands needs labelled images: {error}" if labelled else str(error)) from None
-        assert not isinstance(images, ImageStream)  # those have a data.dataset
-    else:
+    except UserError as error:
+        raise UserError(f"--bands needs labelled images: {error}" if labelled else str(error)) from None
+    if images is None:
         files = expand([str(root)])
         if without is not None:
             files = [file for file in files if not Path(file).resolve().is_relative_to(without.resolve())]
         if not files:
             raise UserError(f"no images below {path}, but for the figures in {without}")
         images = Images(["unknown"], [0] * len(files), files, files, max_pixels)
-    count = min(count, len(images))
-    return images.subset(i * len(images) // count for i in range(count))
+    assert not isinstance(images, ImageStream)  # those have a data.dataset
+    return images.evenly(count)
