@@ -6,7 +6,6 @@ Weights (`*.safetensors`) describe themselves in their metadata, see `Card`.
 import argparse
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -22,14 +21,13 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from eit import __version__
 from eit.config import model_arguments
 from eit.errors import UserError
 from eit.images import MAX_PIXELS, View
-from eit.model import EIT
+from eit.model import EIT, our_names
 from eit.zoo import VARIANTS, create_model, head_names, is_model
 
 StateDict = Mapping[str, Tensor]
@@ -154,21 +152,14 @@ def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_h
 
 def _resampled(model: Any, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """`state` with its tables of positions interpolated to the model's resolution."""
-    if not isinstance(model, EIT):
-        fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's, one an architecture
-        own = model.state_dict()
-        if fit is None or all(k not in own or own[k].shape == v.shape for k, v in state.items()):
-            return state
-        try:
-            return fit(state, model)
-        except Exception as error:
-            raise UserError(f"{source} does not fit the model: {_first_line(error)}") from None
-    table, wanted = state.get("pos_embed"), model.pos_embed
-    if table is None or wanted is None or table.shape == wanted.shape or table.shape[2:] != wanted.shape[2:]:
-        return state  # `check_fit` names the difference
-    if math.isqrt(table.shape[1] - 1) ** 2 != table.shape[1] - 1:
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # by timm's conventions
+    own = model.state_dict()
+    if fit is None or all(k not in own or own[k].shape == v.shape for k, v in state.items()):
         return state
-    return state | dict(pos_embed=resample_abs_pos_embed(table, list(model.grid_size), num_prefix_tokens=1))
+    try:
+        return fit(state, model)
+    except Exception as error:
+        raise UserError(f"{source} does not fit the model: {_first_line(error)}") from None
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
@@ -184,19 +175,6 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
             raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its checkout")
     state, card = read_safetensors(file) if file.suffix == ".safetensors" else (_read_pth(file), None)
     return state if card else our_names(state), card
-
-
-def our_names(state: StateDict) -> dict[str, Tensor]:
-    """Published parameter names, and those of DDP and torch.compile, -> ours (timm's where the part is the same)."""
-    renames = [(".eit_p.conv.", ".proj."), (".eit_t.conv1.", ".attn.conv.")]
-    named = {}
-    for name, tensor in state.items():
-        for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # each wraps the other
-            name = name.removeprefix(prefix)
-        for old, new in renames:
-            name = name.replace(old, new)
-        named[name] = tensor
-    return named
 
 
 def check_fit(model: Any, state: StateDict, source: str) -> None:

@@ -6,12 +6,12 @@ They differ in the *schedule*: how many of a layer's channels go through attenti
 Legend of the shape comments: B batch, N tokens (class token first), C channels, H heads, D head width; h, w token grid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, resample_abs_pos_embed
+from timm.layers import DropPath, Mlp, global_pool_nlc, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -75,11 +75,13 @@ def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads
 class ConvPoolStem(nn.Module):
     """EIT-P: overlapping patches from a convolution and a max-pool. (B, in_chans, height, width) -> (B, C, h, w)."""
 
-    def __init__(self, in_chans: int, embed_dim: int, kernel_size: int, stride: int, pool_size: int) -> None:
+    def __init__(
+        self, in_chans: int, embed_dim: int, kernel_size: int, stride: int, pool_size: int, **where: Any
+    ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.pool_size = kernel_size, stride, pool_size
         self.pitch = stride * pool_size  # pixels from one token to the next
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2, **where)
         self.pool = nn.MaxPool2d(pool_size, pool_size)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
@@ -95,10 +97,10 @@ class ConvPoolStem(nn.Module):
 class PatchStem(nn.Module):
     """ViT's stem: patches that do not overlap. (B, in_chans, height, width) -> (B, C, h, w)."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, **where: Any) -> None:
         super().__init__()
         self.pitch = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, **where)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
@@ -122,6 +124,7 @@ class ConvAttention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        **where: Any,
     ) -> None:
         super().__init__()
         self.attn_channels = attn_channels
@@ -129,12 +132,12 @@ class ConvAttention(nn.Module):
         self.num_heads = num_heads
         self.attn_drop_rate = attn_drop
         if self.attn_channels > 0:
-            self.qkv = nn.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias)
-            self.proj = nn.Linear(attn_channels, attn_channels)
+            self.qkv = nn.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias, **where)
+            self.proj = nn.Linear(attn_channels, attn_channels, **where)
             self.proj_drop = nn.Dropout(proj_drop)
         if self.conv_channels > 0:
             self.conv = nn.Conv2d(
-                self.conv_channels, self.conv_channels, 3, padding=1, groups=self.conv_channels, bias=False
+                self.conv_channels, self.conv_channels, 3, padding=1, groups=self.conv_channels, bias=False, **where
             )
             self.conv_drop = nn.Dropout(attn_drop)
 
@@ -153,12 +156,14 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         """(B, 1+h*w, C) -> the same shape."""
-        if self.conv_channels == 0:
-            return self.attend(x)
-        if self.attn_channels == 0:
-            return self.convolve(x, h, w)
-        conv, attn = x.split([self.conv_channels, self.attn_channels], dim=2)
-        return torch.cat((self.convolve(conv, h, w), self.attend(attn)), dim=2)
+        if not hasattr(self, "conv"):  # TorchScript then leaves out the part that a layer lacks
+            x = self.attend(x)
+        elif not hasattr(self, "qkv"):
+            x = self.convolve(x, h, w)
+        else:
+            conv, attn = x.split([self.conv_channels, self.attn_channels], dim=2)
+            x = torch.cat((self.convolve(conv, h, w), self.attend(attn)), dim=2)
+        return x
 
 
 class Block(nn.Module):
@@ -174,13 +179,14 @@ class Block(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        **where: Any,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ConvAttention(dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **where)
+        self.attn = ConvAttention(dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, **where)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **where)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop, **where)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
@@ -206,16 +212,18 @@ class EIT(nn.Module):
         patch_size: of the `patch` stem.
         pos_embed: `none` (the paper), or `learned`: a table for the tokens of `img_size`, interpolated to other sizes.
         representation_size: width of an optional Linear + tanh before the head.
-        global_pool: what the head reads: `token`, `avg` (mean over the grid), or "" for all tokens.
+        global_pool: what the head reads: `token`; `avg`, `max` or `avgmax` over the grid; or "" for all tokens.
         drop_rate: dropout before the head. pos_drop_rate: after the stem. proj_drop_rate: in the attention projection
             and the MLP. attn_drop_rate: attention weights and convolution output. drop_path_rate: stochastic depth,
             linear from 0 in the first layer.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: arguments that do not make a model; the message names the argument.
     """
 
     card: Any  # set by `eit.load`: what the weights say about classes and preprocessing
+    __jit_ignored_attributes__ = ("card",)
 
     def __init__(
         self,
@@ -241,14 +249,16 @@ class EIT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        where: dict[str, Any] = dict(device=device, dtype=dtype)
         if stem not in ("conv_pool", "patch"):
             raise ValueError(f"stem={stem!r} is not one of conv_pool, patch")
         if pos_embed not in ("none", "learned"):
             raise ValueError(f"pos_embed={pos_embed!r} is not one of none, learned")
-        if global_pool not in ("token", "avg", ""):
-            raise ValueError(f"global_pool={global_pool!r} is not one of token, avg, ''")
+        _check_pool(global_pool)
         sizes = dict(
             kernel_size=kernel_size, stride=stride, pool_size=pool_size, patch_size=patch_size, in_chans=in_chans
         )
@@ -271,17 +281,17 @@ class EIT(nn.Module):
         self.grad_checkpointing = False
 
         if stem == "patch":
-            self.patch_embed: ConvPoolStem | PatchStem = PatchStem(in_chans, embed_dim, patch_size)
+            self.patch_embed: ConvPoolStem | PatchStem = PatchStem(in_chans, embed_dim, patch_size, **where)
         else:
-            self.patch_embed = ConvPoolStem(in_chans, embed_dim, kernel_size, stride, pool_size)
+            self.patch_embed = ConvPoolStem(in_chans, embed_dim, kernel_size, stride, pool_size, **where)
         self.grid_size = self.patch_embed.grid_size(*self.img_size)
         if 0 in self.grid_size:
             raise ValueError(f"img_size={img_size} is smaller than the stem needs: it makes no token")
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
         self.pos_embed: nn.Parameter | None = None
         if pos_embed == "learned":
             tokens = 1 + self.grid_size[0] * self.grid_size[1]
-            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **where))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.ModuleList(
             Block(
@@ -293,20 +303,21 @@ class EIT(nn.Module):
                 proj_drop_rate,
                 attn_drop_rate,
                 drop_path=drop_path_rate * layer / max(depth - 1, 1),
+                **where,
             )
             for layer, attn_channels in enumerate(self.attn_channels)
         )
         self.feature_info = [
             dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.pitch) for i in range(depth)
         ]
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=1e-6, **where)
         self.pre_logits: nn.Module = nn.Identity()
         if representation_size:
             self.pre_logits = nn.Sequential()
-            self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size))
+            self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size, **where))
             self.pre_logits.add_module("act", nn.Tanh())
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes, **where) if num_classes else nn.Identity()
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -338,10 +349,7 @@ class EIT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, 1+h*w, C) -> logits (B, num_classes), or the features before them."""
-        if self.global_pool == "token":
-            x = x[:, 0]
-        elif self.global_pool == "avg":
-            x = x[:, 1:].mean(dim=1)
+        x = global_pool_nlc(x, self.global_pool, num_prefix_tokens=1)
         x = self.head_drop(self.pre_logits(x))
         return x if pre_logits else self.head(x)
 
@@ -374,18 +382,12 @@ class EIT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NLC")
-        depth = len(self.blocks)
-        if indices is None:
-            indices = depth
-        given = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
-        if not given or any(not -depth <= i < depth for i in given):
-            raise ValueError(f"indices={indices} go beyond the {depth} blocks")
-        wanted = [i % depth for i in given]
+        wanted = self._chosen_blocks(indices)
         batch = x.shape[0]
         outputs = []
         x, h, w = self.embed(x)
         for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
-            x = block(x, h, w)
+            x = checkpoint(block, x, h, w, use_reentrant=False) if self.grad_checkpointing else block(x, h, w)
             if i in wanted:
                 y = self.norm(x) if norm else x
                 image = y[:, 1:]
@@ -394,29 +396,112 @@ class EIT(nn.Module):
                 outputs.append((image, y[:, :1]) if return_prefix_tokens else image)
         return outputs if intermediates_only else (self.norm(x), outputs)
 
+    def _chosen_blocks(self, indices: int | list[int] | None) -> list[int]:
+        depth = len(self.blocks)
+        if indices is None:
+            indices = depth
+        given = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+        if not given or any(not -depth <= i < depth for i in given):
+            raise ValueError(f"indices={indices} go beyond the {depth} blocks")
+        return [i % depth for i in given]
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the outputs of blocks `indices`, as in `forward_intermediates`, do not need; returns them."""
+        wanted = self._chosen_blocks(indices)
+        self.blocks = self.blocks[: max(wanted) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.pre_logits = nn.Identity()
+            self.head_hidden_size = self.embed_dim
+            self.reset_classifier(0, "")
+        return wanted
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, with new initial values, for another number of classes; 0 removes it."""
-        self.num_classes = num_classes
         if global_pool is not None:
+            _check_pool(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         like = self.cls_token
-        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        self.head.to(like.device, like.dtype).apply(_init_module)
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+            self.head.apply(_init_module)
+        self.head.train(self.training)
 
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Declare another usual size of the images: pixels, an int or (height, width).
+
+        Any size is taken without this. What changes is what an export says, and a learned position table, which is
+        interpolated once instead of at each step.
+
+        Raises:
+            ValueError: the stem makes no token of so few pixels.
+        """
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        grid = self.patch_embed.grid_size(height, width)
+        if 0 in grid:
+            raise ValueError(f"img_size={img_size} is smaller than the stem needs: it makes no token")
+        if self.pos_embed is not None and grid != self.grid_size:
+            table = resample_abs_pos_embed(self.pos_embed.detach(), list(grid), list(self.grid_size))
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.img_size, self.grid_size = (height, width), grid
+        self._traits = dict(getattr(self, "_traits", {}), img_size=self.img_size)  # what timm's export reads
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizer factory must not decay, beside all of one axis."""
         return {"cls_token", "pos_embed"}
 
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer-wise learning rates, by timm's conventions."""
         return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
 
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: EIT) -> dict[str, Tensor]:
+    """Weights from elsewhere -> names and shapes of `model`, by timm's conventions.
+
+    Names may be the published ones, or those of DistributedDataParallel and torch.compile. A square position table of
+    another resolution is interpolated; what does not fit is left for `load_state_dict` to name.
+    """
+    state = our_names(state_dict)
+    table, wanted = state.get("pos_embed"), model.pos_embed
+    if table is None or wanted is None or table.shape == wanted.shape or table.shape[2:] != wanted.shape[2:]:
+        return state
+    if round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
+        return state
+    return state | dict(pos_embed=resample_abs_pos_embed(table, list(model.grid_size), num_prefix_tokens=1))
+
+
+def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published parameter names, and those of DDP and torch.compile, -> ours (timm's where the part is the same)."""
+    renames = [(".eit_p.conv.", ".proj."), (".eit_t.conv1.", ".attn.conv.")]
+    named = {}
+    for name, tensor in state_dict.items():
+        for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # each wraps the other
+            name = name.removeprefix(prefix)
+        for old, new in renames:
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def _check_pool(global_pool: str) -> None:
+    pools = ("token", "avg", "max", "avgmax", "")
+    assert global_pool in pools, f"global_pool={global_pool!r} is not one of {', '.join(pools[:-1])}, ''"  # as in timm
 
 
 def _init_module(module: nn.Module) -> None:

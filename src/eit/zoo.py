@@ -128,7 +128,7 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
             raise UserError(f"{name} has no argument {argument!r}{nearest(argument, model_arguments())}")
     try:
         return timm.create_model(name, family=family, **arguments)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise UserError(f"{name}: {error}") from None
 
 
@@ -183,6 +183,7 @@ def _register(name: str, variant: Variant) -> None:
             eit.model.EIT,
             name,
             pretrained,
+            pretrained_filter_fn=eit.model.checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(-3, -2, -1), feature_cls="getter"),
             **(defaults | FAMILIES[family or "eit"] | arguments),
         )
