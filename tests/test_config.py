@@ -24,7 +24,7 @@ def test_the_model_section_has_every_argument_of_the_model():
     from eit.zoo import model_arguments
 
     of_recipe = set(Model.model_fields) - {"name", "pretrained", "reset_head"}
-    assert of_recipe == set(model_arguments()) - {"num_classes", "img_size"}
+    assert of_recipe == set(model_arguments()) - {"num_classes", "img_size", "device", "dtype"}
 
 
 def test_the_imagenet_recipes_are_the_papers():

@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 
+import onnxscript  # noqa: F401 (slow, and loaded late by the exporter)
 import torch
+import torch.onnx
 
 import eit.analysis.compare
 import eit.analysis.report
 import eit.cli
+import eit.export
 import eit.shard
 import eit.show
 import eit.train

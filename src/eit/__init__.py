@@ -23,7 +23,7 @@ _PUBLIC = {
     "complexity": "macs",
     "create_model": "zoo",
     "list_models": "zoo",
-    "load": "checkpoint",
+    "load": "exported",
     "load_weights": "checkpoint",
     "UserError": "errors",
 }

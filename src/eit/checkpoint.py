@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -173,6 +174,10 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
     with open(file, "rb") as f:
         if f.read(40).startswith(b"version https://git-lfs"):  # the authors keep theirs in Git LFS
             raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its checkout")
+    if file.suffix == ".pt2":
+        return read_pt2(file)
+    if file.suffix in (".onnx", ".xml"):
+        raise UserError(f"{file} is an exported model, which eit eval and eit predict take: give the weights it is of")
     state, card = read_safetensors(file) if file.suffix == ".safetensors" else (_read_pth(file), None)
     return state if card else our_names(state), card
 
@@ -266,21 +271,70 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         raise UserError(f"{file} is not a readable safetensors file: {_first_line(error)}") from None
     if "eit" not in metadata:
         return state, None
+    header = _read_header(metadata["eit"], file)
+    _check_digest(state, header, file)
+    return state, known_card(header, str(file))
+
+
+def _read_header(text: str | bytes, file: Path) -> dict[str, Any]:
     try:
-        header = json.loads(metadata["eit"])
-        said = header.pop("sha256")
-        card = Card.model_validate(header)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise UserError(f"{file}: its description of the model is damaged") from None
-    if said != digest(state):
+        header = json.loads(text)
+        if isinstance(header["sha256"], str):
+            return header
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{file}: its description of the model is damaged")
+
+
+def _check_digest(state: StateDict, header: dict[str, Any], file: Path) -> None:
+    if header.pop("sha256") != digest(state):
         raise UserError(f"{file} is damaged: its weights do not match their checksum")
+
+
+def known_card(header: dict[str, Any], source: str) -> Card:
+    """The card of `source`, of a model that this version can make.
+
+    Raises:
+        UserError: it is damaged, or of a model or with arguments that are unknown here.
+    """
+    try:
+        card = Card.model_validate(header)
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{source}: its description of the model is damaged") from None
     try:
         card.arguments = model_arguments(card.arguments)
         if not is_model(card.model):
             raise UserError(f"unknown model {card.model!r}")
     except UserError as error:
         here = f"this version ({__version__}) does not know; it was made by {card.version}"
-        raise UserError(f"{file} is of a model that {here}: {error}") from None
+        raise UserError(f"{source} is of a model that {here}: {error}") from None
+    return card
+
+
+def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
+    """The weights of a program that `eit export` wrote. The program is not loaded, for that could run code."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {name.partition("/")[2]: name for name in archive.namelist()}
+            header = _read_header(archive.read(names["extra/eit"]), file)
+            said = dict(header)
+            said.pop("sha256")
+            card = known_card(said, str(file))
+            with torch.device("meta"):
+                own = card.create_model().state_dict()
+            listed = json.loads(archive.read(names["data/weights/model_weights_config.json"]))["config"]
+            state = {}
+            for name, like in own.items():
+                member = archive.getinfo(names[f"data/weights/{listed[name]['path_name']}"])
+                if member.file_size != like.nbytes:
+                    raise ValueError(f"{name} has {member.file_size} bytes instead of {like.nbytes}")
+                content = torch.frombuffer(bytearray(archive.read(member)), dtype=like.dtype)
+                state[name] = content.view(like.shape)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is not a program that eit export wrote: {_first_line(error)}") from None
+    _check_digest(state, header, file)
     return state, card
 
 
@@ -323,8 +377,12 @@ def read_pickle(file: Path, *allowed: type) -> Any:
 def weights_bytes(state: StateDict, card: Card) -> bytes:
     """A safetensors file with its card, and a checksum, for safetensors itself loads flipped bits without a word."""
     plain = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    header = card.model_dump(mode="json") | {"sha256": digest(plain)}
-    return safetensors.torch.save(plain, metadata={"format": "pt", "eit": json.dumps(header)})
+    return safetensors.torch.save(plain, metadata={"format": "pt", "eit": card_text(plain, card)})
+
+
+def card_text(state: StateDict, card: Card) -> str:
+    """The card as files hold it, with the checksum of the weights beside."""
+    return json.dumps(card.model_dump(mode="json") | {"sha256": digest(state)})
 
 
 def save_weights(path: Path, state: StateDict, card: Card) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eit.checkpoint import Card
     from eit.config import Data
     from eit.evaluate import Metrics
+    from eit.export import Export
     from eit.images import Images
     from eit.readers import ImageStream
 
@@ -198,17 +199,22 @@ def evaluate(
     if matrix and (views := len(set(sizes or [0])) * len(set(crop_ratios or [0]))) > 1:
         raise UserError(f"--confusion {confusion} is of one size and crop ratio; {views} combinations are asked for")
     from eit import distributed
-    from eit.checkpoint import load
     from eit.data import open_evaluation
     from eit.evaluate import evaluate as run
     from eit.evaluate import make_views
+    from eit.exported import ExportedModel, load
     from eit.loader import evaluation_loader
     from eit.zoo import check_size
 
-    on = distributed.start(device)
     model = load(checkpoint)
+    on = distributed.start(_device_for(model, device))
+    if isinstance(model, ExportedModel) and precision != "fp32":
+        raise UserError(f"--precision {precision}: {checkpoint} computes in the precision it was exported in")
     for size in sizes or ():
-        check_size(model, size, model.card.size, model.card.model)
+        if isinstance(model, ExportedModel):
+            model.check_size(size)
+        else:
+            check_size(model, size, model.card.size, model.card.model)
     if split and not dataset:
         raise UserError(f"--split {split} is of a data set of timm: give --dataset too")
     where = _evaluation_data(model.card, data, dataset, split, max_pixels)
@@ -246,8 +252,8 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line, one an image.")] = False,
 ) -> None:
     """The most likely classes of images."""
-    from eit.checkpoint import load
     from eit.distributed import start
+    from eit.exported import load
     from eit.predict import expand
     from eit.predict import predict as run
 
@@ -255,7 +261,8 @@ def predict(
     files = expand(listed)
     if not files:
         raise UserError("no images: the list on stdin is empty")
-    model = load(checkpoint).to(start(device))
+    model = load(checkpoint)
+    model = model.to(start(_device_for(model, device)))
     unreadable = 0
     for found in run(model, files, top, max_pixels=max_pixels):
         if found.fault:
@@ -268,6 +275,52 @@ def predict(
             print(printable(found.image) + "  " + printable(labels), flush=True)
     if unreadable:
         raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    form: Annotated[str, typer.Option("--format", help="onnx, openvino or torch (torch.export).")] = "onnx",
+    out: Annotated[
+        str | None, typer.Option(help="The file to write; default: beside the weights, with their name.")
+    ] = None,
+    int8: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Quantise; a folder of images, or a data set, to choose the ranges with."),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Of those of --int8, evenly spaced.")] = 256,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled images to measure int8 with; default: the run's own validation.")
+    ] = None,
+    max_pixels: MaxPixels = None,
+    as_json: Json = False,
+) -> None:
+    """Weights -> a file for another runtime, compared with torch before it is kept.
+
+    eit export runs/pets --format onnx --int8 pets/train
+
+    eit predict and eit eval take the file as they take weights. Batch, height and width are dynamic; classes and
+    preprocessing travel in the file's metadata.
+    """
+    from eit import export as exporter
+    from eit.checkpoint import load
+    from eit.data import open_evaluation
+
+    if form not in exporter.SUFFIXES:
+        raise UserError(f"--format {form} is not one of {', '.join(exporter.SUFFIXES)}")
+    if data and not int8:
+        raise UserError("--data is for --int8, whose accuracy is measured on it")
+    file = Path(out).expanduser() if out else exporter.default_file(checkpoint, form)
+    exporter.check_request(form, file, int8 is not None)
+    model = load(checkpoint)
+    calibration = None
+    if int8:
+        where = _evaluation_data(model.card, data, None, None, max_pixels)
+        labelled = _with_classes_of(model.card, open_evaluation(where))
+        chosen = exporter.calibration_images(int8, images, where.max_pixels, where.val_fraction)
+        calibration = exporter.Calibration(chosen, labelled)
+    done = exporter.export(model, file, form, calibration)
+    _show(json.loads(json.dumps(asdict(done), default=str)), as_json, _export_text(done, model.card))
 
 
 @app.command()
@@ -578,6 +631,17 @@ def _program() -> str:
     return "python -m eit" if called.name == "__main__.py" else called.name if shutil.which("eit") else str(called)
 
 
+def _device_for(model: Any, device: str) -> str:
+    """`device`, but the CPU for an exported file."""
+    from eit.exported import ExportedModel
+
+    if not isinstance(model, ExportedModel):
+        return device
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: {model.file} runs on the CPU")
+    return "cpu"
+
+
 def _evaluation_data(
     card: "Card", data: str | None, dataset: str | None, split: str | None, max_pixels: int | None
 ) -> "Data":
@@ -672,6 +736,26 @@ def _metrics_text(metrics: "Metrics") -> str:
         pad = " " * (width - cell_len(name))
         lines.append(f"  {name}{pad}  {c['images']:6}  {top1:>14}  {precision:>9}  {f1:>7}")
     return "\n".join(lines)
+
+
+def _export_text(done: "Export", card: "Card") -> str:
+    parity = done.parity
+    sizes = " and ".join(f"{height}x{width}" for height, width in parity.sizes)
+    lines = [
+        f"{done.file}: {card.model}, {len(card.classes)} classes, {done.bytes / 1e6:.2f} MB; "
+        f"dynamic: {', '.join(done.dynamic)}",
+        f"{done.runtime} and torch agree: top-1 equal on {parity.images} photos at {sizes}, "
+        f"logits within {parity.max_error:.1e}" + (f" ({parity.ties} ties)" if parity.ties else ""),
+    ]
+    if "height" not in done.dynamic:
+        lines.insert(1, f"height and width are fixed at {card.size}")
+    if int8 := done.int8:
+        lines[-1] = f"before int8: {lines[-1]}"
+        lines.append(
+            f"int8: top-1 {int8.top1:.2f}%, fp32 {int8.fp32_top1:.2f}%, on {int8.images:,} images; "
+            f"{int8.fp32_bytes / 1e6:.2f} MB without; ranges from {int8.calibrated_on} images"
+        )
+    return "\n".join([*lines, f"next: {_program()} predict {done.file} IMAGE..."])
 
 
 def _views_table(views: Sequence[dict[str, Any]]) -> None:

@@ -69,8 +69,8 @@ class Model(Section):
     """hidden channels of the MLP, in widths"""
     qkv_bias: bool | None = None
     """whether queries, keys and values have a bias"""
-    global_pool: Literal["token", "avg"] | None = None
-    """what the head reads: the class token, or the mean over the grid"""
+    global_pool: Literal["token", "avg", "max", "avgmax"] | None = None
+    """what the head reads: the class token, or the mean, the maximum, or the mean of both, over the grid"""
     drop_rate: Rate | None = None
     """dropout before the head"""
     pos_drop_rate: Rate | None = None

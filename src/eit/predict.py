@@ -4,12 +4,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eit.errors import UserError
 from eit.images import UnreadableImage, decode, normalise
-from eit.model import EIT
 from eit.readers import EXTENSIONS
 
 
@@ -24,7 +24,7 @@ class Prediction:
 
 @torch.no_grad()
 def predict(
-    model: EIT,
+    model: Any,
     images: Sequence[str | os.PathLike[str]],
     top: int = 5,
     batch_size: int = 32,
@@ -32,7 +32,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """The `top` classes of each image file, in order, by a model of `eit.load`."""
     view = model.card.view
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # exported ones have none
     for start in range(0, len(images), batch_size):
         pixels, found = [], []
         for name in map(str, images[start : start + batch_size]):
