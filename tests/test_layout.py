@@ -19,7 +19,7 @@ LAYERS = [
     {"data", "loader", "run", "predict", "loss", "prepare"},
     {"evaluate", "finetune", "shard"},
     {"train", "analysis"},
-    {"show", "export"},
+    {"show", "export", "hub"},
     {"cli"},
     {"__main__", "__init__"},
 ]

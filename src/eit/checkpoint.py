@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 import safetensors
 import safetensors.torch
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import logging as hub_logging
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
@@ -76,6 +78,7 @@ class Card(BaseModel):
         return int(((self.recipe or {}).get("data") or {}).get("max_pixels", MAX_PIXELS))
 
 
+HUB = "hf-hub:"
 _WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = {name: _WEIGHTS / "eit_digits.safetensors" for name in ("digits", "eit_digits")}
 
@@ -84,12 +87,17 @@ SHIPPED = {name: _WEIGHTS / "eit_digits.safetensors" for name in ("digits", "eit
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """A weights file: the path itself, `best.safetensors` (else `final`) of a run folder, or one that ships."""
+    """A weights file: the path itself, that of a folder, one that ships, or one of the hub (hf-hub:USER/NAME).
+
+    Of a run folder it is `best.safetensors` (else `final`), of one that `eit push` wrote `model.safetensors`.
+    """
+    if str(path).startswith(HUB):
+        return _fetch(str(path))
     path = Path(path)
     if str(path) in SHIPPED and not path.exists():
         return SHIPPED[str(path)]
     if path.is_dir():
-        for name in ("best.safetensors", "final.safetensors"):
+        for name in ("best.safetensors", "final.safetensors", "model.safetensors"):
             if (path / name).is_file():
                 return path / name
         if not (path / "recipe.yaml").is_file():
@@ -100,6 +108,16 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
             f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(SHIPPED)} is expected"
         )
     return path
+
+
+def _fetch(name: str) -> Path:
+    """The weights of a repository on the Hugging Face hub, kept in its cache; a revision stands behind an @."""
+    repo, _, revision = name.removeprefix(HUB).partition("@")
+    hub_logging.set_verbosity_error()  # its retries; what it fails by is said below
+    try:
+        return Path(hf_hub_download(repo, "model.safetensors", revision=revision or None))
+    except Exception as error:  # of the hub, of its HTTP library, of the network
+        raise UserError(f"{name} cannot be fetched: {_first_line(error)}") from None
 
 
 def load(path: str | os.PathLike[str]) -> EIT:

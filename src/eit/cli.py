@@ -89,7 +89,9 @@ MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger images are re
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        metavar="CKPT", help="A weights file, a run folder (its best.safetensors), or digits.", show_default=False
+        metavar="CKPT",
+        help="A weights file, a run folder (its best.safetensors), digits, or hf-hub:USER/NAME.",
+        show_default=False,
     ),
 ]
 Overrides = Annotated[
@@ -321,6 +323,40 @@ def export(
         calibration = exporter.Calibration(chosen, labelled)
     done = exporter.export(model, file, form, calibration)
     _show(json.loads(json.dumps(asdict(done), default=str)), as_json, _export_text(done, model.card))
+
+
+@app.command()
+def push(
+    checkpoint: Checkpoint,
+    repo: Annotated[str | None, typer.Option(metavar="USER/NAME", help="A repository on the Hugging Face hub.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="FOLDER", help="A local folder instead; needs no network.")] = None,
+    name: Annotated[str | None, typer.Option(help="Title of the model card.")] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Of the weights, such as apache-2.0.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is not public.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Weights -> the Hugging Face hub, or a folder as it has them, with a model card.
+
+    eit push runs/pets --repo USER/pets --license apache-2.0
+
+    timm, transformers and eit predict read them from there: hf-hub:USER/pets, or local-dir:FOLDER.
+    """
+    if (repo is None) == (to is None):
+        raise UserError("give --repo USER/NAME, or --to FOLDER")
+    if to is not None and private:
+        raise UserError("--private is for --repo")
+    from eit import hub
+
+    if to is not None:
+        files = hub.write_folder(checkpoint, _folder_to_write(to, "--to"), name, license_)
+        text = f"{to}: {', '.join(file.name for file in files)}\n"
+        text += f'next: timm.create_model("local-dir:{to}", pretrained=True), after import eit'
+        _show(dict(folder=to, files=[str(file) for file in files]), as_json, text)
+    elif repo is not None:
+        address = hub.push(checkpoint, repo, name, license_, private)
+        _show(dict(address=address), as_json, f"{address}\nnext: {_program()} predict hf-hub:{repo} IMAGE...")
 
 
 @app.command()

@@ -1,0 +1,320 @@
+"""Weights -> a folder as timm and Hugging Face have it, with a model card, and from there to the hub."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
+from timm.models import save_for_hf
+
+from eit import __version__
+from eit.checkpoint import Card, load, weights_bytes, write_file
+from eit.errors import UserError
+from eit.macs import complexity
+from eit.model import EIT
+from eit.zoo import TIMM
+
+CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
+PATHS = {"data": ("root", "classes"), "model": ("pretrained",), "loss": ("teacher", "teacher_weights")}  # of a recipe
+
+
+def write_folder(checkpoint: str, folder: Path, name: str | None = None, license: str | None = None) -> list[Path]:
+    """The weights as `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers read them.
+
+    Written are config.json, model.safetensors (which `eit.load` reads too), README.md, and curves.png of a run folder.
+    The recipe goes along without the folders of this machine.
+
+    Args:
+        checkpoint: a weights file, a run folder, or a name that ships.
+        folder: made if need be; files of these names are replaced.
+        name: title of the model card; default: that of the recipe, or the folder's.
+        license: of the weights, by its identifier, such as apache-2.0; the card says where none is given.
+
+    Raises:
+        UserError: no such checkpoint, or one that does not say which model it is.
+    """
+    model = load(checkpoint)
+    card = model.card = without_paths(model.card)
+    run = Path(checkpoint) if Path(checkpoint).is_dir() else None
+    name = name or (card.recipe or {}).get("name") or folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    contents: dict[str, bytes | str] = {
+        CONFIG: json.dumps(_config(model, license), indent=2) + "\n",
+        WEIGHTS: weights_bytes(model.state_dict(), card),
+        README: model_card(
+            model, str(name), license, _read_json(run, "summary.json"), _read_json(run, "environment.json")
+        ),
+    }
+    if run and (run / CURVES).is_file():
+        contents[CURVES] = (run / CURVES).read_bytes()
+        contents[README] = f"{contents[README]!s}\n## Training\n\n![Loss and accuracy over the epochs]({CURVES})\n"
+    for file, content in contents.items():
+        write_file(folder / file, content)
+    return [folder / file for file in contents]
+
+
+def push(checkpoint: str, repo: str, name: str | None = None, license: str | None = None, private: bool = False) -> str:
+    """Upload what `write_folder` writes to the Hugging Face repository `repo`, made if need be -> its address.
+
+    Raises:
+        UserError: in one line, what the hub or the network says.
+    """
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise UserError(f"--repo {repo}: {_line(error)}") from None
+    with tempfile.TemporaryDirectory() as staging:
+        write_folder(checkpoint, Path(staging), name or repo.rpartition("/")[2], license)
+        try:
+            hub_logging.set_verbosity_error()  # its retries; what it fails by is said below
+            api = HfApi(library_name="eit", library_version=__version__)
+            address = api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=address.repo_id, folder_path=staging, commit_message=f"Upload by eit {__version__}"
+            )
+        except Exception as error:  # of the hub, of its HTTP library, of the network
+            raise UserError(f"--repo {repo}: {_line(error)}") from None
+    return str(address)
+
+
+def without_paths(card: Card) -> Card:
+    """`card` with the last parts of the recipe's paths alone: folders of one machine are nobody else's business."""
+    if card.recipe is None:
+        return card
+    recipe = json.loads(json.dumps(card.recipe))
+    for section, keys in PATHS.items():
+        part = recipe.get(section)
+        for key in keys:
+            if isinstance(part, dict) and isinstance(part.get(key), str):
+                part[key] = Path(part[key]).name
+    if isinstance(recipe.get("out"), str):
+        recipe["out"] = Path(recipe["out"]).name
+    return card.model_copy(update=dict(recipe=recipe))
+
+
+def model_card(
+    model: Any, name: str, license: str | None, summary: dict[str, Any] | None, environment: dict[str, Any] | None
+) -> str:
+    """README.md of the folder: what the model is, its figures, how it is used and trained, and its limits."""
+    card: Card = model.card
+    cost = complexity(model, (card.in_chans, card.size, card.size))
+    recipe = card.recipe or {}
+    data = _data_name(recipe.get("data") or {})
+    metrics = card.metrics or {}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=str(data or "unknown"),
+            dataset_name=str(data or "unknown"),
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=label,
+            metric_value=round(metrics[key], 2),
+        )
+        for key, label in (("val_top1", "top-1"), ("val_top5", "top-5"))
+        if key in metrics
+    ]
+    head = ModelCardData(
+        license=license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", "eit"],
+        model_name=name,
+        eval_results=results or None,
+    )
+    colour = "RGB" if card.in_chans == 3 else "grey"
+    lines = [
+        "---",
+        head.to_yaml(),
+        "---",
+        f"# {name}",
+        "",
+        _description(card),
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| parameters | {cost.params:,} |",
+        f"| multiply-accumulates at {card.size}x{card.size} | {cost.macs / 1e9:.3f} G |",
+        f"| input | {colour}, shorter side to {card.resize} ({card.interpolation}), centre {card.size}x{card.size} |",
+        f"| normalisation | mean {_numbers(card.mean)}, std {_numbers(card.std)} |",
+        f"| classes | {len(card.classes)}: {_few(card.classes)} |",
+        f"| licence of the weights | {license or 'not stated by who trained them'} |",
+        "",
+        "## Figures",
+        "",
+        *_figures(card, summary, data),
+        "",
+        "## Use",
+        "",
+        *_usage(card, name),
+        "",
+        "## Recipe",
+        "",
+        *_recipe(recipe, environment),
+        "",
+        "## Limits",
+        "",
+        *_limits(model, summary, data),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _data_name(data: dict[str, Any]) -> str | None:
+    """A data set of timm by its name; else the folder's, for what lies in it may be anyone's own."""
+    dataset = data.get("dataset")
+    return dataset if dataset and "/" in dataset else data.get("root")
+
+
+def _config(model: Any, license: str | None) -> dict[str, Any]:
+    """config.json by timm, without what transformers would be told twice."""
+    card: Card = model.card
+    view = card.view
+    if not hasattr(model, "pretrained_cfg"):
+        raise UserError("this model was not made by the zoo: give weights that say which one they are")
+    data_config = dict(
+        input_size=(card.in_chans, card.size, card.size),
+        mean=view.mean,
+        std=view.std,
+        interpolation=view.interpolation,
+        crop_pct=_crop_pct(view.size, view.resize),
+        crop_mode="center",
+    )
+    with tempfile.TemporaryDirectory() as staging:
+        config = dict(label_names=card.classes)
+        save_for_hf(model, staging, model_config=config, data_config=data_config, safe_serialization=True)
+        found: dict[str, Any] = json.loads((Path(staging) / CONFIG).read_text(encoding="utf-8"))
+    found["model_args"].pop("num_classes", None)  # transformers passes the one above as well, and fails
+    for key in ("license", "origin_url"):  # of weights that these are not
+        found["pretrained_cfg"].pop(key, None)
+    if license:
+        found["pretrained_cfg"]["license"] = license
+    return found
+
+
+def _crop_pct(size: int, resize: int) -> float:
+    """timm's name for the size's share of the resized image, such that floor(size / share) gives `resize` back."""
+    share = size / resize
+    while math.floor(size / share) < resize:
+        share = math.nextafter(share, 0)
+    return share
+
+
+def _description(card: Card) -> str:
+    if card.model.startswith(TIMM):
+        return f"`{card.model.removeprefix(TIMM)}` of timm, trained with [eit](https://arxiv.org/abs/2203.07116)."
+    family = card.arguments.get("family", "eit")
+    what = dict(
+        eit="EIT: a vision transformer without a pyramid and without position embedding, in whose layers a share of "
+        "the channels, smaller with depth, goes through a depthwise convolution",
+        lsra="LSRA: a vision transformer in whose layers half of the channels goes through a depthwise convolution",
+        vit="A plain vision transformer",
+    )[family]
+    changed = ", ".join(f"`{k}={v}`" for k, v in card.arguments.items() if k != "family" and not k.endswith("_rate"))
+    paper = "[Deep Transformers Thirst for Comprehensive-Frequency Data](https://arxiv.org/abs/2203.07116)"
+    return f"{what} ({paper}). `{card.model}`" + (f" with {changed}." if changed else ".")
+
+
+def _figures(card: Card, summary: dict[str, Any] | None, data: Any) -> list[str]:
+    metrics = card.metrics or {}
+    if not metrics:
+        return ["These weights say nothing of their accuracy."]
+    lines = ["| on the validation images | |", "| --- | --- |"]
+    texts = dict(val_top1="top-1", val_top5="top-5")
+    lines += [f"| {texts[k]} | {metrics[k]:.2f}% |" for k in texts if k in metrics]
+    if "val_loss" in metrics:
+        lines.append(f"| loss | {metrics['val_loss']:.4f} |")
+    if "epoch" in metrics:
+        lines.append(f"| after epoch | {int(metrics['epoch']) + 1} |")
+    if summary:
+        lines.append(f"| top-1 after the last of {summary['epochs']} epochs | {summary['last_top1']:.2f}% |")
+    return [*lines, "", f"Data: {data or 'not named by the weights'}."]
+
+
+def _usage(card: Card, name: str) -> list[str]:
+    mode = "RGB" if card.in_chans == 3 else "L"
+    needs = "" if card.model.startswith(TIMM) else "import eit  # registers the architecture with timm\n"
+    code = f"""```python
+{needs}import timm, torch
+from PIL import Image
+
+model = timm.create_model("hf-hub:USER/{name}", pretrained=True).eval()  # or local-dir:FOLDER
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+with torch.no_grad():
+    logits = model(transform(Image.open("image.png").convert("{mode}"))[None])
+print(model.pretrained_cfg["label_names"][logits.argmax()])
+```
+"""
+    lines = [*code.splitlines(), "```bash", f"eit predict hf-hub:USER/{name} image.png", "```"]
+    if card.in_chans == 3:
+        pipeline = f"""
+```python
+{needs}from transformers import pipeline
+
+print(pipeline("image-classification", "USER/{name}")("image.png"))
+```"""
+        lines += pipeline.splitlines()
+    return lines
+
+
+def _recipe(recipe: dict[str, Any], environment: dict[str, Any] | None) -> list[str]:
+    if not recipe:
+        return ["These weights were not trained by `eit train`, or do not say how."]
+    lines = ["`eit train recipe.yaml data.root=PATH` with this as recipe.yaml trains it again.", ""]
+    lines += ["<details><summary>recipe.yaml</summary>", "", "```yaml"]
+    lines += yaml.safe_dump(recipe, sort_keys=False, width=100).splitlines()
+    lines += ["```", "", "</details>"]
+    if environment:
+        packages = environment.get("packages", {})
+        told = ", ".join(f"{package} {packages[package]}" for package in ("torch", "timm") if package in packages)
+        lines += ["", f"Trained with eit {environment.get('eit')}, {told}, on {environment.get('device')}."]
+    return lines
+
+
+def _limits(model: Any, summary: dict[str, Any] | None, data: Any) -> list[str]:
+    card: Card = model.card
+    lines = [
+        f"- It knows {len(card.classes)} classes and names one of them for any image, of whatever is on it.",
+        f"- It was trained for images of {card.size}x{card.size} pixels"
+        + (" and takes others; how well was not measured." if isinstance(model, EIT) else "."),
+    ]
+    if summary:
+        best = summary.get("best_epoch")
+        lines.append(
+            f"- The epoch ({(best or 0) + 1} of {summary['epochs']}) was chosen by the same validation images that the "
+            "figures are of: expect less on new ones. There is one run, with one seed."
+        )
+    elif card.metrics:
+        lines.append("- The figures are of validation images that may have helped to choose the weights.")
+    if data:
+        lines.append(f"- Of other data than {data}, and of bias in them, nothing is known.")
+    if card.in_chans == 1:
+        lines.append("- Images must be made grey first; transformers' pipeline, which makes them RGB, cannot be used.")
+    return lines
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:g}" for v in values)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+
+
+def _read_json(run: Path | None, name: str) -> dict[str, Any] | None:
+    if run is None or not (run / name).is_file():
+        return None
+    found: dict[str, Any] = json.loads((run / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, and what the hub's server says, if it does."""
+    line = ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[0]
+    said = getattr(error, "server_message", None)
+    return f"{line} ({said})" if said and said not in line else line
