@@ -269,7 +269,8 @@ def run_block(world, block, done):
         missing = [name for name in found if not any(world.glob(name))]
         assert found and not missing, f"not there: {', '.join(missing)}"
     elif not block.language:
-        assert all((world / word).is_file() for word in block.text.split())
+        missing = [word for word in block.text.split() if not (world / word).is_file()]
+        assert not missing, f"not there: {', '.join(missing)}"
     else:
         assert not_run(f"```{block.language}"), f"nothing runs ```{block.language}: add it here, or to NOT_RUN"
 
