@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-slow lint format readme clean
+.PHONY: help demo test test-slow lint format readme docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,8 @@ help:
 	@echo "make lint       formatting, lint and types"
 	@echo "make format     rewrite the sources as lint wants them"
 	@echo "make readme     rebuild the tables and the figure of README.md from the zoo and results/"
-	@echo "make clean      remove .venv and caches"
+	@echo "make docs       build the documentation into site/: open site/index.html"
+	@echo "make clean      remove .venv, site/ and caches"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -60,5 +61,9 @@ format: $(VENV)/installed-test
 readme: $(VENV)/installed
 	$(BIN)/python docs/build_readme.py
 
+# The variable silences an advertisement of another tool, which would be the one warning.
+docs: $(VENV)/installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -165,9 +165,7 @@ def test_torchvisions_layout_of_fashion_mnist_gives_its_images(idx, tmp_path):
 # -- Tiny-ImageNet-200
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
+def write_tiny_imagenet(root):
     wnids = ["n02", "n01", "n03"]
     (root / "val" / "images").mkdir(parents=True)
     lines = []
@@ -183,6 +181,11 @@ def tiny(tmp_path):
     (root / "words.txt").write_text("n01\tcrane, bird\nn02\tcrane\nn03\tgoldfish, Carassius auratus\nn99\tother\n")
     (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     return root
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
 
 
 def test_tiny_imagenet_as_it_unpacks(tiny):

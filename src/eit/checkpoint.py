@@ -37,21 +37,35 @@ StateDict = Mapping[str, Tensor]
 
 
 class Card(BaseModel):
-    """What weights say about themselves: enough to build the model and to feed it."""
+    """What weights say about themselves: enough to build the model and to feed it.
+
+    Attributes:
+        model: a name of the zoo, or timm/NAME.
+        arguments: of `eit.create_model`: family and all but num_classes and img_size.
+        classes: names, in the order of the logits.
+        mean: of pixels in 0..1, one a channel.
+        std: of pixels in 0..1, one a channel.
+        size: pixels of the model's square input.
+        resize: pixels of the shorter side before the centre crop.
+        interpolation: of the resize.
+        version: of this package, that wrote the weights.
+        recipe: that of the run, section by section; None of converted weights.
+        metrics: on the validation images of the run, percentages.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str  # a name of the zoo
-    arguments: dict[str, Any]  # of `eit.create_model`: family and all but num_classes and img_size
-    classes: list[str]  # names, in the order of the logits
-    mean: tuple[float, ...]  # of pixels in 0..1, one a channel
+    model: str
+    arguments: dict[str, Any]
+    classes: list[str]
+    mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
-    size: Annotated[int, Field(ge=1, le=65536)]  # pixels of the model's square input
-    resize: Annotated[int, Field(ge=1, le=65536)]  # pixels of the shorter side before the centre crop
+    size: Annotated[int, Field(ge=1, le=65536)]
+    resize: Annotated[int, Field(ge=1, le=65536)]
     interpolation: Literal["bilinear", "bicubic"]
-    version: str = __version__  # of this package
+    version: str = __version__
     recipe: dict[str, Any] | None = None
-    metrics: dict[str, float] | None = None  # on the validation images of the run, percentages
+    metrics: dict[str, float] | None = None
 
     @model_validator(mode="after")
     def _together(self) -> "Card":
@@ -60,11 +74,16 @@ class Card(BaseModel):
         return self
 
     def create_model(self) -> EIT:
-        """The model, with initial values."""
+        """The model, with initial values.
+
+        Raises:
+            UserError: a name or arguments that this version does not know.
+        """
         return create_model(self.model, num_classes=len(self.classes), img_size=self.size, **self.arguments)
 
     @property
     def in_chans(self) -> int:
+        """Image channels: 1 or 3."""
         return len(self.mean)
 
     @property
@@ -121,9 +140,14 @@ def _fetch(name: str) -> Path:
 
 
 def load(path: str | os.PathLike[str]) -> EIT:
-    """A self-describing checkpoint (a file or a run folder), or the authors' .pth -> model in evaluation mode.
+    """A self-describing checkpoint, or the authors' .pth -> model in evaluation mode.
 
-    The `Card` is the model's attribute `card`.
+    Args:
+        path: a weights file, a run folder (its best.safetensors, else final.safetensors), or `digits`, which ships.
+
+    Returns:
+        The model, on the CPU and in float32; for weights of timm's models, timm's class. Its `Card` is the attribute
+        `card`.
 
     Raises:
         UserError: no such file, damaged, untrusted, or one that does not say which model it is.
@@ -148,8 +172,12 @@ def load(path: str | os.PathLike[str]) -> EIT:
 def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_head: bool = False) -> Any:
     """Load our weights, timm's, or the authors' into `model`, strictly, and return it.
 
-    `source` is a file, a run folder, or a state dict. With `reset_head` the head keeps the model's own initial values.
     A position table of another resolution is interpolated.
+
+    Args:
+        model: of `create_model`, or of timm.
+        source: a file, a run folder, or a state dict.
+        reset_head: whether the head keeps the model's own initial values, as other classes need it.
 
     Raises:
         UserError: names or shapes differ (both are named), or the file cannot be trusted.

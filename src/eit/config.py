@@ -368,8 +368,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: no such recipe, unknown key, wrong type or impossible value, in one line.
 
-    >>> load_recipe("digits", ["train.epochs=3", "optim.lr=1e-3"]).train.epochs
-    3
+    Examples:
+        >>> load_recipe("digits", ["train.epochs=30", "optim.lr=1e-3"]).train.epochs
+        30
     """
     if name_or_path in recipe_names():
         text = _shipped(name_or_path)

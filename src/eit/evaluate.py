@@ -27,9 +27,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 class Metrics:
     """What one evaluation found; all but `loss` and counts are in percent.
 
-    `top5` counts the first k = min(5, classes); `loss` is the mean cross-entropy. `ece` is the expected calibration
-    error of the top-1 probability in 15 bins of equal width: sum_b n_b / n |accuracy_b - confidence_b| (Guo et al.
-    2017, eq. 3).
+    Attributes:
+        images: how many.
+        top1: whose most likely class is right.
+        top5: whose class is among the first min(5, classes).
+        loss: the mean cross-entropy, in nats.
+        ece: the expected calibration error of the top-1 probability in 15 bins of equal width:
+            sum_b n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3).
+        correct1: images that are right.
+        correct5: images that are among the first five.
+        per_class: class -> images, top1 (recall; None without images), precision (None where it is never predicted), f1
+            (None where neither).
+        confusion: counts `[truth][prediction]`, in the order of the classes.
     """
 
     images: int
@@ -39,21 +48,24 @@ class Metrics:
     ece: float
     correct1: int
     correct5: int
-    # class -> images, top1 (recall; None without images), precision (None where it is never predicted), f1 (None where
-    # neither)
     per_class: dict[str, dict[str, float | None]]
-    confusion: list[list[int]]  # [truth][prediction], in the order of the classes
+    confusion: list[list[int]]
 
 
 @torch.no_grad()
 def evaluate(
     model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, precision: str = "fp32", flip: bool = False
 ) -> Metrics:
-    """Run `model` (in evaluation mode) over `loader`; every rank gets the result of all.
+    """Run `model` over `loader`; every rank gets the result of all.
 
-    The forward pass runs in `precision`: fp32, bf16 or fp16. With `flip` the probabilities are the mean of those of the
-    image and of its mirror image. Counts are integers, and sums of floats are made block by block in a fixed order, so
-    that the figures do not depend on the number of ranks.
+    Counts are integers, and sums of floats are made block by block in a fixed order, so that the figures do not depend
+    on the number of ranks.
+
+    Args:
+        model: normalised images (B, channels, height, width) -> logits (B, classes); in evaluation mode.
+        loader: of `eit.loader.evaluation_loader`, on the model's device.
+        precision: of the forward pass: `fp32`, `bf16` or `fp16`.
+        flip: whether probabilities are the mean of those of the image and of its mirror image.
     """
     classes = loader.images.classes
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)  # truth x prediction

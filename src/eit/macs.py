@@ -12,9 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Complexity:
-    """`params`: parameters. `macs`: multiply-accumulates of all matrix products and convolutions, for one image.
-    `published_macs`: the paper's "FLOPs", which leave out the two attention products but count the stem's bias, the
-    max-pool's inputs and 2 per LayerNorm element."""
+    """What a model costs.
+
+    Attributes:
+        params: parameters.
+        macs: multiply-accumulates of all matrix products and convolutions, for one image.
+        published_macs: the paper's "FLOPs", which leave out the two attention products but count the stem's bias, the
+            max-pool's inputs and 2 per LayerNorm element.
+    """
 
     params: int
     macs: int
@@ -22,11 +27,16 @@ class Complexity:
 
 
 def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
-    """Count `model` on one image of `input_size` (channels, height, width). Nothing is computed or changed.
+    """Count `model` on one image. Nothing is computed or changed.
 
-    >>> from eit import create_model
-    >>> complexity(create_model("eit_mini"))
-    Complexity(params=3512750, macs=1926348500, published_macs=1733398000)
+    Args:
+        model: any model that takes images (B, channels, height, width).
+        input_size: (channels, height, width), in pixels.
+
+    Examples:
+        >>> from eit import create_model
+        >>> complexity(create_model("eit_mini"))
+        Complexity(params=3512750, macs=1926348500, published_macs=1733398000)
     """
     params = sum(p.numel() for p in model.parameters())
     twin = copy.deepcopy(model).to("meta").eval()

@@ -50,10 +50,19 @@ SCHEDULES: dict[str, Callable[[int, int, int], list[int]]] = {
 def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads: int) -> list[int]:
     """Attention channels of each layer; the other `embed_dim - n` channels are convolved.
 
-    `schedule` is a key of `SCHEDULES` or a sequence of `depth` ints, each a multiple of `num_heads` in [0, embed_dim].
+    Args:
+        schedule: `eit`, `increasing`, `lsra` or `vit` (the keys of `SCHEDULES`), or a sequence of `depth` ints, each a
+            multiple of `num_heads` in [0, embed_dim].
+        embed_dim: width C.
+        depth: layers.
+        num_heads: heads of each layer.
 
-    >>> attention_channels("eit", embed_dim=250, depth=5, num_heads=10)
-    [50, 100, 150, 200, 250]
+    Raises:
+        ValueError: numbers that do not go together; the message names them.
+
+    Examples:
+        >>> attention_channels("eit", embed_dim=250, depth=5, num_heads=10)
+        [50, 100, 150, 200, 250]
     """
     if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
@@ -203,20 +212,29 @@ class EIT(nn.Module):
 
     Args:
         img_size: pixels, an int or (height, width). Only the learned position table depends on it.
-        kernel_size, stride, pool_size: of the `conv_pool` stem, "EIT16/4/3" in the paper's names.
+        kernel_size: pixels, of the convolution of the `conv_pool` stem: 16 of "EIT16/4/3" in the paper's names.
+        stride: pixels, of that convolution: 4 of "EIT16/4/3".
+        pool_size: of the max-pool after it, and its stride: 3 of "EIT16/4/3".
         in_chans: image channels.
         num_classes: logits; 0 for features.
-        embed_dim, depth, num_heads: width, layers, heads; `embed_dim` is a multiple of `num_heads`.
+        embed_dim: width C, a multiple of `num_heads`.
+        depth: layers.
+        num_heads: heads of each layer, which share its attention channels evenly.
         schedule: attention channels of each layer, see `attention_channels`.
         stem: `conv_pool` (EIT-P) or `patch` (ViT).
-        patch_size: of the `patch` stem.
+        patch_size: pixels, of the `patch` stem.
         pos_embed: `none` (the paper), or `learned`: a table for the tokens of `img_size`, interpolated to other sizes.
         representation_size: width of an optional Linear + tanh before the head.
         global_pool: what the head reads: `token`; `avg`, `max` or `avgmax` over the grid; or "" for all tokens.
-        drop_rate: dropout before the head. pos_drop_rate: after the stem. proj_drop_rate: in the attention projection
-            and the MLP. attn_drop_rate: attention weights and convolution output. drop_path_rate: stochastic depth,
-            linear from 0 in the first layer.
-        device, dtype: of the parameters.
+        mlp_ratio: hidden width of the MLP by `embed_dim`.
+        qkv_bias: whether queries, keys and values have a bias.
+        drop_rate: dropout before the head.
+        pos_drop_rate: dropout after the stem.
+        proj_drop_rate: dropout in the attention projection and the MLP.
+        attn_drop_rate: dropout of attention weights and of the convolution's output.
+        drop_path_rate: stochastic depth, linear from 0 in the first layer.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError: arguments that do not make a model; the message names the argument.
@@ -354,6 +372,7 @@ class EIT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, height, width) -> logits (B, num_classes), features (B, C) where that is 0."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -378,7 +397,10 @@ class EIT(nn.Module):
             intermediates_only: leave out the final features.
 
         Returns:
-            (final normalised tokens, list of outputs), or the list alone.
+            (final normalised tokens (B, 1+h*w, C), list of outputs), or the list alone.
+
+        Raises:
+            ValueError: an unknown `output_fmt`, or a block that is not there.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NLC")
@@ -424,7 +446,12 @@ class EIT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, with new initial values, for another number of classes; 0 removes it."""
+        """A new head, with new initial values, for another number of classes.
+
+        Args:
+            num_classes: logits; 0 removes the head.
+            global_pool: another pooling, as of the model; None keeps it.
+        """
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool

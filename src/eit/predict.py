@@ -15,7 +15,13 @@ from eit.readers import EXTENSIONS
 
 @dataclass(frozen=True)
 class Prediction:
-    """`labels`: (class name, probability), the most likely first; none, and a `fault`, where it cannot be read."""
+    """What was found in one image.
+
+    Attributes:
+        image: the file, as it was given.
+        labels: (class name, probability in 0..1), the most likely first; empty where the image cannot be read.
+        fault: why it cannot be read, in one line.
+    """
 
     image: str
     labels: list[tuple[str, float]]
@@ -30,7 +36,18 @@ def predict(
     batch_size: int = 32,
     max_pixels: int | None = None,
 ) -> Iterator[Prediction]:
-    """The `top` classes of each image file, in order, by a model of `eit.load`."""
+    """The most likely classes of image files.
+
+    Args:
+        model: of `eit.load`, on any device; its `card` says how images are prepared.
+        images: files of any size, colour or grey.
+        top: classes an image.
+        batch_size: images at a time.
+        max_pixels: larger images are not read; None takes the run's own cap.
+
+    Yields:
+        One `Prediction` an image, in order; of one that cannot be read it has a `fault` and no labels.
+    """
     view = model.card.view
     device = next((p.device for p in model.parameters()), torch.device("cpu"))  # exported ones have none
     for start in range(0, len(images), batch_size):

@@ -88,8 +88,9 @@ def published_results() -> list[Point]:
 def list_models() -> list[str]:
     """Names that `create_model` takes.
 
-    >>> list_models()
-    ['eit_mini', 'eit_tiny', 'eit_base', 'eit_large']
+    Examples:
+        >>> list_models()
+        ['eit_mini', 'eit_tiny', 'eit_base', 'eit_large']
     """
     return list(VARIANTS)
 
@@ -105,13 +106,17 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
     Args:
         name: one of `list_models()`, or timm/NAME with arguments of timm's (the result is then timm's class).
         family: `eit` (default), `lsra` or `vit`: the preset of schedule, stem and position embedding.
-        arguments: any argument of `eit.EIT`; those given win over the preset.
+        **arguments: any argument of `eit.EIT`; those given win over the preset.
+
+    Returns:
+        A model in training mode that takes images (B, in_chans, height, width) and returns logits (B, num_classes).
 
     Raises:
         UserError: an unknown name, family or argument, or values that make no model.
 
-    >>> create_model("eit_mini", num_classes=10, family="lsra").attn_channels
-    [120, 120, 120, 120, 120]
+    Examples:
+        >>> create_model("eit_mini", num_classes=10, family="lsra").attn_channels
+        [120, 120, 120, 120, 120]
     """
     if name.startswith(TIMM):
         if family is not None:

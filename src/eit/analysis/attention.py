@@ -116,15 +116,25 @@ def diversity(distances: list[float]) -> tuple[float, float, float]:
 
 @dataclass
 class Attention:
-    """One layer's heads, over all images. Distances are pixels, one entry a head."""
+    """One layer's heads, over all images.
+
+    Attributes:
+        layer: 1 is the first.
+        grid: tokens (h, w).
+        pitch: pixels from one token to the next.
+        distance: pixels, one entry a head: how far it looks.
+        distance_se: its standard error over images.
+        class_mass: share of the grid's attention that goes to class token and registers, one entry a head.
+        entropy: nats, one entry a head; log(h * w) where it looks everywhere alike.
+    """
 
     layer: int
     grid: Grid
     pitch: float
     distance: list[float]
     distance_se: list[float]
-    class_mass: list[float]  # share of the grid's attention that goes to class token and registers
-    entropy: list[float]  # nats; log(h * w) where a head looks everywhere alike
+    class_mass: list[float]
+    entropy: list[float]
 
     @property
     def uniform(self) -> float:
@@ -143,6 +153,7 @@ class Attention:
 
     @property
     def range(self) -> float:
+        """Pixels: from the nearest to the farthest head."""
         return diversity(self.distance)[1]
 
     @property

@@ -121,22 +121,39 @@ def log_amplitude(coefficients: Tensor) -> Tensor:
 
 @dataclass
 class Frequency:
-    """What one place of a model holds, over all images. NaN is a standard error of one image."""
+    """What one place of a model holds, over all images. NaN is a standard error of one image.
 
-    layer: int  # 0 is the stem's output
-    where: str  # stem, mixer, block; conv, attention: of the mixer's output, before the residual is added
+    Attributes:
+        layer: 1 is the first; 0 is the stem's output.
+        where: stem, mixer, block; conv, attention: of the mixer's output, before the residual is added.
+        channels: C.
+        grid: tokens (h, w).
+        pitch: pixels from one token to the next.
+        rho: the frequency above which energy is high.
+        share: of high frequencies in the energy without DC, in 0..1: the mean over channels and images.
+        share_se: its standard error over images.
+        share_with_dc: of high frequencies in all energy.
+        share_with_dc_se: its standard error over images.
+        noise_share: `share` of white noise on this grid.
+        noise_share_with_dc: `share_with_dc` of white noise.
+        log_amplitude: relative, at `diagonal_frequencies(grid)`: the first is 0.
+        energy: (h, w), of each coefficient, the mean over channels and images.
+    """
+
+    layer: int
+    where: str
     channels: int
     grid: Grid
-    pitch: float  # pixels from one token to the next
+    pitch: float
     rho: float
     share: float
     share_se: float
     share_with_dc: float
     share_with_dc_se: float
-    noise_share: float  # of white noise on this grid
+    noise_share: float
     noise_share_with_dc: float
-    log_amplitude: list[float]  # relative, at `diagonal_frequencies(grid)`: the first is 0
-    energy: Tensor = field(repr=False)  # (h, w), of each coefficient, the mean over channels and images
+    log_amplitude: list[float]
+    energy: Tensor = field(repr=False)
 
     def radial(self) -> list[tuple[float, float, float, float]]:
         """(f from, f to, share of the energy without DC, the same share of white noise) of each annulus."""

@@ -15,16 +15,27 @@ from eit.errors import UserError
 
 @dataclass
 class Analysis:
-    """What was measured of one model."""
+    """What was measured of one model.
+
+    Attributes:
+        images: how many.
+        image_size: (height, width), in pixels.
+        depth: layers.
+        rho: the frequency above which energy is high; 1 is the Nyquist frequency of an axis.
+        renormalize: whether attention to prefix tokens was cut off.
+        frequency: by layer, in the order in which a layer works.
+        attention: by layer.
+        missing: what cannot be measured of this model, and why.
+    """
 
     images: int
-    image_size: tuple[int, int]  # pixels
+    image_size: tuple[int, int]
     depth: int
     rho: float
-    renormalize: bool  # whether attention to prefix tokens was cut off
-    frequency: list[Frequency]  # by layer, in the order in which a layer works
-    attention: list[Attention]  # by layer
-    missing: list[str]  # what cannot be measured of this model, and why
+    renormalize: bool
+    frequency: list[Frequency]
+    attention: list[Attention]
+    missing: list[str]
 
     def at(self, where: str) -> list[Frequency]:
         """The frequencies at `where` (stem, mixer, block, conv, attention), by layer."""
@@ -65,9 +76,12 @@ def analyze(
         UserError: no images, or images of different sizes.
         CannotMeasure: a UserError too; the model has nothing that can be measured, or values that are not finite.
 
-    >>> model = create_model("eit_mini", num_classes=10)
-    >>> found = analyze(model, torch.randn(2, 3, 224, 224))
-    >>> [layer.share for layer in found.at("block")], [layer.std for layer in found.attention]
+    Examples:
+        >>> from eit import create_model
+        >>> found = analyze(create_model("eit_mini", num_classes=10), torch.randn(2, 3, 224, 224))
+        >>> shares, diversities = [layer.share for layer in found.at("block")], [layer.std for layer in found.attention]
+        >>> len(shares), len(diversities)
+        (5, 5)
     """
     if not 0 < rho < math.sqrt(2):
         raise UserError(f"rho={rho}: a frequency between 0 and sqrt(2) is expected, 1 is an axis's Nyquist frequency")

@@ -1,0 +1,61 @@
+"""For mkdocs: README.md is the index, and links between files of the repository hold on the site too.
+
+The pages are written for a reader of the repository. Here a link to a page becomes one to its place on the site; a
+file that is linked or shown (results/, src/) is copied; a folder is its report.html if it has one, else its name.
+"""
+
+import re
+from collections.abc import Iterator
+from os.path import dirname, join, normpath, relpath
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+MOVED = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md"}  # pages outside docs/ -> on the site
+# Code, which stays as it is, or a link or an image to a path: mark, text, path, anchor
+LINK = re.compile(r"^```.*?^```|(?<!\[)`[^`\n]+`|(!?)\[([^\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", re.M | re.S)
+
+
+def source(page: str) -> str:
+    """A page's path on the site -> in the repository."""
+    return next((name for name, moved in MOVED.items() if moved == page), f"docs/{page}")
+
+
+def linked(found: re.Match[str], page: str) -> tuple[str, str | None]:
+    """What a link leads to: its path in the repository, and on the site; none for a folder without a page."""
+    target = normpath(join(dirname(source(page)), found[3]))
+    if (ROOT / target).is_dir():
+        target += "/report.html"
+        return target, target if (ROOT / target).is_file() else None
+    return target, MOVED.get(target, target.removeprefix("docs/"))
+
+
+def links(text: str) -> Iterator[re.Match[str]]:
+    return (found for found in LINK.finditer(text) if found[3])
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    for name, page in MOVED.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
+    for page in [file.src_uri for file in files.documentation_pages()]:
+        for found in links((ROOT / source(page)).read_text(encoding="utf-8")):
+            target, path = linked(found, page)
+            if path and not files.get_file_from_path(path) and (ROOT / target).is_file():
+                files.append(File.generated(config, path, abs_src_path=str(ROOT / target)))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    name = page.file.src_uri
+
+    def replace(found: re.Match[str]) -> str:
+        if not found[3]:
+            return found[0]
+        path = linked(found, name)[1]
+        if path is None:
+            return found[2]
+        return f"{found[1]}[{found[2]}]({relpath(path, dirname(name) or '.')}{found[4] or ''})"
+
+    return LINK.sub(replace, markdown)
