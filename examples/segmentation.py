@@ -40,14 +40,17 @@ def scene(rng: np.random.Generator, size: tuple[int, int], test: bool) -> tuple[
     mask = np.zeros(size, dtype=np.uint8)
     for _ in range(rng.poisson(3 * height * width / 64**2) + 1):
         index = rng.integers(1400, 1797) if test else rng.integers(1400)
-        side = int(rng.integers(20, 33))
+        side = int(rng.integers(24, 33))
         stroke = Image.fromarray((DIGITS.images[index] * 255 / 16).astype(np.uint8)).resize((side, side), 3)
         alpha = np.asarray(stroke)[..., None] / 255
         y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
         part = (slice(y, y + side), slice(x, x + side))
         if mask[part].any():  # digits do not cover each other
             continue
-        image[part] = image[part] * (1 - alpha) + alpha * rng.integers(0, 256, 3)
+        colour = rng.integers(0, 256, 3)
+        while abs(colour - image[part].mean((0, 1))).sum() < 200:  # to be seen
+            colour = rng.integers(0, 256, 3)
+        image[part] = image[part] * (1 - alpha) + alpha * colour
         mask[part] = np.where(alpha[..., 0] > 0.4, DIGITS.target[index] + 1, 0)
     return image.round().astype(np.uint8), mask
 
@@ -78,7 +81,7 @@ def train(family: str, steps: int, seed: int) -> Segmenter:
     model = Segmenter(family).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    weight = torch.tensor([0.2] + [1.0] * 10)  # most pixels are background
+    weight = torch.tensor([0.3] + [1.0] * 10)  # most pixels are background
     for step in range(steps):
         x, y = batch(1000 * seed + step, 16, TRAINED, test=False)
         loss = F.cross_entropy(model(x), y, weight)
@@ -122,7 +125,7 @@ def draw(models: dict[str, Segmenter], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600, help="of training, with 16 scenes each")
+    parser.add_argument("--steps", type=int, default=2000, help="of training, with 16 scenes each")
     parser.add_argument("--scenes", type=int, default=500, help="to test on, at each resolution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("segmentation"), help="folder for results.json, scenes.png")

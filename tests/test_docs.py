@@ -49,6 +49,9 @@ NOT_RUN = {
     "apt-get install": "changes the machine",
     "pip install": "changes the environment",
     "#!/bin/bash": "needs Slurm; its signal: test_reliability.py::test_slurms_warning_saves_and_ends",
+    "eit push runs/pets --repo": "needs the hub; test_hub.py::test_pushed_to_the_hub_and_back",
+    "eit predict hf-hub:": "needs the hub; test_hub.py::test_pushed_to_the_hub_and_back",
+    "python examples/segmentation.py": "minutes; test_dense.py::test_the_example_trains_and_draws",
     "python tests/chaos.py": "20 minutes; a short form: "
     "test_reliability.py::test_runs_killed_at_random_come_back_identical",
     "eit train cifar100 data.root=data data.download=true": "downloads; "
