@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import yaml
 
-from eit.config import Model, _keys, differences, load_recipe, parse_recipe, recipe_header, recipe_names
+from eit.config import Model, differences, load_recipe, parse_recipe, recipe_header, recipe_keys, recipe_names
 from eit.errors import UserError
 
 
@@ -169,7 +169,7 @@ def test_a_recipe_is_shown_with_a_line_on_each_key_and_is_a_recipe_then(tmp_path
     text = recipe.explained()
     for line in text.splitlines():
         assert line.endswith(":") or line.partition("  # ")[2] not in ("", "None"), line
-    assert sum(not line.endswith(":") for line in text.splitlines()) == len(list(_keys()))
+    assert sum(not line.endswith(":") for line in text.splitlines()) == len(list(recipe_keys()))
     (tmp_path / "r.yaml").write_text(text)
     assert load_recipe(str(tmp_path / "r.yaml")) == recipe
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import eit
 from eit.checkpoint import load, read_weights
-from eit.config import Recipe, _keys, load_recipe, parse_overrides, parse_recipe, parse_yaml
+from eit.config import Recipe, load_recipe, parse_overrides, parse_recipe, parse_yaml, recipe_keys
 from eit.errors import UserError
 from eit.state import load_step, newest_step, save_step
 
@@ -73,7 +73,7 @@ def answers(call):
         return None
 
 
-KEYS = sorted(_keys())
+KEYS = sorted(recipe_keys())
 scalars = st.one_of(
     st.none(),
     st.booleans(),

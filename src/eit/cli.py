@@ -83,6 +83,21 @@ app.add_typer(data_app, name="data")
 recipes_app = typer.Typer(cls=Commands, rich_markup_mode=None, invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from eit.config import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def _recipe_keys(incomplete: str) -> list[str]:
+    """For the shell's completion: keys, whose values only the user knows."""
+    from eit.config import recipe_keys
+
+    return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger images are refused; default: as in training.")]
@@ -94,8 +109,17 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="One that ships, or PATH.yaml.", show_default=False, autocompletion=_recipe_names
+    ),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.epochs=100.", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Such as train.epochs=100.", show_default=False, autocompletion=_recipe_keys
+    ),
 ]
 
 
@@ -113,7 +137,10 @@ def options(
 @app.command()
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="One that ships, or PATH.yaml; none lists them.")
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="One that ships, or PATH.yaml; none lists them.", autocompletion=_recipe_names
+        ),
     ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -487,7 +514,7 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
 
 @recipes_app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One that ships, or PATH.yaml.", show_default=False)],
+    recipe: RecipeName,
     overrides: Overrides = None,
 ) -> None:
     """A recipe with every key, its value and a line on what it is. The output is a recipe too."""
@@ -576,7 +603,7 @@ def check(
 
 @data_app.command(name="show")
 def show_data(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One that ships, or PATH.yaml.", show_default=False)],
+    recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(help="The picture to write: .png, .pdf or .svg.")] = "grid.png",
     images: Annotated[int, typer.Option(min=1, max=400, help="Of training and of validation.")] = 24,

@@ -406,7 +406,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         raise UserError(f"{source} is not plain YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source} is not a recipe: sections such as model: and data: are expected")
-    sections = {key.partition(".")[0] for key in _keys() if "." in key}
+    sections = {key.partition(".")[0] for key in recipe_keys() if "." in key}
     return {key: {} if value is None and key in sections else value for key, value in values.items()}
 
 
@@ -466,10 +466,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
+def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
+    """All keys that a recipe can have: name, model.depth ..."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{name}.")
+            yield from recipe_keys(field.annotation, f"{name}.")
         else:
             yield prefix + name
 
@@ -478,7 +479,7 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     errors = error.errors()
     # Of the members of a union, the one that went deepest: {cat: -1} is no "balanced", but a dictionary nearly
     first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(e["loc"]))
-    known = list(_keys(section))
+    known = list(recipe_keys(section))
     # A union reports its members one by one: (..., "int"), (..., "tuple[int, ...]"); the key is the longest known part.
     parts = [str(part) for part in first["loc"]]
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), ".".join(parts))
