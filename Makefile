@@ -13,7 +13,7 @@ help:
 	@echo "make test-slow  the tests that make test leaves out"
 	@echo "make lint       formatting, lint and types"
 	@echo "make format     rewrite the sources as lint wants them"
-	@echo "make readme     rebuild the tables and the figure of README.md from the zoo and results/"
+	@echo "make readme     rebuild the tables and the figure of README.md and docs/ from the zoo and results/"
 	@echo "make docs       build the documentation into site/: open site/index.html"
 	@echo "make clean      remove .venv, site/ and caches"
 

@@ -1,4 +1,4 @@
-"""Rebuild what README.md shows from the zoo and from results/: `make readme`. With --check, only say what is stale."""
+"""Rebuild what the pages show from the zoo and from results/: `make readme`. With --check, only say what is stale."""
 
 import csv
 import json
@@ -112,6 +112,30 @@ def analysis() -> str:
     return "\n".join([*table(head, rows), "", note])
 
 
+def int8() -> str:
+    rows = []
+    for name in ("eit", "lsra", "vit"):
+        found = json.loads((ROOT / "results" / "export" / f"{name}.json").read_text())
+        cost = found["int8"]
+        size = f"{cost['fp32_bytes'] / 1e6:.2f} → {found['bytes'] / 1e6:.2f} MB"
+        rows.append([name, f"{cost['fp32_top1']:.2f}%", f"{cost['top1']:.2f}%", size])
+    head = "| model | top-1, fp32 | top-1, int8 | file |"
+    note = f"The models of [results/analysis](../results/analysis) on {cost['images']:,} images of CIFAR-10, "
+    note += f"ranges from {cost['calibrated_on']} training images; {found['runtime']}."
+    return "\n".join([*table(head, rows), "", f"{note} From [results/export](../results/export)."])
+
+
+def segmentation() -> str:
+    found = [json.loads(f.read_text()) for f in sorted((ROOT / "results" / "segmentation").glob("*/results.json"))]
+    rows = []
+    for name in ("eit", "vit"):
+        scores = [[one["mean_iou"][name][size] for one in found] for size in ("64x64", "96x160")]
+        rows.append([name, *(spread(values, ".1f") for values in scores)])
+    head = "| backbone | mean IoU at 64x64, median (range) | at 96x160 |"
+    note = f"{len(found)} seeds, {found[0]['steps']:,} steps of 16 scenes; {found[0]['scenes']} test scenes."
+    return "\n".join([*table(head, rows), "", f"{note} From [results/segmentation](../results/segmentation)."])
+
+
 def draw(file: Path) -> None:
     """The family in one picture: which channels of each layer are convolved, and which attend."""
     figure = Figure(figsize=(9.6, 3.9), dpi=130)
@@ -143,19 +167,25 @@ def draw(file: Path) -> None:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for build in (zoo, runs, finetuning, distillation, analysis):
-        name = build.__name__
-        start, end = f"<!-- {name}: make readme -->\n", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
-        after = rest.partition(end)[2]
-        text = f"{before}{start}{build()}\n{end}{after}"
+    pages = {
+        "README.md": (zoo, runs, finetuning, distillation, analysis),
+        "docs/export.md": (int8,),
+        "docs/dense.md": (segmentation,),
+    }
+    for page, tables in pages.items():
+        text = (ROOT / page).read_text()
+        for build in tables:
+            name = build.__name__
+            start, end = f"<!-- {name}: make readme -->\n", f"<!-- end of {name} -->"
+            before, _, rest = text.partition(start)
+            after = rest.partition(end)[2]
+            text = f"{before}{start}{build()}\n{end}{after}"
+        if "--check" not in sys.argv:
+            (ROOT / page).write_text(text)
+        elif text != (ROOT / page).read_text():
+            sys.exit(f"{page} disagrees with the zoo or results/: run `make readme`")
     if "--check" in sys.argv:
-        if text != readme.read_text():
-            sys.exit("README.md disagrees with the zoo or results/: run `make readme`")
         return
-    readme.write_text(text)
     (ROOT / "docs" / "images").mkdir(exist_ok=True)
     draw(ROOT / "docs" / "images" / "eit.png")
     eit_models = [sys.executable, "-m", "eit", "models", "--plot", str(ROOT / "docs" / "images" / "results.png")]

@@ -14,7 +14,7 @@ import torch
 import eit
 from eit.checkpoint import Card, load, read_weights, save_weights
 from eit.cli import _export_text
-from eit.export import Export, Int8, Parity, compare, export, photos
+from eit.export import Export, Int8, Parity, compare, default_file, export, photos
 from eit.exported import ExportedModel
 from eit.predict import predict
 from tests.conftest import run_eit, save_digits
@@ -35,7 +35,6 @@ def home(tmp_path_factory):
         assert "dynamic: batch, height, width" in done.stdout and "top-1 equal on 8 photos" in done.stdout
         assert f"next: python -m eit predict {file} IMAGE..." in done.stdout and not done.stderr
         assert (folder / file).is_file()
-    assert not list(folder.glob(".eit-*"))
     return folder
 
 
@@ -220,6 +219,16 @@ def test_int8_ranges_come_from_the_training_images_or_a_plain_folder(home, tmp_p
     assert len(calibration_images(str(data), 5, 10**6)) == 5
 
 
+def test_the_file_lies_beside_the_weights(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("w.v2.safetensors", "run/best.safetensors"):
+        (tmp_path / name).touch()
+    assert default_file(str(tmp_path / "w.v2.safetensors"), "openvino") == tmp_path / "w.v2.xml"
+    assert default_file(str(tmp_path / "run"), "onnx") == tmp_path / "run" / "best.onnx"
+    assert default_file("digits", "torch") == Path("digits.pt2")
+    assert default_file("hf-hub:me/pets@v1.0", "onnx") == Path("pets.onnx")
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -236,7 +245,6 @@ def test_int8_ranges_come_from_the_training_images_or_a_plain_folder(home, tmp_p
 def test_bad_requests_are_one_line(home, words, line):
     done = run_eit("export", *words, cwd=home)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert not list(home.glob(".eit-*"))
 
 
 @pytest.mark.parametrize(

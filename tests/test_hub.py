@@ -289,6 +289,9 @@ def test_pushed_to_the_hub_and_back(home, hub, tmp_path):
         (["push", "runs/mine", "--repo", "a b"], "--repo a b: Repo id must use"),
         (["push", "runs/mine", "--repo", "me/x"], "--repo me/x: Cannot reach"),
         (["predict", "hf-hub:me/x", "odd.png"], "hf-hub:me/x cannot be fetched: "),
+        (["export", "hf-hub:me/x"], "hf-hub:me/x cannot be fetched: "),
+        (["analyze", "hf-hub:me/x", "--data", "data"], "hf-hub:me/x cannot be fetched: "),
+        (["train", "cifar10", "data.root=data", "model.pretrained=hf-hub:me/x"], "hf-hub:me/x cannot be fetched: "),
     ],
 )
 def test_what_goes_wrong_is_one_line(home, words, line):

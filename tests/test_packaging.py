@@ -1,6 +1,7 @@
 """What is built is whole, and works where only it is installed."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -97,3 +98,13 @@ def test_the_shell_completes_commands_recipes_and_keys(words, last, found):
     env = dict(_EIT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(last), PYTHONPATH=str(ROOT / "src"))
     done = subprocess.run([Path(sys.executable).with_name("eit")], env=os.environ | env, capture_output=True, text=True)
     assert done.stdout.split() == found
+
+
+def test_type_checkers_know_the_public_names(tmp_path):
+    names = [name for name in eit.__all__ if name != "__version__"]
+    lines = ["import eit", *(f"reveal_type(eit.{name})" for name in names)]
+    (tmp_path / "uses.py").write_text("\n".join(lines))
+    words = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", tmp_path / "uses.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert len(revealed) == len(names) and "Any" not in revealed, done.stdout

@@ -11,7 +11,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version as _version
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = _version("eit")
 
@@ -28,6 +28,17 @@ _PUBLIC = {
     "UserError": "errors",
 }
 __all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from eit.analysis.measure import Analysis as Analysis
+    from eit.analysis.measure import analyze as analyze
+    from eit.checkpoint import load_weights as load_weights
+    from eit.errors import UserError as UserError
+    from eit.exported import load as load
+    from eit.macs import complexity as complexity
+    from eit.model import EIT as EIT
+    from eit.zoo import create_model as create_model
+    from eit.zoo import list_models as list_models
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ the file's metadata.
 """
 
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from eit.analysis.subjects import choose_images
-from eit.checkpoint import Card, card_text, find_weights, sync_folder
+from eit.checkpoint import Card, card_text, find_weights, write_file
 from eit.config import data_config
 from eit.data import DIGITS, AnyImages, open_data
 from eit.errors import UserError
@@ -83,9 +82,10 @@ class Calibration:
 
 
 def default_file(checkpoint: str, form: str) -> Path:
-    """Beside the weights, with their name; for those that ship, in the working folder."""
-    weights = find_weights(checkpoint) if Path(checkpoint).exists() else Path(checkpoint)
-    return weights.with_suffix(SUFFIXES[form])
+    """Beside the weights, with their name; for those that ship or are on the hub, in the working folder."""
+    if Path(checkpoint).exists():
+        return find_weights(checkpoint).with_suffix(SUFFIXES[form])
+    return Path(Path(checkpoint.partition("@")[0]).name + SUFFIXES[form])
 
 
 def check_request(form: str, file: Path, int8: bool) -> None:
@@ -115,7 +115,7 @@ def export(model: Any, file: Path, form: str, calibration: Calibration | None = 
     check_request(form, file, calibration is not None)
     model = model.eval()
     dynamic = ["batch", "height", "width"] if _takes_any_size(model, form) else ["batch"]
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".eit-export-") as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         written = Path(folder) / file.name
         graph = Path(folder) / "graph.onnx"  # what the formats but torch's are made of
         program = _program(model, dynamic)
@@ -135,8 +135,7 @@ def export(model: Any, file: Path, form: str, calibration: Calibration | None = 
             int8 = _judge(model, run, calibration, fp32_bytes)
         size = _size(written)
         for part in _parts(written)[::-1]:  # what the file refers to comes first
-            os.replace(part, file.with_suffix(part.suffix))
-        sync_folder(file.parent)
+            write_file(file.with_suffix(part.suffix), part.read_bytes())
     return Export(file, size, dynamic, _runtime(form), parity, int8)
 
 
