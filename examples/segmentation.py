@@ -1,6 +1,6 @@
 """Semantic segmentation with a pyramid-free backbone: the same linear head on EIT and on plain ViT, at two resolutions.
 
-    python examples/segmentation.py --out segmentation        # about 5 minutes on 2 cores
+    python examples/segmentation.py --out segmentation        # about 10 minutes on 2 cores
 
 The scenes are made of real images that come with scikit-learn: scanned digits on parts of two photos, and their strokes
 are the masks. Digits and parts of the photos that are trained on are not tested on. Training sees 64x64 scenes alone;
@@ -83,7 +83,7 @@ def train(family: str, steps: int, seed: int) -> Segmenter:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     weight = torch.tensor([0.3] + [1.0] * 10)  # most pixels are background
     for step in range(steps):
-        x, y = batch(1000 * seed + step, 16, TRAINED, test=False)
+        x, y = batch(100_000 * seed + step, 16, TRAINED, test=False)
         loss = F.cross_entropy(model(x), y, weight)
         optimizer.zero_grad()
         loss.backward()
@@ -110,12 +110,12 @@ def mean_iou(model: Segmenter, size: tuple[int, int], scenes: int) -> float:
 def draw(models: dict[str, Segmenter], file: Path) -> None:
     """Scenes of both sizes with their masks, as they are and as each model sees them."""
     sizes = [TRAINED, TRAINED, LARGER, LARGER]
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    axes = figure.subplots(4, 2 + len(models), width_ratios=[1] * (2 + len(models)))
+    figure = Figure(figsize=(9, 7.3), layout="constrained")
+    axes = figure.subplots(4, 2 + len(models), height_ratios=[height / width for height, width in sizes])
     for row, (size, seed) in enumerate(zip(sizes, range(7, 11), strict=True)):
         x, y = batch(seed, 1, size, test=True)
         shown = {"scene": (x[0].permute(1, 2, 0) + 1) / 2, "truth": y[0]}
-        shown |= {name.upper(): model(x)[0].argmax(0) for name, model in models.items()}
+        shown |= {dict(eit="EIT", vit="ViT")[name]: model(x)[0].argmax(0) for name, model in models.items()}
         for ax, (name, pixels) in zip(axes[row], shown.items(), strict=True):
             ax.imshow(pixels, cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
             ax.set(xticks=[], yticks=[], title=name if row == 0 else None)
