@@ -1,14 +1,18 @@
 import argparse
 import json
+import math
 import os
 import pickle
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 import eit
 from eit.checkpoint import Card, save_weights
+from eit.images import normalise, to_mode
 from tests import reference
 from tests.conftest import run_eit
 
@@ -62,6 +66,28 @@ def test_weights_describe_themselves(weights):
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(x), model.eval()(x))
     loaded(x).sum().backward()  # the parameters can be trained
+
+
+@pytest.mark.parametrize("size, resize", [(16, 16), (28, 50), (224, 256)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_timms_own_transform_shows_a_loaded_model_what_our_view_does(tmp_path, size, resize, channels):
+    arguments = {k: v for k, v in SMALL.items() if k != "img_size"} | dict(in_chans=channels)
+    mean, std = (0.2, 0.3, 0.4)[:channels], (0.5, 0.6, 0.7)[:channels]
+    look = card(arguments=arguments, mean=mean, std=std, size=size, resize=resize, interpolation="bilinear")
+    save_weights(tmp_path / "other.safetensors", look.create_model().state_dict(), look)
+    model = eit.load(tmp_path / "other.safetensors")
+    assert model.pretrained_cfg is model.default_cfg and model.pretrained_cfg["num_classes"] == 3
+    image = to_mode(Image.effect_noise((90, 61), 60), channels)
+    own = normalise(look.view.pixels(image)[None], mean, std)[0]
+    seen = create_transform(**resolve_data_config({}, model=model))(image)
+    torch.testing.assert_close(seen, own)
+
+
+def test_timms_resize_is_ours_at_any_size():
+    for size in range(1, 80):
+        for resize in range(size, 160):
+            crop = card(size=size, resize=resize).timm_cfg["crop_pct"]
+            assert math.floor(size / crop) == resize and crop <= 1
 
 
 def test_a_run_folder_stands_for_its_best_weights(weights, tmp_path):

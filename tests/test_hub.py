@@ -17,7 +17,7 @@ from PIL import Image
 
 import eit
 from eit.checkpoint import Card, read_card, save_weights
-from eit.hub import _crop_pct, without_paths
+from eit.hub import without_paths
 from eit.images import decode, normalise
 from tests.conftest import TINY, run_eit, save_digits
 
@@ -155,14 +155,6 @@ def test_this_package_loads_the_folder_as_well(home):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own.parameters(), strict=True))
     done = run_eit("eval", "pushed", "--data", "data", "--json", cwd=home)
     assert json.loads(done.stdout)["top1"] == pytest.approx(own.card.metrics["val_top1"])
-
-
-@pytest.mark.parametrize(
-    ("size", "resize"), [(224, 256), (32, 32), (32, 36), (384, 384), (224, 236), (97, 113), (3, 7)]
-)
-def test_timm_resizes_to_the_same_pixels(size, resize):
-    transform = timm.data.create_transform((3, size, size), crop_pct=_crop_pct(size, resize), crop_mode="center")
-    assert transform.transforms[0].size in (resize, (resize, resize), [resize])
 
 
 def test_a_model_of_timm(tmp_path):

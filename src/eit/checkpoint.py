@@ -6,6 +6,7 @@ Weights (`*.safetensors`) describe themselves in their metadata, see `Card`.
 import argparse
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -92,6 +93,15 @@ class Card(BaseModel):
         return View(self.size, self.resize, self.interpolation, self.mean, self.std)
 
     @property
+    def timm_cfg(self) -> dict[str, Any]:
+        """The same for timm, as part of a model's `pretrained_cfg`: what `timm.data.resolve_data_config` reads."""
+        crop = self.size / self.resize
+        while math.floor(self.size / crop) < self.resize:  # timm resizes to this floor: 28 / (28 / 50) is below 50
+            crop = math.nextafter(crop, 0)
+        look = dict(mean=self.mean, std=self.std, interpolation=self.interpolation, crop_pct=crop, crop_mode="center")
+        return dict(num_classes=len(self.classes), input_size=(self.in_chans, self.size, self.size), **look)
+
+    @property
     def max_pixels(self) -> int:
         """The cap on an image's pixels that the run had."""
         return int(((self.recipe or {}).get("data") or {}).get("max_pixels", MAX_PIXELS))
@@ -147,7 +157,7 @@ def load(path: str | os.PathLike[str]) -> EIT:
 
     Returns:
         The model, on the CPU and in float32; for weights of timm's models, timm's class. Its `Card` is the attribute
-        `card`.
+        `card`; what timm reads of it, for `timm.data.resolve_data_config`, is in `pretrained_cfg`.
 
     Raises:
         UserError: no such file, damaged, untrusted, or one that does not say which model it is.
@@ -157,7 +167,7 @@ def load(path: str | os.PathLike[str]) -> EIT:
     if card is None:
         card = recognise(state, file)
     with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
-        model = card.create_model()
+        model: Any = card.create_model()  # timm's classes too
     check_fit(model, state, str(file))
     if isinstance(model, EIT):
         model.load_state_dict(state, strict=True, assign=True)
@@ -166,6 +176,7 @@ def load(path: str | os.PathLike[str]) -> EIT:
         model.load_state_dict(state, strict=True)
     model.requires_grad_(True).float().eval()
     model.card = card
+    model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | card.timm_cfg
     return model
 
 

@@ -1,7 +1,6 @@
 """Weights -> a folder as timm and Hugging Face have it, with a model card, and from there to the hub."""
 
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -174,20 +173,11 @@ def _data_name(data: dict[str, Any]) -> str | None:
 def _config(model: Any, license: str | None) -> dict[str, Any]:
     """config.json by timm, without what transformers would be told twice."""
     card: Card = model.card
-    view = card.view
     if not hasattr(model, "pretrained_cfg"):
         raise UserError("this model was not made by the zoo: give weights that say which one they are")
-    data_config = dict(
-        input_size=(card.in_chans, card.size, card.size),
-        mean=view.mean,
-        std=view.std,
-        interpolation=view.interpolation,
-        crop_pct=_crop_pct(view.size, view.resize),
-        crop_mode="center",
-    )
     with tempfile.TemporaryDirectory() as staging:
         config = dict(label_names=card.classes)
-        save_for_hf(model, staging, model_config=config, data_config=data_config, safe_serialization=True)
+        save_for_hf(model, staging, model_config=config, data_config=card.timm_cfg, safe_serialization=True)
         found: dict[str, Any] = json.loads((Path(staging) / CONFIG).read_text(encoding="utf-8"))
     found["model_args"].pop("num_classes", None)  # transformers passes the one above as well, and fails
     for key in ("license", "origin_url"):  # of weights that these are not
@@ -195,14 +185,6 @@ def _config(model: Any, license: str | None) -> dict[str, Any]:
     if license:
         found["pretrained_cfg"]["license"] = license
     return found
-
-
-def _crop_pct(size: int, resize: int) -> float:
-    """timm's name for the size's share of the resized image, such that floor(size / share) gives `resize` back."""
-    share = size / resize
-    while math.floor(size / share) < resize:
-        share = math.nextafter(share, 0)
-    return share
 
 
 def _description(card: Card) -> str:
