@@ -98,6 +98,22 @@ def test_weights_that_no_run_made_have_a_card_too(tmp_path):
     assert config["pretrained_cfg"]["input_size"] == [1, 32, 32] and "license" not in config["pretrained_cfg"]
 
 
+def test_any_name_makes_a_card_that_is_read_as_it_was_meant(tmp_path):
+    names = ["a|b", "---", "new\nline", '"quoted": [1]', "<b>bold</b>", "naïve ünïcode"]
+    card = read_card("digits")
+    card = card.model_copy(update=dict(classes=names + card.classes[6:], recipe=None))
+    save_weights(tmp_path / "w.safetensors", eit.load("digits").state_dict(), card)
+    name = "Title: #1 | 'odd'\n---"
+    assert run_eit("push", "w.safetensors", "--to", "a b/ç", "--name", name, cwd=tmp_path).returncode == 0
+    head, body = front_matter((tmp_path / "a b" / "ç" / "README.md").read_text())
+    assert head["model-index"][0]["name"] == name.replace("\n", " ")
+    (row,) = [line for line in body.splitlines() if line.startswith("| classes")]
+    assert row.replace("\\|", "").count("|") == 3 and "\\<b>" in row
+    assert 'create_model("hf-hub:USER/Title-1-odd", pretrained' in body
+    model = timm.create_model(f"local-dir:{tmp_path / 'a b' / 'ç'}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == card.classes
+
+
 def image_and_logits(home):
     file = next((home / "data" / "val").rglob("*.png"))
     Image.open(file).resize((41, 30)).save(home / "odd.png")

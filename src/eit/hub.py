@@ -1,6 +1,7 @@
 """Weights -> a folder as timm and Hugging Face have it, with a model card, and from there to the hub."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from timm.models import save_for_hf
 
 from eit import __version__
 from eit.checkpoint import Card, load, weights_bytes, write_file
-from eit.errors import UserError
+from eit.errors import UserError, printable
 from eit.macs import complexity
 from eit.model import EIT
 from eit.zoo import TIMM
@@ -22,7 +23,9 @@ CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md
 PATHS = {"data": ("root", "classes"), "model": ("pretrained",), "loss": ("teacher", "teacher_weights")}  # of a recipe
 
 
-def write_folder(checkpoint: str, folder: Path, name: str | None = None, license: str | None = None) -> list[Path]:
+def write_folder(
+    checkpoint: str, folder: Path, name: str | None = None, license: str | None = None, repo: str | None = None
+) -> list[Path]:
     """The weights as `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers read them.
 
     Written are config.json, model.safetensors (which `eit.load` reads too), README.md, and curves.png of a run folder.
@@ -33,6 +36,7 @@ def write_folder(checkpoint: str, folder: Path, name: str | None = None, license
         folder: made if need be; files of these names are replaced.
         name: title of the model card; default: that of the recipe, or the folder's.
         license: of the weights, by its identifier, such as apache-2.0; the card says where none is given.
+        repo: USER/NAME where the folder will be, for the card's examples.
 
     Raises:
         UserError: no such checkpoint, or one that does not say which model it is.
@@ -40,18 +44,16 @@ def write_folder(checkpoint: str, folder: Path, name: str | None = None, license
     model = load(checkpoint)
     card = model.card = without_paths(model.card)
     run = Path(checkpoint) if Path(checkpoint).is_dir() else None
-    name = name or (card.recipe or {}).get("name") or folder.name
+    name = printable(str(name or (card.recipe or {}).get("name") or folder.name))
+    repo = repo or f"USER/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('.-') or 'NAME'}"
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, bytes | str] = {
         CONFIG: json.dumps(_config(model, license), indent=2) + "\n",
         WEIGHTS: weights_bytes(model.state_dict(), card),
-        README: model_card(
-            model, str(name), license, _read_json(run, "summary.json"), _read_json(run, "environment.json")
-        ),
+        README: model_card(model, name, repo, license, run),
     }
     if run and (run / CURVES).is_file():
         contents[CURVES] = (run / CURVES).read_bytes()
-        contents[README] = f"{contents[README]!s}\n## Training\n\n![Loss and accuracy over the epochs]({CURVES})\n"
     for file, content in contents.items():
         write_file(folder / file, content)
     return [folder / file for file in contents]
@@ -68,7 +70,7 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
     except ValueError as error:
         raise UserError(f"--repo {repo}: {_line(error)}") from None
     with tempfile.TemporaryDirectory() as staging:
-        write_folder(checkpoint, Path(staging), name or repo.rpartition("/")[2], license)
+        write_folder(checkpoint, Path(staging), name or repo.rpartition("/")[2], license, repo)
         try:
             hub_logging.set_verbosity_error()  # its retries; what it fails by is said below
             api = HfApi(library_name="eit", library_version=__version__)
@@ -96,11 +98,10 @@ def without_paths(card: Card) -> Card:
     return card.model_copy(update=dict(recipe=recipe))
 
 
-def model_card(
-    model: Any, name: str, license: str | None, summary: dict[str, Any] | None, environment: dict[str, Any] | None
-) -> str:
+def model_card(model: Any, name: str, repo: str, license: str | None = None, run: Path | None = None) -> str:
     """README.md of the folder: what the model is, its figures, how it is used and trained, and its limits."""
     card: Card = model.card
+    summary, environment = _read_json(run, "summary.json"), _read_json(run, "environment.json")
     cost = complexity(model, (card.in_chans, card.size, card.size))
     recipe = card.recipe or {}
     data = _data_name(recipe.get("data") or {})
@@ -150,7 +151,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *_usage(card, name),
+        *_usage(card, repo),
         "",
         "## Recipe",
         "",
@@ -161,6 +162,8 @@ def model_card(
         *_limits(model, summary, data),
         "",
     ]
+    if run and (run / CURVES).is_file():
+        lines += ["## Training", "", f"![Loss and accuracy over the epochs]({CURVES})", ""]
     return "\n".join(lines)
 
 
@@ -218,27 +221,27 @@ def _figures(card: Card, summary: dict[str, Any] | None, data: Any) -> list[str]
     return [*lines, "", f"Data: {data or 'not named by the weights'}."]
 
 
-def _usage(card: Card, name: str) -> list[str]:
+def _usage(card: Card, repo: str) -> list[str]:
     mode = "RGB" if card.in_chans == 3 else "L"
     needs = "" if card.model.startswith(TIMM) else "import eit  # registers the architecture with timm\n"
     code = f"""```python
 {needs}import timm, torch
 from PIL import Image
 
-model = timm.create_model("hf-hub:USER/{name}", pretrained=True).eval()  # or local-dir:FOLDER
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()  # or local-dir:FOLDER
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 with torch.no_grad():
     logits = model(transform(Image.open("image.png").convert("{mode}"))[None])
 print(model.pretrained_cfg["label_names"][logits.argmax()])
 ```
 """
-    lines = [*code.splitlines(), "```bash", f"eit predict hf-hub:USER/{name} image.png", "```"]
+    lines = [*code.splitlines(), "```bash", f"eit predict hf-hub:{repo} image.png", "```"]
     if card.in_chans == 3:
         pipeline = f"""
 ```python
 {needs}from transformers import pipeline
 
-print(pipeline("image-classification", "USER/{name}")("image.png"))
+print(pipeline("image-classification", "{repo}")("image.png"))
 ```"""
         lines += pipeline.splitlines()
     return lines
@@ -285,7 +288,9 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+    """The first names, as a cell of a table takes them."""
+    text = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+    return re.sub(r"([\\|<*_`\[])", r"\\\1", printable(text))
 
 
 def _read_json(run: Path | None, name: str) -> dict[str, Any] | None:
