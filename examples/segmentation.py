@@ -99,11 +99,11 @@ def mean_iou(model: Segmenter, size: tuple[int, int], scenes: int) -> float:
     """Mean over the classes of intersection over union, each summed over all pixels of the test scenes; in percent."""
     counts = torch.zeros(len(CLASSES), len(CLASSES))  # truth x prediction
     for start in range(0, scenes, 25):
-        x, y = batch(start, 25, size, test=True)
+        x, y = batch(start, min(25, scenes - start), size, test=True)
         pairs = y * len(CLASSES) + model(x).argmax(1)
         counts += pairs.flatten().bincount(minlength=len(CLASSES) ** 2).view_as(counts)
     right = counts.diag()
-    return 100 * float((right / (counts.sum(0) + counts.sum(1) - right)).mean())
+    return 100 * float((right / (counts.sum(0) + counts.sum(1) - right)).nanmean())  # of the classes that occur
 
 
 @torch.no_grad()

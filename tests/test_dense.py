@@ -82,6 +82,7 @@ def test_mean_iou():
     background = segmentation.mean_iou(Fixed(torch.zeros_like), (64, 64), 50)
     _, y = zip(*(segmentation.batch(start, 25, (64, 64), test=True) for start in (0, 25)), strict=True)
     assert background == pytest.approx(100 * float((torch.cat(y) == 0).float().mean()) / 11, rel=1e-5)
+    assert segmentation.mean_iou(Fixed(lambda y: y), (64, 64), 3) == pytest.approx(100)  # classes that do not occur
     halves = segmentation.mean_iou(Fixed(lambda y: torch.where(y == 1, 2, y)), (64, 64), 50)
     ones, twos = (int((torch.cat(y) == k).sum()) for k in (1, 2))
     assert halves == pytest.approx(100 * (9 + twos / (ones + twos)) / 11, rel=1e-4)

@@ -10,12 +10,14 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from PIL import Image
 
 import eit
 from eit.checkpoint import Card, load, read_weights, save_weights
 from eit.cli import _export_text
 from eit.export import Export, Int8, Parity, compare, default_file, export, photos
 from eit.exported import ExportedModel
+from eit.images import decode, normalise
 from eit.predict import predict
 from tests.conftest import run_eit, save_digits
 
@@ -41,14 +43,15 @@ def home(tmp_path_factory):
 def small(path, **arguments):
     """Untrained weights of a small model, on disk."""
     own = dict(kernel_size=3, stride=1, pool_size=4, embed_dim=16, depth=2, num_heads=2) | arguments
+    size, resize = own.pop("size", 24), own.pop("resize", 28)
     card = Card(
         model=own.pop("model", "eit_mini"),
         arguments={k: v for k, v in own.items() if v is not None},
         classes=["ant", "bee", "cat"],
         mean=(0.5,) * own.get("in_chans", 3),
         std=(0.25,) * own.get("in_chans", 3),
-        size=24,
-        resize=28,
+        size=size,
+        resize=resize,
         interpolation="bicubic",
     )
     torch.manual_seed(0)
@@ -124,11 +127,14 @@ def test_any_batch_and_any_size(home, file):
         (dict(schedule=(0, 16), representation_size=5, global_pool="avgmax"), {}),
         # interpolated as in torch by ONNX Runtime, otherwise by OpenVINO
         (dict(family="vit", patch_size=4), {"openvino"}),
-        (dict(model="timm/resnet10t", **dict.fromkeys(("kernel_size", "stride", "pool_size"))), {"onnx", "openvino"}),
+        (
+            dict(model="timm/resnet10t", **dict.fromkeys(("kernel_size", "stride", "pool_size"))),
+            {"onnx", "openvino", "torch"},
+        ),
     ],
     ids=["lsra", "schedule", "vit", "timm"],
 )
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", ["onnx", "openvino", "torch"])
 def test_every_family(tmp_path, form, arguments, fixed):
     if "model" in arguments:
         arguments = arguments | dict.fromkeys(("embed_dim", "depth", "num_heads"))
@@ -138,6 +144,11 @@ def test_every_family(tmp_path, form, arguments, fixed):
     assert done.dynamic == (["batch"] if form in fixed else ["batch", "height", "width"])
     assert len(done.parity.sizes) == (1 if form in fixed else 2) and done.parity.max_error < 1e-3
     model = eit.load(file)
+    x = photos(model.card.view, (24, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), load(weights)(x), atol=1e-4, rtol=1e-3)
+    if form == "torch":
+        return
     assert model.fixed_size == (form in fixed)
     if form in fixed:
         with pytest.raises(eit.UserError, match="was exported for 24 pixels alone"):
@@ -186,6 +197,13 @@ def test_top1_may_differ_in_ties_alone():
         compare(near_tie, lambda x: exchanged(x, 0.01), any_size=False)
     with pytest.raises(FloatingPointError, match="nan"):
         compare(model, lambda x: model(x) * np.nan, any_size=False)
+
+    def faint(x):
+        return model(x) * 1e-4
+
+    faint.card = model.card
+    with pytest.raises(FloatingPointError, match="not kept"):  # however small the logits are
+        compare(faint, lambda x: torch.zeros(len(x), 10), any_size=False)
     assert len(set(model(photos(model.card.view, (8, 8))).argmax(1).tolist())) > 1  # alike, they would prove little
 
 
@@ -202,8 +220,11 @@ def test_int8_is_smaller_and_its_accuracy_is_measured(home, form):
     assert report["bytes"] < 0.7 * found["fp32_bytes"]
     own = json.loads(run_eit("eval", file, "--data", "sklearn:digits", "--json", cwd=home).stdout)
     assert own["top1"] == pytest.approx(found["top1"])
-    kinds = {node.op_type for node in onnx.load(home / file).graph.node} if form == "onnx" else {"QuantizeLinear"}
-    assert "QuantizeLinear" in kinds
+    assert (
+        ("QuantizeLinear" in str(onnx.load(home / file).graph.node))
+        if form == "onnx"
+        else ('type="FakeQuantize"' in (home / file).read_text())
+    )
     parity = Parity(**report["parity"])
     text = _export_text(Export(**report | dict(parity=parity, int8=Int8(**found))), load("digits").card)
     assert f"int8: top-1 {found['top1']:.2f}%, fp32 98.61%, on 360 images" in text
@@ -239,10 +260,14 @@ def test_the_file_lies_beside_the_weights(tmp_path):
         (["digits", "--int8", "nowhere"], "no such folder, image or data set: nowhere"),
         (["digits", "--data", "images"], "--data is for --int8"),
         (["digits.onnx", "--out", "y.onnx"], "is an exported model"),
+        (["digits", "--out", "folder.onnx"], "--out folder.onnx: it is a folder"),
+        (["digits", "--format", "openvino", "--out", "other.xml"], "other.bin beside it is of something else"),
         (["nope"], "no weights at nope"),
     ],
 )
 def test_bad_requests_are_one_line(home, words, line):
+    (home / "folder.onnx").mkdir(exist_ok=True)
+    (home / "other.bin").touch()
     done = run_eit("export", *words, cwd=home)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -259,7 +284,10 @@ def test_bad_requests_are_one_line(home, words, line):
         (["predict", "foreign.onnx", "images"], "foreign.onnx was not written by eit export: it lacks the metadata"),
         (["predict", "foreign.xml", "images"], "foreign.xml was not written by eit export: it lacks the metadata"),
         (["predict", "card.onnx", "images"], "card.onnx: its metadata 'eit' is damaged"),
-        (["predict", "other.onnx", "images"], "takes ['x'] and gives ['y']"),
+        (["predict", "nested.onnx", "images"], "nested.onnx: its metadata 'eit' is damaged"),
+        (["predict", "recipe.onnx", "images"], "recipe.onnx: its description of the model is damaged"),
+        (["predict", "other.onnx", "images"], "other.onnx has x, y, instead of images and logits"),
+        (["predict", "fewer.onnx", "images"], "its card says ['batch', 3, 'height', 'width'] and ['batch', 2]"),
         (["train", "digits", "model.pretrained=digits.onnx", "out=run"], "digits.onnx is an exported model"),
     ],
 )
@@ -274,8 +302,16 @@ def test_files_that_cannot_be_run_are_one_line(home, words, line):
     openvino.save_model(openvino.convert_model(home / "foreign.onnx"), home / "foreign.xml")
     onnx.helper.set_model_props(model, {"eit": "{"})
     onnx.save(model, home / "card.onnx")
-    onnx.helper.set_model_props(model, {"eit": load("digits").card.model_dump_json()})
+    onnx.helper.set_model_props(model, {"eit": "[" * 100_000})
+    onnx.save(model, home / "nested.onnx")
+    card = load("digits").card
+    onnx.helper.set_model_props(model, {"eit": card.model_copy(update=dict(recipe=dict(data="x"))).model_dump_json()})
+    onnx.save(model, home / "recipe.onnx")
+    onnx.helper.set_model_props(model, {"eit": card.model_dump_json()})
     onnx.save(model, home / "other.onnx")
+    model = onnx.load(home / "digits.onnx")
+    onnx.helper.set_model_props(model, {"eit": card.model_copy(update=dict(classes=["a", "b"])).model_dump_json()})
+    onnx.save(model, home / "fewer.onnx")
     done = run_eit(*words, cwd=home)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -299,8 +335,45 @@ def test_the_weights_of_a_program_are_read_without_running_it(home, tmp_path, mo
     own, _ = read_weights(eit.checkpoint.find_weights("digits"))
     assert card == eit.load("digits").card and all(torch.equal(state[name], own[name]) for name in own)
     content = bytearray((home / "digits.pt2").read_bytes())
-    at = content.find(own["head.weight"].numpy().tobytes()[:16])
+    at = content.find(own["head.weight"].numpy().tobytes())
+    assert at > 0
     content[at] ^= 1
     (tmp_path / "flipped.pt2").write_bytes(content)
-    with pytest.raises(eit.UserError, match=r"flipped.pt2 is (damaged|not a program)"):
+    with pytest.raises(eit.UserError, match=r"flipped.pt2 is not a program .* Bad CRC-32"):
         eit.load(tmp_path / "flipped.pt2")
+
+
+def test_a_damaged_program_is_one_line_whatever_is_wrong(home, tmp_path):
+    content = (home / "digits.pt2").read_bytes()
+    rng = np.random.default_rng(0)
+    tail = content.rfind(b"PK\x01\x02", 0, content.find(b"PK\x01\x02") + 1)
+    refused = 0
+    for i in range(200):
+        damaged = bytearray(content)
+        first = tail if i % 2 else 0  # half of them in the directory
+        for at in rng.integers(first, len(content), 8):
+            damaged[at] = rng.integers(256)
+        file = tmp_path / "damaged.pt2"
+        file.write_bytes(damaged[: rng.integers(first, len(content)) if i % 10 == 0 else None])
+        try:
+            read_weights(file)
+        except eit.UserError:
+            refused += 1
+    assert refused > 150
+
+
+def test_the_page_shows_the_preprocessing_of_this_package(home, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    for i, (channels, size, resize) in enumerate(((3, 24, 28), (1, 24, 24), (3, 20, 33))):
+        weights = small(tmp_path / "w.safetensors", in_chans=channels, size=size, resize=resize)
+        (tmp_path / str(i) / "runs" / "pets").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / str(i))
+        export(load(weights), Path("runs/pets/best.onnx"), "onnx")
+        for width, height in ((64, 32), (31, 57), (24, 24)):
+            Image.effect_noise((width, height), 80).convert("RGB").save("cat.jpg")
+            found = {}
+            exec(code, found)
+            view = load(weights).card.view
+            expected = normalise(view.pixels(decode("cat.jpg", channels))[None], view.mean, view.std)
+            torch.testing.assert_close(torch.from_numpy(found["pixels"]).permute(2, 0, 1)[None].float(), expected)

@@ -253,6 +253,7 @@ def agreement(a, b, images):
     return (a(x).argmax(1) == b(x).argmax(1)).float().mean().item()
 
 
+@pytest.mark.slow
 def test_a_distilled_student_agrees_with_its_teacher_more_often(tmp_path):
     """On a fifth of the digits, alone and with the shipped weight as its teacher; as results/distillation."""
     few = ["data.val_fraction=0.8", "data.batch_size=16", "augment.smoothing=0"]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import yaml
@@ -17,7 +19,7 @@ from PIL import Image
 
 import eit
 from eit.checkpoint import Card, read_card, save_weights
-from eit.hub import without_paths
+from eit.hub import model_card, without_paths
 from eit.images import decode, normalise
 from tests.conftest import TINY, run_eit, save_digits
 
@@ -72,8 +74,53 @@ def test_no_folder_of_this_machine_is_published(home):
         model=dict(pretrained="/home/me/w.pth"),
         loss=dict(teacher="/home/me/t", teacher_weights="/home/me/t.pth"),
     )
-    assert "/home" not in json.dumps(without_paths(card.model_copy(update=dict(recipe=paths))).recipe)
+
+    def published(recipe):
+        return without_paths(card.model_copy(update=dict(recipe=recipe))).recipe
+
+    assert "/home" not in json.dumps(published(paths))
     assert paths["data"]["root"] == "/home/me/pets"  # the original is left alone
+    shards = "https://me:pw@store.example/a/train-{0..9}.tar?sig=SECRET"
+    found = published(dict(data=dict(root=shards, train_split=shards, val_split="validation")))
+    assert found["data"] == dict(root="train-{0..9}.tar", train_split="train-{0..9}.tar", val_split="validation")
+    names = dict(
+        model=dict(pretrained="digits"), loss=dict(teacher="timm/regnety_160"), data=dict(root="sklearn:digits")
+    )
+    assert published(names) == names and published(dict(model=dict(pretrained="hf-hub:me/x")))["model"] == dict(
+        pretrained="hf-hub:me/x"
+    )
+
+
+def test_the_card_says_which_paths_the_recipe_lacks(home):
+    model = eit.load(home / "runs" / "mine")
+    recipe = json.loads(json.dumps(model.card.recipe))
+    recipe["model"]["pretrained"], recipe["loss"]["teacher"] = "/home/me/w.pth", "timm/resnet18"
+    model.card = without_paths(model.card.model_copy(update=dict(recipe=recipe)))
+    assert "`eit train recipe.yaml data.root=PATH model.pretrained=PATH` with this" in model_card(model, "x", "me/x")
+    model.card.metrics["val_loss"] = model.card.metrics["val_top5"] = math.nan
+    text = model_card(model, "x", "me/x")
+    assert "nan" not in text and "| top-1 |" in text
+
+
+def test_files_of_someone_else_stay(home, tmp_path):
+    (tmp_path / "README.md").write_text("my project")
+    done = run_eit("push", home / "runs" / "mine", "--to", tmp_path)
+    assert done.returncode == 2 and "has a README.md that eit push did not write" in done.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ["README.md"] and (
+        tmp_path / "README.md"
+    ).read_text() == "my project"
+    assert (
+        run_eit("push", "runs/mine", "--to", "pushed", "--license", "mit", cwd=home).returncode == 0
+    )  # its own, again
+
+
+def test_private_means_private(home, hub):
+    handler, env = hub
+    words = [sys.executable, "-m", "eit", "push", "runs/mine", "--repo", "me/pets", "--private"]
+    done = subprocess.run(words, cwd=home, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 2 and "is public already; nothing was uploaded" in done.stderr and not handler.files
+    (created,) = (json.loads(body) for path, body in handler.requests if path == "/api/repos/create")
+    assert created["visibility"] == "private"
 
 
 def test_weights_that_no_run_made_have_a_card_too(tmp_path):
@@ -245,7 +292,7 @@ class Hub(BaseHTTPRequestHandler):
         elif "/resolve/" in self.path:
             self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit="1" * 40)
         else:
-            self.answer_json(dict(error="not here", id="me/pets", sha="1" * 40, siblings=[]), 200)
+            self.answer_json(dict(error="not here", id="me/pets", sha="1" * 40, siblings=[], private=False), 200)
 
     do_HEAD = do_GET
 
@@ -267,13 +314,18 @@ def hub(tmp_path):
 
 def test_pushed_to_the_hub_and_back(home, hub, tmp_path):
     handler, env = hub
+    weights = (home / "pushed" / "model.safetensors").read_bytes()
     words = [sys.executable, "-m", "eit", "push", "runs/mine", "--repo", "me/pets"]
     done = subprocess.run(words, cwd=home, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].endswith("/me/pets") and "predict hf-hub:me/pets IMAGE" in done.stdout
     assert sorted(handler.files) == ["README.md", "config.json", "curves.png", "model.safetensors"]
-    assert handler.files["model.safetensors"][-100:] == (home / "pushed" / "model.safetensors").read_bytes()[-100:]
+    pushed, own = (safetensors.torch.load(content) for content in (handler.files["model.safetensors"], weights))
+    assert pushed.keys() == own.keys() and all(torch.equal(pushed[name], own[name]) for name in own)
+    assert b"hf-hub:me/pets" in handler.files["README.md"] and b"USER" not in handler.files["README.md"]
     assert b"# pets" in handler.files["README.md"]
+    (created,) = (json.loads(body) for path, body in handler.requests if path == "/api/repos/create")
+    assert created["name"] == "pets" and "visibility" not in created  # as its owner has it
     image_and_logits(home)
     words = [sys.executable, "-m", "eit", "predict", "hf-hub:me/pets", "odd.png", "--json"]
     done = subprocess.run(words, cwd=home, env=os.environ | env, capture_output=True, text=True)
@@ -295,6 +347,7 @@ def test_pushed_to_the_hub_and_back(home, hub, tmp_path):
         (["push", "runs/mine", "--to", "odd.png"], "--to odd.png cannot be written: odd.png is a file"),
         (["push", "runs/none", "--to", "x"], "no weights at runs/none"),
         (["push", "runs/mine", "--repo", "a b"], "--repo a b: Repo id must use"),
+        (["push", "runs/mine", "--repo", "pets"], "--repo pets: USER/NAME is expected"),
         (["push", "runs/mine", "--repo", "me/x"], "--repo me/x: Cannot reach"),
         (["predict", "hf-hub:me/x", "odd.png"], "hf-hub:me/x cannot be fetched: "),
         (["export", "hf-hub:me/x"], "hf-hub:me/x cannot be fetched: "),

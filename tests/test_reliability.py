@@ -51,7 +51,10 @@ def test_runs_killed_at_random_come_back_identical(tmp_path):
     assert "2 of 2 trials came back identical" in done.stdout
 
 
-@pytest.mark.parametrize("fault", ["no-sample-seed", "no-step-seed", "last-step-again"])
+OTHER_FAULTS = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("no-sample-seed", "last-step-again")]
+
+
+@pytest.mark.parametrize("fault", ["no-step-seed", *OTHER_FAULTS])
 def test_the_comparison_can_fail(tmp_path, fault):
     """Negative controls: with a fault in the code, chaos.py says so."""
     done = chaos(1, tmp_path, "--fault", fault)

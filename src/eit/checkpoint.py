@@ -29,7 +29,7 @@ from torch import Tensor
 
 from eit import __version__
 from eit.config import model_arguments
-from eit.errors import UserError
+from eit.errors import UserError, first_line
 from eit.images import MAX_PIXELS, View
 from eit.model import EIT, our_names
 from eit.zoo import VARIANTS, create_model, head_names, is_model
@@ -72,6 +72,9 @@ class Card(BaseModel):
     def _together(self) -> "Card":
         if not len(self.mean) == len(self.std) == self.arguments.get("in_chans", 3) in (1, 3):
             raise ValueError("mean and std do not fit the model's channels")
+        data = (self.recipe or {}).get("data")
+        if not isinstance(data or {}, dict) or not isinstance((data or {}).get("max_pixels", 1), int):
+            raise ValueError("the recipe is none")
         return self
 
     def create_model(self) -> EIT:
@@ -146,7 +149,7 @@ def _fetch(name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, "model.safetensors", revision=revision or None))
     except Exception as error:  # of the hub, of its HTTP library, of the network
-        raise UserError(f"{name} cannot be fetched: {_first_line(error)}") from None
+        raise UserError(f"{name} cannot be fetched: {first_line(error)}") from None
 
 
 def load(path: str | os.PathLike[str]) -> EIT:
@@ -217,7 +220,7 @@ def _resampled(model: Any, state: dict[str, Tensor], source: str) -> dict[str, T
     try:
         return fit(state, model)
     except Exception as error:
-        raise UserError(f"{source} does not fit the model: {_first_line(error)}") from None
+        raise UserError(f"{source} does not fit the model: {first_line(error)}") from None
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
@@ -314,18 +317,13 @@ def default_class_names(count: int) -> list[str]:
     return [info.index_to_description(i) for i in range(count)]
 
 
-def _first_line(error: Exception) -> str:
-    """The error in a line, and never an empty one."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
     try:
         with safetensors.safe_open(file, framework="pt") as f:
             metadata = f.metadata() or {}
             state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} is not a readable safetensors file: {_first_line(error)}") from None
+        raise UserError(f"{file} is not a readable safetensors file: {first_line(error)}") from None
     if "eit" not in metadata:
         return state, None
     header = _read_header(metadata["eit"], file)
@@ -373,13 +371,14 @@ def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
     try:
         with zipfile.ZipFile(file) as archive:
             names = {name.partition("/")[2]: name for name in archive.namelist()}
-            header = _read_header(archive.read(names["extra/eit"]), file)
-            said = dict(header)
-            said.pop("sha256")
-            card = known_card(said, str(file))
+            described = [names["extra/eit"], names["data/weights/model_weights_config.json"]]
+            if any(archive.getinfo(name).file_size > 1 << 26 for name in described):
+                raise ValueError("its description is too long")
+            header = _read_header(archive.read(described[0]), file)
+            card = known_card({k: v for k, v in header.items() if k != "sha256"}, str(file))
             with torch.device("meta"):
                 own = card.create_model().state_dict()
-            listed = json.loads(archive.read(names["data/weights/model_weights_config.json"]))["config"]
+            listed = json.loads(archive.read(described[1]))["config"]
             state = {}
             for name, like in own.items():
                 member = archive.getinfo(names[f"data/weights/{listed[name]['path_name']}"])
@@ -387,10 +386,10 @@ def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
                     raise ValueError(f"{name} has {member.file_size} bytes instead of {like.nbytes}")
                 content = torch.frombuffer(bytearray(archive.read(member)), dtype=like.dtype)
                 state[name] = content.view(like.shape)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} is not a program that eit export wrote: {_first_line(error)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # zipfile meets a damaged file with almost any exception
+        raise UserError(f"{file} is not a program that eit export wrote: {first_line(error)}") from None
     _check_digest(state, header, file)
     return state, card
 
@@ -425,7 +424,7 @@ def read_pickle(file: Path, *allowed: type) -> Any:
             f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code"
         ) from None
     except Exception as error:  # the unpickler meets a damaged file with almost any exception
-        raise UserError(f"{file} is not a readable checkpoint ({type(error).__name__}: {_first_line(error)})") from None
+        raise UserError(f"{file} is not a readable checkpoint ({type(error).__name__}: {first_line(error)})") from None
 
 
 # -- Writing ----------------------------------------------------------------------------------------------------------

@@ -235,8 +235,8 @@ def evaluate(
     from eit.loader import evaluation_loader
     from eit.zoo import check_size
 
+    on = distributed.start(_device_for(checkpoint, device))
     model = load(checkpoint)
-    on = distributed.start(_device_for(model, device))
     if isinstance(model, ExportedModel) and precision != "fp32":
         raise UserError(f"--precision {precision}: {checkpoint} computes in the precision it was exported in")
     for size in sizes or ():
@@ -290,8 +290,7 @@ def predict(
     files = expand(listed)
     if not files:
         raise UserError("no images: the list on stdin is empty")
-    model = load(checkpoint)
-    model = model.to(start(_device_for(model, device)))
+    model = load(checkpoint).to(start(_device_for(checkpoint, device)))
     unreadable = 0
     for found in run(model, files, top, max_pixels=max_pixels):
         if found.fault:
@@ -309,7 +308,7 @@ def predict(
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    form: Annotated[str, typer.Option("--format", help="onnx, openvino or torch (torch.export).")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch (torch.export).")] = "onnx",
     out: Annotated[
         str | None, typer.Option(help="The file to write; default: beside the weights, with their name.")
     ] = None,
@@ -324,23 +323,21 @@ def export(
     max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
-    """Weights -> a file for another runtime, compared with torch before it is kept.
+    """Weights -> an ONNX, OpenVINO or torch.export file.
 
     eit export runs/pets --format onnx --int8 pets/train
 
-    eit predict and eit eval take the file as they take weights. Batch, height and width are dynamic; classes and
-    preprocessing travel in the file's metadata.
+    The file is compared with torch before it is kept; eit predict and eit eval take it as they take weights. Batch,
+    height and width are dynamic; classes and preprocessing travel in the metadata.
     """
     from eit import export as exporter
     from eit.checkpoint import load
     from eit.data import open_evaluation
 
-    if form not in exporter.SUFFIXES:
-        raise UserError(f"--format {form} is not one of {', '.join(exporter.SUFFIXES)}")
     if data and not int8:
         raise UserError("--data is for --int8, whose accuracy is measured on it")
-    file = Path(out).expanduser() if out else exporter.default_file(checkpoint, form)
-    exporter.check_request(form, file, int8 is not None)
+    file = Path(out).expanduser() if out else exporter.default_file(checkpoint, format)
+    exporter.check_request(format, file, int8 is not None)
     model = load(checkpoint)
     calibration = None
     if int8:
@@ -348,7 +345,7 @@ def export(
         labelled = _with_classes_of(model.card, open_evaluation(where))
         chosen = exporter.calibration_images(int8, images, where.max_pixels, where.val_fraction)
         calibration = exporter.Calibration(chosen, labelled)
-    done = exporter.export(model, file, form, calibration)
+    done = exporter.export(model, file, format, calibration)
     _show(json.loads(json.dumps(asdict(done), default=str)), as_json, _export_text(done, model.card))
 
 
@@ -364,7 +361,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="A new repository is not public.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Weights -> the Hugging Face hub, or a folder as it has them, with a model card.
+    """Weights -> the Hugging Face hub, with a model card.
 
     eit push runs/pets --repo USER/pets --license apache-2.0
 
@@ -694,14 +691,14 @@ def _program() -> str:
     return "python -m eit" if called.name == "__main__.py" else called.name if shutil.which("eit") else str(called)
 
 
-def _device_for(model: Any, device: str) -> str:
+def _device_for(checkpoint: str, device: str) -> str:
     """`device`, but the CPU for an exported file."""
-    from eit.exported import ExportedModel
+    from eit.exported import is_exported
 
-    if not isinstance(model, ExportedModel):
+    if not is_exported(checkpoint):
         return device
     if device not in ("auto", "cpu"):
-        raise UserError(f"--device {device}: {model.file} runs on the CPU")
+        raise UserError(f"--device {device}: {checkpoint} runs on the CPU")
     return "cpu"
 
 
@@ -804,11 +801,14 @@ def _metrics_text(metrics: "Metrics") -> str:
 def _export_text(done: "Export", card: "Card") -> str:
     parity = done.parity
     sizes = " and ".join(f"{height}x{width}" for height, width in parity.sizes)
+    top1 = f"top-1 equal on {parity.images} photos"
+    if parity.ties:
+        shown = parity.images * len(parity.sizes)
+        top1 = f"top-1 equal on {shown - parity.ties} of {shown} photos, in a tie on the others,"
     lines = [
         f"{done.file}: {card.model}, {len(card.classes)} classes, {done.bytes / 1e6:.2f} MB; "
         f"dynamic: {', '.join(done.dynamic)}",
-        f"{done.runtime} and torch agree: top-1 equal on {parity.images} photos at {sizes}, "
-        f"logits within {parity.max_error:.1e}" + (f" ({parity.ties} ties)" if parity.ties else ""),
+        f"{done.runtime} and torch agree: {top1} at {sizes}, logits within {parity.max_error:.1e}",
     ]
     if "height" not in done.dynamic:
         lines.insert(1, f"height and width are fixed at {card.size}")

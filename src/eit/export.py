@@ -4,7 +4,10 @@ The batch is dynamic, and for this package's models height and width are; the ca
 the file's metadata.
 """
 
+import json
 import logging
+import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +27,7 @@ from eit.analysis.subjects import choose_images
 from eit.checkpoint import Card, card_text, find_weights, write_file
 from eit.config import data_config
 from eit.data import DIGITS, AnyImages, open_data
-from eit.errors import UserError
+from eit.errors import UserError, first_line
 from eit.evaluate import evaluate
 from eit.exported import INPUT, KEY, OUTPUT, RUNTIMES, need
 from eit.images import Images, View, normalise, to_mode, to_uint8
@@ -36,6 +39,7 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of the form
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 NEEDED["openvino"] = (*NEEDED["onnx"], "openvino")  # which reads what the exporter to ONNX wrote
 TOLERANCE = 1e-4  # of the largest logit: single precision, sums in another order
+ROUNDING = 1e-6  # allowed however small the logits are
 INT8_OPERATORS = ["Conv", "MatMul", "Gemm"]  # norms, softmax and sums stay in fp32
 PHOTOS = 8  # of each size, to compare with
 
@@ -81,29 +85,31 @@ class Calibration:
     labelled: AnyImages
 
 
-def default_file(checkpoint: str, form: str) -> Path:
+def default_file(checkpoint: str, format: str) -> Path:
     """Beside the weights, with their name; for those that ship or are on the hub, in the working folder."""
     if Path(checkpoint).exists():
-        return find_weights(checkpoint).with_suffix(SUFFIXES[form])
-    return Path(Path(checkpoint.partition("@")[0]).name + SUFFIXES[form])
+        return find_weights(checkpoint).with_suffix(_suffix(format))
+    return Path(Path(checkpoint.partition("@")[0]).name + _suffix(format))
 
 
-def check_request(form: str, file: Path, int8: bool) -> None:
+def check_request(format: str, file: Path, int8: bool) -> None:
     """Raise a UserError where `export` could not write `file`, before anything is computed."""
-    if form not in SUFFIXES:
-        raise UserError(f"--format {form} is not one of {', '.join(SUFFIXES)}")
-    if file.suffix != SUFFIXES[form]:
-        raise UserError(f"--out {file}: a file of --format {form} ends in {SUFFIXES[form]}")
+    if file.suffix != _suffix(format):
+        raise UserError(f"--out {file}: a file of --format {format} ends in {_suffix(format)}")
     if not file.parent.is_dir():
         raise UserError(f"--out {file}: there is no folder {file.parent}")
-    if int8 and form == "torch":
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--out {file}: {'it is a folder' if file.is_dir() else f'{file.parent} is read-only'}")
+    if not file.exists() and any(part.exists() for part in _parts(file)):
+        raise UserError(f"--out {file}: {_parts(file)[1].name} beside it is of something else; give another name")
+    if int8 and format == "torch":
         raise UserError("--int8 is for --format onnx and openvino")
-    for module in NEEDED[form]:
-        need(module, f"--format {form}")
+    for module in NEEDED[format]:
+        need(module, f"--format {format}")
 
 
-def export(model: Any, file: Path, form: str, calibration: Calibration | None = None) -> Export:
-    """Write `model`, one of `eit.checkpoint.load`, to `file`, in the format `form`; with `calibration` in int8.
+def export(model: Any, file: Path, format: str, calibration: Calibration | None = None) -> Export:
+    """Write `model`, one of `eit.checkpoint.load`, to `file`, in the format `format`; with `calibration` in int8.
 
     The file appears only when its runtime has run it and no logit was found farther from torch's than 1e-4 of the
     largest, which leaves top-1 equal, but for ties.
@@ -112,14 +118,14 @@ def export(model: Any, file: Path, form: str, calibration: Calibration | None = 
         UserError: a missing runtime, or an architecture that cannot be exported.
         FloatingPointError: the file's logits differ from torch's.
     """
-    check_request(form, file, calibration is not None)
+    check_request(format, file, calibration is not None)
     model = model.eval()
-    dynamic = ["batch", "height", "width"] if _takes_any_size(model, form) else ["batch"]
+    dynamic = ["batch", "height", "width"] if _takes_any_size(model, format) else ["batch"]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         written = Path(folder) / file.name
         graph = Path(folder) / "graph.onnx"  # what the formats but torch's are made of
         program = _program(model, dynamic)
-        if form == "torch":
+        if format == "torch":
             torch.export.save(program, written, extra_files={KEY: card_text(model.state_dict(), model.card)})
             run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
         else:
@@ -136,7 +142,7 @@ def export(model: Any, file: Path, form: str, calibration: Calibration | None = 
         size = _size(written)
         for part in _parts(written)[::-1]:  # what the file refers to comes first
             write_file(file.with_suffix(part.suffix), part.read_bytes())
-    return Export(file, size, dynamic, _runtime(form), parity, int8)
+    return Export(file, size, dynamic, _runtime(format), parity, int8)
 
 
 def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Parity:
@@ -155,7 +161,8 @@ def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Pari
             expected, actual = model(x), torch.cat((run(x[:1]), run(x[1:])))
         error = float((actual - expected).abs().max())
         differ = int((actual.argmax(1) != expected.argmax(1)).sum())
-        if not error <= TOLERANCE * max(1.0, float(expected.abs().max())):  # NaN is no less
+        bound = TOLERANCE * float(expected.abs().max()) + ROUNDING
+        if not error <= bound < math.inf:  # NaN is no less
             raise FloatingPointError(
                 f"the exported file is not kept: at {size[0]}x{size[1]} its logits differ from torch's by up to "
                 f"{error:.3g}, and top-1 in {differ} of {len(x)} photos"
@@ -190,10 +197,16 @@ def calibration_images(path: str, count: int, max_pixels: int, val_fraction: flo
     return choose_images(path, count, labelled=False, max_pixels=max_pixels)
 
 
-def _takes_any_size(model: Any, form: str) -> bool:
+def _suffix(format: str) -> str:
+    if format not in SUFFIXES:
+        raise UserError(f"--format {format} is not one of {', '.join(SUFFIXES)}")
+    return SUFFIXES[format]
+
+
+def _takes_any_size(model: Any, format: str) -> bool:
     if not isinstance(model, EIT) or min(model.grid_size) < 2:  # a grid of one token would be taken for a constant
         return False
-    return form != "openvino" or model.pos_embed is None  # OpenVINO interpolates position tables otherwise
+    return format != "openvino" or model.pos_embed is None  # OpenVINO interpolates position tables otherwise
 
 
 def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
@@ -203,8 +216,7 @@ def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
     try:
         return torch.export.export(model, (x,), dynamic_shapes=({axes[name]: Dim.DYNAMIC for name in dynamic},))
     except Exception as error:  # each architecture fails in its own way
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{card.model} cannot be exported: {line}") from None
+        raise UserError(f"{card.model} cannot be exported: {first_line(error)}") from None
 
 
 def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[str]) -> None:
@@ -222,7 +234,7 @@ def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[
         f"pixels, centre {view.size}x{view.size}, minus {card.mean}, divided by {card.std}."
     )
     proto.producer_name, proto.producer_version = "eit", card.version
-    onnx.helper.set_model_props(proto, {KEY: card.model_dump_json()})
+    onnx.helper.set_model_props(proto, {KEY: _card_json(card)})
     shape = proto.graph.input[0].type.tensor_type.shape.dim
     names = {shape[axis].dim_param: name for name, axis in zip(("batch", "height", "width"), (0, 2, 3), strict=True)}
     for value in (*proto.graph.input, *proto.graph.output):
@@ -234,6 +246,11 @@ def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[
     onnx.save(proto, file)
 
 
+def _card_json(card: Card) -> str:
+    """In ASCII: names of folders need not be valid text."""
+    return json.dumps(card.model_dump(mode="json"))
+
+
 def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
     """The file of an ONNX graph, in the format that its suffix asks for, opened as users will."""
     if file.suffix == ".onnx":
@@ -242,7 +259,7 @@ def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
         import openvino as ov
 
         model = ov.convert_model(graph)
-        model.set_rt_info(card.model_dump_json(), KEY)
+        model.set_rt_info(_card_json(card), KEY)
         ov.save_model(model, file, compress_to_fp16=False)
     return RUNTIMES[file.suffix](file)
 
@@ -279,10 +296,10 @@ def _size(file: Path) -> int:
     return sum(part.stat().st_size for part in _parts(file))
 
 
-def _runtime(form: str) -> str:
-    if form == "torch":
+def _runtime(format: str) -> str:
+    if format == "torch":
         return f"torch.export {torch.__version__.partition('+')[0]}"
-    name, module = dict(onnx=("ONNX Runtime", "onnxruntime"), openvino=("OpenVINO", "openvino"))[form]
+    name, module = dict(onnx=("ONNX Runtime", "onnxruntime"), openvino=("OpenVINO", "openvino"))[format]
     return f"{name} {need(module, '').__version__.partition('-')[0]}"
 
 

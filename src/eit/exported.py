@@ -58,11 +58,16 @@ def load(path: str | os.PathLike[str]) -> Any:
         UserError: no such file, damaged, untrusted, or one that does not say which model it is.
     """
     file = Path(path)
-    if file.suffix not in RUNTIMES or file.is_dir():
+    if not is_exported(path):
         return checkpoint.load(path)
     if not file.is_file():
         raise UserError(f"no exported model at {file}")
-    return RUNTIMES[file.suffix](file)
+    return RUNTIMES[file.suffix.lower()](file)
+
+
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether `load` gives an `ExportedModel`, by the name."""
+    return Path(path).suffix.lower() in RUNTIMES and not Path(path).is_dir()
 
 
 def need(module: str, what: str) -> ModuleType:
@@ -89,7 +94,8 @@ def _open_onnx(file: Path) -> ExportedModel:
         raise UserError(f"{file} is not a readable ONNX file: {_line(error)}") from None
     card = _read_card(file, session.get_modelmeta().custom_metadata_map.get(KEY))
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    _check_signature(file, [i.name for i in inputs], [o.name for o in outputs])
+    ports = [(port.name, list(port.shape)) for port in (*inputs, *outputs)]
+    _check_signature(file, card, ports)
     fixed = not isinstance(inputs[0].shape[2], str)
     return ExportedModel(file, card, lambda x: session.run([OUTPUT], {INPUT: x})[0], fixed)
 
@@ -101,13 +107,16 @@ def _open_openvino(file: Path) -> ExportedModel:
         model = core.read_model(file)
         card = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
         fixed = model.input(0).partial_shape[2].is_static if card else True
-        names = [sorted(port.names) for port in (*model.inputs, *model.outputs)]
+        shapes = [
+            [d.get_length() if d.is_static else None for d in p.partial_shape] for p in model.inputs + model.outputs
+        ]
+        ports = [(port.any_name, shape) for port, shape in zip(model.inputs + model.outputs, shapes, strict=True)]
         settings = dict(INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=torch.get_num_threads())
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # RuntimeError in most cases, of several lines
         raise UserError(f"{file} is not a readable OpenVINO model: {_line(error)}") from None
     read = _read_card(file, card)
-    _check_signature(file, names[0], names[-1])
+    _check_signature(file, read, ports)
     return ExportedModel(file, read, lambda x: compiled([x])[0], fixed)
 
 
@@ -119,13 +128,20 @@ def _read_card(file: Path, text: str | None) -> Card:
         raise UserError(f"{file} was not written by eit export: it lacks the metadata {KEY!r} (classes, preprocessing)")
     try:
         return checkpoint.known_card(json.loads(text), str(file))
-    except json.JSONDecodeError:
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         raise UserError(f"{file}: its metadata {KEY!r} is damaged") from None
 
 
-def _check_signature(file: Path, inputs: list[str], outputs: list[str]) -> None:
-    if inputs != [INPUT] or outputs != [OUTPUT]:
-        raise UserError(f"{file} takes {inputs} and gives {outputs}, instead of {[INPUT]} and {[OUTPUT]}")
+def _check_signature(file: Path, card: Card, ports: list[tuple[str, list[Any]]]) -> None:
+    """Raise a UserError where inputs and outputs, (name, shape) each, are not those of the card's model."""
+    if [name for name, _ in ports] != [INPUT, OUTPUT]:
+        raise UserError(f"{file} has {', '.join(name for name, _ in ports)}, instead of {INPUT} and {OUTPUT}")
+    images, logits = (shape for _, shape in ports)
+    wanted = ["batch", card.in_chans, "height", "width"], ["batch", len(card.classes)]
+    if (len(images), len(logits)) != (4, 2) or (images[1], logits[1]) != (card.in_chans, len(card.classes)):
+        raise UserError(f"{file} takes {images} and gives {logits}, but its card says {wanted[0]} and {wanted[1]}")
 
 
 def _line(error: Exception) -> str:

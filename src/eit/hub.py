@@ -1,10 +1,12 @@
 """Weights -> a folder as timm and Hugging Face have it, with a model card, and from there to the hub."""
 
 import json
+import math
 import re
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData
@@ -13,14 +15,23 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
 from eit import __version__
-from eit.checkpoint import Card, load, weights_bytes, write_file
-from eit.errors import UserError, printable
+from eit.checkpoint import HUB, SHIPPED, Card, load, read_card, weights_bytes, write_file
+from eit.data import DIGITS
+from eit.errors import UserError, first_line, printable
 from eit.macs import complexity
 from eit.model import EIT
 from eit.zoo import TIMM
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
-PATHS = {"data": ("root", "classes"), "model": ("pretrained",), "loss": ("teacher", "teacher_weights")}  # of a recipe
+PATHS = (  # keys of a recipe
+    "data.root",
+    "data.train_split",
+    "data.val_split",
+    "data.classes",
+    "model.pretrained",
+    "loss.teacher",
+    "loss.teacher_weights",
+)
 
 
 def write_folder(
@@ -39,12 +50,14 @@ def write_folder(
         repo: USER/NAME where the folder will be, for the card's examples.
 
     Raises:
-        UserError: no such checkpoint, or one that does not say which model it is.
+        UserError: no such checkpoint, one that does not say which model it is, or a folder with files of these names
+            that were not written by this.
     """
+    _check_folder(folder)
     model = load(checkpoint)
     card = model.card = without_paths(model.card)
     run = Path(checkpoint) if Path(checkpoint).is_dir() else None
-    name = printable(str(name or (card.recipe or {}).get("name") or folder.name))
+    name = printable(str(name or (card.recipe or {}).get("name") or folder.resolve().name))
     repo = repo or f"USER/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('.-') or 'NAME'}"
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, bytes | str] = {
@@ -59,6 +72,18 @@ def write_folder(
     return [folder / file for file in contents]
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise a UserError where files of someone else would be replaced."""
+    there = [name for name in (CONFIG, WEIGHTS, README) if (folder / name).exists()]
+    if there:
+        try:
+            ours = read_card(folder / WEIGHTS) is not None
+        except UserError:
+            ours = False
+        if not ours:
+            raise UserError(f"{folder} has a {there[0]} that eit push did not write: give another folder")
+
+
 def push(checkpoint: str, repo: str, name: str | None = None, license: str | None = None, private: bool = False) -> str:
     """Upload what `write_folder` writes to the Hugging Face repository `repo`, made if need be -> its address.
 
@@ -68,34 +93,43 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
     try:
         validate_repo_id(repo)
     except ValueError as error:
-        raise UserError(f"--repo {repo}: {_line(error)}") from None
+        raise UserError(f"--repo {repo}: {first_line(error)}") from None
+    if "/" not in repo:
+        raise UserError(f"--repo {repo}: USER/NAME is expected")
     with tempfile.TemporaryDirectory() as staging:
         write_folder(checkpoint, Path(staging), name or repo.rpartition("/")[2], license, repo)
+        hub_logging.set_verbosity_error()  # its retries; what it fails by is said below
         try:
-            hub_logging.set_verbosity_error()  # its retries; what it fails by is said below
             api = HfApi(library_name="eit", library_version=__version__)
-            address = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=address.repo_id, folder_path=staging, commit_message=f"Upload by eit {__version__}"
-            )
+            address = api.create_repo(repo, private=private or None, exist_ok=True)  # None: as the owner has it
+            if private and not api.repo_info(repo).private:
+                raise UserError(f"--repo {repo} --private: this repository is public already; nothing was uploaded")
+            api.upload_folder(repo_id=repo, folder_path=staging, commit_message=f"Upload by eit {__version__}")
+        except UserError:
+            raise
         except Exception as error:  # of the hub, of its HTTP library, of the network
             raise UserError(f"--repo {repo}: {_line(error)}") from None
     return str(address)
 
 
 def without_paths(card: Card) -> Card:
-    """`card` with the last parts of the recipe's paths alone: folders of one machine are nobody else's business."""
+    """`card` with the last parts of the recipe's paths and addresses alone.
+
+    Folders of one machine, and keys in an address, are nobody else's business. Names that are no paths stay.
+    """
     if card.recipe is None:
         return card
     recipe = json.loads(json.dumps(card.recipe))
-    for section, keys in PATHS.items():
-        part = recipe.get(section)
-        for key in keys:
-            if isinstance(part, dict) and isinstance(part.get(key), str):
-                part[key] = Path(part[key]).name
-    if isinstance(recipe.get("out"), str):
-        recipe["out"] = Path(recipe["out"]).name
+    for key in (*PATHS, "out"):
+        section, _, name = key.rpartition(".")
+        part = recipe.get(section) if section else recipe
+        if isinstance(part, dict) and isinstance(value := part.get(name), str) and _is_path(value):
+            part[name] = PurePath(urlsplit(value).path if "://" in value else value).name
     return card.model_copy(update=dict(recipe=recipe))
+
+
+def _is_path(value: str) -> bool:
+    return value not in (DIGITS, *SHIPPED) and not value.startswith((TIMM, HUB))
 
 
 def model_card(model: Any, name: str, repo: str, license: str | None = None, run: Path | None = None) -> str:
@@ -105,7 +139,7 @@ def model_card(model: Any, name: str, repo: str, license: str | None = None, run
     cost = complexity(model, (card.in_chans, card.size, card.size))
     recipe = card.recipe or {}
     data = _data_name(recipe.get("data") or {})
-    metrics = card.metrics or {}
+    metrics = _finite(card)
     results = [
         EvalResult(
             task_type="image-classification",
@@ -169,8 +203,8 @@ def model_card(model: Any, name: str, repo: str, license: str | None = None, run
 
 def _data_name(data: dict[str, Any]) -> str | None:
     """A data set of timm by its name; else the folder's, for what lies in it may be anyone's own."""
-    dataset = data.get("dataset")
-    return dataset if dataset and "/" in dataset else data.get("root")
+    name = data.get("dataset") if "/" in str(data.get("dataset")) else data.get("root")
+    return printable(str(name)) if name else None
 
 
 def _config(model: Any, license: str | None) -> dict[str, Any]:
@@ -206,7 +240,7 @@ def _description(card: Card) -> str:
 
 
 def _figures(card: Card, summary: dict[str, Any] | None, data: Any) -> list[str]:
-    metrics = card.metrics or {}
+    metrics = _finite(card)
     if not metrics:
         return ["These weights say nothing of their accuracy."]
     lines = ["| on the validation images | |", "| --- | --- |"]
@@ -250,7 +284,9 @@ print(pipeline("image-classification", "{repo}")("image.png"))
 def _recipe(recipe: dict[str, Any], environment: dict[str, Any] | None) -> list[str]:
     if not recipe:
         return ["These weights were not trained by `eit train`, or do not say how."]
-    lines = ["`eit train recipe.yaml data.root=PATH` with this as recipe.yaml trains it again.", ""]
+    cut = [key for key in PATHS if key == "data.root" or _is_cut(recipe, key)]
+    again = f"eit train recipe.yaml {' '.join(f'{key}=PATH' for key in cut)}"
+    lines = [f"`{again}` with this as recipe.yaml trains it again.", ""]
     lines += ["<details><summary>recipe.yaml</summary>", "", "```yaml"]
     lines += yaml.safe_dump(recipe, sort_keys=False, width=100).splitlines()
     lines += ["```", "", "</details>"]
@@ -259,6 +295,13 @@ def _recipe(recipe: dict[str, Any], environment: dict[str, Any] | None) -> list[
         told = ", ".join(f"{package} {packages[package]}" for package in ("torch", "timm") if package in packages)
         lines += ["", f"Trained with eit {environment.get('eit')}, {told}, on {environment.get('device')}."]
     return lines
+
+
+def _is_cut(recipe: dict[str, Any], key: str) -> bool:
+    """Whether a key of the recipe was a path, of which the last part is left."""
+    section, _, name = key.rpartition(".")
+    value = (recipe.get(section) or {}).get(name)
+    return isinstance(value, str) and _is_path(value) and not name.endswith("_split")
 
 
 def _limits(model: Any, summary: dict[str, Any] | None, data: Any) -> list[str]:
@@ -272,7 +315,7 @@ def _limits(model: Any, summary: dict[str, Any] | None, data: Any) -> list[str]:
         best = summary.get("best_epoch")
         lines.append(
             f"- The epoch ({(best or 0) + 1} of {summary['epochs']}) was chosen by the same validation images that the "
-            "figures are of: expect less on new ones. There is one run, with one seed."
+            "figures are of: expect less on new ones. They are of one run."
         )
     elif card.metrics:
         lines.append("- The figures are of validation images that may have helped to choose the weights.")
@@ -281,6 +324,10 @@ def _limits(model: Any, summary: dict[str, Any] | None, data: Any) -> list[str]:
     if card.in_chans == 1:
         lines.append("- Images must be made grey first; transformers' pipeline, which makes them RGB, cannot be used.")
     return lines
+
+
+def _finite(card: Card) -> dict[str, float]:
+    return {name: value for name, value in (card.metrics or {}).items() if math.isfinite(value)}
 
 
 def _numbers(values: tuple[float, ...]) -> str:
@@ -294,14 +341,16 @@ def _few(names: list[str]) -> str:
 
 
 def _read_json(run: Path | None, name: str) -> dict[str, Any] | None:
-    if run is None or not (run / name).is_file():
+    """A file of the run folder, where it is there and whole."""
+    try:
+        found = json.loads((run / name).read_text(encoding="utf-8")) if run else None
+    except (OSError, ValueError):
         return None
-    found: dict[str, Any] = json.loads((run / name).read_text(encoding="utf-8"))
-    return found
+    return found if isinstance(found, dict) else None
 
 
 def _line(error: Exception) -> str:
     """The first line of an error, and what the hub's server says, if it does."""
-    line = ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[0]
+    line = first_line(error)
     said = getattr(error, "server_message", None)
     return f"{line} ({said})" if said and said not in line else line

@@ -81,6 +81,9 @@ def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads
     return channels
 
 
+POOLS = ("token", "avg", "max", "avgmax", "")  # what the head reads; "": all tokens
+
+
 class ConvPoolStem(nn.Module):
     """EIT-P: overlapping patches from a convolution and a max-pool. (B, in_chans, height, width) -> (B, C, h, w)."""
 
@@ -276,7 +279,8 @@ class EIT(nn.Module):
             raise ValueError(f"stem={stem!r} is not one of conv_pool, patch")
         if pos_embed not in ("none", "learned"):
             raise ValueError(f"pos_embed={pos_embed!r} is not one of none, learned")
-        _check_pool(global_pool)
+        if global_pool not in POOLS:
+            raise ValueError(_unknown_pool(global_pool))
         sizes = dict(
             kernel_size=kernel_size, stride=stride, pool_size=pool_size, patch_size=patch_size, in_chans=in_chans
         )
@@ -453,7 +457,8 @@ class EIT(nn.Module):
             global_pool: another pooling, as of the model; None keeps it.
         """
         if global_pool is not None:
-            _check_pool(global_pool)
+            if global_pool not in POOLS:
+                raise AssertionError(_unknown_pool(global_pool))  # the kind that timm asks for here
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = self.cls_token
@@ -466,8 +471,8 @@ class EIT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Declare another usual size of the images: pixels, an int or (height, width).
 
-        Any size is taken without this. What changes is what an export says, and a learned position table, which is
-        interpolated once instead of at each step.
+        Any size is taken without this. What changes is the size in `model_args` of timm's exports, and a learned
+        position table, which is interpolated once instead of at each step.
 
         Raises:
             ValueError: the stem makes no token of so few pixels.
@@ -526,9 +531,8 @@ def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _check_pool(global_pool: str) -> None:
-    pools = ("token", "avg", "max", "avgmax", "")
-    assert global_pool in pools, f"global_pool={global_pool!r} is not one of {', '.join(pools[:-1])}, ''"  # as in timm
+def _unknown_pool(global_pool: str) -> str:
+    return f"global_pool={global_pool!r} is not one of {', '.join(POOLS[:-1])}, ''"
 
 
 def _init_module(module: nn.Module) -> None:

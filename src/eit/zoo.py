@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, register_model
 
 import eit.model  # not its names: this module may be imported while that one waits for timm
 from eit.draw import Point
-from eit.errors import UserError, nearest
+from eit.errors import UserError, first_line, nearest
 
 AUTHORS_CODE = "https://github.com/MrHaiPi/EIT"
 TIMM = "timm/"  # any other model of timm: timm/resnet50
@@ -133,7 +133,7 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
             raise UserError(f"{name} has no argument {argument!r}{nearest(argument, model_arguments())}")
     try:
         return timm.create_model(name, family=family, **arguments)
-    except (ValueError, AssertionError) as error:
+    except ValueError as error:
         raise UserError(f"{name}: {error}") from None
 
 
@@ -157,9 +157,8 @@ def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any)
     try:
         return timm.create_model(plain, **arguments)
     except Exception as error:  # each architecture has errors of its own; downloads too
-        line = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "; weights can be given as a file" if arguments.get("pretrained") else ""
-        raise UserError(f"{name}: {line}{hint}") from None
+        raise UserError(f"{name}: {first_line(error)}{hint}") from None
 
 
 def check_size(model: Any, size: int, own: int, name: str) -> None:
