@@ -97,3 +97,14 @@ def test_the_example_trains_and_draws(tmp_path):
     assert set(found["mean_iou"]) == {"eit", "vit"} and set(found["mean_iou"]["eit"]) == {"64x64", "96x160"}
     assert (tmp_path / "out" / "scenes.png").read_bytes()[:4] == b"\x89PNG"
     assert done.stdout.count("mean IoU") == 2
+
+
+def test_what_the_page_says_of_eit_and_vit_is_what_was_measured():
+    found = [json.loads(f.read_text())["mean_iou"] for f in ROOT.glob("results/segmentation/*/results.json")]
+    assert len(found) >= 3
+    for scores in found:
+        assert scores["eit"]["64x64"] > 60 > 25 > scores["vit"]["64x64"]
+        assert scores["vit"]["96x160"] < scores["eit"]["96x160"] < 0.8 * scores["eit"]["64x64"]
+    page = (ROOT / "docs" / "dense.md").read_text()
+    for words in ("EIT reads most of the digits; ViT finds the strokes", "larger\nscenes cost EIT much"):
+        assert words in page
