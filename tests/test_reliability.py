@@ -46,9 +46,9 @@ def chaos(trials, tmp_path, *words, timeout=500):
 
 
 def test_runs_killed_at_random_come_back_identical(tmp_path):
-    done = chaos(2, tmp_path)
+    done = chaos(1, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 trials came back identical" in done.stdout
+    assert "1 of 1 trials came back identical" in done.stdout
 
 
 OTHER_FAULTS = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("no-sample-seed", "last-step-again")]

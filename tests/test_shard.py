@@ -466,9 +466,8 @@ def test_an_unreadable_image_of_a_stream_counts_against_the_budget_and_stops_an_
         list(evaluation_loader(val_images, VIEW, 4, workers, CPU))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("folder", "workers"), [("shards4", 0), ("it's my shards", 1)])
 @pytest.mark.parametrize("how", ["gone", "cut"])
-@pytest.mark.parametrize("folder", ["shards4", "it's my shards"])
 def test_a_lost_shard_stops_a_stream_and_is_named(streamed, workers, how, folder):
     """webdataset would go on with the others, again and again."""
     root = Path(streamed.root).rename(Path(streamed.root).with_name(folder))

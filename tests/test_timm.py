@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -36,8 +37,10 @@ def functions(output: str, model: str) -> dict[str, str]:
 
 def test_timms_own_suite_passes_for_every_model_with_as_many_tests_as_for_timms_vit():
     require(SUITE.exists(), "shared/tools/run_timm_suite.py is not beside the checkout")
-    asked = functions(run_suite("-", SIBLING, "--collect-only", "-qq"), SIBLING)
-    output = run_suite("eit", "eit_*")
+    with ThreadPoolExecutor() as pool:
+        sibling = pool.submit(run_suite, "-", SIBLING, "--collect-only", "-qq")
+        output = run_suite("eit", "eit_*")
+        asked = functions(sibling.result(), SIBLING)
     registered = timm.list_models("eit_*")
     assert sorted(eit.list_models()) == registered and len(registered) >= 4
     for name in registered:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eit import checkpoint
 from eit.checkpoint import Card
-from eit.errors import UserError
+from eit.errors import UserError, first_line
 from eit.zoo import check_size
 
 KEY = "eit"  # of the metadata that holds the card
@@ -74,13 +74,14 @@ def need(module: str, what: str) -> ModuleType:
     """The module of a runtime.
 
     Raises:
-        UserError: it is not installed; the line names the extra.
+        UserError: it is not installed, or broken; the line names the extra.
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(f"{what} needs {package}, which is not installed: pip install 'eit[export]'") from None
+    except ModuleNotFoundError:
+        raise UserError(f"{what} needs {module}, which is not installed: pip install 'eit[export]'") from None
+    except ImportError as error:
+        raise UserError(f"{what} needs {module}, which cannot be imported: {first_line(error)}") from None
 
 
 def _open_onnx(file: Path) -> ExportedModel:

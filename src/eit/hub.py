@@ -284,8 +284,7 @@ print(pipeline("image-classification", "{repo}")("image.png"))
 def _recipe(recipe: dict[str, Any], environment: dict[str, Any] | None) -> list[str]:
     if not recipe:
         return ["These weights were not trained by `eit train`, or do not say how."]
-    cut = [key for key in PATHS if key == "data.root" or _is_cut(recipe, key)]
-    again = f"eit train recipe.yaml {' '.join(f'{key}=PATH' for key in cut)}"
+    again = " ".join(["eit train recipe.yaml", *(f"{key}=PATH" for key in PATHS if _is_cut(recipe, key))])
     lines = [f"`{again}` with this as recipe.yaml trains it again.", ""]
     lines += ["<details><summary>recipe.yaml</summary>", "", "```yaml"]
     lines += yaml.safe_dump(recipe, sort_keys=False, width=100).splitlines()
