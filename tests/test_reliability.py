@@ -436,6 +436,7 @@ def nodes():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.slow
 def test_two_nodes_survive_a_cut_link(nodes, tmp_path):
     """2 x 2 processes with addresses of their own; the link is cut in the middle of training and restored."""
     words = ["train", "digits", "train.epochs=4", "train.warmup_epochs=1", "data.batch_size=16", "train.save_every=5"]
