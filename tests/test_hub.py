@@ -18,10 +18,11 @@ import yaml
 from PIL import Image
 
 import eit
-from eit.checkpoint import Card, read_card, save_weights
+from eit.checkpoint import read_card, save_weights
 from eit.hub import model_card, without_paths
 from eit.images import decode, normalise
 from tests.conftest import TINY, run_eit, save_digits
+from tests.test_checkpoint import card as make_card
 
 
 @pytest.fixture(scope="module")
@@ -116,24 +117,16 @@ def test_files_of_someone_else_stay(home, tmp_path):
 
 def test_private_means_private(home, hub):
     handler, env = hub
-    words = [sys.executable, "-m", "eit", "push", "runs/mine", "--repo", "me/pets", "--private"]
-    done = subprocess.run(words, cwd=home, env=os.environ | env, capture_output=True, text=True)
+    done = run_eit("push", "runs/mine", "--repo", "me/pets", "--private", cwd=home, env=env)
     assert done.returncode == 2 and "is public already; nothing was uploaded" in done.stderr and not handler.files
     (created,) = (json.loads(body) for path, body in handler.requests if path == "/api/repos/create")
     assert created["visibility"] == "private"
 
 
 def test_weights_that_no_run_made_have_a_card_too(tmp_path):
-    card = Card(
-        model="eit_mini",
-        arguments=dict(embed_dim=16, depth=2, num_heads=2, in_chans=1, family="vit"),
-        classes=["a", "b"],
-        mean=(0.5,),
-        std=(0.5,),
-        size=32,
-        resize=36,
-        interpolation="bilinear",
-    )
+    arguments = dict(embed_dim=16, depth=2, num_heads=2, in_chans=1, family="vit")
+    look = dict(mean=(0.5,), std=(0.5,), size=32, resize=36, interpolation="bilinear")
+    card = make_card(arguments=arguments, classes=["a", "b"], **look)
     save_weights(tmp_path / "w.safetensors", card.create_model().state_dict(), card)
     done = run_eit("push", "w.safetensors", "--to", "out/deep", "--name", "Two letters", "--json", cwd=tmp_path)
     assert [Path(f).name for f in json.loads(done.stdout)["files"]] == ["config.json", "model.safetensors", "README.md"]
@@ -221,16 +214,7 @@ def test_this_package_loads_the_folder_as_well(home):
 
 
 def test_a_model_of_timm(tmp_path):
-    card = Card(
-        model="timm/resnet10t",
-        arguments={},
-        classes=["a", "b", "c"],
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        size=32,
-        resize=32,
-        interpolation="bicubic",
-    )
+    card = make_card(model="timm/resnet10t", arguments={}, size=32, resize=32)
     model = card.create_model().eval()
     save_weights(tmp_path / "w.safetensors", model.state_dict(), card)
     assert run_eit("push", "w.safetensors", "--to", "r", cwd=tmp_path).returncode == 0
@@ -308,6 +292,7 @@ def hub(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     env = dict(HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_TOKEN="hf_right", HF_HOME=str(tmp_path / "hf"))
+    env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # `run_eit` starts Python anew: these are read on import
     yield handler, env
     server.shutdown()
 
@@ -315,8 +300,7 @@ def hub(tmp_path):
 def test_pushed_to_the_hub_and_back(home, hub, tmp_path):
     handler, env = hub
     weights = (home / "pushed" / "model.safetensors").read_bytes()
-    words = [sys.executable, "-m", "eit", "push", "runs/mine", "--repo", "me/pets"]
-    done = subprocess.run(words, cwd=home, env=os.environ | env, capture_output=True, text=True)
+    done = run_eit("push", "runs/mine", "--repo", "me/pets", cwd=home, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].endswith("/me/pets") and "predict hf-hub:me/pets IMAGE" in done.stdout
     assert sorted(handler.files) == ["README.md", "config.json", "curves.png", "model.safetensors"]
@@ -327,8 +311,7 @@ def test_pushed_to_the_hub_and_back(home, hub, tmp_path):
     (created,) = (json.loads(body) for path, body in handler.requests if path == "/api/repos/create")
     assert created["name"] == "pets" and "visibility" not in created  # as its owner has it
     image_and_logits(home)
-    words = [sys.executable, "-m", "eit", "predict", "hf-hub:me/pets", "odd.png", "--json"]
-    done = subprocess.run(words, cwd=home, env=os.environ | env, capture_output=True, text=True)
+    done = run_eit("predict", "hf-hub:me/pets", "odd.png", "--json", cwd=home, env=env)
     assert done.returncode == 0, done.stderr
     own = run_eit("predict", "runs/mine", "odd.png", "--json", cwd=home).stdout
     assert json.loads(done.stdout) == json.loads(own)
@@ -364,9 +347,7 @@ def test_what_goes_wrong_is_one_line(home, words, line):
 
 def test_who_is_not_logged_in_is_told_in_one_line(home, hub):
     _, env = hub
-    words = [sys.executable, "-m", "eit", "push", "runs/mine", "--repo", "me/pets"]
-    env = os.environ | env | dict(HF_TOKEN="hf_wrong")
-    done = subprocess.run(words, cwd=home, env=env, capture_output=True, text=True)
+    done = run_eit("push", "runs/mine", "--repo", "me/pets", cwd=home, env=env | dict(HF_TOKEN="hf_wrong"))
     assert (
         done.returncode == 2 and done.stderr.startswith("eit: --repo me/pets: ") and "Invalid username" in done.stderr
     )

@@ -72,8 +72,7 @@ class Card(BaseModel):
     def _together(self) -> "Card":
         if not len(self.mean) == len(self.std) == self.arguments.get("in_chans", 3) in (1, 3):
             raise ValueError("mean and std do not fit the model's channels")
-        data = (self.recipe or {}).get("data")
-        if not isinstance(data or {}, dict) or not isinstance((data or {}).get("max_pixels", 1), int):
+        if not isinstance(self.data, dict) or not isinstance(self.data.get("max_pixels", 1), int):
             raise ValueError("the recipe is none")
         return self
 
@@ -105,9 +104,14 @@ class Card(BaseModel):
         return dict(num_classes=len(self.classes), input_size=(self.in_chans, self.size, self.size), **look)
 
     @property
+    def data(self) -> dict[str, Any]:
+        """The recipe's section on data; empty where there is none."""
+        return (self.recipe or {}).get("data") or {}
+
+    @property
     def max_pixels(self) -> int:
         """The cap on an image's pixels that the run had."""
-        return int(((self.recipe or {}).get("data") or {}).get("max_pixels", MAX_PIXELS))
+        return int(self.data.get("max_pixels", MAX_PIXELS))
 
 
 HUB = "hf-hub:"
@@ -140,6 +144,11 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
             f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(SHIPPED)} is expected"
         )
     return path
+
+
+def names_weights(name: str) -> bool:
+    """Whether `find_weights` has a place to look for `name`."""
+    return Path(name).exists() or name in SHIPPED or name.startswith(HUB)
 
 
 def _fetch(name: str) -> Path:
@@ -326,23 +335,22 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         raise UserError(f"{file} is not a readable safetensors file: {first_line(error)}") from None
     if "eit" not in metadata:
         return state, None
-    header = _read_header(metadata["eit"], file)
-    _check_digest(state, header, file)
+    header, said = _read_header(metadata["eit"], file)
+    _check_digest(state, said, file)
     return state, known_card(header, str(file))
 
 
-def _read_header(text: str | bytes, file: Path) -> dict[str, Any]:
+def _read_header(text: str | bytes, file: Path) -> tuple[dict[str, Any], str]:
+    """What `card_text` wrote: the card, and the checksum of the weights."""
     try:
         header = json.loads(text)
-        if isinstance(header["sha256"], str):
-            return header
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{file}: its description of the model is damaged")
+        return header, header.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{file}: its description of the model is damaged") from None
 
 
-def _check_digest(state: StateDict, header: dict[str, Any], file: Path) -> None:
-    if header.pop("sha256") != digest(state):
+def _check_digest(state: StateDict, said: str, file: Path) -> None:
+    if said != digest(state):
         raise UserError(f"{file} is damaged: its weights do not match their checksum")
 
 
@@ -374,8 +382,8 @@ def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
             described = [names["extra/eit"], names["data/weights/model_weights_config.json"]]
             if any(archive.getinfo(name).file_size > 1 << 26 for name in described):
                 raise ValueError("its description is too long")
-            header = _read_header(archive.read(described[0]), file)
-            card = known_card({k: v for k, v in header.items() if k != "sha256"}, str(file))
+            header, said = _read_header(archive.read(described[0]), file)
+            card = known_card(header, str(file))
             with torch.device("meta"):
                 own = card.create_model().state_dict()
             listed = json.loads(archive.read(described[1]))["config"]
@@ -390,7 +398,7 @@ def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
         raise
     except Exception as error:  # zipfile meets a damaged file with almost any exception
         raise UserError(f"{file} is not a program that eit export wrote: {first_line(error)}") from None
-    _check_digest(state, header, file)
+    _check_digest(state, said, file)
     return state, card
 
 

@@ -708,8 +708,7 @@ def _evaluation_data(
     """Where the images are. Of what weights say, a folder alone is believed: addresses of data sets run commands."""
     from eit.config import data_config
 
-    recipe = (card.recipe or {}).get("data")
-    own = recipe if isinstance(recipe, dict) else {}
+    own = card.data
     if dataset and "/" not in dataset:
         raise UserError(
             f"--dataset {dataset}: a name of timm is expected, such as wds/NAME; a folder is --data {dataset}"

@@ -38,6 +38,7 @@ from eit.readers import read_layout
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of the formats
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 NEEDED["openvino"] = (*NEEDED["onnx"], "openvino")  # which reads what the exporter to ONNX wrote
+AXES = dict(batch=0, height=2, width=3)  # of the images, that may be dynamic
 TOLERANCE = 1e-4  # of the largest logit: single precision, sums in another order
 ROUNDING = 1e-6  # allowed however small the logits are
 INT8_OPERATORS = ["Conv", "MatMul", "Gemm"]  # norms, softmax and sums stay in fp32
@@ -120,7 +121,7 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
     """
     check_request(format, file, calibration is not None)
     model = model.eval()
-    dynamic = ["batch", "height", "width"] if _takes_any_size(model, format) else ["batch"]
+    dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         written = Path(folder) / file.name
         graph = Path(folder) / "graph.onnx"  # what the formats but torch's are made of
@@ -174,8 +175,9 @@ def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Pari
 def photos(view: View, size: tuple[int, int]) -> Tensor:
     """Eight parts of scikit-learn's two photos -> (8, channels, height, width), normalised as the model wants them."""
     found = []
+    whole = [Image.fromarray(photo) for photo in load_sample_images().images]
     for i in range(PHOTOS):
-        photo = Image.fromarray(load_sample_images().images[i % 2])
+        photo = whole[i % 2]
         left, top = 60 * (i // 2), 35 * (i // 2)
         part = photo.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + 400, top + 300))
         found.append(to_uint8(to_mode(part, view.channels)))
@@ -212,9 +214,8 @@ def _takes_any_size(model: Any, format: str) -> bool:
 def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
     card = model.card
     x = torch.zeros(2, card.in_chans, card.size, card.size)
-    axes = dict(zip(("batch", "height", "width"), (0, 2, 3), strict=True))
     try:
-        return torch.export.export(model, (x,), dynamic_shapes=({axes[name]: Dim.DYNAMIC for name in dynamic},))
+        return torch.export.export(model, (x,), dynamic_shapes=({AXES[name]: Dim.DYNAMIC for name in dynamic},))
     except Exception as error:  # each architecture fails in its own way
         raise UserError(f"{card.model} cannot be exported: {first_line(error)}") from None
 
@@ -236,7 +237,7 @@ def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[
     proto.producer_name, proto.producer_version = "eit", card.version
     onnx.helper.set_model_props(proto, {KEY: _card_json(card)})
     shape = proto.graph.input[0].type.tensor_type.shape.dim
-    names = {shape[axis].dim_param: name for name, axis in zip(("batch", "height", "width"), (0, 2, 3), strict=True)}
+    names = {shape[axis].dim_param: name for name, axis in AXES.items()}
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:

@@ -24,6 +24,7 @@ from eit.zoo import check_size
 KEY = "eit"  # of the metadata that holds the card
 INPUT, OUTPUT = "images", "logits"
 Run = Callable[[np.ndarray], np.ndarray]
+Port = tuple[str, list[Any]]  # name and shape of an input or output; a dynamic axis is no int
 
 
 class ExportedModel(nn.Module):
@@ -93,12 +94,9 @@ def _open_onnx(file: Path) -> ExportedModel:
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of its own kinds, which have no common base
         raise UserError(f"{file} is not a readable ONNX file: {_line(error)}") from None
-    card = _read_card(file, session.get_modelmeta().custom_metadata_map.get(KEY))
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    ports = [(port.name, list(port.shape)) for port in (*inputs, *outputs)]
-    _check_signature(file, card, ports)
-    fixed = not isinstance(inputs[0].shape[2], str)
-    return ExportedModel(file, card, lambda x: session.run([OUTPUT], {INPUT: x})[0], fixed)
+    ports = [(port.name, list(port.shape)) for port in (*session.get_inputs(), *session.get_outputs())]
+    card = session.get_modelmeta().custom_metadata_map.get(KEY)
+    return _model(file, card, ports, lambda x: session.run([OUTPUT], {INPUT: x})[0])
 
 
 def _open_openvino(file: Path) -> ExportedModel:
@@ -107,21 +105,24 @@ def _open_openvino(file: Path) -> ExportedModel:
         core = ov.Core()
         model = core.read_model(file)
         card = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
-        fixed = model.input(0).partial_shape[2].is_static if card else True
-        shapes = [
-            [d.get_length() if d.is_static else None for d in p.partial_shape] for p in model.inputs + model.outputs
+        ports = [
+            (port.any_name, [dim.get_length() if dim.is_static else None for dim in port.partial_shape])
+            for port in (*model.inputs, *model.outputs)
         ]
-        ports = [(port.any_name, shape) for port, shape in zip(model.inputs + model.outputs, shapes, strict=True)]
         settings = dict(INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=torch.get_num_threads())
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # RuntimeError in most cases, of several lines
         raise UserError(f"{file} is not a readable OpenVINO model: {_line(error)}") from None
-    read = _read_card(file, card)
-    _check_signature(file, read, ports)
-    return ExportedModel(file, read, lambda x: compiled([x])[0], fixed)
+    return _model(file, card, ports, lambda x: compiled([x])[0])
 
 
 RUNTIMES = {".onnx": _open_onnx, ".xml": _open_openvino}
+
+
+def _model(file: Path, card_text: str | None, ports: list[Port], run: Run) -> ExportedModel:
+    card = _read_card(file, card_text)
+    _check_signature(file, card, ports)
+    return ExportedModel(file, card, run, fixed_size=isinstance(ports[0][1][2], int))
 
 
 def _read_card(file: Path, text: str | None) -> Card:
@@ -135,8 +136,8 @@ def _read_card(file: Path, text: str | None) -> Card:
         raise UserError(f"{file}: its metadata {KEY!r} is damaged") from None
 
 
-def _check_signature(file: Path, card: Card, ports: list[tuple[str, list[Any]]]) -> None:
-    """Raise a UserError where inputs and outputs, (name, shape) each, are not those of the card's model."""
+def _check_signature(file: Path, card: Card, ports: list[Port]) -> None:
+    """Raise a UserError where inputs and outputs are not those of the card's model."""
     if [name for name, _ in ports] != [INPUT, OUTPUT]:
         raise UserError(f"{file} has {', '.join(name for name, _ in ports)}, instead of {INPUT} and {OUTPUT}")
     images, logits = (shape for _, shape in ports)

@@ -137,8 +137,7 @@ def model_card(model: Any, name: str, repo: str, license: str | None = None, run
     card: Card = model.card
     summary, environment = _read_json(run, "summary.json"), _read_json(run, "environment.json")
     cost = complexity(model, (card.in_chans, card.size, card.size))
-    recipe = card.recipe or {}
-    data = _data_name(recipe.get("data") or {})
+    data = _data_name(card.data)
     metrics = _finite(card)
     results = [
         EvalResult(
@@ -189,7 +188,7 @@ def model_card(model: Any, name: str, repo: str, license: str | None = None, run
         "",
         "## Recipe",
         "",
-        *_recipe(recipe, environment),
+        *_recipe(card.recipe or {}, environment),
         "",
         "## Limits",
         "",
@@ -210,8 +209,6 @@ def _data_name(data: dict[str, Any]) -> str | None:
 def _config(model: Any, license: str | None) -> dict[str, Any]:
     """config.json by timm, without what transformers would be told twice."""
     card: Card = model.card
-    if not hasattr(model, "pretrained_cfg"):
-        raise UserError("this model was not made by the zoo: give weights that say which one they are")
     with tempfile.TemporaryDirectory() as staging:
         config = dict(label_names=card.classes)
         save_for_hf(model, staging, model_config=config, data_config=card.timm_cfg, safe_serialization=True)

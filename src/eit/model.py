@@ -292,8 +292,6 @@ class EIT(nn.Module):
         if int(embed_dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden channel of embed_dim={embed_dim}")
         self.attn_channels = attention_channels(schedule, embed_dim, depth, num_heads)  # the others are convolved
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.img_size = height, width
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.embed_dim = embed_dim
@@ -306,9 +304,7 @@ class EIT(nn.Module):
             self.patch_embed: ConvPoolStem | PatchStem = PatchStem(in_chans, embed_dim, patch_size, **where)
         else:
             self.patch_embed = ConvPoolStem(in_chans, embed_dim, kernel_size, stride, pool_size, **where)
-        self.grid_size = self.patch_embed.grid_size(*self.img_size)
-        if 0 in self.grid_size:
-            raise ValueError(f"img_size={img_size} is smaller than the stem needs: it makes no token")
+        self.img_size, self.grid_size = self._size_and_grid(img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
         self.pos_embed: nn.Parameter | None = None
         if pos_embed == "learned":
@@ -477,15 +473,20 @@ class EIT(nn.Module):
         Raises:
             ValueError: the stem makes no token of so few pixels.
         """
+        size, grid = self._size_and_grid(img_size)
+        if self.pos_embed is not None and grid != self.grid_size:
+            table = resample_abs_pos_embed(self.pos_embed.detach(), list(grid), list(self.grid_size))
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.img_size, self.grid_size = size, grid
+        self._traits = dict(getattr(self, "_traits", {}), img_size=self.img_size)  # what timm's export reads
+
+    def _size_and_grid(self, img_size: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) in pixels and in tokens."""
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         grid = self.patch_embed.grid_size(height, width)
         if 0 in grid:
             raise ValueError(f"img_size={img_size} is smaller than the stem needs: it makes no token")
-        if self.pos_embed is not None and grid != self.grid_size:
-            table = resample_abs_pos_embed(self.pos_embed.detach(), list(grid), list(self.grid_size))
-            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
-        self.img_size, self.grid_size = (height, width), grid
-        self._traits = dict(getattr(self, "_traits", {}), img_size=self.img_size)  # what timm's export reads
+        return (height, width), grid
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

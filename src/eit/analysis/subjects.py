@@ -12,7 +12,7 @@ import timm
 import torchvision
 from timm.data import resolve_data_config
 
-from eit.checkpoint import HUB, SHIPPED, Card, find_weights, load
+from eit.checkpoint import SHIPPED, Card, find_weights, load, names_weights
 from eit.config import data_config, parse_recipe
 from eit.console import say
 from eit.data import DIGITS, AnyImages, open_evaluation
@@ -81,7 +81,7 @@ def check_names(names: Sequence[str]) -> None:
     """Raise a UserError for a name that `open_subjects` would refuse, before anything is computed."""
     for name in names:
         kind, _, plain = name.partition("/")
-        if Path(name).exists() or name.startswith(HUB) or name in VARIANTS or (kind in FAMILIES and plain in VARIANTS):
+        if names_weights(name) or name in VARIANTS or (kind in FAMILIES and plain in VARIANTS):
             continue
         if name.startswith(TIMM):
             check_timm_name(name)
@@ -89,7 +89,7 @@ def check_names(names: Sequence[str]) -> None:
             known = torchvision.models.list_models(module=torchvision.models)
             if plain not in known:
                 raise UserError(f"torchvision has no model {plain!r}{nearest(plain, known)}")
-        elif name not in SHIPPED:
+        else:
             near = nearest(name, [*VARIANTS, *SHIPPED])
             raise UserError(
                 f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(SHIPPED)}, "
@@ -115,7 +115,7 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 def _open(name: str, label: str) -> Subject:
     kind, _, plain = name.partition("/")
-    if Path(name).exists() or name.startswith(HUB) or name in SHIPPED:
+    if names_weights(name):
         model = load(name)
         digest = hashlib.sha256(find_weights(name).read_bytes()).hexdigest()
         return Subject(label, "trained", model, model.card.view, name, digest, model.card)
