@@ -1,0 +1,48 @@
+"""EIT as a straightforward port of the paper has it: the baseline that `eit bench --naive` compares with.
+
+The same weights and the same results as `eit.EIT`. The token mixer is written out step by step: rearrange tokens to an
+image, cut its channels, convolve one part, rearrange the other back to tokens, attention as two products with a softmax
+between, concatenate. Images and weights keep PyTorch's default memory format.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from eit.model import EIT, ConvAttention
+
+
+class NaiveMixer(ConvAttention):
+    def convolve(self, image: Tensor) -> Tensor:
+        return self.conv_drop(self.conv(image))
+
+    def attend(self, x: Tensor) -> Tensor:
+        batch, tokens, channels = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        weights = torch.dropout(weights.softmax(dim=-1), self.attn_drop_rate, self.training)
+        x = (weights @ v).transpose(1, 2).reshape(batch, tokens, channels)
+        return self.proj_drop(self.proj(x))
+
+    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        if self.conv_channels == 0:
+            return self.attend(x)
+        batch, _, dim = x.shape
+        token, image = x[:, :1], x[:, 1:]
+        image = image.transpose(1, 2).reshape(batch, dim, h, w)
+        conv = self.convolve(image[:, : self.conv_channels]).flatten(2).transpose(1, 2)
+        conv = torch.cat((token[..., : self.conv_channels], conv), dim=1)
+        if self.attn_channels == 0:
+            return conv
+        attn = image[:, self.conv_channels :].flatten(2).transpose(1, 2)
+        attn = self.attend(torch.cat((token[..., self.conv_channels :], attn), dim=1))
+        return torch.cat((conv, attn), dim=2)
+
+
+def naive(model: EIT) -> EIT:
+    """A copy of `model`, with the same weights, that computes as above."""
+    twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for block in twin.blocks:
+        block.attn.__class__ = NaiveMixer
+    return twin
