@@ -2,14 +2,15 @@
 
 The same weights and the same results as `eit.EIT`. The token mixer is written out step by step: rearrange tokens to an
 image, cut its channels, convolve one part, rearrange the other back to tokens, attention as two products with a softmax
-between, concatenate. Images and weights keep PyTorch's default memory format.
+between, concatenate. Images and weights keep PyTorch's default memory format, and layers are PyTorch's own.
 """
 
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from eit.layers import Linear, PatchConv2d
 from eit.model import EIT, ConvAttention
 
 
@@ -43,6 +44,7 @@ class NaiveMixer(ConvAttention):
 def naive(model: EIT) -> EIT:
     """A copy of `model`, with the same weights, that computes as above."""
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for block in twin.blocks:
-        block.attn.__class__ = NaiveMixer
+    plain = {ConvAttention: NaiveMixer, Linear: nn.Linear, PatchConv2d: nn.Conv2d}
+    for module in twin.modules():
+        module.__class__ = plain.get(type(module), type(module))
     return twin

@@ -11,7 +11,8 @@ SOURCE = Path(eit.__file__).parent
 # Lower layers first; a module imports from lower layers only. `analysis` is a package, with layers of its own.
 LAYERS = [
     {"errors"},
-    {"model", "config", "distributed", "draw"},
+    {"layers", "config", "distributed", "draw"},
+    {"model"},
     {"zoo", "macs", "console", "images"},
     {"checkpoint", "readers", "plan", "augment"},
     {"state", "batch", "exported"},

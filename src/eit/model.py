@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, global_pool_nlc, resample_abs_pos_embed
+from timm.layers import DropPath, global_pool_nlc, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from eit import layers
 
 Schedule = str | tuple[int, ...] | list[int]
 
@@ -93,7 +94,7 @@ class ConvPoolStem(nn.Module):
         super().__init__()
         self.kernel_size, self.stride, self.pool_size = kernel_size, stride, pool_size
         self.pitch = stride * pool_size  # pixels from one token to the next
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2, **where)
+        self.proj = layers.PatchConv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2, **where)
         self.pool = nn.MaxPool2d(pool_size, pool_size)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
@@ -112,7 +113,7 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int, **where: Any) -> None:
         super().__init__()
         self.pitch = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, **where)
+        self.proj = layers.PatchConv2d(in_chans, embed_dim, patch_size, patch_size, **where)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
@@ -144,8 +145,8 @@ class ConvAttention(nn.Module):
         self.num_heads = num_heads
         self.attn_drop_rate = attn_drop
         if self.attn_channels > 0:
-            self.qkv = nn.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias, **where)
-            self.proj = nn.Linear(attn_channels, attn_channels, **where)
+            self.qkv = layers.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias, **where)
+            self.proj = layers.Linear(attn_channels, attn_channels, **where)
             self.proj_drop = nn.Dropout(proj_drop)
         if self.conv_channels > 0:
             self.conv = nn.Conv2d(
@@ -163,7 +164,7 @@ class ConvAttention(nn.Module):
         # (B, N, 3*H*D) -> (3, B, H, N, D), views all the way
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.attn_drop_rate if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        x = layers.attention(q, k, v, dropout)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, H, N, D) -> (B, N, H*D)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
@@ -176,6 +177,21 @@ class ConvAttention(nn.Module):
             conv, attn = x.split([self.conv_channels, self.attn_channels], dim=2)
             x = torch.cat((self.convolve(conv, h, w), self.attend(attn)), dim=2)
         return x
+
+
+class Mlp(nn.Module):
+    """The channel mixer: (B, N, C) -> the same shape."""
+
+    def __init__(self, dim: int, hidden: int, drop: float, **where: Any) -> None:
+        super().__init__()
+        self.fc1 = layers.Linear(dim, hidden, **where)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = layers.Linear(hidden, dim, **where)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
 class Block(nn.Module):
@@ -198,7 +214,7 @@ class Block(nn.Module):
         self.attn = ConvAttention(dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, **where)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **where)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop, **where)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **where)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:

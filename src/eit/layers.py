@@ -1,0 +1,97 @@
+"""Layers of PyTorch, with the same parameters and results, computed in the way that is fastest on a CPU with AVX-512.
+
+docs/performance.md has what each is worth. Elsewhere, and in scripted and exported programs, they are the plain
+operators. Tracers of torch.fx take each function as one operator, for they know neither the device nor the width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+NARROW = 16  # channels of a head: the fused attention takes longer over fewer than over just these
+CACHE = 1 << 22  # bytes of attention weights
+
+
+def _on_avx512(x: Tensor) -> bool:
+    return AVX512 and x.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`: (..., in_features) -> (..., out_features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@torch.fx.wrap
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` as a convolution of one pixel.
+
+    PyTorch gives float32 matrix products to MKL, which leaves AVX-512 unused on AMD, and convolutions to oneDNN.
+    """
+    if torch.jit.is_scripting():
+        return F.linear(x, weight, bias)
+    else:  # which TorchScript does not compile
+        if not _on_avx512(x):
+            return F.linear(x, weight, bias)
+        image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
+        image = F.conv2d(image, weight[:, :, None, None], bias)  # (1, out_features, 1, pixels)
+        return image[0, :, 0].t().unflatten(0, x.shape[:-1])
+
+
+class PatchConv2d(nn.Conv2d):
+    """`nn.Conv2d` of square kernels: (B, C, height, width) -> (B, out_channels, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return patch_conv2d(x, self.weight, self.bias, self.stride[0], int(self.padding[0]))
+
+
+@torch.fx.wrap
+def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """`F.conv2d`, where the stride divides the kernel with each stride x stride square as the channels of one pixel.
+
+    A kernel of 16 and stride 4 over 3 channels is then one of 4 and stride 1 over 48, which fill the registers.
+    """
+    if torch.jit.is_scripting():
+        return F.conv2d(x, weight, bias, stride, padding)
+    else:
+        kernel = weight.shape[-1]
+        if stride == 1 or kernel % stride or not _on_avx512(x):
+            return F.conv2d(x, weight, bias, stride, padding)
+        x = F.pad(x, (padding, padding, padding, padding))
+        h, w = x.shape[2] // stride, x.shape[3] // stride
+        x = x[:, :, : h * stride, : w * stride].unflatten(2, (h, stride)).unflatten(4, (w, stride))
+        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)  # (B, stride*stride*C, h, w), channels_last
+        squares = (kernel // stride, stride)
+        weight = weight.unflatten(2, squares).unflatten(4, squares).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias)
+
+
+@torch.fx.wrap
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """`F.scaled_dot_product_attention` of (B, H, N, D), by the kernel that is fastest for heads this narrow."""
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    else:
+        if not _on_avx512(q):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        # The fused kernel has no dropout, and its backward pass takes twice as long in bfloat16 as in float32.
+        if (dropout or q.dtype == torch.bfloat16) and not torch.compiler.is_compiling():
+            return _attention_in_pieces(q, k, v, dropout)
+        width = q.shape[-1]
+        if width < NARROW:
+            q, k, v = (F.pad(part, (0, NARROW - width)) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=width**-0.5)[..., :width]
+
+
+def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Matrix products with a softmax between, for as many images at a time as leave the weights in the cache."""
+    of_one = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+    images = max(CACHE // of_one, 1)
+    pieces = []
+    with torch.autocast("cpu", enabled=False):
+        for some_q, some_k, some_v in zip(q.split(images), k.split(images), v.split(images), strict=True):
+            weights = (some_q * q.shape[-1] ** -0.5) @ some_k.transpose(-2, -1)
+            pieces.append(torch.dropout(weights.softmax(-1), dropout, dropout > 0) @ some_v)
+    return torch.cat(pieces)
