@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.linear(x, weight, bias)
         image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
         image = F.conv2d(image, weight[:, :, None, None], bias)  # (1, out_features, 1, pixels)
-        return image[0, :, 0].t().unflatten(0, x.shape[:-1])
+        return image.permute(0, 2, 3, 1).flatten(0, 2).unflatten(0, x.shape[:-1])
 
 
 class PatchConv2d(nn.Conv2d):
