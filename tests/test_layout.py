@@ -11,7 +11,7 @@ SOURCE = Path(eit.__file__).parent
 # Lower layers first; a module imports from lower layers only. `analysis` is a package, with layers of its own.
 LAYERS = [
     {"errors"},
-    {"model", "config", "distributed", "draw"},
+    {"model", "config", "distributed", "draw", "memory", "peak"},
     {"zoo", "macs", "console", "images"},
     {"checkpoint", "readers", "plan", "augment"},
     {"state", "batch", "exported"},
@@ -20,6 +20,7 @@ LAYERS = [
     {"evaluate", "finetune", "shard"},
     {"train", "analysis"},
     {"show", "export", "hub"},
+    {"benchmark"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -173,6 +173,63 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
     save(figure, file)
 
 
+class Bar(NamedTuple):
+    """A measurement: median, least and most; `group` gives the colour."""
+
+    group: str
+    label: str
+    value: float
+    low: float
+    high: float
+    note: str
+
+
+class Panel(NamedTuple):
+    """Bars with one unit."""
+
+    title: str
+    unit: str
+    bars: Sequence[Bar]
+
+
+def bars(panels: Sequence[Panel], file: Path) -> None:
+    """Horizontal bars, a panel below the other: a colour a group, whiskers from least to most, a note behind each."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys(bar.group for panel in panels for bar in panel.bars))
+    colours = ["#999999", "#0057b8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+    if not groups[0].startswith("naive"):
+        colours = colours[1:]
+    if len(groups) > len(colours):
+        colours = [colormaps["tab20"](i) for i in range(20)]
+    palette = {group: colours[i % len(colours)] for i, group in enumerate(groups)}
+    rows = [len(panel.bars) + 2.2 for panel in panels]  # the title and the axis take as much as two bars
+    inch = 0.27
+    figure = Figure(figsize=(9.5, inch * sum(rows)), dpi=110)
+    top = sum(rows)
+    for panel, height in zip(panels, rows, strict=True):
+        n = len(panel.bars)
+        axis = figure.add_axes((0.3, (top - n - 1.1) / sum(rows), 0.52, n / sum(rows)))
+        top -= height
+        for y, bar in enumerate(panel.bars):
+            spread = [[bar.value - bar.low], [bar.high - bar.value]]
+            axis.barh(y, bar.value, height=0.74, color=palette[bar.group], xerr=spread, error_kw=dict(lw=1, capsize=2))
+            axis.annotate(
+                f"{bar.value:.4g}  ({bar.note})", (bar.high, y), (5, 0), textcoords="offset points", va="center",
+                fontsize=8, annotation_clip=False,
+            )  # fmt: skip
+        names = [shorten(f"{bar.group}  {bar.label}", 46) for bar in panel.bars]
+        axis.set_yticks(range(n), names, parse_math=False, fontsize=8)
+        axis.set_ylim(n - 0.4, -0.6)
+        axis.set_xlim(0, None)
+        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"{panel.title}: {panel.unit}", loc="left", fontsize=10, pad=3)
+    save(figure, file)
+
+
 def shorten(name: str, width: int) -> str:
     """`name` in one line of at most `width` characters, all of which can be shown."""
     line = printable(" ".join(name.split()))
