@@ -956,6 +956,15 @@ def _bench_sections(record: "Record") -> dict[str, list["Row"]]:
     return sections
 
 
+def _is_latency(row: "Row") -> bool:
+    return row.arm.mode == "infer" and row.arm.batch == 1
+
+
+def _speeds(row: "Row") -> list[float]:
+    """Milliseconds where a row is about latency, else images/s, one a round."""
+    return [1000 * s if _is_latency(row) else row.arm.batch / s for s in row.seconds]
+
+
 def _bench_tables(record: "Record") -> None:
     """A table for each mode and batch, and what is to be known of them."""
     from rich.markup import escape
@@ -964,12 +973,19 @@ def _bench_tables(record: "Record") -> None:
 
     for title, rows in _bench_sections(record).items():
         out.print(f"\n{title}")
-        single = rows[0].arm.mode == "infer" and rows[0].arm.batch == 1
         with_memory = any(row.memory is not None for row in rows)
-        head = ["model", "runtime", "precision", "ms" if single else "images/s", "spread", "ratio", "of peak"]
+        head = [
+            "model",
+            "runtime",
+            "precision",
+            "ms" if _is_latency(rows[0]) else "images/s",
+            "spread",
+            "ratio",
+            "of peak",
+        ]
         cells = []
         for row in rows:
-            speeds = [1000 * s if single else row.arm.batch / s for s in row.seconds]
+            speeds = _speeds(row)
             cells.append(
                 [
                     escape(printable(row.arm.label)),
@@ -992,7 +1008,8 @@ def _rounded(value: float) -> str:
 
 def _bench_footer(record: "Record") -> str:
     about = record.about
-    lines = [f"{about['device']}, {about['threads']} threads; medians and spread of {about['rounds']} rounds."]
+    rounds = f"{about['rounds']} round{'s' if about['rounds'] > 1 else ''}"
+    lines = [f"{about['device']}, {about['threads']} threads; medians and spread of {rounds}"]
     for precision, routes in record.peaks.items():
         ways = sorted(((median(rates), name) for name, rates in routes.items()), reverse=True)
         others = "".join(f"; {name} {rate / 1e9:,.0f}" for rate, name in ways[1:])
@@ -1010,14 +1027,14 @@ def _bench_bars(record: "Record") -> list["Panel"]:
 
     panels = []
     for title, rows in _bench_sections(record).items():
-        single = rows[0].arm.mode == "infer" and rows[0].arm.batch == 1
         found = []
         for row in rows:
-            values = [1000 * s if single else row.arm.batch / s for s in row.seconds]
-            note = f"{median(row.ratios):.2f}x, {100 * row.share:.0f}% of peak"
-            label = f"{row.arm.runtime} {row.arm.precision}"
-            found.append(Bar(row.arm.label, label, median(values), min(values), max(values), note))
-        panels.append(Panel(title, "ms (less is better)" if single else "images/s", found))
+            speeds = _speeds(row)
+            note = f"{_rounded(median(speeds))}   {median(row.ratios):.2f}x   {100 * row.share:.0f}% of peak"
+            low = row.arm.precision == "bf16"
+            name = f"{row.arm.runtime} {row.arm.precision}"
+            found.append(Bar(row.arm.label, name, median(speeds), min(speeds), max(speeds), note, low))
+        panels.append(Panel(f"{title}: {'ms, less is better' if _is_latency(rows[0]) else 'images/s'}", found))
     return panels
 
 
@@ -1047,13 +1064,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from eit.console import out
 
     table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns:
-        column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    if not out.is_terminal:  # in a file nothing is cut
+        table.width = out.measure(table, options=out.options.update(max_width=1000)).maximum
+    out.print(table, crop=False)
 
 
 def main() -> None:

@@ -174,7 +174,7 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
 
 
 class Bar(NamedTuple):
-    """A measurement: median, least and most; `group` gives the colour."""
+    """A measurement: median, least and most. `group` gives the colour, `pale` a lighter shade of it."""
 
     group: str
     label: str
@@ -182,51 +182,46 @@ class Bar(NamedTuple):
     low: float
     high: float
     note: str
+    pale: bool
 
 
 class Panel(NamedTuple):
-    """Bars with one unit."""
+    """Bars that share an axis."""
 
     title: str
-    unit: str
     bars: Sequence[Bar]
 
 
 def bars(panels: Sequence[Panel], file: Path) -> None:
-    """Horizontal bars, a panel below the other: a colour a group, whiskers from least to most, a note behind each."""
+    """Horizontal bars, a panel below the other: whiskers from least to most, a note behind each."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    groups = list(dict.fromkeys(bar.group for panel in panels for bar in panel.bars))
-    colours = ["#999999", "#0057b8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-    if not groups[0].startswith("naive"):
-        colours = colours[1:]
-    if len(groups) > len(colours):
-        colours = [colormaps["tab20"](i) for i in range(20)]
-    palette = {group: colours[i % len(colours)] for i, group in enumerate(groups)}
-    rows = [len(panel.bars) + 2.2 for panel in panels]  # the title and the axis take as much as two bars
-    inch = 0.27
-    figure = Figure(figsize=(9.5, inch * sum(rows)), dpi=110)
-    top = sum(rows)
-    for panel, height in zip(panels, rows, strict=True):
+    every = [bar for panel in panels for bar in panel.bars]
+    groups = list(dict.fromkeys(bar.group for bar in every))
+    colours = {group: colormaps["tab10"](i % 10) for i, group in enumerate(groups)}
+    rows = sum(len(panel.bars) + 2.2 for panel in panels)  # the title and the axis of each take as much as two bars
+    names = {bar: shorten(f"{bar.group}  {bar.label}", 48) for bar in every}
+    width, margin = 10.0, 0.2 + 0.066 * max(map(len, names.values()))  # inches
+    figure = Figure(figsize=(width, 0.27 * rows), dpi=110)
+    top = rows
+    for panel in panels:
         n = len(panel.bars)
-        axis = figure.add_axes((0.3, (top - n - 1.1) / sum(rows), 0.52, n / sum(rows)))
-        top -= height
+        axis = figure.add_axes((margin / width, (top - n - 1.1) / rows, 0.8 - margin / width, n / rows))
+        top -= n + 2.2
         for y, bar in enumerate(panel.bars):
-            spread = [[bar.value - bar.low], [bar.high - bar.value]]
-            axis.barh(y, bar.value, height=0.74, color=palette[bar.group], xerr=spread, error_kw=dict(lw=1, capsize=2))
-            axis.annotate(
-                f"{bar.value:.4g}  ({bar.note})", (bar.high, y), (5, 0), textcoords="offset points", va="center",
-                fontsize=8, annotation_clip=False,
-            )  # fmt: skip
-        names = [shorten(f"{bar.group}  {bar.label}", 46) for bar in panel.bars]
-        axis.set_yticks(range(n), names, parse_math=False, fontsize=8)
+            colour, spread = colours[bar.group], [[bar.value - bar.low], [bar.high - bar.value]]
+            axis.barh(
+                y, bar.value, 0.74, color=colour, alpha=0.55 if bar.pale else 1, xerr=spread, error_kw=dict(capsize=2)
+            )
+            axis.annotate(bar.note, (bar.high, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_yticks(range(n), [names[bar] for bar in panel.bars], parse_math=False, fontsize=8)
         axis.set_ylim(n - 0.4, -0.6)
         axis.set_xlim(0, None)
         axis.tick_params(axis="y", length=0)
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(f"{panel.title}: {panel.unit}", loc="left", fontsize=10, pad=3)
+        axis.set_title(panel.title, loc="left", fontsize=10, pad=3)
     save(figure, file)
 
 
