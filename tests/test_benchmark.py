@@ -83,6 +83,8 @@ def test_a_training_step_costs_thrice_but_for_the_gradient_of_the_image():
 def test_the_naive_model_is_the_model(schedule):
     torch.manual_seed(0)
     model = eit.EIT(**TINY, schedule=schedule)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # the initial values leave attention nearly uniform
     twin = benchmark.load_naive()(model)
     assert twin.state_dict().keys() == model.state_dict().keys()
     x, y = torch.randn(3, 3, 20, 16), torch.tensor([0, 3, 1])
@@ -92,7 +94,7 @@ def test_the_naive_model_is_the_model(schedule):
         torch.nn.functional.cross_entropy(logits, y).backward()
         outputs.append([logits, *(p.grad for p in one.parameters())])
     for ours, naive in zip(*outputs, strict=True):
-        torch.testing.assert_close(naive, ours, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(naive, ours, rtol=1e-4, atol=1e-4 * float(ours.abs().max()))
 
 
 def test_every_round_measures_every_arm_in_turns(monkeypatch):
