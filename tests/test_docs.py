@@ -54,6 +54,8 @@ NOT_RUN = {
     "python examples/segmentation.py": "minutes; test_dense.py::test_the_example_trains_and_draws",
     "python tests/chaos.py": "20 minutes; a short form: "
     "test_reliability.py::test_runs_killed_at_random_come_back_identical",
+    "eit bench eit_mini": "minutes; test_benchmark.py::test_runtimes_batches_and_modes_are_measured",
+    "python benchmarks/scale.py": "10 minutes, of measuring",
     "eit train cifar100 data.root=data data.download=true": "downloads; "
     "test_readers.py::test_downloads_go_to_torchvision",
     "eit train cifar10 data.dataset=hfds/": "downloads; test_readers.py::test_a_hugging_face_set_through_timm",
@@ -210,6 +212,9 @@ def small(words):
             return [*words, "--count", "2", "--val-count", "1"]
         case ["eval", *_]:
             return [*words, "--workers", "0", "--batch-size", "2"]  # a batch is filled up: 64 would cost as many
+        case ["bench", *_]:
+            quick = ["--no-memory", "--rounds", "1", "--batch-size", "1", "--precision", "fp32", "--runtime", "eager"]
+            return [*words, *quick]
         case ["analyze", *_]:
             few = [] if "results/analysis/images" in words else ["--images", "2", "--pictures", "1"]
             size = ["--size", "64"] if "eit_mini" in words else []

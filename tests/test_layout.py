@@ -11,7 +11,7 @@ SOURCE = Path(eit.__file__).parent
 # Lower layers first; a module imports from lower layers only. `analysis` is a package, with layers of its own.
 LAYERS = [
     {"errors"},
-    {"layers", "config", "distributed", "draw"},
+    {"layers", "config", "distributed", "draw", "memory", "peak"},
     {"model"},
     {"zoo", "macs", "console", "images"},
     {"checkpoint", "readers", "plan", "augment"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"evaluate", "finetune", "shard"},
     {"train", "analysis"},
     {"show", "export", "hub"},
+    {"benchmark"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -70,8 +71,9 @@ def test_imports_go_down(file):
 
 
 def test_the_model_needs_torch_and_timm_layers_alone():
-    allowed = ("torch", "timm.layers", "collections.abc", "typing")
-    assert not [n for n in imported(SOURCE / "model.py", top_level_only=False) if not n.startswith(allowed)]
+    allowed = ("torch", "timm.layers", "collections.abc", "typing", "eit.layers")
+    for file in ("model.py", "layers.py"):
+        assert not [n for n in imported(SOURCE / file, top_level_only=False) if not n.startswith(allowed)]
 
 
 def test_the_command_is_quick_to_start():

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -38,6 +39,23 @@ def same(a, b):
 
 
 # -- The run folder
+
+
+@pytest.mark.parametrize("ended", ["finished", "stopped", "failed"])
+def test_curves_are_drawn_now_and_then_and_whole_at_the_end(folder, monkeypatch, ended):
+    drawn = []
+    monkeypatch.setattr("eit.draw.curves", lambda lines, file: drawn.append(len(lines)))
+    expected = pytest.raises(OSError, match="disk") if ended == "failed" else nullcontext()
+    with expected, Run(folder.parent / "run", recipe(folder)) as run:
+        run.start_logging({}, 0)
+        for epoch in range(3):
+            line = dict(epoch=epoch, step=epoch, train_loss=1.0, val_loss=1.0, val_top1=1.0, ema_top1=None, lr=1.0)
+            run.log(line | dict(images_per_s=1.0), 3)
+        if ended == "finished":
+            run.finish()
+        if ended == "failed":
+            raise OSError("disk")
+    assert drawn == [1, 3]
 
 
 def test_a_run_leaves_what_it_promises(folder):

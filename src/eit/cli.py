@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -20,8 +20,11 @@ from eit.errors import UserError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
     from eit.analysis.figures import Measured
+    from eit.benchmark import Measured as Row
+    from eit.benchmark import Record
     from eit.checkpoint import Card
     from eit.config import Data
+    from eit.draw import Panel
     from eit.evaluate import Metrics
     from eit.export import Export
     from eit.images import Images
@@ -96,6 +99,18 @@ def _recipe_keys(incomplete: str) -> list[str]:
     from eit.config import recipe_keys
 
     return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
+
+
+def _model_names(incomplete: str) -> list[str]:
+    """For the shell's completion: names of the zoo, with a family before them; timm's once `timm/` is typed."""
+    from eit.zoo import FAMILIES, TIMM, VARIANTS
+
+    names = [*VARIANTS, *(f"{family}/{name}" for family in FAMILIES for name in VARIANTS), TIMM]
+    if incomplete.startswith(TIMM):
+        import timm
+
+        names = [TIMM + name for name in timm.list_models()]
+    return [name for name in names if name.startswith(incomplete)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -444,6 +459,80 @@ def analyze(
         "diversity: standard deviation of the heads' attention distances; relative: to uniform attention."
     )
     print(printable(f"{page}: figures and numbers of {len(chosen):,} image{'s' if len(chosen) > 1 else ''}"))
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="eit_mini, lsra/eit_mini; timm/NAME; weights files, run folders, digits.",
+            show_default=False,
+            autocompletion=_model_names,
+        ),
+    ],
+    modes: Annotated[
+        list[str] | None, typer.Option("--mode", help="infer or train; repeatable; default: both.")
+    ] = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option("--precision", help="fp32 or bf16; repeatable; default: both.")
+    ] = None,
+    runtimes: Annotated[
+        list[str] | None,
+        typer.Option("--runtime", help="eager, compile, onnxruntime or openvino; repeatable; default: those at hand."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images a step; inference of a single one is measured too.")
+    ] = 16,
+    size: Annotated[int | None, typer.Option(min=1, max=4096, help="Pixels; default: each model's own.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; default: torch's choice.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In which all is measured once, in turns.")] = 5,
+    naive: Annotated[
+        bool, typer.Option("--naive", help="A plain implementation as the baseline (source checkouts).")
+    ] = False,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory of a step as well.")] = True,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a bar chart: .png, .pdf or .svg.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Speed, and share of the machine's matrix-multiply peak.
+
+    eit bench eit_mini timm/deit_tiny_patch16_224 --runtime eager --runtime compile
+
+    Inference (one image, and a batch) and training steps on random images; medians of rounds in which every
+    combination is measured once, with spread.
+    """
+    picture = _file_to_write(out, "--out") if out else None
+    given: dict[str, tuple[list[str] | None, tuple[str, ...]]] = dict(
+        mode=(modes, ("infer", "train")),
+        precision=(precisions, ("fp32", "bf16")),
+        runtime=(runtimes, ("eager", "compile", "onnxruntime", "openvino")),
+    )
+    for option, (values, known) in given.items():
+        for value in values or ():
+            if value not in known:
+                raise UserError(f"--{option} {value} is not one of {', '.join(known)}")
+    if threads is not None and threads > (cores := os.cpu_count() or 1):
+        raise UserError(f"--threads {threads}: this machine has {cores} cores")
+    from eit import benchmark
+    from eit.distributed import start, world_size
+    from eit.draw import bars
+
+    on = start(device)
+    if world_size() > 1:
+        raise UserError("eit bench runs in one process: leave torchrun out")
+    chosen = [list(dict.fromkeys(values or known)) for values, known in given.values()]
+    options = benchmark.Options(
+        batch_size, size, threads, chosen[0], chosen[1], chosen[2] if runtimes else None, rounds, naive, memory, on
+    )
+    record = benchmark.bench(names, options)
+    if picture:
+        bars(_bench_bars(record), picture)
+    if as_json:
+        print(json.dumps(record.as_json(), indent=2))
+        return
+    _bench_tables(record)
 
 
 @app.command()
@@ -858,6 +947,97 @@ def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list
     return head, rows
 
 
+def _bench_sections(record: "Record") -> dict[str, list["Row"]]:
+    """The rows of each table, by its title."""
+    sections: dict[str, list[Row]] = {}
+    for row in record.rows:
+        what = "training step" if row.arm.mode == "train" else "inference"
+        sections.setdefault(f"{what}, batch {row.arm.batch}", []).append(row)
+    return sections
+
+
+def _is_latency(row: "Row") -> bool:
+    return row.arm.mode == "infer" and row.arm.batch == 1
+
+
+def _speeds(row: "Row") -> list[float]:
+    """Milliseconds where a row is about latency, else images/s, one a round."""
+    return [1000 * s if _is_latency(row) else row.arm.batch / s for s in row.seconds]
+
+
+def _bench_tables(record: "Record") -> None:
+    """A table for each mode and batch, and what is to be known of them."""
+    from rich.markup import escape
+
+    from eit.console import out
+
+    for title, rows in _bench_sections(record).items():
+        out.print(f"\n{title}")
+        with_memory = any(row.memory is not None for row in rows)
+        head = [
+            "model",
+            "runtime",
+            "precision",
+            "ms" if _is_latency(rows[0]) else "images/s",
+            "spread",
+            "ratio",
+            "of peak",
+        ]
+        cells = []
+        for row in rows:
+            speeds = _speeds(row)
+            cells.append(
+                [
+                    escape(printable(row.arm.label)),
+                    row.arm.runtime,
+                    row.arm.precision,
+                    _rounded(median(speeds)),
+                    f"{_rounded(min(speeds))} to {_rounded(max(speeds))}",
+                    f"{median(row.ratios):.2f}",
+                    f"{100 * row.share:.0f}%",
+                    *(["-" if row.memory is None else f"{row.memory / 2**20:,.0f}"] if with_memory else []),
+                ]
+            )
+        _table([*head, "MiB"] if with_memory else head, cells)
+    print(_bench_footer(record))
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _bench_footer(record: "Record") -> str:
+    about = record.about
+    rounds = f"{about['rounds']} round{'s' if about['rounds'] > 1 else ''}"
+    lines = [f"{about['device']}, {about['threads']} threads; medians and spread of {rounds}"]
+    for precision, routes in record.peaks.items():
+        ways = sorted(((median(rates), name) for name, rates in routes.items()), reverse=True)
+        others = "".join(f"; {name} {rate / 1e9:,.0f}" for rate, name in ways[1:])
+        lines.append(f"matrix multiply peak, {precision}: {ways[0][0] / 1e9:,.0f} GFLOP/s by {ways[0][1]}{others}")
+    base = record.baseline
+    lines.append(f"ratio: speed by that of {base}; of peak: MACs x 2 x batch / time / peak of the precision")
+    if any(row.memory is not None for row in record.rows):
+        lines.append("MiB: peak memory of a step beyond the model and its images")
+    lines += [f"not measured: {reason}" for reason in record.left_out]
+    return "\n".join(map(printable, lines))
+
+
+def _bench_bars(record: "Record") -> list["Panel"]:
+    from eit.draw import Bar, Panel
+
+    panels = []
+    for title, rows in _bench_sections(record).items():
+        found = []
+        for row in rows:
+            speeds = _speeds(row)
+            note = f"{_rounded(median(speeds))}   {median(row.ratios):.2f}x   {100 * row.share:.0f}% of peak"
+            low = row.arm.precision == "bf16"
+            name = f"{row.arm.runtime} {row.arm.precision}"
+            found.append(Bar(row.arm.label, name, median(speeds), min(speeds), max(speeds), note, low))
+        panels.append(Panel(f"{title}: {'ms, less is better' if _is_latency(rows[0]) else 'images/s'}", found))
+    return panels
+
+
 def _check_text(report: dict[str, Any]) -> str:
     lines = []
     for name, part in report["splits"].items():
@@ -888,7 +1068,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    if not out.is_terminal:  # in a file nothing is cut
+        table.width = out.measure(table, options=out.options.update(max_width=1000)).maximum
+    out.print(table, crop=False)
 
 
 def main() -> None:

@@ -173,6 +173,58 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
     save(figure, file)
 
 
+class Bar(NamedTuple):
+    """A measurement: median, least and most. `group` gives the colour, `pale` a lighter shade of it."""
+
+    group: str
+    label: str
+    value: float
+    low: float
+    high: float
+    note: str
+    pale: bool
+
+
+class Panel(NamedTuple):
+    """Bars that share an axis."""
+
+    title: str
+    bars: Sequence[Bar]
+
+
+def bars(panels: Sequence[Panel], file: Path) -> None:
+    """Horizontal bars, a panel below the other: whiskers from least to most, a note behind each."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    every = [bar for panel in panels for bar in panel.bars]
+    groups = list(dict.fromkeys(bar.group for bar in every))
+    colours = {group: colormaps["tab10"](i % 10) for i, group in enumerate(groups)}
+    rows = sum(len(panel.bars) + 2.2 for panel in panels)  # the title and the axis of each take as much as two bars
+    names = {bar: shorten(f"{bar.group}  {bar.label}", 48) for bar in every}
+    width, margin = 10.0, 0.2 + 0.066 * max(map(len, names.values()))  # inches
+    figure = Figure(figsize=(width, 0.27 * rows), dpi=110)
+    top = rows
+    for panel in panels:
+        n = len(panel.bars)
+        axis = figure.add_axes((margin / width, (top - n - 1.1) / rows, 0.8 - margin / width, n / rows))
+        top -= n + 2.2
+        for y, bar in enumerate(panel.bars):
+            colour, spread = colours[bar.group], [[bar.value - bar.low], [bar.high - bar.value]]
+            axis.barh(
+                y, bar.value, 0.74, color=colour, alpha=0.55 if bar.pale else 1, xerr=spread, error_kw=dict(capsize=2)
+            )
+            axis.annotate(bar.note, (bar.high, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_yticks(range(n), [names[bar] for bar in panel.bars], parse_math=False, fontsize=8)
+        axis.set_ylim(n - 0.4, -0.6)
+        axis.set_xlim(0, None)
+        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(panel.title, loc="left", fontsize=10, pad=3)
+    save(figure, file)
+
+
 def shorten(name: str, width: int) -> str:
     """`name` in one line of at most `width` characters, all of which can be shown."""
     line = printable(" ".join(name.split()))

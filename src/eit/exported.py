@@ -85,7 +85,8 @@ def need(module: str, what: str) -> ModuleType:
         raise UserError(f"{what} needs {module}, which cannot be imported: {first_line(error)}") from None
 
 
-def _open_onnx(file: Path) -> ExportedModel:
+def open_onnx(file: Path) -> ExportedModel:
+    """A .onnx file, run by ONNX Runtime on as many threads as torch has."""
     ort = need("onnxruntime", f"running {file}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -99,7 +100,8 @@ def _open_onnx(file: Path) -> ExportedModel:
     return _model(file, card, ports, lambda x: session.run([OUTPUT], {INPUT: x})[0])
 
 
-def _open_openvino(file: Path) -> ExportedModel:
+def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
+    """A .xml file, run by OpenVINO on as many threads as torch has, in `f32` or `bf16`."""
     ov = need("openvino", f"running {file}")
     try:
         core = ov.Core()
@@ -109,14 +111,14 @@ def _open_openvino(file: Path) -> ExportedModel:
             (port.any_name, [dim.get_length() if dim.is_static else None for dim in port.partial_shape])
             for port in (*model.inputs, *model.outputs)
         ]
-        settings = dict(INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=torch.get_num_threads())
+        settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # RuntimeError in most cases, of several lines
         raise UserError(f"{file} is not a readable OpenVINO model: {_line(error)}") from None
     return _model(file, card, ports, lambda x: compiled([x])[0])
 
 
-RUNTIMES = {".onnx": _open_onnx, ".xml": _open_openvino}
+RUNTIMES = {".onnx": open_onnx, ".xml": open_openvino}
 
 
 def _model(file: Path, card_text: str | None, ports: list[Port], run: Run) -> ExportedModel:

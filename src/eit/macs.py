@@ -59,3 +59,23 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     flops = counter.get_flop_counts()["Global"]
     attention = flops.get(torch.ops.aten.bmm, 0)
     return Complexity(params, sum(flops.values()) // 2, (sum(flops.values()) - attention) // 2 + extras)
+
+
+def training_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> int:
+    """Multiply-accumulates of a training step, for one image: forward, and by inputs and weights in the backward pass.
+
+    Three times `Complexity.macs`, less once the layers that read the image, whose gradient nobody needs.
+    """
+    reading = 0
+    twin = copy.deepcopy(model).to("meta").eval().requires_grad_()
+
+    def count(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal reading
+        if not inputs[0].requires_grad:
+            reading += output.numel() * module.weight[0].numel()
+
+    for module in twin.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    twin(torch.empty(1, *input_size, device="meta"))
+    return 3 * complexity(model, input_size).macs - reading

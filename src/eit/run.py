@@ -2,12 +2,15 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +23,8 @@ from eit.config import Recipe, differences, load_recipe
 from eit.console import say
 from eit.errors import UserError
 from eit.state import saved_steps
+
+CURVES_EVERY = 5  # seconds: drawing takes 0.1 s, as long as some recipes' epochs
 
 
 class Run:
@@ -52,11 +57,14 @@ class Run:
                 f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
             )
         write_file(file, recipe.to_yaml())
+        self._undrawn, self._drawn_at = False, -math.inf
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(UserError):  # whatever else ended the run is the error to show
+            self._draw_curves()
         self._lock.close()
 
     def lines(self) -> list[dict[str, Any]]:
@@ -83,7 +91,7 @@ class Run:
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, line: dict[str, Any], classes: int) -> None:
-        """An epoch's line: to log.jsonl, TensorBoard, curves.png and the screen (top-5 of more than 5 classes)."""
+        """An epoch's line: log.jsonl, TensorBoard, the screen (top-5 of more than 5 classes) and, soon, curves.png."""
         file = self.path / "log.jsonl"
         try:
             with open(file, "a") as f:
@@ -96,7 +104,9 @@ class Run:
             if key not in ("epoch", "step") and value is not None:
                 self._board.add_scalar(key, value, line["step"])
         self._board.flush()
-        draw.curves(self.lines(), self.path / "curves.png")
+        self._undrawn = True
+        if time.monotonic() - self._drawn_at > CURVES_EVERY:
+            self._draw_curves()
         top5 = f"  top-5 {line['val_top5']:.2f}%" if classes > 5 else ""
         ema = "" if line["ema_top1"] is None else f"  ema {line['ema_top1']:.2f}%"
         say(
@@ -105,8 +115,15 @@ class Run:
             f"{line['images_per_s']:.0f} images/s"
         )
 
+    def _draw_curves(self) -> None:
+        """Draw what was logged since the last time, if anything."""
+        if self._undrawn:
+            draw.curves(self.lines(), self.path / "curves.png")
+            self._undrawn, self._drawn_at = False, time.monotonic()
+
     def finish(self, **summary: Any) -> dict[str, Any]:
         self._board.close()
+        self._draw_curves()
         self.write_json("summary.json", summary)
         return summary
 

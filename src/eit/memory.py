@@ -1,0 +1,48 @@
+"""Peak memory of a step, in bytes. Measure each in a process of its own: what one leaves behind would hide another."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# glibc gives large blocks back as they are freed, and keeps no arena a thread: what is resident is what is in use.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def is_measurable(device: torch.device) -> bool:
+    """Whether `peak_bytes` can be had: on CUDA, and on Linux."""
+    return device.type == "cuda" or (device.type == "cpu" and _RESET.exists())
+
+
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """The most that the second of two calls of `step` holds, beyond what was there before the first.
+
+    So a training step's peak has the gradients and the optimizer's state in it, which the first call makes. On the CPU
+    it is anonymous memory, from the kernel's high-water mark (VmHWM, which clear_refs resets) without the pages of
+    libraries; on CUDA what the caching allocator has given out. The process is to be started with `MALLOC` in its
+    environment.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _status()["RssAnon"]
+    step()
+    gc.collect()
+    _RESET.write_text("5")
+    step()
+    after = _status()
+    return after["VmHWM"] - after["RssFile"] - after["RssShmem"] - before
+
+
+def _status() -> dict[str, int]:
+    """The sizes in /proc/self/status, in bytes."""
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1] == "kB"}

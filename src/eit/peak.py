@@ -1,0 +1,51 @@
+"""The machine's matrix-multiply peak: what a model's speed is a share of."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIZE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of square matrices: large enough for the best rate
+REPEATS = 5  # of a product in one measurement, the quickest of which counts
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def routes(precision: str, device: torch.device, size: int | None = None) -> dict[str, Callable[[], Tensor]]:
+    """Name -> a product of two `size` x `size` matrices, each by its own way through torch.
+
+    They differ: on AMD's processors fp32 `mm` goes to MKL, which has half the speed of oneDNN there. `conv1x1` is
+    oneDNN's, as is `linear`, with a weight that was packed before, as ONNX Runtime and OpenVINO pack theirs.
+    """
+    n = size or SIZE[device.type]
+    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
+    found: dict[str, Callable[[], Tensor]] = {"mm": lambda: a @ b}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        side = 32
+        image = a.view(1, n // side, side, n).permute(0, 3, 1, 2)  # (1, n, n / 32, 32), channels last
+        weight = b.t().contiguous().view(n, n, 1, 1)
+        found["conv1x1"] = lambda: F.conv2d(image, weight)
+        packed = torch.ops.mkldnn._reorder_linear_weight(b.t().contiguous(), n)
+        found["linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+    return found
+
+
+@torch.no_grad()
+def flops_per_second(product: Callable[[], Tensor], device: torch.device, size: int | None = None) -> float:
+    """Of the quickest of a few calls of a product of `routes`: 2 n^3 by its seconds."""
+    n = size or SIZE[device.type]
+    times = []
+    for _ in range(REPEATS + 1):  # the first one warms up
+        synchronize(device)
+        began = time.perf_counter()
+        product()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
