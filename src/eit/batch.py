@@ -13,6 +13,7 @@ from eit import distributed
 from eit.console import say
 from eit.errors import UserError
 from eit.images import Images
+from eit.memory import keep_freed
 from eit.readers import ImageStream
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # preemption, Ctrl-C, Slurm's --signal=USR1
@@ -83,6 +84,7 @@ def worker_options(workers: int | None, device: torch.device, persistent: bool =
 def _start_worker(worker: int) -> None:
     """Signals that ask a run to end reach all its processes; the trainer decides, and ends its workers itself."""
     torch.set_num_threads(1)
+    keep_freed(64 << 20)  # some photos, not the largest that ever came
     for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too

@@ -174,9 +174,11 @@ def train(
 
     resolved = load_recipe(recipe, overrides or ())
     from eit import distributed
+    from eit.memory import keep_freed
     from eit.train import Stopped
     from eit.train import train as run
 
+    keep_freed()
     try:
         summary = run(resolved)
     except Stopped as stop:
@@ -248,8 +250,10 @@ def evaluate(
     from eit.evaluate import make_views
     from eit.exported import ExportedModel, load
     from eit.loader import evaluation_loader
+    from eit.memory import keep_freed
     from eit.zoo import check_size
 
+    keep_freed()
     on = distributed.start(_device_for(checkpoint, device))
     model = load(checkpoint)
     if isinstance(model, ExportedModel) and precision != "fp32":
@@ -492,6 +496,9 @@ def bench(
         bool, typer.Option("--naive", help="A plain implementation as the baseline (source checkouts).")
     ] = False,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory of a step as well.")] = True,
+    keep: Annotated[
+        bool, typer.Option("--keep-freed", help="Keep freed memory for the next step, as eit train does (Linux).")
+    ] = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a bar chart: .png, .pdf or .svg.")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -518,7 +525,10 @@ def bench(
     from eit import benchmark
     from eit.distributed import start, world_size
     from eit.draw import bars
+    from eit.memory import keep_freed
 
+    if keep:
+        keep_freed()
     on = start(device)
     if world_size() > 1:
         raise UserError("eit bench runs in one process: leave torchrun out")

@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.linear(x, weight, bias)
         image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
         image = F.conv2d(image, weight[:, :, None, None], bias)  # (1, out_features, 1, pixels)
-        return image.permute(0, 2, 3, 1).flatten(0, 2).unflatten(0, x.shape[:-1])
+        return image.permute(0, 2, 3, 1).reshape((*x.shape[:-1], -1))
 
 
 class PatchConv2d(nn.Conv2d):
@@ -60,12 +60,14 @@ def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pa
         if stride == 1 or kernel % stride or not _on_avx512(x):
             return F.conv2d(x, weight, bias, stride, padding)
         x = F.pad(x, (padding, padding, padding, padding))
-        h, w = x.shape[2] // stride, x.shape[3] // stride
-        x = x[:, :, : h * stride, : w * stride].unflatten(2, (h, stride)).unflatten(4, (w, stride))
-        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)  # (B, stride*stride*C, h, w), channels_last
-        squares = (kernel // stride, stride)
-        weight = weight.unflatten(2, squares).unflatten(4, squares).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias)
+        return F.conv2d(_squares_as_channels(x, stride), _squares_as_channels(weight, stride), bias)
+
+
+def _squares_as_channels(x: Tensor, side: int) -> Tensor:
+    """(B, C, height, width) -> (B, side*side*C, height // side, width // side), channels_last."""
+    h, w = x.shape[2] // side, x.shape[3] // side
+    x = x[:, :, : h * side, : w * side].unflatten(2, (h, side)).unflatten(4, (w, side))
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
 
 
 @torch.fx.wrap

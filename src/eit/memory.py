@@ -1,6 +1,8 @@
-"""Peak memory of a step, in bytes. Measure each in a process of its own: what one leaves behind would hide another."""
+"""What a process does with freed memory, and the most that a step holds."""
 
+import ctypes
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,29 @@ MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TR
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def keep_freed(most: int = 2**31 - 1) -> None:
+    """Let glibc keep up to `most` bytes of freed memory for what comes next, in place of giving them back.
+
+    Blocks beyond 32 MiB go back to the kernel at once otherwise, and are cleared page by page in the next step. It is
+    of the whole process, so commands do it, not the library. An allocator that the environment tunes is left alone.
+    """
+    tuned = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    if mallopt is not None and not tuned:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(mmap_threshold, min(most, 2**30))
+        mallopt(trim_threshold, most)
+
+
 def is_measurable(device: torch.device) -> bool:
     """Whether `peak_bytes` can be had: on CUDA, and on Linux."""
     return device.type == "cuda" or (device.type == "cpu" and _RESET.exists())
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """The most that the second of two calls of `step` holds, beyond what was there before the first.
+    """The most that the second of two calls of `step` holds, beyond what was there before the first, in bytes.
+
+    Measure each step in a process of its own: what one leaves behind would hide another.
 
     So a training step's peak has the gradients and the optimizer's state in it, which the first call makes. On the CPU
     it is anonymous memory, from the kernel's high-water mark (VmHWM, which clear_refs resets) without the pages of

@@ -156,9 +156,9 @@ class ConvAttention(nn.Module):
 
     def convolve(self, x: Tensor, h: int, w: int) -> Tensor:
         # Token layout is channels_last, so the image is a view: (B, 1+h*w, C) -> (B, C, h, w) -> (B, 1+h*w, C)
-        image = x[:, 1:].unflatten(1, (h, w)).permute(0, 3, 1, 2)
-        image = self.conv_drop(self.conv(image))
-        return torch.cat((x[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+        token, image = x.split([1, h * w], dim=1)
+        image = self.conv_drop(self.conv(image.unflatten(1, (h, w)).permute(0, 3, 1, 2)))
+        return torch.cat((token, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
     def attend(self, x: Tensor) -> Tensor:
         # (B, N, 3*H*D) -> (3, B, H, N, D), views all the way

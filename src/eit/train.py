@@ -413,7 +413,9 @@ def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
 def make_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     """Weight decay spares norms, biases, the class token and position embeddings."""
     o, lr = recipe.optim, base_rate(recipe, plan)
-    options = dict(betas=o.betas, eps=o.eps, layer_decay=o.layer_decay)
+    options: dict[str, Any] = dict(betas=o.betas, eps=o.eps, layer_decay=o.layer_decay)
+    if o.name == "adamw":
+        options["fused"] = True  # a third of the time of a loop over the parameters
     return create_optimizer_v2(model, o.name, lr=lr, weight_decay=o.weight_decay, **options)
 
 
