@@ -15,9 +15,9 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 from torchvision.transforms import functional as TF
 
 from eit.config import Augment
-from eit.crop import ResizedCrop, to_pixels
+from eit.crop import Kept, ResizedCrop, to_pixels
 from eit.errors import UserError
-from eit.images import Load, View, not_a_thread, resize_and_crop, whole
+from eit.images import View, not_a_thread, resize_and_crop, whole
 from eit.shear import FASTER
 
 
@@ -108,8 +108,13 @@ class Whole:
     def __init__(self, crop: Callable[[Image.Image], Image.Image]) -> None:
         self.crop = crop
 
-    def __call__(self, image: Image.Image, channels: int) -> Image.Image:
-        return self.crop(whole(image, channels) if image.format else image)
+    def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:
+        """As `eit.crop.ResizedCrop`."""
+        if image.format:
+            if 1 not in kept:
+                kept[1] = whole(image, channels)
+            image = kept[1]
+        return self.crop(image)
 
 
 class ImageTransform:
@@ -118,7 +123,7 @@ class ImageTransform:
     `crop` is apart: it takes an opened file, and decodes no more of it than it needs.
     """
 
-    def __init__(self, view: View, augment: Augment, crop: Load, steps: list[Any]) -> None:
+    def __init__(self, view: View, augment: Augment, crop: Whole | ResizedCrop, steps: list[Any]) -> None:
         self.crop, self.steps, self.size, self.erasing = crop, steps, view.size, augment.erasing
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, list[int]]:
@@ -166,7 +171,7 @@ def image_transform(view: View, augment: Augment, backend: str = "pillow") -> Im
     _, *steps, _ = transform.transforms  # without timm's random resized crop, and its own way to a tensor
     for step in steps:
         quicken(step)
-    crop: Load
+    crop: Whole | ResizedCrop
     if augment.crop_scale:
         crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect, backend)
     else:

@@ -13,6 +13,8 @@ from torch import Tensor
 from eit.errors import UserError
 from eit.images import View, to_mode, whole
 
+Kept = dict[int, Any]  # what was decoded of the last file, whole or scaled: by its scale
+
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 stand for images that lie on their side
 
 
@@ -35,11 +37,16 @@ class ResizedCrop:
         if backend != "pillow":
             _simplejpeg()
 
-    def __call__(self, image: Image.Image, channels: int) -> Image.Image:
-        """An opened file, or a decoded image -> (size, size), of mode RGB or L."""
+    def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:
+        """An opened file, or a decoded image -> (size, size), of mode RGB or L.
+
+        `kept` is of this file: what is decoded is put there, for the next copy in repeated augmentation.
+        """
         jpeg = image.format == "JPEG"  # a decoded image has no format any more
-        if not jpeg:
-            image = whole(image, channels) if image.format else image
+        if image.format and not jpeg:
+            if 1 not in kept:
+                kept[1] = whole(image, channels)
+            image = kept[1]
         orientation = image.getexif().get(ORIENTATION, 1) if jpeg else 1
         width, height = image.size if orientation not in (5, 6, 7, 8) else image.size[::-1]
         top, left, h, w = RandomResizedCropAndInterpolation.get_params(
@@ -47,25 +54,35 @@ class ResizedCrop:
         )
         factor = max(k for k in (1, 2, 4, 8) if k == 1 or min(h, w) >= k * self.size) if jpeg else 1
         if jpeg:
-            image = self._decode(image, factor, orientation)
-        if factor > 1:  # the box begins and ends within pixels, which torch has no argument for
-            box = (left / factor, top / factor, (left + w) / factor, (top + h) / factor)
-            resample = Image.Resampling[self.interpolation.upper()]
-            return to_mode(image, channels).resize((self.size, self.size), resample, box)
-        image = to_mode(image.crop((left, top, left + w, top + h)), channels)
-        return resized(image, self.size, self.interpolation)
+            if factor not in kept:
+                kept[factor] = self._decode(image, channels, factor, orientation)
+            image = kept[factor]
+        # The smallest box of whole pixels around the crop, and where the crop lies in it
+        x, y = left // factor, top // factor
+        outer = (x, y, -(-(left + w) // factor), -(-(top + h) // factor))
+        inner = (left / factor - x, top / factor - y, (left + w) / factor - x, (top + h) / factor - y)
+        if isinstance(image, np.ndarray):
+            pixels = image[outer[1] : outer[3], outer[0] : outer[2]]
+            if factor == 1:
+                return resized(torch.from_numpy(pixels), self.size, self.interpolation)
+            image = Image.fromarray(pixels)
+        else:
+            image = to_mode(image.crop(outer), channels)
+        if factor > 1:  # the crop begins and ends within pixels, which torch has no argument for
+            return image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], inner)
+        return resized(to_pixels(image), self.size, self.interpolation)
 
-    def _decode(self, image: Image.Image, factor: int, orientation: Any) -> Image.Image:
+    def _decode(self, image: Image.Image, channels: int, factor: int, orientation: Any) -> Image.Image | np.ndarray:
         """A JPEG at 1 / factor of its size, rounded up, and upright."""
-        if self.backend == "simplejpeg" and orientation == 1 and image.mode in ("RGB", "L"):
+        # libjpeg's grey of a colour image is not Pillow's
+        if self.backend == "simplejpeg" and orientation == 1 and (image.mode, channels) in (("RGB", 3), ("L", 1)):
             width, height = (-(-side // factor) for side in image.size)
             file = cast(ImageFile.ImageFile, image).fp
             assert file is not None
             file.seek(0)
-            colours = {"RGB": "RGB", "L": "GRAY"}[image.mode]
+            colours = "RGB" if channels == 3 else "GRAY"
             try:
-                pixels = _simplejpeg().decode_jpeg(file.read(), colours, min_height=height, min_width=width)
-                return Image.fromarray(pixels if image.mode == "RGB" else pixels[:, :, 0])
+                return _simplejpeg().decode_jpeg(file.read(), colours, min_height=height, min_width=width)
             except ValueError:  # damaged, if only a little: Pillow says whether it can be read
                 file.seek(0)
         if factor > 1:
@@ -74,12 +91,10 @@ class ResizedCrop:
         return ImageOps.exif_transpose(image) if orientation != 1 else image
 
 
-def resized(image: Image.Image, size: int, interpolation: str) -> Image.Image:
-    """Any RGB or L image -> (size, size), as `Image.resize` within one level."""
-    if image.size == (size, size):
-        return image
-    pixels = to_pixels(image)[None].permute(0, 3, 1, 2)  # channels last, which stays so
-    out = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True)
+def resized(pixels: Tensor, size: int, interpolation: str) -> Image.Image:
+    """(height, width, channels) uint8 -> PIL image of (size, size), as `Image.resize` gives it within one level."""
+    batch = pixels[None].permute(0, 3, 1, 2)  # channels last, which stays so
+    out = F.interpolate(batch, (size, size), mode=interpolation, antialias=True)
     return Image.fromarray(out.permute(0, 2, 3, 1)[0].squeeze(2).numpy())
 
 

@@ -21,6 +21,7 @@ from eit.augment import NOISE_FIELDS, ImageTransform, erase, erase_boxes, image_
 from eit.batch import BadImages, Batch, Sample, collate, worker_options
 from eit.config import Augment, Data
 from eit.console import track
+from eit.crop import Kept
 from eit.errors import UserError
 from eit.images import Images, Normaliser, UnreadableImage, View, normalise
 from eit.plan import Plan, Stream, generator, own_randomness, set_cpu_seed
@@ -123,6 +124,7 @@ class _Samples(Dataset):
 
     def __init__(self, images: Images, view: View, transform: ImageTransform, seed: int) -> None:
         self.images, self.view, self.transform, self.seed = images, view, transform, seed
+        self.kept: tuple[int, Kept] = -1, {}  # the last image read, decoded
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         return self.__getitems__([key])[0]
@@ -133,8 +135,12 @@ class _Samples(Dataset):
 
     def _sample(self, epoch: int, index: int, repeat: int) -> Sample:
         def read(i: int) -> Image.Image:
+            if self.kept[0] != i:
+                self.kept = i, {}
             set_cpu_seed(Stream.SAMPLE, self.seed, epoch, index, repeat)  # anew, for it draws the crop
-            return self.images.read(i, self.view.channels, self.transform.crop)
+            return self.images.read(
+                i, self.view.channels, lambda image, channels: self.transform.crop(image, channels, self.kept[1])
+            )
 
         try:
             image, label, faults = read_or_neighbour(self.images, index, read)

@@ -58,7 +58,7 @@ class StreamLoader:
         return dataset
 
     def _augmented(self, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
-        return self.transform(self.transform.crop(image, self.view.channels))
+        return self.transform(self.transform.crop(image, self.view.channels, {}))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         plan = self.plan
