@@ -97,8 +97,8 @@ def worker_options(workers: int | None, device: torch.device, persistent: bool =
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MB of freed memory for the next image or batch, instead of fetching it anew.
 
-    The kernel clears memory page by page when it is used first: up to a third of the time of decoding an image, and
-    four fifths of normalising a batch (benchmarks/loading.py). Other C libraries stay as they are.
+    The kernel clears memory page by page when it is used first, which took a quarter of the time of decoding an image
+    and a fifth of a training step on the CPU (docs/data.md). Other C libraries stay as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

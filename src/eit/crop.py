@@ -23,7 +23,8 @@ class ResizedCrop:
 
     The box is drawn from the size in the header. Where it is at least twice as large as the output, a JPEG is decoded
     at a half, a quarter or an eighth of its size, never smaller than the output. Resizing is torch's, which computes
-    as Pillow does on its 8-bit images, several times as fast.
+    as Pillow does on its 8-bit images, several times as fast. Scaling
+    decodes with other filters than resizing, of about the same sharpness; a shift of half a pixel changes more.
 
     Raises:
         UserError: `backend` is not installed.
@@ -67,7 +68,9 @@ class ResizedCrop:
                 return resized(torch.from_numpy(pixels), self.size, self.interpolation)
             image = Image.fromarray(pixels)
         else:
-            image = to_mode(image.crop(outer), channels)
+            image = image.crop(outer)
+            if image.mode != {1: "L", 3: "RGB"}[channels]:
+                image = to_mode(image, channels)
         if factor > 1:  # the crop begins and ends within pixels, which torch has no argument for
             return image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], inner)
         return resized(to_pixels(image), self.size, self.interpolation)
@@ -108,4 +111,4 @@ def _simplejpeg() -> Any:
     try:
         return importlib.import_module("simplejpeg")
     except ImportError as error:
-        raise UserError(f"data.backend=simplejpeg: {error}: pip install simplejpeg") from None
+        raise UserError(f"data.backend=simplejpeg: {error}: pip install 'eit[jpeg]'") from None

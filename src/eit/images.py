@@ -167,9 +167,10 @@ def to_uint8(image: Image.Image) -> Tensor:
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
 
 
-def normalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
-    """(B, channels, height, width) uint8 -> float, (x / 255 - mean) / std."""
-    mean_, std_ = (torch.tensor(tuple(v), device=images.device).view(-1, 1, 1) for v in (mean, std))
+def normalise(images: Tensor, mean: Iterable[float] | Tensor, std: Iterable[float] | Tensor) -> Tensor:
+    """(B, channels, height, width) uint8 -> float, (x / 255 - mean) / std; tensors must be on the images' device."""
+    given = (v if isinstance(v, Tensor) else torch.tensor(tuple(v), device=images.device) for v in (mean, std))
+    mean_, std_ = (v.view(-1, 1, 1) for v in given)
     return (images.float() / 255 - mean_) / std_
 
 

@@ -107,13 +107,15 @@ class CachedLoader:
         if self.augment.erasing:
             shape = (NOISE_FIELDS, *self.pixels.shape[1:])
             noise = torch.randn(shape, generator=generator(Stream.NOISE, plan.seed, epoch)).to(self.device)
-        for rows in plan.batches(epoch, first_step, distributed.rank()):
-            index, repeat = rows.to(self.device).unbind(1)
+        mean, std = (torch.tensor(v, device=self.device) for v in (self.view.mean, self.view.std))
+        # From here on a step waits for no copy to the device.
+        for rows in plan.batches(epoch, first_step, distributed.rank()).to(self.device):
+            index, repeat = rows.unbind(1)
             row = draws[index, repeat].unbind(1)
             x = self.pixels[index]
             if self.augment.pad_crop or self.augment.hflip:
                 x = shift_and_flip(x, self.augment.pad_crop, self.augment.hflip, *row[:3])
-            x = normalise(x, self.view.mean, self.view.std)
+            x = normalise(x, mean, std)
             if self.augment.erasing:
                 x = erase(x, self.augment.erasing, noise, *row[3:])
             yield Batch(x, self.labels[index], len(index))

@@ -100,7 +100,7 @@ class Plan:
         used = self.steps * self.global_batch
         return torch.stack((index, repeat), dim=1)[:used].view(self.steps, self.global_batch, 2)
 
-    def batches(self, epoch: int, first_step: int, rank: int) -> Iterator[Tensor]:
-        """(batch_size, 2) for each micro-batch of this rank, from `first_step` on; neighbours go to different ranks."""
-        for step in self.order(epoch)[first_step:]:
-            yield from step.view(self.accumulate, self.batch_size, self.world, 2)[:, :, rank]
+    def batches(self, epoch: int, first_step: int, rank: int) -> Tensor:
+        """(micro-batches, batch_size, 2) of this rank, from `first_step` on; neighbours go to different ranks."""
+        steps = self.order(epoch)[first_step:]
+        return steps.view(-1, self.batch_size, self.world, 2)[:, :, rank]
