@@ -4,9 +4,9 @@ The policy of the ImageNet recipes (random resized crop, flip, RandAugment, eras
 JPEGs: photographs of scikit-image at 500x375 (quality 90), and mosaics of them at 1000x750 and 2000x1500, which have
 the detail of small photographs and so the dearest entropy coding. In turn, ROUNDS times (5): `timm.data.create_loader`
 with and without its prefetcher (which normalises and erases on the device, here the CPU), and this package's loader,
-all in one process with one thread, up to normalised batches of 64: images a second and core. Medians, spread, and the
-ratio to timm with its prefetcher, which is its default. `keeps freed memory`: with `eit.batch.keep_freed_memory`, as
-`eit train` has it, for timm too.
+whole epochs up to normalised batches of 64: all in one process with one thread, then with one worker process that lives
+on, beside which the main process normalises on a core of its own. Medians, spread, and the ratio to timm with its
+prefetcher, its default. `repeats=3`: repeated augmentation as in the recipe, on one process.
 
 Beside it: the milliseconds of each stage, how far the pixels of the crops are from timm's, and the share of a training
 step of the cifar10 recipe (32x32, batch 128, all cores) that its loader takes.
@@ -40,7 +40,6 @@ from torchvision.transforms import functional as TF
 
 import eit
 from eit import shear
-from eit.batch import keep_freed_memory
 from eit.config import load_recipe
 from eit.crop import ResizedCrop, resized, to_pixels
 from eit.images import Images, View
@@ -75,7 +74,7 @@ def write_photos(folder: Path) -> None:
             mosaic.save(target / f"{i}.jpg", quality=90)
 
 
-def of_timm(root: Path, count: int, prefetcher: bool) -> Callable[[int], Iterator[Any]]:
+def of_timm(root: Path, count: int, prefetcher: bool, workers: int) -> Callable[[int], Iterator[Any]]:
     dataset = ImageDataset(str(root / "train"))
     dataset.reader.samples *= count // len(dataset.reader.samples)
     loader = create_loader(
@@ -84,9 +83,9 @@ def of_timm(root: Path, count: int, prefetcher: bool) -> Callable[[int], Iterato
         BATCH,
         is_training=True,
         interpolation="bicubic",
-        num_workers=0,
+        num_workers=workers,
         use_prefetcher=prefetcher,
-        persistent_workers=False,
+        persistent_workers=workers > 0,
         pin_memory=False,
         device=torch.device("cpu"),
         **POLICY,
@@ -94,10 +93,11 @@ def of_timm(root: Path, count: int, prefetcher: bool) -> Callable[[int], Iterato
     return lambda epoch: iter(loader)
 
 
-def of_eit(root: Path, count: int, backend: str, repeats: int = 1) -> Callable[[int], Iterator[Any]]:
+def of_eit(root: Path, count: int, backend: str, repeats: int, workers: int) -> Callable[[int], Iterator[Any]]:
     files = sorted(map(str, (root / "train").rglob("*.jpg")))
     files *= count // len(files)
-    recipe = load_recipe("imagenet_mini", [f"data.backend={backend}", "data.workers=0", f"augment.repeats={repeats}"])
+    words = [f"data.backend={backend}", f"data.workers={workers}", f"augment.repeats={repeats}"]
+    recipe = load_recipe("imagenet_mini", words)
     plan = Plan(count, BATCH, 1, 1, repeats, 0)
     images = Images(["photo"], [0] * count, files, files)
     return WorkerLoader(images, VIEW, plan, recipe.data, recipe.augment, torch.device("cpu")).epoch
@@ -114,16 +114,16 @@ def summary(values: list[float], digits: int = 1) -> dict[str, float]:
     return {k: round(f(values), digits) for k, f in (("median", statistics.median), ("low", min), ("high", max))}
 
 
-def throughput(root: Path, size: str, rounds: int, kept: bool) -> dict[str, Any]:
+def throughput(root: Path, size: str, rounds: int, workers: int) -> dict[str, Any]:
     """images/s of each pipeline; each once before, so that caches are warm."""
-    count = IMAGES[size]
+    count = IMAGES[size] * (1 + workers)
     pipelines = {
-        "timm create_loader": of_timm(root / size, count, True),
-        "timm create_loader, no prefetcher": of_timm(root / size, count, False),
-        "eit, pillow": of_eit(root / size, count, "pillow"),
-        "eit, simplejpeg": of_eit(root / size, count, "simplejpeg"),
-        "eit, pillow, repeats=3": of_eit(root / size, count, "pillow", 3),
-        "eit, simplejpeg, repeats=3": of_eit(root / size, count, "simplejpeg", 3),
+        "timm create_loader": of_timm(root / size, count, True, workers),
+        "timm create_loader, no prefetcher": of_timm(root / size, count, False, workers),
+        "eit, pillow": of_eit(root / size, count, "pillow", 1, workers),
+        "eit, simplejpeg": of_eit(root / size, count, "simplejpeg", 1, workers),
+        "eit, pillow, repeats=3": of_eit(root / size, count, "pillow", 3, workers),
+        "eit, simplejpeg, repeats=3": of_eit(root / size, count, "simplejpeg", 3, workers),
     }
     found: dict[str, list[float]] = {name: [] for name in pipelines}
     for epoch in range(rounds + 1):
@@ -133,8 +133,7 @@ def throughput(root: Path, size: str, rounds: int, kept: bool) -> dict[str, Any]
                 found[name].append(value)
     base = statistics.median(found["timm create_loader"])
     table = {name: summary(v) | dict(ratio=round(statistics.median(v) / base, 2)) for name, v in found.items()}
-    title = f"{size}{', keeps freed memory' if kept else ', memory as glibc has it'}: images/s on one core"
-    print(f"\n{title}")
+    print(f"\n{size}: images/s of one {'worker process' if workers else 'thread, to the float batch'}")
     for name, row in table.items():
         print(f"  {name:36} {row['median']:7.1f} ({row['low']:.1f} to {row['high']:.1f})  x{row['ratio']:.2f}")
     return table
@@ -267,9 +266,8 @@ def main(rounds: int = 5, out: str = "") -> None:
     )
     figures = record["figures"]
     with photos() as root:
-        figures["memory as glibc has it"] = {"500x375": throughput(root, "500x375", rounds, False)}
-        keep_freed_memory()
-        figures["keeps freed memory"] = {size: throughput(root, size, rounds, True) for size in SIZES}
+        for workers, what in enumerate(("images/s of one thread", "images/s of one worker process")):
+            figures[what] = {size: throughput(root, size, rounds, workers) for size in SIZES}
         figures["stages, ms"] = stages(root, rounds)
         figures["difference from timm, levels"] = distances(root)
     figures["cifar10 step"] = small_sets(rounds)

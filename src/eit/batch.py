@@ -1,8 +1,6 @@
 """What a loader gives, what it could not read, and the processes that make it."""
 
-import ctypes
 import os
-import platform
 import signal
 from collections.abc import Iterable, Sequence
 from threading import Thread
@@ -94,22 +92,9 @@ def worker_options(workers: int | None, device: torch.device, persistent: bool =
     )
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MB of freed memory for the next image or batch, instead of fetching it anew.
-
-    The kernel clears memory page by page when it is used first, which took a quarter of the time of decoding an image
-    and a fifth of a training step on the CPU (docs/data.md). Other C libraries stay as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 256 << 20)  # M_MMAP_THRESHOLD: larger blocks go back at once
-        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-
-
 def _start_worker(worker: int) -> None:
     """Signals that ask a run to end reach all its processes; the trainer decides, and ends its workers itself."""
     torch.set_num_threads(1)
-    keep_freed_memory()
     for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from eit import distributed
-from eit.batch import STOP_SIGNALS, keep_freed_memory
+from eit.batch import STOP_SIGNALS
 from eit.checkpoint import Card, StateDict, default_mean_std, save_weights, write_file
 from eit.config import Recipe
 from eit.console import progress, say
@@ -72,7 +72,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
         FloatingPointError: the loss or its gradient is not finite; the weights were not updated with it.
         OSError: a checkpoint cannot be written; earlier ones are intact.
     """
-    keep_freed_memory()
     try:
         with ExitStack() as held:
             return _train(recipe, held)
