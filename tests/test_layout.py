@@ -10,12 +10,12 @@ import eit
 SOURCE = Path(eit.__file__).parent
 # Lower layers first; a module imports from lower layers only. `analysis` is a package, with layers of its own.
 LAYERS = [
-    {"errors"},
+    {"errors", "shear"},
     {"layers", "config", "distributed", "draw", "memory", "peak"},
     {"model"},
     {"zoo", "macs", "console", "images"},
-    {"checkpoint", "readers", "plan", "augment"},
-    {"state", "batch", "exported"},
+    {"checkpoint", "readers", "plan", "crop"},
+    {"augment", "state", "batch", "exported"},
     {"streams"},
     {"data", "loader", "run", "predict", "loss", "prepare"},
     {"evaluate", "finetune", "shard"},

@@ -2,18 +2,23 @@
 
 import math
 import random
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.auto_augment import AugmentOp
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 from torchvision.transforms import functional as TF
 
 from eit.config import Augment
+from eit.crop import Kept, ResizedCrop, to_pixels
 from eit.errors import UserError
-from eit.images import View, not_a_thread, resize_and_crop
+from eit.images import View, not_a_thread, resize_and_crop, whole
+from eit.shear import FASTER
 
 
 def shift_and_flip(x: Tensor, pad: int, hflip: float, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
@@ -50,6 +55,31 @@ def erase(x: Tensor, probability: float, noise: Tensor, *draws: Tensor) -> Tenso
     return torch.where(box, noise[field_], x)
 
 
+def erasing_box(probability: float, height: int, width: int) -> list[int]:
+    """top, left, height, width and a seed of the noise, drawn from `random` as timm's RandomErasing draws; else zeros.
+
+    For images that are too large for `erase`, whose mask is as large as the batch.
+    """
+    if random.random() > probability:
+        return [0] * 5
+    for _ in range(10):
+        area = random.uniform(0.02, 1 / 3) * height * width
+        aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            return [random.randint(0, height - h), random.randint(0, width - w), h, w, random.getrandbits(62)]
+    return [0] * 5
+
+
+def erase_boxes(x: Tensor, boxes: Tensor) -> None:
+    """Fill the (B, 5) boxes of `erasing_box`, in the CPU's memory, with noise N(0, 1), each from its own seed."""
+    noise = torch.Generator(x.device)
+    for image, (top, left, h, w, seed) in zip(x, boxes.tolist(), strict=True):
+        if h:
+            noise.manual_seed(seed)
+            image[:, top : top + h, left : left + w] = torch.randn(len(image), h, w, generator=noise, device=x.device)
+
+
 class PadCrop:
     """PIL image -> its evaluation view, padded and cropped at random. A class, for worker processes to be sent it."""
 
@@ -72,11 +102,50 @@ def simple_crop(view: View) -> Compose:
     return Compose([not_a_thread, Resize(view.size, mode), crop])
 
 
-def image_transform(view: View, augment: Augment) -> Compose:
-    """PIL image -> normalised, augmented (channels, size, size) float.
+class Whole:
+    """A crop of images that must be decoded whole. A class, for worker processes to be sent it."""
+
+    def __init__(self, crop: Callable[[Image.Image], Image.Image]) -> None:
+        self.crop = crop
+
+    def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:
+        """As `eit.crop.ResizedCrop`."""
+        if image.format:
+            if 1 not in kept:
+                kept[1] = whole(image, channels)
+            image = kept[1]
+        return self.crop(image)
+
+
+class ImageTransform:
+    """An image -> augmented pixels (size, size, channels) uint8, and the box of `erasing_box`.
+
+    `crop` is apart: it takes an opened file, and decodes no more of it than it needs.
+    """
+
+    def __init__(self, view: View, augment: Augment, crop: Whole | ResizedCrop, steps: list[Any]) -> None:
+        self.crop, self.steps, self.size, self.erasing = crop, steps, view.size, augment.erasing
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, list[int]]:
+        """What `crop` gave -> (pixels, box)."""
+        for step in self.steps:
+            image = step(image)
+        return to_pixels(image), erasing_box(self.erasing, self.size, self.size)
+
+
+def quicken(step: Any) -> None:
+    """Put faster ways of computing the same into a policy of timm; what it draws stays as it is."""
+    nested = getattr(step, "policy", [getattr(step, "ops", [])])
+    for op in (op for ops in nested for op in ops):
+        if isinstance(op, AugmentOp):
+            op.aug_fn = FASTER.get(op.name, op.aug_fn)
+
+
+def image_transform(view: View, augment: Augment, backend: str = "pillow") -> ImageTransform:
+    """The recipe's augmentation of single images, all but normalising and the filling of erased boxes.
 
     Raises:
-        UserError: a policy that timm does not know, or that needs colour.
+        UserError: a policy that timm does not know, or that needs colour; a backend that is not installed.
     """
     key, policy = augment.policy or ("", None)
     if policy and view.channels != 3:
@@ -92,19 +161,19 @@ def image_transform(view: View, augment: Augment) -> Compose:
             auto_augment=policy,
             interpolation=view.interpolation,
             hflip=augment.hflip,
-            re_prob=augment.erasing,
-            re_mode="pixel",
             mean=view.mean,
-            std=view.std,
-            scale=augment.crop_scale,
-            ratio=augment.crop_aspect,
+            use_prefetcher=True,  # ends with pixels, not with numbers
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         of_auto = "original, originalr, v0 or v0r"
         such = {"augmix": "augmix-m5-w4-d2", "auto_augment": of_auto}.get(key, "rand-m9-mstd0.5-inc1")
         raise UserError(f"augment.{key}={policy}: timm does not know this policy ({error}), such as {such}") from None
-    if augment.simple_crop:
-        transform.transforms[0] = simple_crop(view)
-    elif augment.crop_scale is None:
-        transform.transforms[0] = PadCrop(view, augment.pad_crop)  # instead of timm's random resized crop
-    return transform
+    _, *steps, _ = transform.transforms  # without timm's random resized crop, and its own way to a tensor
+    for step in steps:
+        quicken(step)
+    crop: Whole | ResizedCrop
+    if augment.crop_scale:
+        crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect, backend)
+    else:
+        crop = Whole(simple_crop(view) if augment.simple_crop else PadCrop(view, augment.pad_crop))
+    return ImageTransform(view, augment, crop, steps)

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -23,6 +23,15 @@ class Batch(NamedTuple):
     images: Tensor  # (B, channels, height, width) float, normalised, on the device
     labels: Tensor  # (B,) int64, on the device
     valid: int  # the first so many count; the rest pads a last evaluation block
+
+
+class Sample(NamedTuple):
+    """What a worker makes of an image; without pixels, a fault that ends the run."""
+
+    pixels: Tensor  # uint8: (size, size, channels) where augmented, (channels, size, size) in evaluation
+    label: int
+    faults: list[str]  # what could not be read instead
+    box: Sequence[int] = ()  # of `eit.augment.erasing_box`
 
 
 class BadImages:
@@ -53,15 +62,18 @@ class BadImages:
             )
 
 
-def collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    """A batch and what could not be read; no batch where a sample has no pixels, but the fault that ends the run.
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], Tensor]:
+    """A batch: pixels, labels, what could not be read, (B, 5) boxes to erase or (B, 0).
+
+    Where a sample has no pixels there is no batch, but the fault that ends the run.
 
     A fault is handed over, not raised: a worker's exception would arrive with its traceback as its message.
     """
-    if last := [faults for pixels, _, faults in samples if not pixels.numel()]:
-        return torch.empty(0), torch.empty(0), last[0]
-    images, labels, faults = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), [fault for one in faults for fault in one]
+    none = torch.empty(0)
+    if last := [sample.faults for sample in samples if not sample.pixels.numel()]:
+        return none, none, last[0], none
+    images, labels, faults, boxes = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), [fault for one in faults for fault in one], torch.tensor(boxes)
 
 
 def worker_count(workers: int | None) -> int:

@@ -118,6 +118,8 @@ class Data(Section):
     """evaluation: centre crop's share of the resized image"""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """of resizing"""
+    backend: Literal["pillow", "simplejpeg"] = "pillow"
+    """decoder of JPEGs in training; simplejpeg needs: pip install 'eit[jpeg]'"""
     mean: tuple[float, ...] | None = None
     """of pixels in 0..1, a value a channel or one for all; null: ImageNet's, or 0.5 for grey images"""
     std: tuple[Positive, ...] | None = None

@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import IO, Any, Literal, Protocol
 
@@ -25,11 +25,15 @@ class UnreadableImage(Exception):
 
 
 def decode(
-    file: str | os.PathLike[str] | IO[bytes], channels: int = 3, max_pixels: int = MAX_PIXELS, name: str = ""
+    file: str | os.PathLike[str] | IO[bytes],
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    name: str = "",
+    load: "Load | None" = None,
 ) -> Image.Image:
     """An image file -> upright PIL image of mode RGB (3 channels) or L (1), whatever it was stored as.
 
-    `name` stands for the file in messages where it is an open one.
+    `name` stands for the file in messages where it is an open one. `load` decodes instead of `whole`.
 
     EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped, as torchvision and timm do.
 
@@ -47,7 +51,7 @@ def decode(
                 raise UnreadableImage(
                     f"{name or file}: {width}x{height} is more than the {max_pixels} pixels that data.max_pixels allows"
                 )
-            return to_mode(ImageOps.exif_transpose(image), channels)
+            return (load or whole)(image, channels)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -57,6 +61,14 @@ def decode(
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImage(f"{name or file}: {reason or type(error).__name__}") from None
+
+
+def whole(image: Image.Image, channels: int) -> Image.Image:
+    """An opened file -> all of its pixels, upright, of mode RGB or L."""
+    return to_mode(ImageOps.exif_transpose(image), channels)
+
+
+Load = Callable[[Image.Image, int], Image.Image]  # of an image, decoded or not, and the number of channels
 
 
 class Source(Protocol):
@@ -81,25 +93,27 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int, channels: int) -> Image.Image:
-        """Image `index` as RGB (3 channels) or L (1).
+    def read(self, index: int, channels: int, load: Load | None = None) -> Image.Image:
+        """Image `index` as RGB (3 channels) or L (1): whole, or what `load` makes of the file or of the whole image.
 
         Raises:
             UnreadableImage
         """
         source = self.sources[index]
         if isinstance(source, np.ndarray):
-            return to_mode(Image.fromarray(source), channels)
+            image = to_mode(Image.fromarray(source), channels)
+            return load(image, channels) if load else image
         if isinstance(source, str):
-            return decode(source, channels, self.max_pixels)
+            return decode(source, channels, self.max_pixels, load=load)
         try:
             opened = source.open()
         except (OSError, ValueError) as error:
             raise UnreadableImage(f"{self.names[index]}: {error}") from None
         if isinstance(opened, Image.Image):
-            return to_mode(opened, channels)
+            image = to_mode(opened, channels)
+            return load(image, channels) if load else image
         with opened:
-            return decode(opened, channels, self.max_pixels, self.names[index])
+            return decode(opened, channels, self.max_pixels, self.names[index], load)
 
     def subset(self, indices: Iterable[int]) -> "Images":
         indices = list(indices)
@@ -153,10 +167,36 @@ def to_uint8(image: Image.Image) -> Tensor:
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
 
 
-def normalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:
-    """(B, channels, height, width) uint8 -> float, (x / 255 - mean) / std."""
-    mean_, std_ = (torch.tensor(tuple(v), device=images.device).view(-1, 1, 1) for v in (mean, std))
+def normalise(images: Tensor, mean: Iterable[float] | Tensor, std: Iterable[float] | Tensor) -> Tensor:
+    """(B, channels, height, width) uint8 -> float, (x / 255 - mean) / std; tensors must be on the images' device."""
+    given = (v if isinstance(v, Tensor) else torch.tensor(tuple(v), device=images.device) for v in (mean, std))
+    mean_, std_ = (v.view(-1, 1, 1) for v in given)
     return (images.float() / 255 - mean_) / std_
+
+
+class Normaliser:
+    """`normalise` of training batches, as they lie in memory: (B, height, width, channels) uint8.
+
+
+    Its constants wait on the device, so that no step waits for a copy. On the CPU images go through the cache one by
+    one.
+    """
+
+    def __init__(self, view: "View", device: torch.device) -> None:
+        mean, std = torch.tensor(view.mean), torch.tensor(view.std)
+        row = torch.stack((1 / (255 * std), -mean / std)).repeat(1, view.size)  # (2, size * channels)
+        self.scale, self.shift = row.to(device)
+        self.at_once = device.type != "cpu"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """-> (B, channels, height, width) float, channels last."""
+        batch, height, width, channels = images.shape
+        rows = images.view(batch, height, width * channels)
+        out = torch.empty(rows.shape, device=rows.device)
+        step = batch if self.at_once else 1
+        for raw, part in zip(rows.split(step), out.split(step), strict=True):
+            torch.addcmul(self.shift, raw.float(), self.scale, out=part)
+        return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def denormalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> Tensor:

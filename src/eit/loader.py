@@ -1,7 +1,8 @@
 """Images -> normalised batches on the device. Order and augmentation are functions of counters, not of random state.
 
 `CachedLoader` holds small images as uint8 and augments whole batches; `WorkerLoader` reads and augments image by image
-in worker processes, with timm's transforms; `eit.streams` has the loaders of images that come in turn.
+in worker processes, with timm's policies, and normalises and erases whole batches on the device; `eit.streams` has the
+loaders of images that come in turn.
 `EvaluationLoader` gives the same batches on any number of ranks.
 """
 
@@ -16,13 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eit import distributed
-from eit.augment import NOISE_FIELDS, erase, image_transform, shift_and_flip
-from eit.batch import BadImages, Batch, collate, worker_options
+from eit.augment import NOISE_FIELDS, ImageTransform, erase, erase_boxes, image_transform, shift_and_flip
+from eit.batch import BadImages, Batch, Sample, collate, worker_options
 from eit.config import Augment, Data
 from eit.console import track
+from eit.crop import Kept
 from eit.errors import UserError
-from eit.images import Images, UnreadableImage, View, normalise
-from eit.plan import Plan, Stream, generator, seeded
+from eit.images import Images, Normaliser, UnreadableImage, View, normalise
+from eit.plan import Plan, Stream, generator, own_randomness, set_cpu_seed
 from eit.readers import ImageStream
 from eit.streams import StreamEvaluationLoader, StreamLoader
 
@@ -52,12 +54,14 @@ def train_loader(
     return WorkerLoader(images, view, plan, config, augment, device)
 
 
-def read_or_neighbour(images: Images, index: int, channels: int) -> tuple[Image.Image, int, list[str]]:
+def read_or_neighbour(
+    images: Images, index: int, read: Callable[[int], Image.Image]
+) -> tuple[Image.Image, int, list[str]]:
     """Image `index`, or the next one that can be read; its label; what could not be read."""
     faults: list[str] = []
     for i in range(index, index + len(images)):
         try:
-            return images.read(i % len(images), channels), images.labels[i % len(images)], faults
+            return read(i % len(images)), images.labels[i % len(images)], faults
         except UnreadableImage as error:
             faults.append(str(error))
     raise UserError(f"none of {len(images)} images can be read; the first: {faults[0]}")
@@ -84,7 +88,7 @@ class CachedLoader:
         labels = torch.empty(len(images), dtype=torch.int64)
 
         def fill(index: int) -> list[str]:
-            image, labels[index], faults = read_or_neighbour(images, index, view.channels)
+            image, labels[index], faults = read_or_neighbour(images, index, lambda i: images.read(i, view.channels))
             pixels[index] = view.pixels(image)
             return faults
 
@@ -103,13 +107,15 @@ class CachedLoader:
         if self.augment.erasing:
             shape = (NOISE_FIELDS, *self.pixels.shape[1:])
             noise = torch.randn(shape, generator=generator(Stream.NOISE, plan.seed, epoch)).to(self.device)
-        for rows in plan.batches(epoch, first_step, distributed.rank()):
-            index, repeat = rows.to(self.device).unbind(1)
+        mean, std = (torch.tensor(v, device=self.device) for v in (self.view.mean, self.view.std))
+        # From here on a step waits for no copy to the device.
+        for rows in plan.batches(epoch, first_step, distributed.rank()).to(self.device):
+            index, repeat = rows.unbind(1)
             row = draws[index, repeat].unbind(1)
             x = self.pixels[index]
             if self.augment.pad_crop or self.augment.hflip:
                 x = shift_and_flip(x, self.augment.pad_crop, self.augment.hflip, *row[:3])
-            x = normalise(x, self.view.mean, self.view.std)
+            x = normalise(x, mean, std)
             if self.augment.erasing:
                 x = erase(x, self.augment.erasing, noise, *row[3:])
             yield Batch(x, self.labels[index], len(index))
@@ -118,17 +124,32 @@ class CachedLoader:
 class _Samples(Dataset):
     """(epoch, index, repeat) -> augmented sample. Used in worker processes."""
 
-    def __init__(self, images: Images, view: View, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+    def __init__(self, images: Images, view: View, transform: ImageTransform, seed: int) -> None:
         self.images, self.view, self.transform, self.seed = images, view, transform, seed
+        self.kept: tuple[int, Kept] = -1, {}  # the last image read, decoded
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, list[str]]:
-        epoch, index, repeat = key
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[Sample]:
+        with own_randomness():
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int, repeat: int) -> Sample:
+        def read(i: int) -> Image.Image:
+            if self.kept[0] != i:
+                self.kept = i, {}
+            set_cpu_seed(Stream.SAMPLE, self.seed, epoch, index, repeat)  # anew, for it draws the crop
+            return self.images.read(
+                i, self.view.channels, lambda image, channels: self.transform.crop(image, channels, self.kept[1])
+            )
+
         try:
-            image, label, faults = read_or_neighbour(self.images, index, self.view.channels)
+            image, label, faults = read_or_neighbour(self.images, index, read)
         except UserError as error:
-            return torch.empty(0), -1, [str(error)]
-        with seeded(Stream.SAMPLE, self.seed, epoch, index, repeat):
-            return self.transform(image), label, faults
+            return Sample(torch.empty(0), -1, [str(error)])
+        pixels, box = self.transform(image)
+        return Sample(pixels, label, faults, box)
 
 
 class _Batches(Sampler):
@@ -143,15 +164,16 @@ class _Batches(Sampler):
 
 
 class WorkerLoader:
-    """Images read, cropped, augmented and normalised one by one in worker processes, with timm's transforms."""
+    """Images read, cropped and augmented one by one in worker processes; normalised and erased on the device."""
 
     def __init__(
         self, images: Images, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
     ) -> None:
         self.device = device
+        self.normalise = Normaliser(view, device)
         self.bad = BadImages(images, config.bad_image_budget)
         self.batches = _Batches(plan)
-        samples = _Samples(images, view, image_transform(view, augment), plan.seed)
+        samples = _Samples(images, view, image_transform(view, augment, config.backend), plan.seed)
         self.loader = DataLoader(
             samples,
             batch_sampler=self.batches,
@@ -164,13 +186,13 @@ class WorkerLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        for images, labels, faults in self.loader:
+        for pixels, labels, faults, boxes in self.loader:
             if not len(labels):
                 raise UserError(faults[0])
             self.bad.add(faults)
-            yield Batch(
-                images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), len(labels)
-            )
+            x = self.normalise(pixels.to(self.device, non_blocking=True))
+            erase_boxes(x, boxes)
+            yield Batch(x, labels.to(self.device, non_blocking=True), len(labels))
 
 
 @dataclass
@@ -222,7 +244,7 @@ class EvaluationLoader:
             collate_fn=collate,
             **worker_options(self.workers, self.device),
         )
-        for pixels, labels, faults in loader:
+        for pixels, labels, faults, _ in loader:
             if faults:
                 raise UserError(f"unreadable validation image: {faults[0]}")
             yield pixels, labels
@@ -232,11 +254,12 @@ class _Pixels(Dataset):
     def __init__(self, images: Images, view: View) -> None:
         self.images, self.view = images, view
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
+    def __getitem__(self, index: int) -> Sample:
         try:
-            return self.view.pixels(self.images.read(index, self.view.channels)), self.images.labels[index], []
+            pixels = self.view.pixels(self.images.read(index, self.view.channels))
         except UnreadableImage as error:
-            return torch.empty(0), 0, [str(error)]
+            return Sample(torch.empty(0), 0, [str(error)])
+        return Sample(pixels, self.images.labels[index], [])
 
 
 AnyEvaluationLoader = EvaluationLoader | StreamEvaluationLoader

@@ -40,17 +40,32 @@ def set_seed(stream: Stream, *counters: int) -> None:
     torch.manual_seed(seed)
 
 
+def set_cpu_seed(stream: Stream, *counters: int) -> None:
+    """`set_seed` for what runs on the CPU: it leaves the accelerators' generators, at a tenth of the time."""
+    seed = seed_of(stream, *counters)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
-def seeded(stream: Stream, *counters: int) -> Iterator[None]:
-    """`set_seed` for the block; the generators are put back after it."""
+def own_randomness() -> Iterator[None]:
+    """The generators of the CPU are put back after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    set_seed(stream, *counters)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextmanager
+def seeded(stream: Stream, *counters: int) -> Iterator[None]:
+    """`set_cpu_seed` for the block; the generators are put back after it."""
+    with own_randomness():
+        set_cpu_seed(stream, *counters)
+        yield
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class Plan:
         used = self.steps * self.global_batch
         return torch.stack((index, repeat), dim=1)[:used].view(self.steps, self.global_batch, 2)
 
-    def batches(self, epoch: int, first_step: int, rank: int) -> Iterator[Tensor]:
-        """(batch_size, 2) for each micro-batch of this rank, from `first_step` on; neighbours go to different ranks."""
-        for step in self.order(epoch)[first_step:]:
-            yield from step.view(self.accumulate, self.batch_size, self.world, 2)[:, :, rank]
+    def batches(self, epoch: int, first_step: int, rank: int) -> Tensor:
+        """(micro-batches, batch_size, 2) of this rank, from `first_step` on; neighbours go to different ranks."""
+        steps = self.order(epoch)[first_step:]
+        return steps.view(-1, self.batch_size, self.world, 2)[:, :, rank]

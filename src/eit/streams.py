@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from eit import distributed
-from eit.augment import image_transform
-from eit.batch import BadImages, Batch, collate, worker_count, worker_options
+from eit.augment import erase_boxes, image_transform
+from eit.batch import BadImages, Batch, Sample, collate, worker_count, worker_options
 from eit.config import Augment, Data
 from eit.errors import UserError
-from eit.images import View, normalise, to_mode
+from eit.images import Normaliser, View, normalise, to_mode
 from eit.plan import Plan, Stream, generator, seed_of, seeded
 from eit.readers import ImageStream, shard_names
 
@@ -34,6 +34,7 @@ class StreamLoader:
     ) -> None:
         self.images, self.view, self.plan, self.device = images, view, plan, device
         self.transform = image_transform(view, augment)
+        self.normalise = Normaliser(view, device)
         self.bad = BadImages(images, config.bad_image_budget)
         self.workers = worker_count(config.workers)
         # Readers with unequal numbers of shards would leave out a part of them, and repeat others.
@@ -56,12 +57,15 @@ class StreamLoader:
         dataset.set_loader_cfg(num_workers=self.workers)
         return dataset
 
+    def _augmented(self, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
+        return self.transform(self.transform.crop(image, self.view.channels, {}))
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         plan = self.plan
         counters = plan.seed, epoch, distributed.rank()
         self.bad.seen.clear()  # they have no names, and would count anew each epoch
         loader = DataLoader(
-            _Turn(self.images, self._open(epoch), self.view.channels, self.transform, *counters),
+            _Turn(self.images, self._open(epoch), self.view.channels, self._augmented, *counters),
             batch_size=plan.batch_size,
             collate_fn=collate,
             generator=generator(Stream.ORDER, *counters),
@@ -72,12 +76,14 @@ class StreamLoader:
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {plan.steps * plan.accumulate} batches"
                 raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
-            images, labels, faults = batch
+            images, labels, faults, boxes = batch
             if not len(labels):
                 raise UserError(faults[0])
             self.bad.add(faults)
             if number >= first_step * plan.accumulate:
-                yield Batch(images.to(self.device), labels.to(self.device), len(labels))
+                x = self.normalise(images.to(self.device))
+                erase_boxes(x, boxes)
+                yield Batch(x, labels.to(self.device), len(labels))
 
 
 @dataclass
@@ -99,6 +105,9 @@ class StreamEvaluationLoader:
     def own_blocks(self) -> range:
         return range(distributed.rank(), self.blocks, distributed.world_size())
 
+    def _pixels(self, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
+        return self.view.pixels(image), ()
+
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(block number, batch) of this rank.
 
@@ -109,11 +118,11 @@ class StreamEvaluationLoader:
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
         workers = worker_count(self.workers)
         dataset.set_loader_cfg(num_workers=workers)
-        turn = _Turn(self.images, dataset, self.view.channels, self.view.pixels)
+        turn = _Turn(self.images, dataset, self.view.channels, self._pixels)
         options = worker_options(workers, self.device)
         seen = 0
         loader = DataLoader(turn, self.batch_size, collate_fn=collate, **options)
-        for block, (pixels, labels, faults) in enumerate(loader):
+        for block, (pixels, labels, faults, _) in enumerate(loader):
             seen += len(labels)
             if faults or block >= self.blocks:
                 more = f"{self.images.config.dataset}: more images were read than the {len(self.images)} it says"
@@ -133,8 +142,8 @@ class _Turn(IterableDataset):
         self.name, self.classes = images.config.dataset, len(images.classes)
         self.max_pixels = images.config.max_pixels
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
-        """(pixels, label, what could not be read before it), or no pixels and a fault, with which it ends."""
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples, each with what could not be read before it, or no pixels and a fault, with which it ends."""
         worker = info.id if (info := get_worker_info()) else 0
         with _skipped(self.dataset.reader, self.max_pixels) as (faults, lost):
             last = ""
@@ -149,16 +158,16 @@ class _Turn(IterableDataset):
                     faults.append(repr(error))
                     continue
                 with seeded(Stream.TURN, *self.counters, worker, turn):
-                    pixels = self.prepare(image)
+                    pixels, box = self.prepare(image)
                 where = f"{self.name}, before image {turn + 1} of worker {worker}"
-                yield pixels, int(label), [f"{where}: {fault}" for fault in faults]
+                yield Sample(pixels, int(label), [f"{where}: {fault}" for fault in faults], box)
                 faults.clear()
             if lost:
                 last = f"{self.name}: shard {lost[0]}"
             elif faults:
                 last = f"{self.name}: {faults[0]}"
             if last:
-                yield torch.empty(0), -1, [last]
+                yield Sample(torch.empty(0), -1, [last])
 
 
 @contextmanager
