@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from eit.layers import Linear, PatchConv2d
+from eit.layers import Linear, MaxPool2d, PatchConv2d
 from eit.model import EIT, ConvAttention
 
 
@@ -44,7 +44,7 @@ class NaiveMixer(ConvAttention):
 def naive(model: EIT) -> EIT:
     """A copy of `model`, with the same weights, that computes as above."""
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    plain = {ConvAttention: NaiveMixer, Linear: nn.Linear, PatchConv2d: nn.Conv2d}
+    plain = {ConvAttention: NaiveMixer, Linear: nn.Linear, PatchConv2d: nn.Conv2d, MaxPool2d: nn.MaxPool2d}
     for module in twin.modules():
         module.__class__ = plain.get(type(module), type(module))
     return twin

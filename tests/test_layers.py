@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eit import layers
-from eit.layers import Linear, PatchConv2d, attention
+from eit.layers import Linear, MaxPool2d, PatchConv2d, attention
 from eit.model import EIT, Block
 
 
@@ -50,6 +50,18 @@ def test_a_convolution_of_patches(kernel, stride, height, width, avx512):
         one(x).square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, plain.weight.grad, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height, width", [(9, 12), (11, 7)])
+def test_a_max_pool(height, width, dtype, avx512):
+    x = torch.randint(9, (2, 5, height, width)).to(dtype).to(memory_format=torch.channels_last)  # with ties
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        actual = with_gradients(lambda x: MaxPool2d(3)(x), x)
+    for one, other in zip(actual, with_gradients(lambda x: F.max_pool2d(x, 3), x), strict=True):
+        assert torch.equal(one, other)
+    assert (x.numel() in kept) == (not avx512)
 
 
 @pytest.mark.parametrize("width", [5, 16, 20])

@@ -4,6 +4,8 @@ docs/performance.md has what each is worth. Elsewhere, and in scripted and expor
 operators. Tracers of torch.fx take each function as one operator, for they know neither the device nor the width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,6 +70,44 @@ def _squares_as_channels(x: Tensor, side: int) -> Tensor:
     h, w = x.shape[2] // side, x.shape[3] // side
     x = x[:, :, : h * side, : w * side].unflatten(2, (h, side)).unflatten(4, (w, side))
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d` of squares that do not overlap: (B, C, height, width) -> (B, C, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.kernel_size, int)
+        return max_pool(x, self.kernel_size)
+
+
+@torch.fx.wrap
+def max_pool(x: Tensor, size: int) -> Tensor:
+    """`F.max_pool2d` with stride `size`, which keeps where the maxima were for the backward pass, and not its input."""
+    if torch.jit.is_scripting():
+        return F.max_pool2d(x, size, size)
+    else:
+        if not (_on_avx512(x) and x.requires_grad) or torch.compiler.is_compiling():
+            return F.max_pool2d(x, size, size)
+        return _MaxPool.apply(x, size)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        pooled, places = F.max_pool2d(x, size, size, return_indices=True)
+        ctx.save_for_backward(places)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        format = torch.channels_last if last else torch.contiguous_format
+        ctx.size, ctx.like = size, dict(size=x.shape, dtype=x.dtype, memory_format=format)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        x = torch.empty(**ctx.like)  # of which the operator reads the shape alone
+        square, zero, one = [ctx.size] * 2, [0, 0], [1, 1]
+        operator = torch.ops.aten.max_pool2d_with_indices_backward
+        return operator(gradient, x, square, square, zero, one, False, places), None
 
 
 @torch.fx.wrap

@@ -95,7 +95,7 @@ class ConvPoolStem(nn.Module):
         self.kernel_size, self.stride, self.pool_size = kernel_size, stride, pool_size
         self.pitch = stride * pool_size  # pixels from one token to the next
         self.proj = layers.PatchConv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2, **where)
-        self.pool = nn.MaxPool2d(pool_size, pool_size)
+        self.pool = layers.MaxPool2d(pool_size)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
