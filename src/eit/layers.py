@@ -95,7 +95,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         pooled, places = F.max_pool2d(x, size, size, return_indices=True)
-        ctx.save_for_backward(places)
+        ctx.save_for_backward(places.int())  # half of what they come in
         last = x.is_contiguous(memory_format=torch.channels_last)
         format = torch.channels_last if last else torch.contiguous_format
         ctx.size, ctx.like = size, dict(size=x.shape, dtype=x.dtype, memory_format=format)
@@ -107,7 +107,7 @@ class _MaxPool(torch.autograd.Function):
         x = torch.empty(**ctx.like)  # of which the operator reads the shape alone
         square, zero, one = [ctx.size] * 2, [0, 0], [1, 1]
         operator = torch.ops.aten.max_pool2d_with_indices_backward
-        return operator(gradient, x, square, square, zero, one, False, places), None
+        return operator(gradient, x, square, square, zero, one, False, places.long()), None
 
 
 @torch.fx.wrap
