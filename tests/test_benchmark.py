@@ -1,8 +1,10 @@
 """What `eit bench` says is what was measured; the naive model is the same model."""
 
 import json
+import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -215,3 +217,20 @@ def test_what_is_not_there_is_an_error_where_it_was_asked_for_and_said_otherwise
     for runtime in ("compile", "openvino"):
         with pytest.raises(UserError, match=f"--runtime {runtime} needs"):
             benchmark.check_runtimes(Options(runtimes=[runtime]))
+
+
+def test_memory_that_is_freed_can_be_kept():
+    require(Path("/proc/self/statm").exists(), "/proc is not there")
+    code = """
+from pathlib import Path
+import torch
+from eit.memory import keep_freed
+keep_freed()
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+torch.ones(25 << 20)  # 100 MiB, which go back at once otherwise
+before = resident()
+x = torch.ones(24 << 20)  # aligned, it needs a little more than its size
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10 << 20  # the pages were there

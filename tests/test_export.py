@@ -97,7 +97,9 @@ def test_other_runtimes_find_names_and_preprocessing_in_the_file(home):
     card = json.loads(session.get_modelmeta().custom_metadata_map["eit"])
     assert card["classes"] == [str(i) for i in range(10)] and card["mean"] == [0.5] * 3 and card["size"] == 8
     assert "RGB images in 0..1, shorter side" in onnx.load(home / "digits.onnx").doc_string
-    assert json.loads(openvino.Core().read_model(home / "digits.xml").get_rt_info("eit").astype(str)) == card
+    assert (
+        json.loads(eit.exported.openvino_core().read_model(home / "digits.xml").get_rt_info("eit").astype(str)) == card
+    )
     extra = {"eit": ""}
     program = torch.export.load(home / "digits.pt2", extra_files=extra).module()
     assert json.loads(extra["eit"])["classes"] == card["classes"]

@@ -130,10 +130,10 @@ class Record:
 
     @property
     def baseline(self) -> str:
-        """What ratios are to."""
-        first = self.rows[0].arm
-        what = "the naive model" if first.naive else first.label
-        return f"{what}, {first.runtime} {first.precision}, same mode and batch"
+        """What ratios are to, as `compare` has it."""
+        if naive := [row.arm for row in self.rows if row.arm.naive]:
+            return f"the naive model, eager {naive[0].precision}, same mode and batch"
+        return "the first row of the same mode and batch"
 
     def as_json(self) -> dict[str, Any]:
         rows = [
@@ -168,7 +168,7 @@ def bench(names: Sequence[str], options: Options) -> Record:
         seconds, peaks = interleave(steps, options)
         rows = [Measured(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
         if options.memory and is_measurable(options.device):
-            measure_memory(rows, files, options)
+            left_out += measure_memory(rows, files, options)
     record = Record(rows, peaks, left_out, about(options))
     compare(record)
     return record
@@ -191,6 +191,8 @@ def check_runtimes(options: Options) -> tuple[list[str], list[str]]:
     """The runtimes to measure, and why others are left out; where they were asked for by name, that is an error."""
     kept, left_out = [], []
     for runtime in options.runtimes or RUNTIMES:
+        if runtime in FORMATS and options.runtimes is None and "infer" not in options.modes:
+            continue
         try:
             _check_runtime(runtime, options)
         except UserError as error:
@@ -304,11 +306,10 @@ def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, le
 def _why_no_bf16(runtime: str) -> str | None:
     if runtime == "onnxruntime":
         return "onnxruntime bf16: it has no bf16 on the CPU"
-    if runtime == "openvino":
-        core = exported.need("openvino", "--runtime openvino").Core()
-        if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            return "openvino bf16: this processor has none"
-    return None
+    has = (
+        exported.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") if runtime == "openvino" else ["BF16"]
+    )
+    return None if "BF16" in has else "openvino bf16: this processor has none"
 
 
 def macs_of(arm: Arm, model: Any) -> int:
@@ -465,16 +466,21 @@ def compare(record: Record) -> None:
         row.share = flops / median(row.seconds) / record.peak(row.arm.precision)
 
 
-def measure_memory(rows: Sequence[Measured], files: dict[tuple[str, str], Path], options: Options) -> None:
-    """Fill in the peak memory of rows of the whole batch, each in a process of its own.
+def measure_memory(rows: Sequence[Measured], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
+    """Fill in the peak memory of rows of the whole batch, each in a process of its own; what could not be measured.
 
     Not of compiled ones: what the compiler leaves behind would count.
     """
+    failed = []
     chosen = [row for row in rows if row.arm.batch == options.batch_size and row.arm.runtime != "compile"]
     with progress("memory", len(chosen)) as advance:
         for row in chosen:
-            row.memory = memory_of(row.arm, files.get((row.arm.model, row.arm.runtime)), options)
+            try:
+                row.memory = memory_of(row.arm, files.get((row.arm.model, row.arm.runtime)), options)
+            except RuntimeError as error:
+                failed.append(str(error))
             advance()
+    return failed
 
 
 def memory_of(arm: Arm, file: Path | None, options: Options) -> int:
@@ -489,8 +495,8 @@ def memory_of(arm: Arm, file: Path | None, options: Options) -> int:
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise RuntimeError(f"measuring the memory of {arm.label} failed: {said[-1]}")
-    return int(done.stdout)
+        raise RuntimeError(f"the memory of {arm.label}, {arm.runtime} {arm.precision}: {said[-1]}")
+    return int(done.stdout.split()[-1])
 
 
 def _memory_here(request: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,11 +101,18 @@ def open_onnx(file: Path) -> ExportedModel:
     return _model(file, card, ports, lambda x: session.run([OUTPUT], {INPUT: x})[0])
 
 
+@cache
+def openvino_core() -> Any:
+    """The one of this process. Its plugin gives the main thread a stack for signals, and takes its memory back with the
+    last core: the next signal would then end the process."""
+    return importlib.import_module("openvino").Core()
+
+
 def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
     """A .xml file, run by OpenVINO on as many threads as torch has, in `f32` or `bf16`."""
-    ov = need("openvino", f"running {file}")
+    need("openvino", f"running {file}")
     try:
-        core = ov.Core()
+        core = openvino_core()
         model = core.read_model(file)
         card = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
         ports = [

@@ -16,7 +16,8 @@ CACHE = 1 << 22  # bytes of attention weights
 
 
 def _on_avx512(x: Tensor) -> bool:
-    return AVX512 and x.device.type == "cpu" and not torch.compiler.is_exporting()
+    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
+    return AVX512 and known and not torch.compiler.is_exporting()
 
 
 class Linear(nn.Linear):
@@ -35,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
     else:  # which TorchScript does not compile
-        if not _on_avx512(x):
+        if not _on_avx512(x) or type(weight) not in (Tensor, nn.Parameter):  # a quantised one has its own product
             return F.linear(x, weight, bias)
         image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
         image = F.conv2d(image, weight[:, :, None, None], bias)  # (1, out_features, 1, pixels)
@@ -86,25 +87,32 @@ def max_pool(x: Tensor, size: int) -> Tensor:
     if torch.jit.is_scripting():
         return F.max_pool2d(x, size, size)
     else:
-        if not (_on_avx512(x) and x.requires_grad) or torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or not (_on_avx512(x) and x.requires_grad):
             return F.max_pool2d(x, size, size)
-        return _MaxPool.apply(x, size)
+        return _MaxPool.apply(x, size)[0]
 
 
 class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        pooled, places = F.max_pool2d(x, size, size, return_indices=True)
-        ctx.save_for_backward(places.int())  # half of what they come in
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        format = torch.channels_last if last else torch.contiguous_format
-        ctx.size, ctx.like = size, dict(size=x.shape, dtype=x.dtype, memory_format=format)
-        return pooled
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def forward(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        pooled, places = F.max_pool2d(x, size, size, return_indices=True)
+        return pooled, places.int()  # half of what they come in
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+        (x, ctx.size), (_, places) = inputs, output
+        ctx.mark_non_differentiable(places)
+        ctx.save_for_backward(places)
+        ctx.shape, ctx.channels_last = x.shape, x.stride(1) == 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        x = torch.empty(**ctx.like)  # of which the operator reads the shape alone
+        b, c, h, w = ctx.shape  # the operator reads shape and format of its input alone
+        x = gradient.new_empty(b, h, w, c).permute(0, 3, 1, 2) if ctx.channels_last else gradient.new_empty(ctx.shape)
         square, zero, one = [ctx.size] * 2, [0, 0], [1, 1]
         operator = torch.ops.aten.max_pool2d_with_indices_backward
         return operator(gradient, x, square, square, zero, one, False, places.long()), None
@@ -119,7 +127,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         if not _on_avx512(q):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         # The fused kernel has no dropout, and its backward pass takes twice as long in bfloat16 as in float32.
-        if (dropout or q.dtype == torch.bfloat16) and not torch.compiler.is_compiling():
+        learns = q.requires_grad and not torch.compiler.is_compiling()
+        if learns and (dropout or q.dtype == torch.bfloat16):
             return _attention_in_pieces(q, k, v, dropout)
         width = q.shape[-1]
         if width < NARROW:

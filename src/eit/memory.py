@@ -23,8 +23,9 @@ def keep_freed(most: int = 2**31 - 1) -> None:
     tuned = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     if mallopt is not None and not tuned:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(mmap_threshold, min(most, 2**30))
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+        if not mallopt(mmap_threshold, min(most, 2**30)):  # before 2.35 it was 32 MiB at most
+            mallopt(mmap_max, 0)
         mallopt(trim_threshold, most)
 
 

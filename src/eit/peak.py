@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ def routes(precision: str, device: torch.device, size: int | None = None) -> dic
         image = a.view(1, n // side, side, n).permute(0, 3, 1, 2)  # (1, n, n / 32, 32), channels last
         weight = b.t().contiguous().view(n, n, 1, 1)
         found["conv1x1"] = lambda: F.conv2d(image, weight)
-        packed = torch.ops.mkldnn._reorder_linear_weight(b.t().contiguous(), n)
-        found["linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+        with suppress(RuntimeError):  # bf16 on a processor without AVX-512
+            packed = torch.ops.mkldnn._reorder_linear_weight(b.t().contiguous(), n)
+            found["linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
     return found
 
 
