@@ -66,7 +66,7 @@ class ResizedCrop:
             pixels = image[outer[1] : outer[3], outer[0] : outer[2]]
             if factor == 1:
                 return resized(torch.from_numpy(pixels), self.size, self.interpolation)
-            image = Image.fromarray(pixels)
+            image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
         else:
             image = image.crop(outer)
             if image.mode != {1: "L", 3: "RGB"}[channels]:
