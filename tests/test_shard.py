@@ -1,6 +1,7 @@
 """Shards: the same batches as the folder they were written from, and every sample once where they come in turn."""
 
 import json
+import pickle
 import struct
 import tarfile
 import threading
@@ -259,6 +260,17 @@ def test_a_stream_gives_every_sample_once_an_epoch_in_an_order_of_counters(strea
     assert stream(config, epoch=1) != first and sorted(chain(*stream(config, epoch=1))) == list(range(40))
     assert stream(config, seed=1) != first
     assert stream(config, first_step=3) == first[3:]
+
+
+def test_worker_processes_are_sent_no_loader(streamed, monkeypatch):
+    sent = []
+    monkeypatch.setattr(streams, "DataLoader", lambda turn, **_: sent.append(turn) or [])
+    with pytest.raises(UserError, match="ended after 0 of 8 batches"):
+        stream(streamed)
+    prepare = pickle.dumps(sent[0].prepare)
+    assert b"ImageTransform" in prepare and not any(
+        n in prepare for n in (b"StreamLoader", b"Normaliser", b"BadImages")
+    )
 
 
 def test_a_stream_is_evaluated_once_a_sample_on_any_number_of_ranks(streamed, monkeypatch):
