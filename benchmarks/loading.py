@@ -45,6 +45,7 @@ from eit.crop import ResizedCrop, resized, to_pixels
 from eit.images import Images, View
 from eit.loader import CachedLoader, WorkerLoader
 from eit.plan import Plan, Stream, seeded
+from eit.run import environment
 
 PHOTOS = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg"]
 PHOTOS += ["ihc.png", "retina.jpg"]
@@ -260,6 +261,7 @@ def main(rounds: int = 5, out: str = "") -> None:
     record: dict[str, Any] = dict(
         date=str(date.today()),
         command=f"python benchmarks/loading.py {rounds} {out}".strip(),
+        commit=environment(torch.device("cpu"))["commit"],
         machine=dict(cpu=cpu(), cores=os.cpu_count(), threads=1),
         versions={name: version(name) for name in packages} | dict(python=platform.python_version()),
         figures={},

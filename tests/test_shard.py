@@ -1,6 +1,7 @@
 """Shards: the same batches as the folder they were written from, and every sample once where they come in turn."""
 
 import json
+import pickle
 import struct
 import tarfile
 import threading
@@ -261,6 +262,17 @@ def test_a_stream_gives_every_sample_once_an_epoch_in_an_order_of_counters(strea
     assert stream(config, first_step=3) == first[3:]
 
 
+def test_worker_processes_are_sent_no_loader(streamed, monkeypatch):
+    sent = []
+    monkeypatch.setattr(streams, "DataLoader", lambda turn, **_: sent.append(turn) or [])
+    with pytest.raises(UserError, match="ended after 0 of 8 batches"):
+        stream(streamed)
+    prepare = pickle.dumps(sent[0].prepare)
+    assert b"ImageTransform" in prepare and not any(
+        n in prepare for n in (b"StreamLoader", b"Normaliser", b"BadImages")
+    )
+
+
 def test_a_stream_is_evaluated_once_a_sample_on_any_number_of_ranks(streamed, monkeypatch):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2))
@@ -343,6 +355,11 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
     for augment, config, message in (
         (Augment(repeats=3), streamed, "augment.repeats=3 needs images with random access"),
         (Augment(), streamed.model_copy(update=dict(cache=True)), "data.cache=true needs images with random access"),
+        (
+            Augment(crop_scale=(0.08, 1)),
+            streamed.model_copy(update=dict(backend="simplejpeg")),
+            "data.backend=simplejpeg .* of image files: data.dataset=wds/colours comes in turn",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             train_loader(images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, augment, CPU)

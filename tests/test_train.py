@@ -41,6 +41,11 @@ def same(a, b):
 # -- The run folder
 
 
+def line_of(epoch):
+    line = dict(epoch=epoch, step=epoch, train_loss=1.0, val_loss=1.0, val_top1=1.0, ema_top1=None, lr=1.0)
+    return line | dict(images_per_s=1.0)
+
+
 @pytest.mark.parametrize("ended", ["finished", "stopped", "failed"])
 def test_curves_are_drawn_now_and_then_and_whole_at_the_end(folder, monkeypatch, ended):
     drawn = []
@@ -49,13 +54,30 @@ def test_curves_are_drawn_now_and_then_and_whole_at_the_end(folder, monkeypatch,
     with expected, Run(folder.parent / "run", recipe(folder)) as run:
         run.start_logging({}, 0)
         for epoch in range(3):
-            line = dict(epoch=epoch, step=epoch, train_loss=1.0, val_loss=1.0, val_top1=1.0, ema_top1=None, lr=1.0)
-            run.log(line | dict(images_per_s=1.0), 3)
+            run.log(line_of(epoch), 3)
         if ended == "finished":
             run.finish()
         if ended == "failed":
             raise OSError("disk")
     assert drawn == [1, 3]
+
+
+@pytest.mark.parametrize("error", [None, OSError("disk")])
+def test_curves_that_cannot_be_drawn_replace_no_error_and_release_the_folder(folder, monkeypatch, error):
+    def fail(lines, file):
+        if len(lines) > 1:
+            raise RuntimeError("curves")
+
+    monkeypatch.setattr("eit.draw.curves", fail)
+    expected = pytest.raises(OSError, match="disk") if error else pytest.raises(RuntimeError, match="curves")
+    with expected, Run(folder.parent / "run", recipe(folder)) as run:
+        run.start_logging({}, 0)
+        for epoch in range(2):
+            run.log(line_of(epoch), 3)
+        if error:
+            raise error
+    with Run(folder.parent / "run", recipe(folder)):
+        pass
 
 
 def test_a_run_leaves_what_it_promises(folder):
@@ -142,7 +164,8 @@ def test_the_lock_does_not_outlive_a_killed_process_in_its_workers(tmp_path):
             Run(tmp_path / "run", load_recipe("digits"))
         holder.kill()
         holder.wait()
-        Run(tmp_path / "run", load_recipe("digits")).__exit__()  # though the forked child lives
+        with Run(tmp_path / "run", load_recipe("digits")):  # though the forked child lives
+            pass
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
 

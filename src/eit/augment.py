@@ -72,7 +72,10 @@ def erasing_box(probability: float, height: int, width: int) -> list[int]:
 
 
 def erase_boxes(x: Tensor, boxes: Tensor) -> None:
-    """Fill the (B, 5) boxes of `erasing_box`, in the CPU's memory, with noise N(0, 1), each from its own seed."""
+    """Fill the (B, 5) boxes of `erasing_box` with noise N(0, 1), each from its own seed.
+
+    `boxes` lie in the CPU's memory, (B, C, H, W) `x` on any device, which makes the noise.
+    """
     noise = torch.Generator(x.device)
     for image, (top, left, h, w, seed) in zip(x, boxes.tolist(), strict=True):
         if h:

@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from eit.images import View, to_mode, whole
 
 Kept = dict[int, Any]  # what was decoded of the last file, whole or scaled: by its scale
 
-ORIENTATION = 0x0112  # EXIF tag; 5 to 8 stand for images that lie on their side
+ORIENTATION = 0x0112  # EXIF tag; 1 stands for upright
 
 
 class ResizedCrop:
@@ -23,8 +23,9 @@ class ResizedCrop:
 
     The box is drawn from the size in the header. Where it is at least twice as large as the output, a JPEG is decoded
     at a half, a quarter or an eighth of its size, never smaller than the output. Resizing is torch's, which computes
-    as Pillow does on its 8-bit images, several times as fast. Scaling
-    decodes with other filters than resizing, of about the same sharpness; a shift of half a pixel changes more.
+    as Pillow does on its 8-bit images, several times as fast. Scaling decodes with other filters than resizing, of
+    about the same sharpness; a shift of half a pixel changes more. An image that its EXIF data turn or mirror is never
+    scaled: the size is rounded up at the right and the bottom of what is stored, which would move the upright box.
 
     Raises:
         UserError: `backend` is not installed.
@@ -43,20 +44,20 @@ class ResizedCrop:
 
         `kept` is of this file: what is decoded is put there, for the next copy in repeated augmentation.
         """
-        jpeg = image.format == "JPEG"  # a decoded image has no format any more
-        if image.format and not jpeg:
+        # A decoded image has no format any more
+        scales = image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) == 1
+        if image.format and not scales:
             if 1 not in kept:
                 kept[1] = whole(image, channels)
             image = kept[1]
-        orientation = image.getexif().get(ORIENTATION, 1) if jpeg else 1
-        width, height = image.size if orientation not in (5, 6, 7, 8) else image.size[::-1]
+        width, height = image.size
         top, left, h, w = RandomResizedCropAndInterpolation.get_params(
             torch.empty(height, width, device="meta"), self.scale, self.ratio
         )
-        factor = max(k for k in (1, 2, 4, 8) if k == 1 or min(h, w) >= k * self.size) if jpeg else 1
-        if jpeg:
+        factor = max(k for k in (1, 2, 4, 8) if k == 1 or min(h, w) >= k * self.size) if scales else 1
+        if scales:
             if factor not in kept:
-                kept[factor] = self._decode(image, channels, factor, orientation)
+                kept[factor] = self._decode(image, channels, factor)
             image = kept[factor]
         # The smallest box of whole pixels around the crop, and where the crop lies in it
         x, y = left // factor, top // factor
@@ -66,7 +67,7 @@ class ResizedCrop:
             pixels = image[outer[1] : outer[3], outer[0] : outer[2]]
             if factor == 1:
                 return resized(torch.from_numpy(pixels), self.size, self.interpolation)
-            image = Image.fromarray(pixels)
+            image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
         else:
             image = image.crop(outer)
             if image.mode != {1: "L", 3: "RGB"}[channels]:
@@ -75,10 +76,10 @@ class ResizedCrop:
             return image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], inner)
         return resized(to_pixels(image), self.size, self.interpolation)
 
-    def _decode(self, image: Image.Image, channels: int, factor: int, orientation: Any) -> Image.Image | np.ndarray:
-        """A JPEG at 1 / factor of its size, rounded up, and upright."""
+    def _decode(self, image: Image.Image, channels: int, factor: int) -> Image.Image | np.ndarray:
+        """An upright JPEG at 1 / factor of its size, rounded up."""
         # libjpeg's grey of a colour image is not Pillow's
-        if self.backend == "simplejpeg" and orientation == 1 and (image.mode, channels) in (("RGB", 3), ("L", 1)):
+        if self.backend == "simplejpeg" and (image.mode, channels) in (("RGB", 3), ("L", 1)):
             width, height = (-(-side // factor) for side in image.size)
             file = cast(ImageFile.ImageFile, image).fp
             assert file is not None
@@ -91,7 +92,7 @@ class ResizedCrop:
         if factor > 1:
             image.draft(None, (image.width // factor, image.height // factor))
         image.load()
-        return ImageOps.exif_transpose(image) if orientation != 1 else image
+        return image
 
 
 def resized(pixels: Tensor, size: int, interpolation: str) -> Image.Image:

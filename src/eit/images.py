@@ -177,9 +177,7 @@ def normalise(images: Tensor, mean: Iterable[float] | Tensor, std: Iterable[floa
 class Normaliser:
     """`normalise` of training batches, as they lie in memory: (B, height, width, channels) uint8.
 
-
-    Its constants wait on the device, so that no step waits for a copy. On the CPU images go through the cache one by
-    one.
+    Its constants wait on the device, so that no step waits for a copy. On the CPU images pass its cache one by one.
     """
 
     def __init__(self, view: "View", device: torch.device) -> None:

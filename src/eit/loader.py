@@ -44,6 +44,10 @@ def train_loader(
     if config.cache and augment.by_image:
         key = augment.policy[0] if augment.policy else "crop_scale, simple_crop or color_jitter"
         raise UserError(f"data.cache=true augments whole batches: it has no {key}")
+    if config.backend != "pillow" and (isinstance(images, ImageStream) or not augment.crop_scale):
+        in_turn = f"data.dataset={config.dataset} comes in turn"
+        why = in_turn if isinstance(images, ImageStream) else "augment.crop_scale is not set"
+        raise UserError(f"data.backend={config.backend} decodes for augment.crop_scale of image files: {why}")
     if isinstance(images, ImageStream):
         if config.cache or augment.repeats > 1:
             key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"

@@ -10,7 +10,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -62,10 +61,14 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(UserError):  # whatever else ended the run is the error to show
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
             self._draw_curves()
-        self._lock.close()
+        except Exception:
+            if error is None:  # else what ended the run is the error to show
+                raise
+        finally:
+            self._lock.close()
 
     def lines(self) -> list[dict[str, Any]]:
         """The log, up to a line that was torn when a process died."""

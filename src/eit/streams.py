@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from eit import distributed
-from eit.augment import erase_boxes, image_transform
+from eit.augment import ImageTransform, erase_boxes, image_transform
 from eit.batch import BadImages, Batch, Sample, collate, worker_count, worker_options
 from eit.config import Augment, Data
 from eit.errors import UserError
@@ -33,7 +33,7 @@ class StreamLoader:
         self, images: ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
     ) -> None:
         self.images, self.view, self.plan, self.device = images, view, plan, device
-        self.transform = image_transform(view, augment)
+        self.augmented = _Augmented(image_transform(view, augment), view.channels)
         self.normalise = Normaliser(view, device)
         self.bad = BadImages(images, config.bad_image_budget)
         self.workers = worker_count(config.workers)
@@ -57,15 +57,12 @@ class StreamLoader:
         dataset.set_loader_cfg(num_workers=self.workers)
         return dataset
 
-    def _augmented(self, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
-        return self.transform(self.transform.crop(image, self.view.channels, {}))
-
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         plan = self.plan
         counters = plan.seed, epoch, distributed.rank()
         self.bad.seen.clear()  # they have no names, and would count anew each epoch
         loader = DataLoader(
-            _Turn(self.images, self._open(epoch), self.view.channels, self._augmented, *counters),
+            _Turn(self.images, self._open(epoch), self.view.channels, self.augmented, *counters),
             batch_size=plan.batch_size,
             collate_fn=collate,
             generator=generator(Stream.ORDER, *counters),
@@ -84,6 +81,17 @@ class StreamLoader:
                 x = self.normalise(images.to(self.device))
                 erase_boxes(x, boxes)
                 yield Batch(x, labels.to(self.device), len(labels))
+
+
+@dataclass
+class _Augmented:
+    """A decoded image -> augmented pixels and the box to erase. A class, for worker processes to be sent no loader."""
+
+    transform: ImageTransform
+    channels: int
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
+        return self.transform(self.transform.crop(image, self.channels, {}))
 
 
 @dataclass
