@@ -136,6 +136,87 @@ def segmentation() -> str:
     return "\n".join([*table(head, rows), "", f"{note} From [results/segmentation](../results/segmentation)."])
 
 
+def benchmark(name: str) -> dict:
+    """A record of `eit bench --json`."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+VARIANTS = ("mini", "tiny", "base", "large")
+MEASURED = [(mode, precision) for mode in ("infer", "train") for precision in ("fp32", "bf16")]
+
+
+def speed_rows(found: dict) -> list[list[str]]:
+    """A row for each model and runtime, of the batch."""
+    rows: dict = {}
+    for row in found["rows"]:
+        if row["batch"] == found["batch_size"]:
+            key = row["label"], str(row["batch"]), row["runtime"]
+            rows.setdefault(key, {})[row["mode"], row["precision"]] = row
+    return [
+        [*key]
+        + [
+            f"{cell['images_per_s']:.1f}, {cell['ratio']:.2f}x, {100 * cell['share_of_peak']:.0f}%" if cell else ""
+            for cell in map(cells.get, MEASURED)
+        ]
+        for key, cells in rows.items()
+    ]
+
+
+def about(found: dict) -> str:
+    cpu = f"{found['threads']} threads of {found['device'].removeprefix('cpu: ')}"
+    return f"{cpu}, torch {found['packages']['torch']}, medians of {found['rounds']} rounds, {found['date'][:10]}."
+
+
+HEAD = f"| model | batch | runtime | {' | '.join(f'{mode}, {precision}' for mode, precision in MEASURED)} |"
+
+
+def speed() -> str:
+    records = [benchmark(f"bench_{variant}") for variant in VARIANTS]
+    rows = [row for found in records for row in speed_rows(found)]
+    peaks = records[0]["peaks"]
+    best = {precision: found["flops_per_s"] / 1e9 for precision, found in peaks.items()}
+    mkl = statistics.median(peaks["fp32"]["routes"]["mm"]) / 1e9
+    note = f"Each: images/s, ratio to the model's naive one in fp32, share of the peak. {about(records[0])} "
+    note += f"Peak: {best['fp32']:.0f} GFLOP/s in fp32 (`a @ b` by MKL: {mkl:.0f}), {best['bf16']:.0f} in bf16."
+    return "\n".join([*table(HEAD, rows), "", note])
+
+
+def keep_freed() -> str:
+    return "\n".join(table(HEAD, speed_rows(benchmark("keep_freed"))))
+
+
+def latency() -> str:
+    """One image, and memory."""
+    rows = []
+    for row in benchmark("bench_mini")["rows"]:
+        if row["batch"] == 1:
+            ms = [1e3 * row[key] for key in ("median_s", "min_s", "max_s")]
+            rows.append([row["label"], row["runtime"], row["precision"], f"{ms[0]:.1f} ({ms[1]:.1f} to {ms[2]:.1f})"])
+    return "\n".join(table("| one image | runtime | precision | ms, median (range) |", rows))
+
+
+def step_memory() -> str:
+    rows = []
+    for variant in VARIANTS:
+        cells = {}
+        for row in benchmark(f"bench_{variant}")["rows"]:
+            if row["mode"] == "train" and row["peak_memory_bytes"]:
+                cells.setdefault(row["label"], {})[row["precision"]] = row["peak_memory_bytes"] / 2**20
+        rows += [[label, *(f"{cell[p]:,.0f}" for p in ("fp32", "bf16"))] for label, cell in cells.items()]
+    return "\n".join(table("| training step, batch 16 | MiB, fp32 | MiB, bf16 |", rows))
+
+
+def loading() -> str:
+    found = benchmark("loading")["figures"]
+    rows = []
+    for what in ("one thread", "one worker process"):
+        by_size = found[f"images/s of {what}"]
+        for name in by_size["500x375"]:
+            cells = [f"{size[name]['median']:.0f} ({size[name]['ratio']:.2f}x)" for size in by_size.values()]
+            rows.append([what, name, *cells])
+    return "\n".join(table(f"| images/s | loader | {' | '.join(by_size)} |", rows))
+
+
 def draw(file: Path) -> None:
     """The family in one picture: which channels of each layer are convolved, and which attend."""
     figure = Figure(figsize=(9.6, 3.9), dpi=130)
@@ -171,6 +252,7 @@ def main() -> None:
         "README.md": (zoo, runs, finetuning, distillation, analysis),
         "docs/export.md": (int8,),
         "docs/dense.md": (segmentation,),
+        "docs/performance.md": (speed, keep_freed, latency, step_memory, loading),
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()
