@@ -72,8 +72,8 @@ def test_a_max_pool(height, width, dtype):
 @pytest.mark.parametrize("width", [5, 16, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention(width, dtype, monkeypatch):
-    monkeypatch.setattr(layers, "CACHE", 2 * 4 * 7 * 7 * dtype.itemsize)  # three images are two pieces
-    q, k, v = torch.randn(3, 3, 4, 7, width).to(dtype)
+    monkeypatch.setattr(layers, "CACHE", 2 * 4 * 70 * 70 * dtype.itemsize)  # three images are two pieces
+    q, k, v = torch.randn(3, 3, 4, 70, width).to(dtype)
     actual = with_gradients(lambda *parts: attention(*parts, dropout=0.0), q, k, v)
     expected = with_gradients(F.scaled_dot_product_attention, *(part.float() for part in (q, k, v)))
     for one, other in zip(actual, expected, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 NARROW = 16  # channels of a head: the fused attention takes longer over fewer than over just these
+MANY = 64  # tokens: over fewer, padding takes longer than it saves
 CACHE = 1 << 22  # bytes of attention weights
 
 
@@ -131,7 +132,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         if learns and (dropout or q.dtype == torch.bfloat16):
             return _attention_in_pieces(q, k, v, dropout)
         width = q.shape[-1]
-        if width < NARROW:
+        if width < NARROW and q.shape[2] >= MANY:
             q, k, v = (F.pad(part, (0, NARROW - width)) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=width**-0.5)[..., :width]
 
