@@ -16,10 +16,8 @@ Needs: pip install scikit-image simplejpeg
 
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -249,33 +247,27 @@ def photos() -> Iterator[Path]:
         yield Path(folder)
 
 
-def cpu() -> str:
-    lines = subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("Model name")), platform.machine())
-
-
-def main(rounds: int = 5, out: str = "") -> None:
+def main(rounds: str = "5", out: str = "") -> None:
     torch.set_num_threads(1)
     random.seed(0)
-    packages = ("torch", "torchvision", "timm", "pillow", "simplejpeg", "scikit-image", "numpy")
-    record: dict[str, Any] = dict(
-        date=str(date.today()),
-        command=f"python benchmarks/loading.py {rounds} {out}".strip(),
-        commit=environment(torch.device("cpu"))["commit"],
-        machine=dict(cpu=cpu(), cores=os.cpu_count(), threads=1),
-        versions={name: version(name) for name in packages} | dict(python=platform.python_version()),
-        figures={},
-    )
-    figures = record["figures"]
+    record = dict(date=str(date.today())) | environment(torch.device("cpu"))
+    record["command"] = f"python benchmarks/loading.py {rounds} {out}".strip()
+    record["packages"] |= {name: version(name) for name in ("simplejpeg", "scikit-image")}
+    record["figures"] = measure(int(rounds))
+    if out:
+        Path(out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
     with photos() as root:
         for workers, what in enumerate(("images/s of one thread", "images/s of one worker process")):
             figures[what] = {size: throughput(root, size, rounds, workers) for size in SIZES}
         figures["stages, ms"] = stages(root, rounds)
         figures["difference from timm, levels"] = distances(root)
     figures["cifar10 step"] = small_sets(rounds)
-    if out:
-        Path(out).write_text(json.dumps(record, indent=1) + "\n")
+    return figures
 
 
 if __name__ == "__main__":
-    main(*[int(word) if word.isdecimal() else word for word in sys.argv[1:]])  # type: ignore[arg-type]
+    main(*sys.argv[1:])

@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
+from eit import draw
 from eit.benchmark import Arm, Options, about, make_step, open_model
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def milliseconds(step) -> Counter:
     return times
 
 
-def draw(rows: list[dict], file: Path) -> None:
+def picture(rows: list[dict]) -> None:
     figure = Figure(figsize=(9.6, 4.2), dpi=130)
     axis = figure.add_axes((0.21, 0.2, 0.76, 0.77))
     names = [f"{'naive' if row['naive'] else 'ours'}, {row['mode']}, {row['precision']}" for row in rows]
@@ -85,7 +85,7 @@ def draw(rows: list[dict], file: Path) -> None:
     axis.tick_params(length=0, labelsize=8.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="lower center", ncols=len(KINDS), frameon=False, fontsize=8.5, handlelength=1, columnspacing=1.2)
-    FigureCanvasAgg(figure).print_png(str(file), metadata={"Software": None})
+    draw.save(figure, ROOT / "docs" / "images" / "operators.png")
 
 
 def main(name: str) -> None:
@@ -108,7 +108,7 @@ def main(name: str) -> None:
     record = about(Options(batch_size=BATCH, rounds=ROUNDS, naive=True)) | dict(rows=rows)
     record["command"] = f"python benchmarks/operators.py {name}"
     (ROOT / "benchmarks" / "results" / "operators.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(rows, ROOT / "docs" / "images" / "operators.png")
+    picture(rows)
 
 
 if __name__ == "__main__":

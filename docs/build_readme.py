@@ -43,8 +43,11 @@ def table(head: str, rows: list[list[str]]) -> list[str]:
 
 def machine(run: str) -> str:
     environment = json.loads((ROOT / "results" / run / "environment.json").read_text())
-    cpu = f"{environment['threads']} threads of {environment['device'].removeprefix('cpu: ')}"
-    return f"{cpu}; torch {environment['packages']['torch']}"
+    return f"{processor(environment)}; torch {environment['packages']['torch']}"
+
+
+def processor(environment: dict) -> str:
+    return f"{environment['threads']} threads of {environment['device'].removeprefix('cpu: ')}"
 
 
 def runs() -> str:
@@ -163,8 +166,8 @@ def speed_rows(found: dict) -> list[list[str]]:
 
 
 def about(found: dict) -> str:
-    cpu = f"{found['threads']} threads of {found['device'].removeprefix('cpu: ')}"
-    return f"{cpu}, torch {found['packages']['torch']}, medians of {found['rounds']} rounds, {found['date'][:10]}."
+    measured = f"medians of {found['rounds']} rounds, {found['date'][:10]}"
+    return f"{processor(found)}, torch {found['packages']['torch']}, {measured}."
 
 
 HEAD = f"| model | batch | runtime | {' | '.join(f'{mode}, {precision}' for mode, precision in MEASURED)} |"

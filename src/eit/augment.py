@@ -15,9 +15,9 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 from torchvision.transforms import functional as TF
 
 from eit.config import Augment
-from eit.crop import Kept, ResizedCrop, to_pixels
+from eit.crop import Kept, ResizedCrop, decoded, to_pixels
 from eit.errors import UserError
-from eit.images import View, not_a_thread, resize_and_crop, whole
+from eit.images import View, not_a_thread, resize_and_crop
 from eit.shear import FASTER
 
 
@@ -113,11 +113,7 @@ class Whole:
 
     def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:
         """As `eit.crop.ResizedCrop`."""
-        if image.format:
-            if 1 not in kept:
-                kept[1] = whole(image, channels)
-            image = kept[1]
-        return self.crop(image)
+        return self.crop(decoded(image, channels, kept))
 
 
 class ImageTransform:

@@ -511,15 +511,6 @@ def bench(
     combination is measured once, with spread.
     """
     picture = _file_to_write(out, "--out") if out else None
-    given: dict[str, tuple[list[str] | None, tuple[str, ...]]] = dict(
-        mode=(modes, ("infer", "train")),
-        precision=(precisions, ("fp32", "bf16")),
-        runtime=(runtimes, ("eager", "compile", "onnxruntime", "openvino")),
-    )
-    for option, (values, known) in given.items():
-        for value in values or ():
-            if value not in known:
-                raise UserError(f"--{option} {value} is not one of {', '.join(known)}")
     if threads is not None and threads > (cores := os.cpu_count() or 1):
         raise UserError(f"--threads {threads}: this machine has {cores} cores")
     from eit import benchmark
@@ -527,6 +518,15 @@ def bench(
     from eit.draw import bars
     from eit.memory import keep_freed
 
+    given: dict[str, tuple[list[str] | None, tuple[str, ...]]] = dict(
+        mode=(modes, benchmark.MODES),
+        precision=(precisions, benchmark.PRECISIONS),
+        runtime=(runtimes, benchmark.RUNTIMES),
+    )
+    for option, (values, known) in given.items():
+        for value in values or ():
+            if value not in known:
+                raise UserError(f"--{option} {value} is not one of {', '.join(known)}")
     if keep:
         keep_freed()
     on = start(device)

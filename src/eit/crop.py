@@ -44,12 +44,9 @@ class ResizedCrop:
 
         `kept` is of this file: what is decoded is put there, for the next copy in repeated augmentation.
         """
-        # A decoded image has no format any more
         scales = image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) == 1
-        if image.format and not scales:
-            if 1 not in kept:
-                kept[1] = whole(image, channels)
-            image = kept[1]
+        if not scales:
+            image = decoded(image, channels, kept)
         width, height = image.size
         top, left, h, w = RandomResizedCropAndInterpolation.get_params(
             torch.empty(height, width, device="meta"), self.scale, self.ratio
@@ -93,6 +90,15 @@ class ResizedCrop:
             image.draft(None, (image.width // factor, image.height // factor))
         image.load()
         return image
+
+
+def decoded(image: Image.Image, channels: int, kept: Kept) -> Image.Image:
+    """All of an opened file, which is put into `kept`; an image that was decoded before, as it is."""
+    if not image.format:  # a decoded image has none any more
+        return image
+    if 1 not in kept:
+        kept[1] = whole(image, channels)
+    return kept[1]
 
 
 def resized(pixels: Tensor, size: int, interpolation: str) -> Image.Image:
