@@ -220,6 +220,21 @@ def loading() -> str:
     return "\n".join(table(f"| images/s | loader | {' | '.join(by_size)} |", rows))
 
 
+def scale() -> str:
+    found = benchmark("scale")
+    rows = []
+    for name, times in found["processes"]["seconds"].items():
+        ratios = [one / two for one, two in zip(times["one"], times["two"], strict=True)]
+        what = f"two processes against twice one: {name}, {times['batch']} images each"
+        rows.append([what, spread(ratios, ".3f", ""), "at least 0.9"])
+    for what, part, goal in (
+        ("from the start of `eit train digits` to its first step", found["start"]["seconds"]["total"], 8),
+        ("the whole of `eit train digits`", found["digits"]["seconds"], 40),
+    ):
+        rows.append([what, spread(part, ".1f", " s"), f"at most {goal} s"])
+    return "\n".join(table("| 2 cores | median of 5 rounds (range) | goal |", rows))
+
+
 def draw(file: Path) -> None:
     """The family in one picture: which channels of each layer are convolved, and which attend."""
     figure = Figure(figsize=(9.6, 3.9), dpi=130)
@@ -255,7 +270,7 @@ def main() -> None:
         "README.md": (zoo, runs, finetuning, distillation, analysis),
         "docs/export.md": (int8,),
         "docs/dense.md": (segmentation,),
-        "docs/performance.md": (speed, keep_freed, latency, step_memory, loading),
+        "docs/performance.md": (speed, keep_freed, latency, step_memory, loading, scale),
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()

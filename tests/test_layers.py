@@ -93,7 +93,7 @@ def test_attention_drops_its_weights_in_training():
     torch.testing.assert_close(dropped[kept], weights[kept] / 0.75)
 
 
-@pytest.mark.filterwarnings("ignore:Input #1 requires gradient and is not a double")  # float64 is plain
+@pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")  # float64 is plain
 def test_what_a_model_can_be_asked_for_beside_logits():
     """No images, gradients of gradients, gradients by image, a traced program: as of the plain operators."""
     model, x = small(), torch.randn(2, 3, 32, 32)
