@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import eit
+from eit.reproduce import matrix, report
+from eit.reproduce.cells import Result, read_results
+from eit.reproduce.report import FIGURE, disagreement, gaps, machines, report_table, weighed
 from eit.zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +238,115 @@ def scale() -> str:
     return "\n".join(table("| 2 cores | median of 5 rounds (range) | goal |", rows))
 
 
+# -- The paper's claims ------------------------------------------------------------------------------------------------
+
+TESTED = [  # claims that need no training: what it says, the code, the test
+    (
+        'EIT has 3.5, 8.9, 16.0, 25.3 M parameters and 1.73, 3.84, 6.52, 10.0 G "FLOPs" as the paper counts',
+        "macs.py, complexity",
+        "test_cost.py",
+    ),
+    (
+        "The share of convolution decreases with depth, down to none",
+        "model.py, decreasing_conv",
+        "test_decreasing_convolution.py",
+    ),
+    (
+        "At 32x32 EIT has fewer parameters and MACs than ViT of equal width",
+        "zoo.py, FAMILIES",
+        "test_small_images.py",
+    ),
+    (
+        "Without a position embedding another input size needs no change of the weights",
+        "model.py, EIT",
+        "test_no_position_embedding.py",
+    ),
+]
+BUDGETS = ("full", "medium", "short")  # of evidence, best first
+
+
+def evidence(name: str) -> tuple[matrix.Experiment, str, list[Result]]:
+    """The best budget of an experiment that has results."""
+    experiment = matrix.load(name)
+    budgets = [budget for budget in BUDGETS if budget in experiment.runs.budgets]
+    for budget in budgets:
+        if found := read_results(experiment, budget, ROOT / "results"):
+            return experiment, budget, found
+    return experiment, budgets[-1], []
+
+
+def code(place: str) -> str:
+    file = place.partition(",")[0]
+    return f"`{place}`" if "*" in file else f"[`{place}`](../src/eit/{file})"
+
+
+def claims() -> str:
+    rows = []
+    for says, place, test in TESTED:
+        rows.append([says, code(place), f"[{test}](../tests/claims/{test})", "exact", "**holds**"])
+    for name in matrix.experiment_names():
+        experiment, budget, found = evidence(name)
+        for key, verdict in weighed(experiment, found).items():
+            claim = experiment.claims[key]
+            run = f"[{name}](#{ANCHORS[name]}), {budget}"
+            word = f"**{verdict.word}**" + ("" if verdict.p is None else f", p = {verdict.p:.2g}")
+            rows.append([claim.says, code(claim.code), run, gaps(verdict, claim.metric), word])
+    return "\n".join(table("| claim | in the code | test or run | measured | verdict |", rows))
+
+
+ANCHORS = dict(
+    small_data="small-data-sets",
+    ablation="ablation",
+    frequency="high-frequencies",
+    diversity="head-diversity",
+    imagenet="imagenet-1k",
+)
+
+
+def experiment(name: str) -> str:
+    found_experiment, budget, found = evidence(name)
+    cells = found_experiment.cells(budget)
+    if not found:
+        return f"Not yet run ({len(cells)} runs with the budget `{budget}`)."
+    folder = f"../results/{found_experiment.name}/{budget}"
+    lines = report_table(found_experiment, found)
+    lines += ["", f"Budget `{budget}`, {len(found)} of {len(cells)} runs. {machines(found)} [Results]({folder})."]
+    return "\n".join([*lines, "", f"![{found_experiment.name}, {budget}]({folder}/{FIGURE})"])
+
+
+def small_data() -> str:
+    return experiment("small_data")
+
+
+def ablation() -> str:
+    return experiment("ablation")
+
+
+def frequency() -> str:
+    return experiment("frequency")
+
+
+def diversity() -> str:
+    return experiment("diversity")
+
+
+def imagenet() -> str:
+    return experiment("imagenet")
+
+
+def build_results(check: bool) -> None:
+    """The page and the figure of each budget that has runs in results/."""
+    for name in matrix.experiment_names():
+        loaded = matrix.load(name)
+        for budget in loaded.runs.budgets:
+            if not read_results(loaded, budget, ROOT / "results"):
+                continue
+            if not check:
+                report.build(loaded, budget, ROOT / "results")
+            elif stale := disagreement(loaded, budget, ROOT / "results"):
+                sys.exit(f"{stale} disagrees with results/: run `make readme`")
+
+
 def draw(file: Path) -> None:
     """The family in one picture: which channels of each layer are convolved, and which attend."""
     figure = Figure(figsize=(9.6, 3.9), dpi=130)
@@ -270,6 +382,7 @@ def main() -> None:
         "README.md": (zoo, runs, finetuning, distillation, analysis),
         "docs/export.md": (int8,),
         "docs/dense.md": (segmentation,),
+        "docs/paper.md": (claims, small_data, ablation, frequency, diversity, imagenet),
         "docs/performance.md": (speed, keep_freed, latency, step_memory, loading, scale),
     }
     for page, tables in pages.items():
@@ -284,6 +397,7 @@ def main() -> None:
             (ROOT / page).write_text(text)
         elif text != (ROOT / page).read_text():
             sys.exit(f"{page} disagrees with the zoo or results/: run `make readme`")
+    build_results("--check" in sys.argv)
     if "--check" in sys.argv:
         return
     (ROOT / "docs" / "images").mkdir(exist_ok=True)

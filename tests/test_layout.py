@@ -8,7 +8,7 @@ import pytest
 import eit
 
 SOURCE = Path(eit.__file__).parent
-# Lower layers first; a module imports from lower layers only. `analysis` is a package, with layers of its own.
+# Lower layers first; a module imports from lower layers only. Packages have layers of their own.
 LAYERS = [
     {"errors", "shear"},
     {"layers", "config", "distributed", "draw", "memory", "peak"},
@@ -20,22 +20,30 @@ LAYERS = [
     {"data", "loader", "run", "predict", "loss", "prepare"},
     {"evaluate", "finetune", "shard"},
     {"train", "analysis"},
-    {"show", "export", "hub"},
+    {"show", "export", "hub", "reproduce"},
     {"benchmark"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-ANALYSIS = [
-    {"__init__", "moments"},
-    {"frequency"},
-    {"attention"},
-    {"probe"},
-    {"measure", "pictures"},
-    {"subjects", "robustness"},
-    {"figures"},
-    {"compare", "findings"},
-    {"report"},
-]
+PACKAGES = {
+    "analysis": [
+        {"__init__", "moments"},
+        {"frequency"},
+        {"attention"},
+        {"probe"},
+        {"measure", "pictures"},
+        {"subjects", "robustness"},
+        {"figures"},
+        {"compare", "findings"},
+        {"report"},
+    ],
+    "reproduce": [
+        {"__init__", "matrix", "published"},
+        {"cells", "plan"},
+        {"verdict"},
+        {"report"},
+    ],
+}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -52,18 +60,21 @@ def imported(file, top_level_only):
 def test_every_module_has_its_layer():
     packages = {folder.parent.name for folder in SOURCE.glob("*/__init__.py")}
     assert {file.stem for file in SOURCE.glob("*.py")} | packages == set(LEVEL)
-    assert {file.stem for file in (SOURCE / "analysis").glob("*.py")} == set().union(*ANALYSIS)
+    assert packages == set(PACKAGES)
+    for package, layers in PACKAGES.items():
+        assert {file.stem for file in (SOURCE / package).glob("*.py")} == set().union(*layers)
 
 
 @pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
 def test_imports_go_down(file):
-    own = LEVEL["analysis" if file.parent != SOURCE else file.stem]
-    inner = {name: level for level, names in enumerate(ANALYSIS) for name in names}
+    within = file.parent.name if file.parent != SOURCE else None
+    own = LEVEL[within or file.stem]
+    inner = {name: level for level, names in enumerate(PACKAGES.get(within, ())) for name in names}
     for name in imported(file, top_level_only=False):
         package, module, *part = (*name.split("."), "")[:3]
         if package != "eit" or module not in LEVEL or file == SOURCE / "__init__.py":
             continue
-        if module == "analysis" and file.parent != SOURCE:
+        if module == within:
             if part != [""]:
                 assert inner[part[0]] < inner[file.stem], f"{file.stem} imports {name}"
         else:

@@ -94,6 +94,13 @@ def _recipe_names(incomplete: str) -> list[str]:
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
+def _experiments(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from eit.reproduce.matrix import experiment_names
+
+    return [name for name in experiment_names() if name.startswith(incomplete)]
+
+
 def _recipe_keys(incomplete: str) -> list[str]:
     """For the shell's completion: keys, whose values only the user knows."""
     from eit.config import recipe_keys
@@ -546,6 +553,96 @@ def bench(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="An experiment that ships, or PATH.yaml.", autocompletion=_experiments),
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="What each shows, costs, and what would refute it.")] = False,
+    budget: Annotated[str | None, typer.Option(help="How much is trained, see --list; default: short.")] = None,
+    results: Annotated[str, typer.Option(help="The folder of the runs: RESULTS/NAME/BUDGET/RUN.")] = "results",
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="NAME=PATH", help="Where a data set is; repeatable.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="TEXT", help="Runs with this in their name; repeatable.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the runs as commands of eit train, and end.")] = False,
+    images_per_s: Annotated[
+        float | None, typer.Option(min=0.001, help="With --plan: of all processes together, to say how long it takes.")
+    ] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Train nothing: tables from what is there.")] = False,
+    again: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Train a finished run a second time, and compare.")
+    ] = None,
+    curve: Annotated[
+        str | None, typer.Option(metavar="RUN_FOLDER", help="imagenet: its epochs beside the published ones.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="With --again: its run folder; default: runs/again/RUN.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The paper's claims: train a matrix of runs, and weigh what comes out.
+
+    eit reproduce small_data --budget smoke
+
+    Finished runs are kept, a stopped one is continued. Tables, a figure and verdicts are built from RESULTS alone, and
+    written to RESULTS/NAME/BUDGET.
+    """
+    from eit.reproduce import matrix
+
+    if listed or name is None:
+        _list_experiments(as_json)
+        return
+    experiment = matrix.load(name)
+    if curve is not None:
+        from eit.reproduce.published import compare
+
+        found = compare(Path(curve))
+        _show(asdict(found), as_json, str(found))
+        return
+    if budget is None:
+        budget = "short" if "short" in experiment.runs.budgets else next(iter(experiment.runs.budgets))
+    cells = experiment.cells(budget)
+    roots = _roots(data or (), [cell.data for cell in cells])
+    chosen = [cell for cell in cells if not only or any(text in cell.name for text in only)]
+    if not chosen:
+        raise UserError(f"--only {' '.join(only or ())}: no run of {name} has it; such as {cells[0].name}")
+    folder = Path(results)
+    if plan:
+        from eit.reproduce.plan import commands, plan_text
+
+        rows = commands(chosen, folder, roots, images_per_s)
+        _show(dict(runs=[asdict(row) for row in rows]), as_json, plan_text(rows))
+        return
+
+    from eit import distributed
+    from eit.memory import keep_freed
+    from eit.reproduce import cells as runs
+    from eit.reproduce.report import build, verdicts
+    from eit.train import Stopped
+
+    keep_freed()
+    try:
+        if again is not None:
+            cell = next((cell for cell in cells if cell.name == again), None)
+            if cell is None:
+                raise UserError(f"--again {again}: {name} has no such run, such as {cells[0].name}")
+            second = runs.again(cell, experiment, folder, roots, Path(out or f"runs/again/{again}"))
+            if distributed.is_main():
+                _show(asdict(second) | dict(agrees=second.agrees), as_json, str(second))
+            raise typer.Exit(0 if second.agrees else 1)
+        if not tables:
+            runs.run(chosen, experiment.runs.measure, folder, roots)
+    except Stopped as stop:
+        if distributed.is_main():
+            _complain(stop)
+        raise typer.Exit(128 + stop.signum) from None
+    if distributed.is_main():
+        page = build(experiment, budget, folder)
+        _show(verdicts(experiment, budget, folder), as_json, f"{page.read_text()}\n{page}")
+
+
+@app.command()
 def models(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
@@ -630,6 +727,39 @@ def _list_recipes(as_json: bool) -> None:
         for line in recipe_header(name).splitlines():
             print(f"    {line}")
     print("train one with: eit train NAME [key=value ...]")
+
+
+def _list_experiments(as_json: bool) -> None:
+    from eit.reproduce import matrix
+
+    experiments = [matrix.load(name) for name in matrix.experiment_names()]
+    if as_json:
+        keys = ("name", "shows", "refuted")
+        rows = [
+            {key: getattr(e, key) for key in keys} | dict(budgets={n: b.cost for n, b in e.runs.budgets.items()})
+            for e in experiments
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    for e in experiments:
+        print(f"{e.name}\n    shows: {e.shows}\n    refuted if: {e.refuted}")
+        if e.of:
+            print(f"    of the runs of {e.of}, with their budgets")
+        else:
+            for budget in e.budgets:
+                print(f"    --budget {budget}: {len(e.cells(budget))} runs; {e.budgets[budget].cost}")
+    print("run one with: eit reproduce NAME --budget BUDGET")
+
+
+def _roots(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """NAME=PATH words."""
+    roots = dict(word.partition("=")[::2] for word in words)
+    for word in words:
+        if "=" not in word or not all(word.partition("=")[::2]):
+            raise UserError(f"--data {word} is not NAME=PATH, such as --data {known[0]}=PATH")
+    if unknown := set(roots) - set(known):
+        raise UserError(f"--data {min(unknown)}=...: its data sets are {', '.join(dict.fromkeys(known))}")
+    return roots
 
 
 @app.command()

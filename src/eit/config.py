@@ -1,5 +1,6 @@
 """Recipes: what a run is, as data. A YAML file (a shipped name or a path) plus `key=value` overrides."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -315,9 +316,7 @@ def _explained(section: Section, indent: str = "") -> Iterable[str]:
             yield f"{indent}{name}:"
             yield from _explained(value, indent + "  ")
         else:
-            plain = list(value) if isinstance(value, tuple) else value
-            text = yaml.safe_dump([plain], default_flow_style=True, width=10**6).strip()[1:-1]
-            yield f"{indent}{name}: {text}".ljust(42) + f"  # {field.description}"
+            yield f"{indent}{name}: {_flow(value)}".ljust(42) + f"  # {field.description}"
 
 
 # A run may be continued with other values of these: they change no result. The cut of the global batch into processes
@@ -450,6 +449,18 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     """`key: old -> new` for every key that differs and changes the result."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in FREE_KEYS]
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """The `key=value` words, as a shell takes them, that make `new` of `old`."""
+    before = dict(_leaves(old))
+    return [shlex.quote(f"{k}={_flow(v)}") for k, v in _leaves(new) if before[k] != v]
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML in a line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump([plain], default_flow_style=True, width=10**6).strip()[1:-1]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 import timm
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
@@ -152,7 +153,7 @@ def check_timm_name(name: str) -> None:
 def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any) -> Any:
     check_timm_name(name)
     plain = name.removeprefix(TIMM)
-    if img_size is not None and timm.get_pretrained_cfg(plain).fixed_input_size:
+    if img_size is not None and getattr(timm.get_pretrained_cfg(plain), "fixed_input_size", False):
         arguments["img_size"] = img_size
     try:
         return timm.create_model(plain, **arguments)
@@ -200,3 +201,21 @@ def _register(name: str, variant: Variant) -> None:
 
 for _name, _variant in VARIANTS.items():
     _register(_name, _variant)
+
+
+@register_model
+def resnet24_small(num_classes: int = 1000, in_chans: int = 3, pretrained: bool = False, **_: Any) -> Any:
+    """torchvision's ResNet with 2, 3, 3, 3 basic blocks and a stem for small images: a peer of EIT (eit reproduce).
+
+    Of its 17.4 M parameters (10 classes) EIT's 3.08 M at 32x32 are 17.7%, the paper's ratio to its ResNet.
+    """
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    if pretrained:
+        raise ValueError("no weights of it ship")
+    model = ResNet(BasicBlock, [2, 3, 3, 3], num_classes=num_classes)
+    model.conv1 = torch.nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+    torch.nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own
+    model.maxpool = torch.nn.Identity()
+    model.pretrained_cfg = dict(classifier="fc")
+    return model

@@ -1,0 +1,53 @@
+"""Trained weights -> files to release: `python docs/release_weights.py OUT [RESULTS]`.
+
+For each experiment, budget, data set and model in RESULTS (results/) the run whose last epoch is the median of its
+seeds: OUT/NAME/ has config.json, model.safetensors and a model card, as timm and Hugging Face read them; OUT/NAME.zip
+is that folder, and OUT/SHA256SUMS has the checksum of each. Runs whose weights are not there are named and left out.
+"""
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+from eit.hub import write_folder
+from eit.reproduce import matrix
+from eit.reproduce.cells import Result, read_results
+
+LICENSE = "apache-2.0"
+
+
+def chosen(results: Path) -> dict[str, Result]:
+    """Name -> the run to release."""
+    found: dict[str, Result] = {}
+    for name in matrix.experiment_names():
+        experiment = matrix.load(name)
+        for budget in {} if experiment.of else experiment.budgets:
+            by_levels: dict[str, list[Result]] = {}
+            for result in read_results(experiment, budget, results):
+                levels = [level for axis, level in result.cell.levels.items() if axis != "seed"]
+                by_levels.setdefault("-".join([name.replace("_", "-"), budget, *levels]), []).append(result)
+            for title, runs in by_levels.items():
+                runs.sort(key=lambda run: run.summary["last_top1"])
+                found[title.replace("_", "-")] = runs[len(runs) // 2]
+    return found
+
+
+def main(out: str, results: str = "results") -> None:
+    target, sums = Path(out), []
+    for name, result in chosen(Path(results)).items():
+        weights = result.cell.folder(Path(results)) / "final.safetensors"
+        if not weights.exists():
+            print(f"{name}: no {weights}; eit reproduce {result.cell.experiment} trains it")
+            continue
+        write_folder(str(weights), target / name, name, LICENSE)
+        archive = Path(shutil.make_archive(str(target / name), "zip", target, name))
+        sums.append(f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}")
+        print(f"{archive}: top-1 {result.summary['last_top1']:.2f}%, {archive.stat().st_size / 1e6:.1f} MB")
+    if not sums:
+        sys.exit(f"no weights in {results}")
+    (target / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

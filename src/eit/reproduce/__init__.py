@@ -1,0 +1,1 @@
+"""The paper's claims as experiments: matrices of runs (matrix.py), trained (cells.py), and weighed (verdict.py)."""

@@ -1,0 +1,216 @@
+"""Experiments as data: eit/experiments/*.yaml say what is trained, what is measured of it, and what is claimed."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_recipe, parse_yaml
+from eit.errors import UserError, nearest
+
+ORDER = ["small_data", "ablation", "frequency", "diversity", "imagenet"]
+
+
+class Level(Section):
+    """One value of an axis: another recipe to begin with, and what it sets."""
+
+    recipe: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Budget(Section):
+    """How much is trained."""
+
+    cost: str
+    levels: dict[str, list[str]] = Field(default_factory=dict)
+    """of each axis; all of one that is not named"""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """for every run"""
+    adjust: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """for the runs of a level, after what the level itself sets"""
+
+
+class Measure(Section):
+    """What is measured of each trained model beside its accuracy."""
+
+    analysis: Count | None = None
+    """of so many validation images: high-frequency shares and head diversity, trained and at initial values"""
+    sizes: tuple[Count, ...] = ()
+    """percent of the training size: top-1 there too"""
+
+
+class Claim(Section):
+    """That `metric` rises along levels of `axis`, or that it reaches a value at each."""
+
+    says: str
+    code: str
+    """the file of this package, and the name in it"""
+    metric: str
+    """see `eit.reproduce.cells.Result.value`"""
+    axis: str
+    rises: Annotated[list[str], Field(min_length=2)] | None = None
+    reaches: dict[str, float] | None = None
+    within: NotNegative = 0.0
+    """what may be missing"""
+
+    @model_validator(mode="after")
+    def _either(self) -> "Claim":
+        if (self.rises is None) == (self.reaches is None):
+            raise ValueError("a claim has either rises or reaches")
+        if self.rises and len(self.rises) > 2 and self.within:
+            raise ValueError("within is of two levels")
+        return self
+
+    @property
+    def levels(self) -> list[str]:
+        """Of the axis, that it speaks of."""
+        return self.rises or list(self.reaches or ())
+
+
+class Experiment(Section):
+    name: str
+    shows: str
+    refuted: str
+    of: str | None = None
+    """another experiment, whose runs it looks at"""
+    recipe: str = "cifar10"
+    axes: dict[str, dict[str, Level]] = Field(default_factory=dict)
+    budgets: dict[str, Budget] = Field(default_factory=dict)
+    measure: Measure = Measure()
+    claims: dict[str, Claim] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _together(self) -> "Experiment":
+        for budget in self.budgets.values():
+            for axis, levels in budget.levels.items():
+                if unknown := set(levels) - set(self.axes.get(axis, ())):
+                    raise ValueError(f"a budget names {axis}={min(unknown)}, which the axes do not have")
+            if unknown := set(budget.adjust) - {level for levels in self.axes.values() for level in levels}:
+                raise ValueError(f"a budget adjusts {min(unknown)}, which the axes do not have")
+        return self
+
+    @property
+    def runs(self) -> "Experiment":
+        """The experiment whose runs these are."""
+        return load(self.of) if self.of else self
+
+    def budget(self, name: str) -> Budget:
+        """
+        Raises:
+            UserError: it has no such budget.
+        """
+        budgets = self.runs.budgets
+        if name not in budgets:
+            raise UserError(f"--budget {name}: {self.name} has {', '.join(budgets)}")
+        return budgets[name]
+
+    def cells(self, budget: str) -> list["Cell"]:
+        """The runs of a budget, in the order in which they are trained."""
+        runs, chosen = self.runs, self.budget(budget)
+        axes = [chosen.levels.get(axis, list(levels)) for axis, levels in runs.axes.items()]
+        cells = []
+        for names in itertools.product(*axes):
+            levels = [runs.axes[axis][name] for axis, name in zip(runs.axes, names, strict=True)]
+            recipe = next((level.recipe for level in levels if level.recipe), runs.recipe)
+            values = load_recipe(recipe).model_dump()
+            for more in (chosen.set, *(level.set for level in levels), *(chosen.adjust.get(n, {}) for n in names)):
+                values = merged(values, more)
+            cells.append(Cell(runs.name, budget, dict(zip(runs.axes, names, strict=True)), recipe, values))
+        return cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of an experiment."""
+
+    experiment: str
+    budget: str
+    levels: dict[str, str]  # of each axis
+    base: str  # the recipe that it begins with
+    values: dict[str, Any]  # of the recipe
+
+    @property
+    def name(self) -> str:
+        """Of its folder: cifar10-eit-seed-0."""
+        return "-".join(f"{axis}-{level}" if level.isdigit() else level for axis, level in self.levels.items())
+
+    def beside(self, axis: str) -> str:
+        """Its other levels: what runs share that an axis is compared over."""
+        return " ".join(level for name, level in self.levels.items() if name != axis)
+
+    def folder(self, results: Path) -> Path:
+        """Where its run folder is."""
+        return results / self.experiment / self.budget / self.name
+
+    def recipe(self, results: Path, roots: Mapping[str, str]) -> Recipe:
+        """Checked, with its run folder, and the data in `roots` (by name) instead of where the experiment has them.
+
+        Raises:
+            UserError: as `eit.config.parse_recipe`.
+        """
+        own: dict[str, Any] = dict(out=str(self.folder(results)))
+        if root := roots.get(self.data):
+            own["data"] = dict(root=root)
+        return parse_recipe(merged(self.values, own))
+
+    @property
+    def data(self) -> str:
+        """The name of its data set."""
+        return self.levels.get("data", self.values["name"])
+
+
+def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `more`, section by section."""
+    result = dict(values)
+    for key, value in more.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def experiment_names() -> list[str]:
+    """The experiments that ship."""
+    found = (p.name.removesuffix(".yaml") for p in resources.files("eit.experiments").iterdir())
+    return sorted(
+        (name for name in found if not name.startswith("_")),
+        key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name),
+    )
+
+
+def load(name: str) -> Experiment:
+    """An experiment that ships, or one of your own: PATH.yaml.
+
+    Raises:
+        UserError: there is none, or it is no experiment, in one line.
+    """
+    if name in experiment_names():
+        text = resources.files("eit.experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    elif name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {name}: {error}") from None
+    else:
+        known = ", ".join(experiment_names())
+        raise UserError(
+            f"unknown experiment {name!r}{nearest(name, experiment_names())} (known: {known}, or a PATH.yaml)"
+        )
+    values = parse_yaml(text, name)
+    for axis, levels in (values.get("axes") or {}).items():
+        if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
+            values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
+    try:
+        return Experiment.model_validate(dict(name=Path(name).stem) | values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{name} is no experiment: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def names_of(cells: Iterable[Cell], axis: str) -> list[str]:
+    """The levels of an axis, in their order."""
+    return list(dict.fromkeys(cell.levels[axis] for cell in cells))

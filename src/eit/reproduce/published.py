@@ -1,0 +1,105 @@
+"""A run on ImageNet-1K beside the authors' own, epoch by epoch."""
+
+import csv
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from eit.errors import UserError
+from eit.run import read_recipe
+from eit.zoo import VARIANTS
+
+SHOWN = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 250, 299)
+WITHIN = 0.5  # points below the published curve that count as reproduced
+
+
+def published_curve(model: str) -> list[dict[str, float]]:
+    """A line an epoch of the authors' run of a model: lr, train_loss, val_loss, top1, top5.
+
+    Raises:
+        UserError: no curve of such a model was published.
+    """
+    text = resources.files("eit").joinpath("published_curves.csv").read_text(encoding="utf-8")
+    rows = [row for row in csv.DictReader(text.splitlines()) if row["model"] == model]
+    if not rows:
+        raise UserError(f"no training curve of {model} was published (there are {', '.join(VARIANTS)})")
+    return [{key: float(value) for key, value in row.items() if key != "model"} for row in rows]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run beside the published one.
+
+    Attributes:
+        model: of the zoo.
+        epochs: of the run so far.
+        rows: epoch, top1, published_top1 and difference (points), train_loss, published_train_loss of every epoch.
+        worst: the largest shortfall (points) from epoch 20 on, None before.
+        verdict: a sentence.
+    """
+
+    model: str
+    epochs: int
+    rows: list[dict[str, Any]]
+    worst: float | None
+    verdict: str
+
+    def __str__(self) -> str:
+        """A table of some epochs, and the verdict."""
+        shown = [r for r in self.rows if r["epoch"] in SHOWN or r is self.rows[-1]]
+        lines = [f"{self.model}: {self.epochs} epochs", "epoch   top-1  published    gap   loss  published"]
+        for row in shown:
+            lines.append(
+                f"{row['epoch']:5d} {row['top1']:7.2f} {row['published_top1']:10.2f} {row['difference']:+6.2f} "
+                f"{row['train_loss']:6.3f} {row['published_train_loss']:10.3f}"
+            )
+        return "\n".join([*lines, self.verdict])
+
+
+def compare(folder: Path) -> Compared:
+    """The log of a run folder against the published curve of its model.
+
+    The authors' schedule begins an epoch late (their rate is the least one in epochs 0 and 1), so our epoch e stands
+    beside their e + 1, and our last one beside their last.
+
+    Raises:
+        UserError: no run folder with a log, or a model without a published curve.
+    """
+    try:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no log of a run: {error}") from None
+    if not lines:
+        raise UserError(f"{folder} has not ended its first epoch yet")
+    recipe = read_recipe(folder)
+    curve = published_curve(recipe.model.name)
+    if recipe.model.family != "eit" or len(lines) > len(curve):
+        what = f"family {recipe.model.family}, {len(lines)} epochs"
+        raise UserError(f"{folder} is no run of the published recipe: {what}")
+    rows = []
+    for line in lines:
+        theirs = curve[min(line["epoch"] + 1, len(curve) - 1)]
+        rows.append(
+            dict(
+                epoch=line["epoch"],
+                top1=line["val_top1"],
+                published_top1=theirs["top1"],
+                difference=line["val_top1"] - theirs["top1"],
+                train_loss=line["train_loss"],
+                published_train_loss=theirs["train_loss"],
+            )
+        )
+    late = [row["difference"] for row in rows if row["epoch"] >= 20]
+    worst = min(late, default=None)
+    if len(rows) == len(curve):
+        gap = rows[-1]["difference"]
+        verdict = f"ended {gap:+.2f} points from the published {curve[-1]['top1']:.2f}%: "
+        verdict += "reproduced" if gap >= -WITHIN else "not reproduced"
+    elif worst is None:
+        verdict = "too early to tell: from epoch 20 on the shortfall counts"
+    else:
+        verdict = f"at epoch {rows[-1]['epoch']}: {rows[-1]['difference']:+.2f} points from the published curve; "
+        verdict += f"worst from epoch 20 on {worst:+.2f}"
+    return Compared(recipe.model.name, len(rows), rows, worst, verdict)

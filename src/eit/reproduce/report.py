@@ -1,0 +1,298 @@
+"""Results -> tables, a figure and verdicts. Nothing is measured here; published figures have no place among them."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from PIL import Image
+
+from eit.checkpoint import write_file
+from eit.draw import save
+from eit.reproduce.cells import Result, read_results
+from eit.reproduce.matrix import Experiment, names_of
+from eit.reproduce.verdict import NOT_RUN, Verdict, weigh
+
+PAGE, FIGURE = "README.md", "figure.png"
+COLOURS = {"eit": "#0057b8", "lsra": "#e69f00", "vit": "#d55e00", "resnet": "#777777"}
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean and standard deviation (ddof 1), or the one value."""
+    return f"{fmean(values):{form}} ± {stdev(values):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def values(results: Iterable[Result], metric: str, **levels: str) -> list[float]:
+    """A metric of the runs at these levels, by seed."""
+    found = (r.value(metric) for r in results if levels.items() <= r.cell.levels.items())
+    return [value for value in found if value is not None]
+
+
+def weighed(experiment: Experiment, results: Sequence[Result]) -> dict[str, Verdict]:
+    """The verdict on each claim."""
+    return {name: weigh(claim, results) for name, claim in experiment.claims.items()}
+
+
+def report(experiment: Experiment, budget: str, results: Path) -> list[str]:
+    """The page of a budget, as lines of Markdown: what was measured, and the verdicts."""
+    found = read_results(experiment, budget, results)
+    cells = experiment.cells(budget)
+    lines = [
+        f"# {experiment.name}, budget {budget}",
+        "",
+        f"What it shows: {experiment.shows}.",
+        "",
+        f"What would refute it: {experiment.refuted}.",
+        "",
+        f"{len(found)} of {len(cells)} runs are done. {machines(found)}".rstrip(),
+        "",
+    ]
+    if found:
+        lines += [*report_table(experiment, found), ""]
+    return [*lines, *claims_table(experiment, found)]
+
+
+def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+    """What was measured, in the experiment's own table."""
+    return TABLES.get(experiment.name, runs_table)(experiment, results)
+
+
+def build(experiment: Experiment, budget: str, results: Path) -> Path:
+    """Write the page, README.md, and the figure of a budget beside its runs."""
+    folder = results / experiment.name / budget
+    folder.mkdir(parents=True, exist_ok=True)
+    figure(experiment, budget, results, folder / FIGURE)
+    write_file(folder / PAGE, page(experiment, budget, results))
+    return folder / PAGE
+
+
+def page(experiment: Experiment, budget: str, results: Path) -> str:
+    """The text of README.md."""
+    lines = report(experiment, budget, results)
+    if read_results(experiment, budget, results):
+        lines += ["", f"![{experiment.name}, {budget}]({FIGURE})"]
+    return "\n".join(lines) + "\n"
+
+
+def disagreement(experiment: Experiment, budget: str, results: Path) -> Path | None:
+    """The page or the figure that is missing or shows something else than the runs in `results`, if one does."""
+    folder = results / experiment.name / budget
+    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, results):
+        return folder / PAGE
+    try:
+        with Image.open(folder / FIGURE) as image:
+            shown = image.info.get("Description")
+    except OSError:
+        shown = None
+    return None if shown == digest(read_results(experiment, budget, results)) else folder / FIGURE
+
+
+def verdicts(experiment: Experiment, budget: str, results: Path) -> dict[str, Any]:
+    """The same for machines."""
+    found = read_results(experiment, budget, results)
+    claims = weighed(experiment, found)
+    return dict(
+        experiment=experiment.name,
+        budget=budget,
+        runs=[dict(name=r.cell.name, **r.summary, **r.measured) for r in found],
+        missing=[c.name for c in experiment.cells(budget) if c.name not in {r.cell.name for r in found}],
+        claims={name: dict(says=experiment.claims[name].says, **asdict(claims[name])) for name in claims},
+    )
+
+
+def machines(results: Sequence[Result]) -> str:
+    """Where they were run, and from which commits."""
+    if not results:
+        return ""
+    environments = [result.environment for result in results]
+    found = {
+        f"{e['device'].removeprefix('cpu: ')}, {e['threads']} threads, torch {e['packages']['torch']}"
+        for e in environments
+    }
+    commits = sorted({e["commit"][:10] for e in environments if e["commit"]})
+    return f"On {'; '.join(sorted(found))}; commit {', '.join(commits)}."
+
+
+def claims_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+    """A line a claim."""
+    rows = []
+    for name, verdict in weighed(experiment, results).items():
+        claim = experiment.claims[name]
+        rows.append([claim.says, f"`{claim.code}`", gaps(verdict, claim.metric), str(verdict) or NOT_RUN])
+    return markdown(["claim", "in the code", "measured difference, mean ± standard deviation (pairs)", "verdict"], rows)
+
+
+def scaled(metric: str) -> tuple[float, str, str]:
+    """Factor, form and unit in which a metric is shown."""
+    kind = metric.rpartition(".")[2]
+    if kind.startswith("share"):
+        return 100, "+.2f", " points"
+    if kind == "diversity":
+        return 1, "+.3f", " px"
+    if kind == "macs":
+        return 1e-6, "+.2f", " M"
+    return 1, "+.2f", " points"
+
+
+def gaps(verdict: Verdict, metric: str) -> str:
+    """The differences of a verdict."""
+    factor, form, unit = scaled(metric)
+    shown = [factor * gap for gap in verdict.gaps.values()]
+    if not shown:
+        return ""
+    if len(shown) == 1:
+        return f"{shown[0]:{form}}{unit} (1)"
+    return f"{fmean(shown):{form}} ± {stdev(shown):{form[1:]}}{unit} ({len(shown)})"
+
+
+# -- Tables of each experiment ----------------------------------------------------------------------------------------
+
+
+def runs_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+    """Accuracy and cost, a row for the runs that differ in their seed alone."""
+    cells = [result.cell for result in results]
+    axes = [axis for axis in cells[0].levels if axis != "seed"]
+    sizes = experiment.runs.measure.sizes
+    rows = []
+    for key in dict.fromkeys(tuple(cell.levels[axis] for axis in axes) for cell in cells):
+        levels = dict(zip(axes, key, strict=True))
+        last, best = (values(results, metric, **levels) for metric in ("last_top1", "best_top1"))
+        rows.append(
+            [
+                *key,
+                str(len(last)),
+                spread(last),
+                spread(best),
+                *(spread(values(results, f"size.{percent}", **levels)) for percent in sizes),
+                f"{values(results, 'params', **levels)[0]:,.0f}",
+                f"{values(results, 'macs', **levels)[0] / 1e6:.2f} M",
+            ]
+        )
+    at_sizes = [f"at {percent}% of the size" for percent in sizes]
+    return markdown([*axes, "seeds", "top-1 (%), last epoch", "best epoch", *at_sizes, "parameters", "MACs"], rows)
+
+
+def layers_table(metric: str, factor: float, unit: str, form: str) -> Any:
+    """A table of a metric by layer: mean and standard deviation over seeds, at initial values and trained."""
+
+    def table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+        rows = []
+        depth = max(len(r.measured.get("trained", {}).get(metric, [])) for r in results)
+        for data in names_of([r.cell for r in results], "data"):
+            for model in names_of([r.cell for r in results], "model"):
+                for state in ("initial", "trained"):
+                    runs = [r for r in results if r.cell.levels["data"] == data and r.cell.levels["model"] == model]
+                    found = [r.measured[state][metric] for r in runs if r.measured.get(state, {}).get(metric)]
+                    if found:
+                        by_layer = [spread([factor * run[i] for run in found], form) for i in range(len(found[0]))]
+                        mean = spread([factor * fmean(run) for run in found], form)
+                        rows.append([data, model, state, str(len(found)), *by_layer, mean])
+        head = ["data", "model", "weights", "seeds", *(f"layer {i + 1}" for i in range(depth)), "mean"]
+        return [*markdown(head, rows), "", f"{unit}; mean ± standard deviation over seeds."]
+
+    return table
+
+
+def frequency_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+    """Both shares."""
+    lines = []
+    for metric, name in (("share", "without DC"), ("share_with_dc", "with DC")):
+        noise = {round(100 * r.measured["trained"][f"noise_{metric}"], 1) for r in results}
+        unit = f"Percent of the energy {name} above half the Nyquist frequency"
+        unit += f" (white noise: {', '.join(map(str, sorted(noise)))})"
+        lines += [*layers_table(metric, 100, unit, ".1f")(experiment, results), ""]
+    return lines[:-1]
+
+
+TABLES: dict[str, Any] = {
+    "frequency": frequency_table,
+    "diversity": layers_table("diversity", 1, "Pixels, standard deviation of the heads' attention distances", ".2f"),
+}
+
+
+# -- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def figure(experiment: Experiment, budget: str, results: Path, file: Path) -> bool:
+    """Draw the finished runs; False where there are none. The picture holds a digest of what it shows."""
+    found = read_results(experiment, budget, results)
+    if not found:
+        return False
+    from matplotlib.figure import Figure
+
+    shown = Figure(dpi=110, layout="constrained")
+    DRAWINGS.get(experiment.name, draw_accuracy)(shown, found)
+    save(shown, file, metadata={"Software": None, "Description": digest(found)})
+    return True
+
+
+def digest(results: Sequence[Result]) -> str:
+    """Of everything that a figure can show."""
+    content = [[r.cell.name, r.summary, {k: v for k, v in r.measured.items() if k != "environment"}] for r in results]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw_accuracy(shown: Any, results: Sequence[Result]) -> None:
+    """Last-epoch top-1 of every run, a row for those that differ in their seed alone."""
+    cells = [r.cell for r in results]
+    (axis_name,) = [axis for axis in cells[0].levels if axis not in ("data", "seed")]
+    data, arms = names_of(cells, "data") if "data" in cells[0].levels else [""], names_of(cells, axis_name)
+    shown.set_size_inches(4.6 * len(data), 1.1 + 0.36 * len(arms))
+    for panel, name in zip(shown.subplots(1, len(data), squeeze=False)[0], data, strict=True):
+        for y, arm in enumerate(arms):
+            found = values(results, "last_top1", **({"data": name} if name else {}), **{axis_name: arm})
+            colour = COLOURS.get(arm, "#0057b8" if arm == "eit" else "#555555")
+            panel.plot(found, [y] * len(found), "o", color=colour, alpha=0.55, markeredgewidth=0)
+            if found:
+                panel.plot([fmean(found)] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2)
+        panel.set_yticks(range(len(arms)), [arm.replace("_", " ") for arm in arms])
+        panel.set_ylim(len(arms) - 0.5, -0.5)
+        panel.set(title=name, xlabel="top-1 after the last epoch (%)")
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_layers(metric: str, factor: float, label: str) -> Any:
+    """A metric by layer, trained (lines) and at initial values (dashed): means over seeds, with their range."""
+
+    def draw(shown: Any, results: Sequence[Result]) -> None:
+        cells = [r.cell for r in results]
+        data = names_of(cells, "data")
+        shown.set_size_inches(4.6 * len(data) + 1.2, 3.4)
+        panels = shown.subplots(1, len(data), squeeze=False, sharey=True)[0]
+        for panel, name in zip(panels, data, strict=True):
+            for model in names_of(cells, "model"):
+                for state, dash in (("initial", (0, (3, 2))), ("trained", "-")):
+                    runs = [r for r in results if r.cell.levels["data"] == name and r.cell.levels["model"] == model]
+                    found = [r.measured[state][metric] for r in runs if r.measured.get(state, {}).get(metric)]
+                    if not found:
+                        continue
+                    columns = [[factor * value for value in column] for column in zip(*found, strict=True)]
+                    x, colour = range(1, len(columns) + 1), COLOURS.get(model, "#555555")
+                    low, high = [min(c) for c in columns], [max(c) for c in columns]
+                    panel.fill_between(x, low, high, color=colour, alpha=0.15)
+                    text = f"{model}, {state}"
+                    panel.plot(x, [fmean(c) for c in columns], color=colour, linestyle=dash, marker=".", label=text)
+            panel.set(title=name, xlabel="layer")
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel(label)
+        handles, texts = panels[0].get_legend_handles_labels()
+        shown.legend(handles, texts, loc="outside right center", frameon=False)
+
+    return draw
+
+
+DRAWINGS: dict[str, Any] = {
+    "frequency": draw_layers("share", 100, "share of high frequencies (%)"),
+    "diversity": draw_layers("diversity", 1, "head diversity (px)"),
+}

@@ -1,0 +1,451 @@
+"""Experiments: their files, the runs, the verdicts, the pages."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import eit
+from eit.config import load_recipe
+from eit.errors import UserError
+from eit.reproduce import matrix
+from eit.reproduce.cells import Again, Result, read_results
+from eit.reproduce.matrix import Cell, Claim
+from eit.reproduce.plan import commands
+from eit.reproduce.published import compare, published_curve
+from eit.reproduce.report import digest, disagreement, figure
+from eit.reproduce.verdict import FAILS, HOLDS, NOT_RUN, UNDECIDED, weigh
+from eit.zoo import VARIANTS
+from tests.conftest import SHARED, require, run_eit
+
+ROOT = Path(__file__).parents[1]
+MATRICES = [name for name in matrix.experiment_names() if not matrix.load(name).of]
+BUDGETS = [(name, budget) for name in MATRICES for budget in matrix.load(name).budgets]
+
+# Two models, two seeds, on the digits
+TINY = """
+shows: that it runs
+refuted: it does not
+recipe: digits
+axes:
+  data: {digits: {}}
+  model:
+    eit: {}
+    vit: {set: {model: {family: vit}}}
+  seed: [0, 1]
+budgets:
+  tiny:
+    cost: seconds
+    set:
+      model: {embed_dim: 16, depth: 2, num_heads: 2, drop_path_rate: 0}
+      data: {workers: 0}
+      train: {epochs: 1, warmup_epochs: 0}
+measure: {analysis: 20, sizes: [150]}
+claims:
+  dearer: {says: EIT is dearer, code: "macs.py, complexity", metric: macs, axis: model, rises: [vit, eit]}
+"""
+
+
+# -- The files --------------------------------------------------------------------------------------------------------
+
+
+def test_every_experiment_of_the_package_is_read():
+    assert matrix.experiment_names() == ["small_data", "ablation", "frequency", "diversity", "imagenet"]
+    assert all(matrix.load(name).claims for name in matrix.experiment_names())
+
+
+@pytest.mark.parametrize(("name", "budget"), BUDGETS)
+def test_every_run_has_a_recipe_and_a_name_of_its_own(name, budget):
+    cells = matrix.load(name).cells(budget)
+    folders = [cell.recipe(Path("results"), {}).out for cell in cells]
+    assert len(set(folders)) == len(folders) == len(cells) > 0
+
+
+@pytest.mark.parametrize("budget", ["smoke", "short", "medium", "full"])
+def test_models_of_small_data_differ_in_their_family_alone(budget):
+    cells = matrix.load("small_data").cells(budget)
+    recipes = {cell.name: cell.recipe(Path("results"), {}).model_dump() for cell in cells}
+    for cell in cells:
+        if cell.levels["model"] in ("lsra", "vit"):
+            own = recipes[cell.name]
+            twin = recipes[cell.name.replace(cell.levels["model"], "eit")]
+            assert own["model"] | dict(family="eit") == twin["model"]
+            assert {k: v for k, v in own.items() if k not in ("model", "out")} == {
+                k: v for k, v in twin.items() if k not in ("model", "out")
+            }
+
+
+def test_the_paper_s_sizes():
+    """The full budget has the paper's 3.08 M and 0.212 G, and the ResNet its ratio; short ones at most 96 channels."""
+    for cell in matrix.load("small_data").cells("full"):
+        model = cell.values["model"]
+        assert (
+            model["name"] == "timm/resnet24_small"
+            or [model[key] for key in ("embed_dim", "depth", "num_heads")] == [None] * 3
+        ), "eit_mini's own 250, 5, 10"
+    assert all(cell.values["model"]["embed_dim"] <= 96 for cell in matrix.load("small_data").cells("short"))
+    resnet = eit.create_model("timm/resnet24_small", num_classes=10)
+    small = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, num_classes=10)
+    ours = eit.complexity(eit.create_model("eit_mini", **small), (3, 32, 32))
+    theirs = eit.complexity(resnet, (3, 32, 32))
+    assert ours.params / theirs.params == pytest.approx(0.177, abs=0.0005)
+    assert ours.macs < theirs.macs
+
+
+@pytest.mark.parametrize("budget", ["smoke", "short", "full"])
+def test_schedules_of_the_ablation_have_equal_mean_shares(budget):
+    arms = {}
+    for cell in matrix.load("ablation").cells(budget):
+        model = cell.recipe(Path("results"), {}).model
+        arms[cell.levels["variant"]] = eit.create_model(model.name, img_size=32, **model.arguments())
+    shares = {name: statistics.mean(arm.attn_channels) for name, arm in arms.items()}
+    assert shares["eit"] == shares["increasing"] == shares["constant"]
+    assert len(set(arms["constant"].attn_channels)) == 1
+    assert shares["no_convolution"] == arms["eit"].embed_dim
+    assert budget != "full" or arms["constant"].attn_channels == [150] * 5
+
+
+def test_claims_name_files_and_code_that_exist():
+    for name in matrix.experiment_names():
+        for claim in matrix.load(name).claims.values():
+            file, _, symbol = claim.code.partition(", ")
+            found = list((ROOT / "src" / "eit").glob(file))
+            assert found, claim.code
+            assert not symbol or re.search(rf"\b{symbol}\b", found[0].read_text()), claim.code
+
+
+def test_claims_speak_of_levels_and_metrics_that_are_measured():
+    for name in matrix.experiment_names():
+        experiment = matrix.load(name)
+        for claim in experiment.claims.values():
+            assert set(claim.levels) <= set(experiment.runs.axes[claim.axis])
+            measured = "last_top1|macs|(trained|gain)\\.(share|share_with_dc|diversity)"
+            sizes = "|".join(f"size\\.{percent}" for percent in experiment.runs.measure.sizes)
+            assert re.fullmatch(f"{measured}|{sizes}", claim.metric), claim.metric
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("shows: x", "refuted"),
+        (TINY.replace("rises: [vit, eit]", "rises: [eit]"), "claims.dearer.rises"),
+        (TINY.replace("rises: [vit, eit]", ""), "either rises or reaches"),
+        (TINY.replace("cost: seconds", "cost: seconds\n    levels: {model: [vat]}"), "model=vat"),
+        (TINY.replace("cost: seconds", "cost: seconds\n    adjust: {vat: {seed: 1}}"), "adjusts vat"),
+        (TINY.replace("measure: {", "measure: {analyse: 3, "), "measure.analyse"),
+        ("- 1", "recipe"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_refused_in_one_line(tmp_path, text, said):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        matrix.load(str(file))
+    assert "\n" not in str(error.value)
+
+
+# -- Verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def made(values, metric="last_top1"):
+    """Results: values[level] is a list by seed."""
+    return [
+        Result(Cell("e", "b", dict(data="d", model=level, seed=str(seed)), "digits", {}), {metric: value}, {}, {})
+        for level, by_seed in values.items()
+        for seed, value in enumerate(by_seed)
+    ]
+
+
+def claim(**given):
+    return Claim(**dict(says="s", code="c", metric="last_top1", axis="model", rises=["vit", "eit"]) | given)
+
+
+@pytest.mark.parametrize(
+    ("vit", "eit_", "word"),
+    [
+        ([50, 52, 54], [60, 63, 64], HOLDS),
+        ([60, 63, 64], [50, 52, 54], FAILS),
+        ([50, 60, 55], [52, 57, 56], UNDECIDED),
+        ([50], [60], NOT_RUN),
+        ([50, 51], [60], NOT_RUN),
+        ([50, 50], [60, 60], HOLDS),
+        ([50, 50], [50, 50], UNDECIDED),
+    ],
+)
+def test_two_levels_are_weighed_over_pairs(vit, eit_, word):
+    assert weigh(claim(), made(dict(vit=vit, eit=eit_))).word == word
+
+
+def test_pairs_share_all_but_the_axis():
+    """A spread over seeds that both share does not hide a difference."""
+    verdict = weigh(claim(), made(dict(vit=[10, 50, 90], eit=[11, 52, 91])))
+    assert verdict.word == HOLDS and list(verdict.gaps.values()) == [1, 2, 1]
+    assert verdict.p == pytest.approx(0.0286, abs=1e-4)  # t = 4 with 2 degrees of freedom
+
+
+def test_what_may_be_missing():
+    results = made(dict(vit=[50, 52, 54], eit=[49.9, 51.8, 53.8]))
+    assert weigh(claim(), results).word != HOLDS
+    assert weigh(claim(within=0.5), results).word == HOLDS
+    assert weigh(claim(within=0.5), made(dict(vit=[50, 52, 54], eit=[48, 50.1, 52]))).word == FAILS
+
+
+def test_an_order_of_three_is_weighed_by_page_s_test():
+    order = claim(rises=["vit", "lsra", "eit"])
+    up, middle, down = [1.0, 2.0, 1.5], [3.0, 3.5, 2.5], [5.0, 6.0, 4.0]
+    assert weigh(order, made(dict(vit=up, lsra=middle, eit=down))).word == HOLDS
+    assert weigh(order, made(dict(vit=down, lsra=middle, eit=up))).word == FAILS
+    assert weigh(order, made(dict(vit=up, lsra=down, eit=middle))).word == UNDECIDED
+
+
+def test_values_to_reach():
+    published = claim(rises=None, reaches=dict(eit=70.0, vit=60.0), within=0.5)
+    assert weigh(published, made(dict(eit=[69.6], vit=[61]))).word == HOLDS
+    assert weigh(published, made(dict(eit=[69.4], vit=[61]))).word == FAILS
+    assert weigh(published, made(dict(eit=[70]))).word == NOT_RUN
+
+
+def test_metrics_are_means_over_layers_and_gains():
+    measured = dict(trained=dict(share=[0.2, 0.4], diversity=[]), initial=dict(share=[0.1, 0.1]), size={"150": 40.0})
+    result = Result(Cell("e", "b", {}, "digits", {}), dict(last_top1=50.0), measured, {})
+    assert result.value("trained.share") == pytest.approx(0.3)
+    assert result.value("gain.share") == pytest.approx(0.2)
+    assert result.value("size.150") == 40 and result.value("last_top1") == 50
+    assert result.value("trained.diversity") is None and result.value("gain.diversity") is None
+
+
+# -- Runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder with tiny.yaml and its results."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    (folder / "tiny.yaml").write_text(TINY)
+    done = run_eit("reproduce", "tiny.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("run ") >= 4 and "results/tiny/tiny/README.md" in done.stdout
+    return folder
+
+
+def test_runs_are_trained_measured_and_reported(ran):
+    for name in ("digits-eit-seed-0", "digits-eit-seed-1", "digits-vit-seed-0", "digits-vit-seed-1"):
+        run = ran / "results" / "tiny" / "tiny" / name
+        assert {f.name for f in run.iterdir()} >= {"recipe.yaml", "log.jsonl", "environment.json", "summary.json"}
+        measured = json.loads((run / "measured.json").read_text())
+        assert measured["images"] == 20 and 0 <= measured["size"]["150"] <= 100
+        for state in ("initial", "trained"):
+            assert len(measured[state]["share"]) == len(measured[state]["diversity"]) == 2
+    page = (ran / "results" / "tiny" / "tiny" / "README.md").read_text()
+    assert "4 of 4 runs are done" in page and "| EIT is dearer | `macs.py, complexity` | +0.0" in page
+    assert "| holds (p = 0) |" in page
+
+
+def test_finished_runs_are_kept(ran):
+    file = ran / "results" / "tiny" / "tiny" / "digits-eit-seed-0" / "log.jsonl"
+    before = file.stat().st_mtime_ns
+    done = run_eit("reproduce", "tiny.yaml", "--json", cwd=ran)
+    assert done.returncode == 0 and "run " not in done.stderr and file.stat().st_mtime_ns == before
+    found = json.loads(done.stdout)
+    assert len(found["runs"]) == 4 and not found["missing"] and found["claims"]["dearer"]["word"] == "holds"
+
+
+def test_tables_come_from_results_alone_without_weights(ran, tmp_path):
+    shutil.copytree(ran, tmp_path / "clone", ignore=shutil.ignore_patterns("*.safetensors", "checkpoints", "*.png"))
+    done = run_eit("reproduce", "tiny.yaml", "--tables", cwd=tmp_path / "clone")
+    assert done.returncode == 0
+    pages = [base / "results" / "tiny" / "tiny" / "README.md" for base in (ran, tmp_path / "clone")]
+    assert pages[0].read_text() == pages[1].read_text()
+    assert (pages[1].parent / "figure.png").exists()
+
+
+def test_another_recipe_in_a_folder_is_refused(ran, tmp_path):
+    shutil.copytree(ran / "results", tmp_path / "results")
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("embed_dim: 16", "embed_dim: 32"))
+    done = run_eit("reproduce", "tiny.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "model.embed_dim: 16 -> 32" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_run_that_another_experiment_has_is_copied(ran, tmp_path):
+    shutil.copytree(ran / "results", tmp_path / "results")
+    (tmp_path / "other.yaml").write_text(TINY.replace("analysis: 20, sizes: [150]", "sizes: [200]"))
+    done = run_eit("reproduce", "other.yaml", "--only", "eit-seed-0", cwd=tmp_path)
+    assert done.returncode == 0 and "has the same recipe: copied" in done.stderr and "epoch 1" not in done.stderr
+    old, new = (tmp_path / "results" / n / "tiny" / "digits-eit-seed-0" for n in ("tiny", "other"))
+    assert (old / "log.jsonl").read_bytes() == (new / "log.jsonl").read_bytes()
+    assert set(json.loads((new / "measured.json").read_text())["size"]) == {"200"}
+
+
+def test_a_run_again_is_identical_or_within_the_spread(ran, tmp_path):
+    words = ("reproduce", "tiny.yaml", "--again", "digits-eit-seed-0")
+    done = run_eit(*words, "--out", str(tmp_path / "again"), cwd=ran)
+    assert done.returncode == 0 and "identical in every epoch" in done.stdout, done.stdout + done.stderr
+    shutil.copytree(ran, tmp_path / "changed")
+    log = tmp_path / "changed" / "results" / "tiny" / "tiny" / "digits-eit-seed-0" / "log.jsonl"
+    line = json.loads(log.read_text())
+    log.write_text(json.dumps(line | dict(val_loss=9.0)) + "\n")
+    summary = log.with_name("summary.json")
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | dict(last_top1=99.0)))
+    done = run_eit(*words, "--out", str(tmp_path / "again"), "--json", cwd=tmp_path / "changed")
+    found = json.loads(done.stdout)
+    assert not found["identical"] and found["recorded_top1"] == 99 and done.returncode == (0 if found["agrees"] else 1)
+
+
+def test_agreement_is_three_standard_deviations():
+    assert Again(True, 50, 50, None, []).agrees
+    assert Again(False, 50, 52.9, 3.0, []).agrees
+    assert not Again(False, 50, 53.1, 3.0, []).agrees
+    assert not Again(False, 50, 50, None, []).agrees
+
+
+def test_a_page_or_a_figure_that_disagrees_with_its_runs_is_seen(ran, tmp_path):
+    shutil.copytree(ran / "results", tmp_path / "results")
+    experiment = matrix.load(str(ran / "tiny.yaml"))
+    assert disagreement(experiment, "tiny", tmp_path / "results") is None
+    folder = tmp_path / "results" / "tiny" / "tiny"
+    page = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(page.replace("holds", "does not hold"))
+    assert disagreement(experiment, "tiny", tmp_path / "results").name == "README.md"
+    (folder / "README.md").write_text(page)
+    measured = folder / "digits-eit-seed-0" / "measured.json"
+    values = json.loads(measured.read_text())
+    values["trained"]["share"][0] += 0.1  # which the page does not show
+    measured.write_text(json.dumps(values))
+    assert disagreement(experiment, "tiny", tmp_path / "results").name == "figure.png"
+
+
+def test_figures_of_each_experiment_are_drawn(ran, tmp_path):
+    experiment = matrix.load(str(ran / "tiny.yaml"))
+    for name in ("tiny", "frequency", "diversity"):
+        own = experiment.model_copy(update=dict(name=name))
+        results = tmp_path / "results"
+        shutil.copytree(ran / "results" / "tiny", results / name, dirs_exist_ok=True)
+        file = tmp_path / f"{name}.png"
+        assert figure(own, "tiny", results, file)
+        assert file.stat().st_size > 5000
+    assert not figure(experiment, "tiny", tmp_path / "nowhere", tmp_path / "none.png")
+    assert digest(read_results(experiment, "tiny", ran / "results"))
+
+
+def test_weights_are_prepared_for_a_release(ran, tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    cells = matrix.load("small_data").cells("smoke")[:3]
+    for cell, name in zip(cells, ("digits-eit-seed-0", "digits-eit-seed-1", "digits-vit-seed-0"), strict=True):
+        shutil.copytree(ran / "results" / "tiny" / "tiny" / name, cell.folder(results))
+    command = [sys.executable, str(ROOT / "docs" / "release_weights.py"), str(tmp_path / "out"), str(results)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name = "small-data-smoke-digits-eit"
+    assert (tmp_path / "out" / name / "README.md").exists()
+    assert (tmp_path / "out" / "SHA256SUMS").read_text().endswith(f"  {name}.zip\n")
+    assert eit.load(tmp_path / "out" / name).card.metrics
+
+
+# -- The command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_says_what_each_shows_costs_and_what_refutes_it():
+    text = run_eit("reproduce", "--list").stdout
+    assert text == run_eit("reproduce").stdout
+    for name in matrix.experiment_names():
+        assert f"\n{name}\n" in f"\n{text}"
+    assert text.count("refuted if: ") == text.count("shows: ") == 5 and "2.5 hours on 2 CPU cores" in text
+    assert len(json.loads(run_eit("reproduce", "--list", "--json").stdout)) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["smal_data"], "did you mean 'small_data'?"),
+        (["nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["small_data", "--budget", "huge"], "--budget huge: small_data has smoke, short, medium, full"),
+        (["small_data", "--data", "cifar10"], "--data cifar10 is not NAME=PATH"),
+        (["small_data", "--data", "imagenet=x"], "its data sets are cifar10, fashion_mnist"),
+        (["small_data", "--only", "swin"], "no run of small_data has it"),
+        (["small_data", "--again", "swin"], "has no such run"),
+        (["small_data", "--budget", "smoke", "--again", "digits-eit-seed-0"], "is no finished run"),
+        (["small_data", "--data", "cifar10=nowhere"], "nowhere is not a folder"),
+        (["imagenet", "--curve", "nowhere"], "nowhere has no log of a run"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(tmp_path, words, said):
+    done = run_eit("reproduce", *words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_plan_s_commands_make_the_recipes():
+    for name, budget in (("small_data", "full"), ("ablation", "short"), ("imagenet", "full")):
+        cells = matrix.load(name).cells(budget)
+        plan = commands(cells, Path("results"), {}, 1000.0)
+        for cell, planned in zip(cells, plan, strict=True):
+            words = shlex.split(planned.command)
+            start = words.index("train") + 1
+            assert load_recipe(words[start], words[start + 1 :]) == cell.recipe(Path("results"), {})
+            assert planned.hours == pytest.approx(planned.images / 3.6e6)
+    text = run_eit("reproduce", "imagenet", "--plan", "--images-per-s", "8000").stdout
+    assert (
+        text.startswith("torchrun --nproc-per-node=8 -m eit train imagenet_mini") and "hours at this rate: 53.4" in text
+    )
+
+
+# -- ImageNet ---------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder, model, lines):
+    folder.mkdir()
+    recipe = load_recipe(f"imagenet_{model}", [f"out={folder}"])
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def as_log(curve, top1=0.0):
+    """The authors' curve as our log would have it: their epoch e + 1 is our e."""
+    moved = [*curve[1:], curve[-1]]
+    return [
+        dict(epoch=i, step=i, val_top1=row["top1"] + top1, train_loss=row["train_loss"]) for i, row in enumerate(moved)
+    ]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_published_curves_end_at_the_published_figures(name):
+    curve = published_curve(name)
+    assert len(curve) == 300
+    assert max(row["top1"] for row in curve) == pytest.approx(VARIANTS[name].published_top1, abs=0.06)
+
+
+def test_the_published_curves_are_those_of_the_reference():
+    file = SHARED / "reference" / "published_curves.csv"
+    require(file.exists(), "shared/reference is not beside the checkout")
+    shipped = resources.files("eit").joinpath("published_curves.csv").read_text()
+    assert list(csv.reader(shipped.splitlines())) == list(csv.reader(file.read_text().splitlines()))
+
+
+def test_a_run_is_compared_epoch_by_epoch(tmp_path):
+    curve = published_curve("eit_mini")
+    same = compare(write_run(tmp_path / "same", "mini", as_log(curve)))
+    assert same.worst == 0 and "reproduced" in same.verdict and "not" not in same.verdict
+    worse = compare(write_run(tmp_path / "worse", "mini", as_log(curve, -1.0)))
+    assert worse.worst == pytest.approx(-1) and "not reproduced" in worse.verdict
+    early = compare(write_run(tmp_path / "early", "mini", as_log(curve)[:10]))
+    assert early.worst is None and "too early" in early.verdict
+    half = compare(write_run(tmp_path / "half", "mini", as_log(curve, -0.25)[:150]))
+    assert half.worst == pytest.approx(-0.25) and len(half.rows) == 150
+    assert "149" in str(half) and len(str(half).splitlines()) < 20
+
+
+def test_a_run_without_a_published_curve_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run", "mini", as_log(published_curve("eit_mini")))
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("family: eit", "family: vit"))
+    with pytest.raises(UserError, match="family vit"):
+        compare(folder)
