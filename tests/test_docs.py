@@ -56,6 +56,8 @@ NOT_RUN = {
     "test_reliability.py::test_runs_killed_at_random_come_back_identical",
     "eit bench eit_mini": "minutes; test_benchmark.py::test_runtimes_batches_and_modes_are_measured",
     "python benchmarks/scale.py": "10 minutes, of measuring",
+    "eit reproduce small_data --budget s": "minutes to hours; test_reproduce.py::test_finished_runs_are_kept",
+    "python docs/release_weights.py": "after hours; test_reproduce.py::test_weights_are_prepared_for_a_release",
     "eit train cifar100 data.root=data data.download=true": "downloads; "
     "test_readers.py::test_downloads_go_to_torchvision",
     "eit train cifar10 data.dataset=hfds/": "downloads; test_readers.py::test_a_hugging_face_set_through_timm",
@@ -161,6 +163,7 @@ def world(tmp_path_factory):
         run(world, f"eit train cifar10 data.root={data} name={name} model.family={family}")
     for name in ("pets", "pets-large"):
         shutil.copytree(world / "runs" / "eit", world / "runs" / name)
+    run(world, "eit push runs/pets --to small-data-smoke-digits-eit")
     for name in ("shards", "imagenet-shards"):
         run(world, f"eit data shard imagenet {name}")
     torch.save({"model": eit.create_model("eit_mini", num_classes=3).state_dict()}, world / "best_checkpoint.pth")

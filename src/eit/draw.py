@@ -113,7 +113,7 @@ def grid(sections: Sequence[tuple[str, Sequence[Tile]]], file: Path, columns: in
 
 
 class Point(NamedTuple):
-    """A published model: parameters in millions, multiply-accumulates in G, ImageNet-1K top-1 in percent."""
+    """A model: parameters in millions, multiply-accumulates in G, ImageNet-1K top-1 in percent, as published or not."""
 
     family: str
     model: str
@@ -121,10 +121,14 @@ class Point(NamedTuple):
     gmacs: float
     top1: float
     pyramid: bool
+    measured: bool = False
 
 
-def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None:
-    """Top-1 against parameters: a line a family, dashed without a pyramid; area of a circle by multiply-accumulates."""
+def results(points: Sequence[Point], file: Path, highlight: str = "EIT", **options: Any) -> None:
+    """Top-1 against parameters: a line a family, dashed without a pyramid; area of a circle by multiply-accumulates.
+
+    What was published is hollow, what was measured filled. `options` are those of `save`.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -138,14 +142,16 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
     area = 14.0  # square points a G
     handles = []
     for name in reversed(families):
-        line = sorted((p for p in points if p.family == name), key=lambda p: p.params_m)
+        own = sorted((p for p in points if p.family == name), key=lambda p: p.params_m)
+        line = [p for p in own if not p.measured] or own
         x, y = [p.params_m for p in line], [p.top1 for p in line]
         ours, colour = name == highlight, colours[name]
         dash = "-" if line[0].pyramid else (0, (4, 2))
         order = 5 if ours else 2
         axis.plot(x, y, color=colour, linestyle=dash, linewidth=2.6 if ours else 1.3, zorder=order)
-        sizes = [max(area * p.gmacs, 6) for p in line]
-        axis.scatter(x, y, s=sizes, color=colour, alpha=0.9 if ours else 0.6, edgecolors="white", zorder=order + 1)
+        for p in own:
+            size, fill = max(area * p.gmacs, 6), colour if p.measured else "white"
+            axis.scatter(p.params_m, p.top1, s=size, facecolors=fill, edgecolors=colour, zorder=order + 1 + p.measured)
         handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2.6 if ours else 1.3, label=name))
         if ours:
             for p in line:
@@ -157,20 +163,22 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT") -> None
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("parameters (millions)")
-    axis.set_ylabel("ImageNet-1K top-1 (%), as published")
+    axis.set_ylabel("ImageNet-1K top-1 (%)" + ("" if any(p.measured for p in points) else ", as published"))
     axis.grid(alpha=0.25, which="major")
     axis.spines[["top", "right"]].set_visible(False)
     handles.reverse()
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.81, 0.95), frameon=False, fontsize=9)
     styles = (("-", "pyramid"), ((0, (4, 2)), "no pyramid"))
     note = [Line2D([], [], color="#555555", linestyle=dash, label=text) for dash, text in styles]
+    ring = dict(color="#777777", marker="o", linestyle="")
     for g in (1, 4, 16):
-        size = (area * g) ** 0.5
-        note.append(Line2D([], [], color="#999999", marker="o", linestyle="", markersize=size, label=f"{g} G MACs"))
+        note.append(Line2D([], [], markerfacecolor="white", markersize=(area * g) ** 0.5, label=f"{g} G MACs", **ring))
+    if any(p.measured for p in points):
+        note.append(Line2D([], [], markersize=(area * 4) ** 0.5, label="measured here", **ring))
     figure.legend(
         handles=note, loc="lower left", bbox_to_anchor=(0.81, 0.07), frameon=False, fontsize=9, labelspacing=1.0
     )
-    save(figure, file)
+    save(figure, file, **options)
 
 
 class Bar(NamedTuple):

@@ -10,11 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from eit import draw
 from eit.checkpoint import write_file
-from eit.draw import save
 from eit.reproduce.cells import Result, read_results
 from eit.reproduce.matrix import Experiment, names_of
 from eit.reproduce.verdict import NOT_RUN, Verdict, weigh
+from eit.zoo import published_results
 
 PAGE, FIGURE = "README.md", "figure.png"
 COLOURS = {"eit": "#0057b8", "lsra": "#e69f00", "vit": "#d55e00", "resnet": "#777777"}
@@ -226,12 +227,25 @@ def figure(experiment: Experiment, budget: str, results: Path, file: Path) -> bo
     found = read_results(experiment, budget, results)
     if not found:
         return False
+    metadata = {"Software": None, "Description": digest(found)}
+    if experiment.name == "imagenet":
+        draw.results(with_measured(found), file, metadata=metadata)
+        return True
     from matplotlib.figure import Figure
 
     shown = Figure(dpi=110, layout="constrained")
     DRAWINGS.get(experiment.name, draw_accuracy)(shown, found)
-    save(shown, file, metadata={"Software": None, "Description": digest(found)})
+    draw.save(shown, file, metadata=metadata)
     return True
+
+
+def with_measured(results: Sequence[Result]) -> list[draw.Point]:
+    """Published ImageNet-1K results up to 100 M parameters, and runs of the experiment imagenet."""
+    points = [point for point in published_results() if point.params_m <= 100]
+    for result in results:
+        cost = result.summary["params"] / 1e6, result.measured["published_macs"] / 1e9
+        points.append(draw.Point("EIT", result.cell.name, *cost, result.summary["last_top1"], False, True))
+    return points
 
 
 def digest(results: Sequence[Result]) -> str:
@@ -263,7 +277,7 @@ def draw_accuracy(shown: Any, results: Sequence[Result]) -> None:
 def draw_layers(metric: str, factor: float, label: str) -> Any:
     """A metric by layer, trained (lines) and at initial values (dashed): means over seeds, with their range."""
 
-    def draw(shown: Any, results: Sequence[Result]) -> None:
+    def panels_of(shown: Any, results: Sequence[Result]) -> None:
         cells = [r.cell for r in results]
         data = names_of(cells, "data")
         shown.set_size_inches(4.6 * len(data) + 1.2, 3.4)
@@ -289,7 +303,7 @@ def draw_layers(metric: str, factor: float, label: str) -> Any:
         handles, texts = panels[0].get_legend_handles_labels()
         shown.legend(handles, texts, loc="outside right center", frameon=False)
 
-    return draw
+    return panels_of
 
 
 DRAWINGS: dict[str, Any] = {
