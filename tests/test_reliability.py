@@ -55,9 +55,9 @@ def test_runs_killed_at_random_come_back_identical(tmp_path):
 @pytest.mark.parametrize("fault", ["no-step-seed", "no-sample-seed", "last-step-again"])
 def test_the_comparison_can_fail(tmp_path, fault):
     """Negative controls: with a fault in the code, chaos.py says so."""
-    done = chaos(1, tmp_path, "--fault", fault)
+    done = chaos(3, tmp_path, "--fault", fault)  # a kill before the first checkpoint leaves nothing to differ
     assert done.returncode == 1
-    assert "DIFFERS in weights, moving average, optimizer" in done.stdout.splitlines()[-2], done.stdout + done.stderr
+    assert "DIFFERS in weights, moving average, optimizer" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -261,6 +261,7 @@ def test_a_dead_rank_ends_the_others(tmp_path):
     assert process.returncode not in (0, None) and "Signal 9 (SIGKILL) received by PID" in err
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_the_weights_are_the_same(tmp_path):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
@@ -277,7 +278,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_the_weights_are_the_same(t
 
 @pytest.mark.parametrize(
     ("whom", "signum", "status"),
-    [("one rank", signal.SIGTERM, 0), ("torchrun", signal.SIGUSR1, 1)],
+    [("one rank", signal.SIGTERM, 0), pytest.param("torchrun", signal.SIGUSR1, 1, marks=pytest.mark.slow)],
 )
 def test_a_signal_under_torchrun_saves_once_and_does_not_restart(tmp_path, whom, signum, status):
     slurm = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

@@ -1,7 +1,7 @@
 """Layers of PyTorch, with the same parameters and results, computed in the way that is fastest on a CPU with AVX-512.
 
-docs/performance.md has what each is worth. Elsewhere, and in scripted and exported programs, they are the plain
-operators. Tracers of torch.fx take each function as one operator, for they know neither the device nor the width.
+docs/performance.md has what each is worth. Elsewhere, and in scripted, compiled and exported programs, they are the
+plain operators: Inductor cannot lay out these views once height and width are symbols. Tracers of torch.fx take each function as one operator, for they know neither the device nor the width.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ CACHE = 1 << 22  # bytes of attention weights
 
 def _on_avx512(x: Tensor) -> bool:
     known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
-    return AVX512 and known and not torch.compiler.is_exporting()
+    return AVX512 and known and not torch.compiler.is_compiling()
 
 
 class Linear(nn.Linear):
@@ -88,8 +88,7 @@ def max_pool(x: Tensor, size: int) -> Tensor:
     if torch.jit.is_scripting():
         return F.max_pool2d(x, size, size)
     else:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or not (_on_avx512(x) and x.requires_grad):
+        if torch.jit.is_tracing() or not (_on_avx512(x) and x.requires_grad):
             return F.max_pool2d(x, size, size)
         return _MaxPool.apply(x, size)[0]
 
@@ -128,8 +127,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         if not _on_avx512(q):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         # The fused kernel has no dropout, and its backward pass takes twice as long in bfloat16 as in float32.
-        learns = q.requires_grad and not torch.compiler.is_compiling()
-        if learns and (dropout or q.dtype == torch.bfloat16):
+        if q.requires_grad and (dropout or q.dtype == torch.bfloat16):
             return _attention_in_pieces(q, k, v, dropout)
         width = q.shape[-1]
         if width < NARROW and q.shape[2] >= MANY:
