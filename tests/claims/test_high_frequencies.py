@@ -46,12 +46,14 @@ def recompute():
     return remembered
 
 
+@pytest.mark.slow
 def test_the_committed_numbers_are_those_of_plain_loops(recompute, monkeypatch):
     monkeypatch.setattr(brute_force, "recompute", recompute)
     lines, fine = brute_force.check(RESULTS)
     assert fine and len(lines) == 3, "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table, name", [("frequency", "share"), ("heads", "distance_px"), ("diversity", "std_px")])
 def test_one_number_that_is_changed_is_found(table, name, recompute, monkeypatch, tmp_path):
     monkeypatch.setattr(brute_force, "recompute", recompute)
