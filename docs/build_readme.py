@@ -267,13 +267,13 @@ BUDGETS = ("full", "medium", "short")  # of evidence, best first
 
 
 def evidence(name: str) -> tuple[matrix.Experiment, str, list[Result]]:
-    """The best budget of an experiment that has results."""
+    """The best budget of an experiment that is complete, else the one with the most results."""
     experiment = matrix.load(name)
     budgets = [budget for budget in BUDGETS if budget in experiment.runs.budgets]
-    for budget in budgets:
-        if found := read_results(experiment, budget, ROOT / "results"):
-            return experiment, budget, found
-    return experiment, budgets[-1], []
+    found = {budget: read_results(experiment, budget, ROOT / "results") for budget in budgets}
+    whole = [budget for budget in budgets if len(found[budget]) == len(experiment.cells(budget))]
+    budget = (whole or sorted(budgets, key=lambda budget: -len(found[budget])))[0]
+    return experiment, budget, found[budget]
 
 
 def code(place: str) -> str:
@@ -289,7 +289,8 @@ def claims() -> str:
         experiment, budget, found = evidence(name)
         for key, verdict in weighed(experiment, found).items():
             claim = experiment.claims[key]
-            run = f"[{name}](#{ANCHORS[name]}), {budget}"
+            done = f"{len(found)} of {len(experiment.cells(budget))} runs"
+            run = f"[{name}](#{ANCHORS[name]}), {budget}, {done}"
             word = f"**{verdict.word}**" + ("" if verdict.p is None else f", p = {verdict.p:.2g}")
             rows.append([claim.says, code(claim.code), run, gaps(verdict, claim.metric), word])
     return "\n".join(table("| claim | in the code | test or run | measured | verdict |", rows))

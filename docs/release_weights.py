@@ -1,8 +1,9 @@
 """Trained weights -> files to release: `python docs/release_weights.py OUT [RESULTS]`.
 
-For each experiment, budget, data set and model in RESULTS (results/) the run whose last epoch is the median of its
-seeds: OUT/NAME/ has config.json, model.safetensors and a model card, as timm and Hugging Face read them; OUT/NAME.zip
-is that folder, and OUT/SHA256SUMS has the checksum of each. Runs whose weights are not there are named and left out.
+For each experiment, budget, data set and model of ours in RESULTS (results/), the run whose last epoch is the median
+of its seeds: OUT/NAME/ has config.json, model.safetensors and a model card, as timm and Hugging Face read them;
+OUT/NAME.zip is that folder, and OUT/SHA256SUMS has the checksum of each. Runs whose weights are not there are named
+and left out.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from eit import list_models
 from eit.hub import write_folder
 from eit.reproduce import matrix
 from eit.reproduce.cells import Result, read_results
@@ -25,6 +27,8 @@ def chosen(results: Path) -> dict[str, Result]:
         for budget in {} if experiment.of else experiment.budgets:
             by_levels: dict[str, list[Result]] = {}
             for result in read_results(experiment, budget, results):
+                if result.cell.values["model"]["name"] not in list_models():
+                    continue
                 levels = [level for axis, level in result.cell.levels.items() if axis != "seed"]
                 by_levels.setdefault("-".join([name.replace("_", "-"), budget, *levels]), []).append(result)
             for title, runs in by_levels.items():

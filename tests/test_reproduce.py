@@ -16,13 +16,13 @@ import pytest
 import eit
 from eit.config import load_recipe
 from eit.errors import UserError
-from eit.reproduce import matrix
+from eit.reproduce import cells, matrix
 from eit.reproduce.cells import Again, Result, read_results
 from eit.reproduce.matrix import Cell, Claim
 from eit.reproduce.plan import commands
 from eit.reproduce.published import compare, published_curve
-from eit.reproduce.report import digest, disagreement, figure
-from eit.reproduce.verdict import FAILS, HOLDS, NOT_RUN, UNDECIDED, weigh
+from eit.reproduce.report import digest, disagreement, figure, frequency_table
+from eit.reproduce.verdict import FAILS, HOLDS, NOT_RUN, UNDECIDED, Verdict, weigh
 from eit.zoo import VARIANTS
 from tests.conftest import SHARED, require, run_eit
 
@@ -64,16 +64,15 @@ def test_every_experiment_of_the_package_is_read():
 
 @pytest.mark.parametrize(("name", "budget"), BUDGETS)
 def test_every_run_has_a_recipe_and_a_name_of_its_own(name, budget):
-    cells = matrix.load(name).cells(budget)
-    folders = [cell.recipe(Path("results"), {}).out for cell in cells]
-    assert len(set(folders)) == len(folders) == len(cells) > 0
+    folders = [cell.recipe(Path("results"), {}).out for cell in matrix.load(name).cells(budget)]
+    assert len(set(folders)) == len(folders) > 0
 
 
 @pytest.mark.parametrize("budget", ["smoke", "short", "medium", "full"])
 def test_models_of_small_data_differ_in_their_family_alone(budget):
-    cells = matrix.load("small_data").cells(budget)
-    recipes = {cell.name: cell.recipe(Path("results"), {}).model_dump() for cell in cells}
-    for cell in cells:
+    found = matrix.load("small_data").cells(budget)
+    recipes = {cell.name: cell.recipe(Path("results"), {}).model_dump() for cell in found}
+    for cell in found:
         if cell.levels["model"] in ("lsra", "vit"):
             own = recipes[cell.name]
             twin = recipes[cell.name.replace(cell.levels["model"], "eit")]
@@ -127,9 +126,7 @@ def test_claims_speak_of_levels_and_metrics_that_are_measured():
         experiment = matrix.load(name)
         for claim in experiment.claims.values():
             assert set(claim.levels) <= set(experiment.runs.axes[claim.axis])
-            measured = "last_top1|macs|(trained|gain)\\.(share|share_with_dc|diversity)"
-            sizes = "|".join(f"size\\.{percent}" for percent in experiment.runs.measure.sizes)
-            assert re.fullmatch(f"{measured}|{sizes}", claim.metric), claim.metric
+            assert experiment.runs.measure.has(claim.metric)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +138,12 @@ def test_claims_speak_of_levels_and_metrics_that_are_measured():
         (TINY.replace("cost: seconds", "cost: seconds\n    levels: {model: [vat]}"), "model=vat"),
         (TINY.replace("cost: seconds", "cost: seconds\n    adjust: {vat: {seed: 1}}"), "adjusts vat"),
         (TINY.replace("measure: {", "measure: {analyse: 3, "), "measure.analyse"),
+        (TINY.replace("axis: model", "axis: modle"), "claims.dearer.axis=modle"),
+        (TINY.replace("rises: [vit, eit]", "rises: [vit, swin]"), "model has no swin"),
+        (TINY.replace("metric: macs", "metric: macks"), "claims.dearer.metric=macks is not measured"),
+        (TINY.replace("metric: macs", "metric: kept.75"), "metric=kept.75 is not measured"),
+        (TINY.partition("axes:")[0], "axes and budgets are needed"),
+        ("shows: x\nrefuted: y\naxes: [1]", "axes"),
         ("- 1", "recipe"),
     ],
 )
@@ -176,7 +179,8 @@ def claim(**given):
         ([50, 60, 55], [52, 57, 56], UNDECIDED),
         ([50], [60], NOT_RUN),
         ([50, 51], [60], NOT_RUN),
-        ([50, 50], [60, 60], HOLDS),
+        ([50, 50], [60, 60], UNDECIDED),  # no spread was seen
+        ([50.0, 60.3], [50.1, 60.4], UNDECIDED),  # but for rounding
         ([50, 50], [50, 50], UNDECIDED),
     ],
 )
@@ -198,12 +202,32 @@ def test_what_may_be_missing():
     assert weigh(claim(within=0.5), made(dict(vit=[50, 52, 54], eit=[48, 50.1, 52]))).word == FAILS
 
 
-def test_an_order_of_three_is_weighed_by_page_s_test():
+def test_an_order_of_three_holds_where_each_step_does():
     order = claim(rises=["vit", "lsra", "eit"])
-    up, middle, down = [1.0, 2.0, 1.5], [3.0, 3.5, 2.5], [5.0, 6.0, 4.0]
-    assert weigh(order, made(dict(vit=up, lsra=middle, eit=down))).word == HOLDS
-    assert weigh(order, made(dict(vit=down, lsra=middle, eit=up))).word == FAILS
-    assert weigh(order, made(dict(vit=up, lsra=down, eit=middle))).word == UNDECIDED
+    low, middle, high = [1.0, 2.0, 1.5], [3.0, 3.5, 2.5], [5.0, 6.0, 4.0]
+    assert weigh(order, made(dict(vit=low, lsra=middle, eit=high))).word == HOLDS
+    assert weigh(order, made(dict(vit=high, lsra=middle, eit=low))).word == FAILS
+    twelve = dict(
+        vit=[i % 3 for i in range(12)], lsra=[9 + i % 5 for i in range(12)], eit=[4 + i % 4 for i in range(12)]
+    )
+    assert weigh(order, made(twelve)).word == FAILS  # vit < eit < lsra
+    assert weigh(order, made(dict(vit=low, lsra=middle, eit=[3.1, 3.4, 2.6]))).word == UNDECIDED
+
+
+def test_data_sets_that_disagree_decide_nothing():
+    one = made(dict(vit=[50, 51, 52], eit=[70, 71.5, 72.5]))
+    other = [
+        Result(Cell("e", "b", r.cell.levels | dict(data="other"), "digits", {}), dict(last_top1=v), {}, {})
+        for r, v in zip(one, (60, 61, 62, 59, 60.5, 61.2), strict=True)
+    ]
+    assert weigh(claim(), one).word == HOLDS
+    assert weigh(claim(), one + other).word == UNDECIDED
+
+
+def test_what_is_counted_is_compared_as_it_is():
+    cheaper = claim(metric="macs", rises=["eit", "vit"])
+    assert weigh(cheaper, made(dict(eit=[10], vit=[12]), "macs")) == Verdict(HOLDS, None, {"d 0": 2})
+    assert weigh(cheaper, made(dict(eit=[10, 10], vit=[12, 9]), "macs")).word == FAILS
 
 
 def test_values_to_reach():
@@ -211,6 +235,8 @@ def test_values_to_reach():
     assert weigh(published, made(dict(eit=[69.6], vit=[61]))).word == HOLDS
     assert weigh(published, made(dict(eit=[69.4], vit=[61]))).word == FAILS
     assert weigh(published, made(dict(eit=[70]))).word == NOT_RUN
+    assert weigh(published, made(dict(eit=[69]))).word == FAILS
+    assert weigh(published, made(dict(eit=[10, 20, 90], vit=[61]))).word == FAILS  # their mean
 
 
 def test_metrics_are_means_over_layers_and_gains():
@@ -218,7 +244,7 @@ def test_metrics_are_means_over_layers_and_gains():
     result = Result(Cell("e", "b", {}, "digits", {}), dict(last_top1=50.0), measured, {})
     assert result.value("trained.share") == pytest.approx(0.3)
     assert result.value("gain.share") == pytest.approx(0.2)
-    assert result.value("size.150") == 40 and result.value("last_top1") == 50
+    assert result.value("size.150") == 40 and result.value("last_top1") == 50 and result.value("kept.150") == -10
     assert result.value("trained.diversity") is None and result.value("gain.diversity") is None
 
 
@@ -245,8 +271,8 @@ def test_runs_are_trained_measured_and_reported(ran):
         for state in ("initial", "trained"):
             assert len(measured[state]["share"]) == len(measured[state]["diversity"]) == 2
     page = (ran / "results" / "tiny" / "tiny" / "README.md").read_text()
-    assert "4 of 4 runs are done" in page and "| EIT is dearer | `macs.py, complexity` | +0.0" in page
-    assert "| holds (p = 0) |" in page
+    assert "4 of 4 runs are done" in page and "| EIT is dearer | `macs.py, complexity` | digits +0.0" in page
+    assert "| holds |" in page
 
 
 def test_finished_runs_are_kept(ran):
@@ -284,17 +310,103 @@ def test_a_run_that_another_experiment_has_is_copied(ran, tmp_path):
     assert set(json.loads((new / "measured.json").read_text())["size"]) == {"200"}
 
 
+@pytest.mark.parametrize("change", ["data.root: sklearn:digits -> tmp", "data.batch_size: 64 -> 32"])
+def test_a_run_of_other_data_or_another_batch_is_not_copied(ran, tmp_path, change, folder):
+    key, _, value = change.partition(": ")
+    value = str(folder) if key == "data.root" else 32
+    results = tmp_path / "results"
+    shutil.copytree(ran / "results", results)
+    recipe = matrix.load(str(ran / "tiny.yaml")).cells("tiny")[0].recipe(results, {})
+    assert cells.adopt(recipe.model_copy(update=dict(out=str(results / "o" / "b" / "same"))), results)
+    data = recipe.data.model_copy(update={key.removeprefix("data."): value})
+    assert not cells.adopt(recipe.model_copy(update=dict(out=str(results / "o" / "b" / "other"), data=data)), results)
+
+
+def test_a_run_without_weights_is_not_copied_and_is_trained_again(ran, tmp_path):
+    """As in a fresh clone, where results/ has no weights."""
+    clone = tmp_path / "clone"
+    shutil.copytree(ran, clone, ignore=shutil.ignore_patterns("*.safetensors", "checkpoints"))
+    (clone / "tiny.yaml").write_text(TINY.replace("sizes: [150]", "sizes: [150, 200]"))
+    done = run_eit("reproduce", "tiny.yaml", "--only", "eit-seed-0", cwd=clone)
+    assert done.returncode == 0 and "copied" not in done.stderr and "epoch 1" in done.stderr
+    measured = json.loads((clone / "results" / "tiny" / "tiny" / "digits-eit-seed-0" / "measured.json").read_text())
+    assert set(measured["size"]) == {"150", "200"}
+
+
+def test_a_stopped_experiment_goes_on(ran, tmp_path):
+    """One run finished and measured, one trained but not measured, one with half of a copy, one not begun."""
+    shutil.copytree(ran, tmp_path / "clone")
+    folder = tmp_path / "clone" / "results" / "tiny" / "tiny"
+    (folder / "digits-eit-seed-1" / "measured.json").unlink()
+    shutil.rmtree(folder / "digits-vit-seed-0")
+    shutil.copytree(folder / "digits-eit-seed-0", folder / ".digits-vit-seed-0")
+    shutil.rmtree(folder / "digits-vit-seed-1")
+    done = run_eit("reproduce", "tiny.yaml", cwd=tmp_path / "clone")
+    assert done.returncode == 0 and done.stderr.count("epoch 1 ") == 2 and "run 3 of 3" in done.stderr, done.stderr
+    pages = [base / "results" / "tiny" / "tiny" / "README.md" for base in (ran, tmp_path / "clone")]
+    assert pages[0].read_text() == pages[1].read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_pages(ran, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    done = run_eit("reproduce", "tiny.yaml", "--only", "seed-0", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (base / "results" / "tiny" / "tiny" / "digits-eit-seed-0" for base in (ran, tmp_path))
+    assert load_recipe(str(two / "recipe.yaml")).data.batch_size == 32
+    before, after = (json.loads((folder / "measured.json").read_text()) for folder in (one, two))
+    assert before["images"] == after["images"] and before["trained"]["share"] == pytest.approx(
+        after["trained"]["share"], rel=0.05
+    )
+    assert done.stdout.count("# tiny, budget tiny") == 1
+    again = run_eit("reproduce", "tiny.yaml", "--tables", cwd=tmp_path, ranks=2)
+    assert again.returncode == 0 and again.stdout.count("# tiny, budget tiny") == 1
+
+
+def test_the_global_batch_stays_on_any_number_of_processes():
+    (cell,) = [c for c in matrix.load("imagenet").cells("full") if c.levels["model"] == "mini"]
+    for world in (1, 2, 4, 8, 16):
+        recipe = cell.recipe(Path("results"), {}, world)
+        assert recipe.data.batch_size * recipe.train.accumulate * world == 1024
+    with pytest.raises(UserError, match="a global batch of 1024 is no multiple of 3 processes"):
+        cell.recipe(Path("results"), {}, 3)
+
+
+def test_a_model_of_timm_goes_all_the_way(tmp_path):
+    arm = "resnet: {set: {model: {name: timm/test_resnet}}}"
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("    eit: {}\n", f"    eit: {{}}\n    {arm}\n"))
+    done = run_eit("reproduce", "tiny.yaml", "--only", "resnet-seed-0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| digits | resnet | 1 |" in done.stdout
+    results, cell = tmp_path / "results", matrix.load(str(tmp_path / "tiny.yaml")).cells("tiny")[2]
+    assert cell.levels["model"] == "resnet"
+    measured = json.loads((cell.folder(results) / "measured.json").read_text())
+    assert measured["trained"].get("missing") or not measured["trained"]["diversity"]
+    result = cells.read_result(cell, results)
+    assert frequency_table(matrix.load("frequency"), [result])
+
+
+def test_our_resnet_takes_no_argument_that_it_does_not_have():
+    with pytest.raises(UserError, match="drop_rate"):
+        eit.create_model("timm/resnet24_small", drop_rate=0.5)
+    assert eit.create_model("timm/resnet24_small", num_classes=7, in_chans=1).num_classes == 7
+
+
 def test_a_run_again_is_identical_or_within_the_spread(ran, tmp_path):
     words = ("reproduce", "tiny.yaml", "--again", "digits-eit-seed-0")
     done = run_eit(*words, "--out", str(tmp_path / "again"), cwd=ran)
     assert done.returncode == 0 and "identical in every epoch" in done.stdout, done.stdout + done.stderr
+    done = run_eit(*words, "--out", str(tmp_path / "again"), cwd=ran)
+    assert done.returncode == 2 and "holds a finished run" in done.stderr
+    own = ran / "results" / "tiny" / "tiny" / "digits-eit-seed-0"
+    assert "holds a finished run" in run_eit(*words, "--out", str(own), cwd=ran).stderr
     shutil.copytree(ran, tmp_path / "changed")
     log = tmp_path / "changed" / "results" / "tiny" / "tiny" / "digits-eit-seed-0" / "log.jsonl"
     line = json.loads(log.read_text())
     log.write_text(json.dumps(line | dict(val_loss=9.0)) + "\n")
     summary = log.with_name("summary.json")
     summary.write_text(json.dumps(json.loads(summary.read_text()) | dict(last_top1=99.0)))
-    done = run_eit(*words, "--out", str(tmp_path / "again"), "--json", cwd=tmp_path / "changed")
+    done = run_eit(*words, "--out", str(tmp_path / "other"), "--json", cwd=tmp_path / "changed")
     found = json.loads(done.stdout)
     assert not found["identical"] and found["recorded_top1"] == 99 and done.returncode == (0 if found["agrees"] else 1)
 
@@ -304,6 +416,13 @@ def test_agreement_is_three_standard_deviations():
     assert Again(False, 50, 52.9, 3.0, []).agrees
     assert not Again(False, 50, 53.1, 3.0, []).agrees
     assert not Again(False, 50, 50, None, []).agrees
+
+
+def test_tables_of_an_experiment_that_was_changed_since_are_refused(ran, tmp_path):
+    shutil.copytree(ran / "results", tmp_path / "results")
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("depth: 2", "depth: 3"))
+    done = run_eit("reproduce", "tiny.yaml", "--tables", cwd=tmp_path)
+    assert done.returncode == 2 and "model.depth: 2 -> 3" in done.stderr
 
 
 def test_a_page_or_a_figure_that_disagrees_with_its_runs_is_seen(ran, tmp_path):
@@ -337,9 +456,10 @@ def test_figures_of_each_experiment_are_drawn(ran, tmp_path):
 
 def test_weights_are_prepared_for_a_release(ran, tmp_path, monkeypatch):
     results = tmp_path / "results"
-    cells = matrix.load("small_data").cells("smoke")[:3]
-    for cell, name in zip(cells, ("digits-eit-seed-0", "digits-eit-seed-1", "digits-vit-seed-0"), strict=True):
+    first = matrix.load("small_data").cells("smoke")[:3]
+    for cell, name in zip(first, ("digits-eit-seed-0", "digits-eit-seed-1", "digits-vit-seed-0"), strict=True):
         shutil.copytree(ran / "results" / "tiny" / "tiny" / name, cell.folder(results))
+        (cell.folder(results) / "recipe.yaml").write_text(cell.recipe(results, {}).to_yaml())
     command = [sys.executable, str(ROOT / "docs" / "release_weights.py"), str(tmp_path / "out"), str(results)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -374,6 +494,10 @@ def test_the_list_says_what_each_shows_costs_and_what_refutes_it():
         (["small_data", "--budget", "smoke", "--again", "digits-eit-seed-0"], "is no finished run"),
         (["small_data", "--data", "cifar10=nowhere"], "nowhere is not a folder"),
         (["imagenet", "--curve", "nowhere"], "nowhere has no log of a run"),
+        (["imagenet", "--images-per-s", "8000"], "--images-per-s is of --plan"),
+        (["small_data", "--out", "x"], "--out is of --again"),
+        (["small_data", "--plan", "--tables"], "exclude each other"),
+        (["small_data", "--tables"], "has no finished run"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(tmp_path, words, said):
@@ -384,17 +508,16 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, words, said):
 
 def test_the_plan_s_commands_make_the_recipes():
     for name, budget in (("small_data", "full"), ("ablation", "short"), ("imagenet", "full")):
-        cells = matrix.load(name).cells(budget)
-        plan = commands(cells, Path("results"), {}, 1000.0)
-        for cell, planned in zip(cells, plan, strict=True):
+        runs = matrix.load(name).cells(budget)
+        plan = commands(runs, Path("results"), {}, 1000.0)
+        for cell, planned in zip(runs, plan, strict=True):
             words = shlex.split(planned.command)
             start = words.index("train") + 1
             assert load_recipe(words[start], words[start + 1 :]) == cell.recipe(Path("results"), {})
-            assert planned.hours == pytest.approx(planned.images / 3.6e6)
+            rate = 1000.0 * plan[0].training_macs / plan[0].images
+            assert planned.hours == pytest.approx(planned.training_macs / rate / 3600)
     text = run_eit("reproduce", "imagenet", "--plan", "--images-per-s", "8000").stdout
-    assert (
-        text.startswith("torchrun --nproc-per-node=8 -m eit train imagenet_mini") and "hours at this rate: 53.4" in text
-    )
+    assert text.startswith("torchrun --nproc-per-node=8 -m eit train imagenet_mini") and "a run)" in text
 
 
 # -- ImageNet ---------------------------------------------------------------------------------------------------------
@@ -405,6 +528,7 @@ def write_run(folder, model, lines):
     recipe = load_recipe(f"imagenet_{model}", [f"out={folder}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "environment.json").write_text(json.dumps(dict(world_size=8)))
     return folder
 
 
@@ -443,9 +567,19 @@ def test_a_run_is_compared_epoch_by_epoch(tmp_path):
     assert "149" in str(half) and len(str(half).splitlines()) < 20
 
 
-def test_a_run_without_a_published_curve_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("family: eit", "family: vit", "model.family: eit -> vit"),
+        ("epochs: 300", "epochs: 10", "train.epochs: 300 -> 10"),
+        ("accumulate: 1", "accumulate: 2", "global batch: 1024 -> 2048"),
+        ("name: eit_mini", "name: timm/resnet18", "no training curve of timm/resnet18"),
+    ],
+)
+def test_a_run_of_another_recipe_is_not_compared(tmp_path, old, new, said):
     folder = write_run(tmp_path / "run", "mini", as_log(published_curve("eit_mini")))
     text = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(text.replace("family: eit", "family: vit"))
-    with pytest.raises(UserError, match="family vit"):
+    assert old in text
+    (folder / "recipe.yaml").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=said):
         compare(folder)

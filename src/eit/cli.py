@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from eit.export import Export
     from eit.images import Images
     from eit.readers import ImageStream
+    from eit.train import Stopped
 
 
 class Commands(TyperGroup):
@@ -189,10 +190,7 @@ def train(
     try:
         summary = run(resolved)
     except Stopped as stop:
-        if distributed.is_main():
-            _complain(stop)
-        # torchrun would start again what did not end well, and this did
-        raise typer.Exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop.signum) from None
+        _stopped(stop)
     else:
         if distributed.is_main():
             folder = resolved.run_folder()
@@ -593,6 +591,11 @@ def reproduce(
     if listed or name is None:
         _list_experiments(as_json)
         return
+    for option, given, needs in (("--images-per-s", images_per_s, plan), ("--out", out, again)):
+        if given is not None and not needs:
+            raise UserError(f"{option} is of {'--plan' if option == '--images-per-s' else '--again'}")
+    if sum((plan, tables, again is not None, curve is not None)) > 1:
+        raise UserError("--plan, --tables, --again and --curve exclude each other")
     experiment = matrix.load(name)
     if curve is not None:
         from eit.reproduce.published import compare
@@ -618,10 +621,12 @@ def reproduce(
     from eit import distributed
     from eit.memory import keep_freed
     from eit.reproduce import cells as runs
+    from eit.reproduce.cells import read_results
     from eit.reproduce.report import build, verdicts
     from eit.train import Stopped
 
     keep_freed()
+    distributed.start()
     try:
         if again is not None:
             cell = next((cell for cell in cells if cell.name == again), None)
@@ -634,9 +639,9 @@ def reproduce(
         if not tables:
             runs.run(chosen, experiment.runs.measure, folder, roots)
     except Stopped as stop:
-        if distributed.is_main():
-            _complain(stop)
-        raise typer.Exit(128 + stop.signum) from None
+        _stopped(stop)
+    if tables and not read_results(experiment, budget, folder):
+        raise UserError(f"{folder / experiment.runs.name / budget} has no finished run")
     if distributed.is_main():
         page = build(experiment, budget, folder)
         _show(verdicts(experiment, budget, folder), as_json, f"{page.read_text()}\n{page}")
@@ -727,6 +732,16 @@ def _list_recipes(as_json: bool) -> None:
         for line in recipe_header(name).splitlines():
             print(f"    {line}")
     print("train one with: eit train NAME [key=value ...]")
+
+
+def _stopped(stop: "Stopped") -> NoReturn:
+    """The end of a run that a signal stopped, and that is saved."""
+    from eit.distributed import is_main
+
+    if is_main():
+        _complain(stop)
+    # torchrun would start again what did not end well, and this did
+    raise typer.Exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop.signum) from None
 
 
 def _list_experiments(as_json: bool) -> None:

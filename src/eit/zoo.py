@@ -204,18 +204,20 @@ for _name, _variant in VARIANTS.items():
 
 
 @register_model
-def resnet24_small(num_classes: int = 1000, in_chans: int = 3, pretrained: bool = False, **_: Any) -> Any:
+def resnet24_small(num_classes: int = 1000, in_chans: int = 3, pretrained: bool = False, **of_timm: Any) -> Any:
     """torchvision's ResNet with 2, 3, 3, 3 basic blocks and a stem for small images: a peer of EIT (eit reproduce).
 
     Of its 17.4 M parameters (10 classes) EIT's 3.08 M at 32x32 are 17.7%, the paper's ratio to its ResNet.
     """
     from torchvision.models.resnet import BasicBlock, ResNet
 
+    if unknown := set(of_timm) - {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}:
+        raise TypeError(f"no argument {min(unknown)!r}")
     if pretrained:
-        raise ValueError("no weights of it ship")
+        raise RuntimeError("no weights of it were published")
     model = ResNet(BasicBlock, [2, 3, 3, 3], num_classes=num_classes)
     model.conv1 = torch.nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
     torch.nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own
     model.maxpool = torch.nn.Identity()
-    model.pretrained_cfg = dict(classifier="fc")
+    model.num_classes, model.pretrained_cfg = num_classes, dict(classifier="fc")
     return model

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eit import distributed
 from eit.analysis.measure import Analysis, CannotMeasure, analyze
@@ -18,16 +19,17 @@ from eit.config import Recipe, differences
 from eit.console import say, track
 from eit.data import open_data, open_evaluation
 from eit.errors import UserError, few
-from eit.evaluate import evaluate, make_views
+from eit.evaluate import autocast, make_views
 from eit.finetune import build_model, settle
-from eit.images import Images
-from eit.loader import EvaluationLoader, evaluation_loader
+from eit.images import Images, View, normalise
 from eit.macs import complexity
 from eit.reproduce.matrix import Cell, Experiment, Measure
 from eit.run import environment, read_recipe
 from eit.train import train
+from eit.zoo import TIMM
 
-MEASURED = "measured.json"
+MEASURED, WEIGHTS = "measured.json", "final.safetensors"
+BATCH = 64  # of what is measured
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,27 @@ class Result:
     def value(self, metric: str) -> float | None:
         """`last_top1` and the like of summary.json, or a path in measured.json: trained.share, size.150. Lists: mean.
 
-        `gain.X` is trained.X less initial.X. None where it was not measured.
+        `gain.X` is trained.X less initial.X, `kept.X` size.X less last_top1. None where it was not measured.
         """
-        if metric.startswith("gain."):
-            after, before = (self.value(metric.replace("gain", state)) for state in ("trained", "initial"))
+        kind, _, rest = metric.partition(".")
+        pair = dict(gain=(f"trained.{rest}", f"initial.{rest}"), kept=(f"size.{rest}", "last_top1")).get(kind)
+        if pair:
+            after, before = map(self.value, pair)
             return None if after is None or before is None else after - before
         found: Any = self.summary | self.measured
         for key in metric.split("."):
             found = found.get(key) if isinstance(found, dict) else None
-        return fmean(found) if isinstance(found, list) and found else found if found != [] else None
+        return (fmean(found) if found else None) if isinstance(found, list) else found
 
 
 def read_result(cell: Cell, results: Path) -> Result | None:
-    """What is known of a run, from its folder alone; None where it is not finished."""
+    """What is known of a run, from its folder alone; None where it is not finished.
+
+    Raises:
+        UserError: the folder holds a run of another recipe (an experiment was changed since), or is damaged.
+    """
     folder = cell.folder(results)
+    check_recipe(cell, folder)
     try:
         summary = json.loads((folder / "summary.json").read_text())
         measured = json.loads((folder / MEASURED).read_text())
@@ -80,85 +89,113 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
         UserError: missing data, before anything is trained; as `eit.train.train`.
         Stopped: as `eit.train.train`; the same command goes on.
     """
-    recipes = [cell.recipe(results, roots) for cell in cells]
-    for recipe in recipes:
-        check_same_recipe(recipe)
-    left = distributed.on_main(lambda: [i for i, cell in enumerate(cells) if read_result(cell, results) is None])
-    for root, recipe in {recipes[i].data.root: recipes[i] for i in left}.items():
-        try:
-            open_data(recipe.data)
-        except UserError as error:
-            raise UserError(f"{error}; --data NAME=PATH says where {Path(root).name} is") from None
+    device = distributed.start(cells[0].values["train"]["device"])
+    recipes = [settle(cell.recipe(results, roots, distributed.world_size())) for cell in cells]
+    left = distributed.on_main(lambda: [i for i, cell in enumerate(cells) if not is_done(cell, measure, results)])
+    seen: set[str] = set()
+    for i in left:
+        if cells[i].data not in seen:
+            seen.add(cells[i].data)
+            try:
+                images, _ = open_data(recipes[i].data)
+            except UserError as error:
+                raise UserError(f"{error}; --data {cells[i].data}=PATH says where it is") from None
+            if not isinstance(images, Images):
+                raise UserError(f"{cells[i].data}: images that come in turn cannot be measured; make a folder of them")
     for number, i in enumerate(left, start=1):
-        say(f"run {number} of {len(left)}: {cells[i].folder(results)}")
-        distributed.on_main(partial(adopt, recipes[i], results))
-        if not (recipes[i].run_folder() / "summary.json").exists():
+        folder = recipes[i].run_folder()
+        say(f"run {number} of {len(left)}: {folder}")
+        if not distributed.on_main(partial(adopt, recipes[i], results)):
             train(recipes[i])
-        found = measurements(recipes[i], measure, distributed.start(recipes[i].train.device))
-        distributed.on_main(partial(write_file, recipes[i].run_folder() / MEASURED, as_text(found)))
+        distributed.on_main(partial(measure_run, recipes[i], measure, device))
 
 
-def check_same_recipe(recipe: Recipe) -> None:
-    """Raise a UserError where the folder holds a run of another recipe: an experiment was changed since."""
-    folder = recipe.run_folder()
-    if (folder / "summary.json").exists() and (different := differences(read_recipe(folder), settle(recipe))):
+def is_done(cell: Cell, measure: Measure, results: Path) -> bool:
+    """Whether a run is finished, and all of `measure` measured."""
+    result = read_result(cell, results)
+    return result is not None and result.measured.get("measure") == measure.model_dump(mode="json")
+
+
+def check_recipe(cell: Cell, folder: Path) -> None:
+    """Raise a UserError where the folder holds a run of another recipe."""
+    if not (folder / "recipe.yaml").exists():
+        return
+    different = differences(read_recipe(folder), cell.recipe(folder.parents[2], {}))
+    if cell.values["model"]["name"].startswith(TIMM):  # whose recipe a run notes without what the model does not have
+        different = [line for line in different if not line.startswith("model.")]
+    if different:
         raise UserError(f"{folder} holds a run of another recipe ({few(different)}): give another --results")
 
 
-def adopt(recipe: Recipe, results: Path) -> None:
-    """Copy the finished run of the same recipe from another experiment, if there is one: it would come out the same."""
+def adopt(recipe: Recipe, results: Path) -> bool:
+    """Whether the run is finished, or its like in another experiment was copied: the same recipe, data and batch."""
     folder = recipe.run_folder()
     if folder.exists():
-        return
-    for file in sorted(results.glob(f"*/*/*/{MEASURED}")):
+        return (folder / "summary.json").exists() and (folder / WEIGHTS).exists()
+    own = recipe.model_dump(exclude={"out"})
+    for file in sorted(results.glob(f"*/*/*/{WEIGHTS}")):
         other = file.parent
-        if not differences(read_recipe(other), settle(recipe)):
+        try:
+            like = (other / "summary.json").exists() and read_recipe(other).model_dump(exclude={"out"}) == own
+        except UserError:  # of another version
+            continue
+        if like:
             say(f"{other} has the same recipe: copied")
-            folder.mkdir(parents=True)
-            for source in other.iterdir():
-                if source.is_file() and source.name not in (".lock", MEASURED):
-                    shutil.copy2(source, folder)
-            return
+            temporary = folder.with_name(f".{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(other, temporary, ignore=shutil.ignore_patterns(".lock", MEASURED, "checkpoints"))
+            temporary.rename(folder)
+            return True
+    return False
+
+
+def measure_run(recipe: Recipe, measure: Measure, device: torch.device) -> None:
+    """Write what is measured of a finished run beside it."""
+    found = measurements(recipe, measure, device)
+    write_file(recipe.run_folder() / MEASURED, as_text(found))
 
 
 @torch.no_grad()
 def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict[str, Any]:
-    """Of a finished run, from its final weights."""
+    """Of a finished run, from its final weights, on one process."""
     folder = recipe.run_folder()
-    weights = folder / "final.safetensors"
-    if not weights.exists() and (measure.analysis or measure.sizes):
-        raise UserError(f"{weights} is missing, and is needed to measure: remove {folder} to train again")
-    images = open_evaluation(recipe.data)
-    size, channels = recipe.data.image_size, recipe.model.in_chans or 3
-    initial = build_model(recipe, len(images.classes)).eval()
-    cost = complexity(initial, (channels, size, size))
+    trained = load(folder / WEIGHTS).to(device)
+    images, view = open_evaluation(recipe.data), trained.card.view
+    assert isinstance(images, Images)
+    initial = build_model(recipe, len(images.classes)).to(device).eval()
+    cost = complexity(initial, (view.channels, view.size, view.size))
     found: dict[str, Any] = dict(macs=cost.macs, published_macs=cost.published_macs)
-    if measure.analysis or measure.sizes:
-        trained = load(weights)
-        view = trained.card.view
     if measure.analysis:
-        assert isinstance(images, Images)
         some = images.evenly(measure.analysis)
-        shown = EvaluationLoader(some, view, 50, recipe.data.workers, device)
+        found["images"] = len(some)
         for state, model in (("trained", trained), ("initial", initial)):
             try:
-                found[state] = layers(analyze(model.to(device), watched(shown, f"{folder.name}, {state}")))
+                found[state] = layers(analyze(model, batches(some, view, device, f"{folder.name}, {state}")))
             except CannotMeasure as error:
                 found[state] = dict(missing=str(error))
-        found["images"] = len(some)
     if measure.sizes:
         found["size"] = {}
         for percent in measure.sizes:
-            (seen,) = make_views(view, [size * percent // 100]).values()
-            loader = evaluation_loader(images, seen, recipe.data.batch_size, recipe.data.workers, device)
-            found["size"][str(percent)] = evaluate(trained.to(device), loader, recipe.train.precision).top1
-    return found | dict(environment=environment(device))
+            (seen,) = make_views(view, [view.size * percent // 100]).values()
+            right = count = 0
+            for start in range(0, len(images), BATCH):
+                chosen = images.subset(range(start, min(start + BATCH, len(images))))
+                (batch,) = batches(chosen, seen, device)
+                with autocast(device, recipe.train.precision):
+                    ranked = trained(batch).argmax(dim=1)
+                right += int((ranked.cpu() == torch.tensor(chosen.labels)).sum())
+                count += len(chosen)
+            found["size"][str(percent)] = 100 * right / count
+    return found | dict(measure=measure.model_dump(mode="json"), environment=environment(device))
 
 
-def watched(loader: EvaluationLoader, title: str) -> Any:
-    """The loader's images, each once, with a progress bar."""
-    for _, batch in track(loader, title, loader.blocks):
-        yield batch.images[: batch.valid]
+def batches(images: Images, view: View, device: torch.device, title: str = "") -> Iterator[Tensor]:
+    """Normalised, each image once: unlike those of `eit.loader`, not divided among processes."""
+    starts = range(0, len(images), BATCH)
+    for start in track(starts, title, len(starts)) if title else starts:
+        some = range(start, min(start + BATCH, len(images)))
+        pixels = torch.stack([view.pixels(images.read(i, view.channels)) for i in some]).to(device)
+        yield normalise(pixels, view.mean, view.std)
 
 
 def layers(analysis: Analysis) -> dict[str, Any]:
@@ -226,6 +263,9 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
     if (recorded := read_result(cell, results)) is None:
         raise UserError(f"{cell.folder(results)} is no finished run: there is nothing to compare with")
     folder = cell.folder(results)
+    distributed.start(cell.values["train"]["device"])
+    if out.resolve() == folder.resolve() or (out / "summary.json").exists():
+        raise UserError(f"--out {out} holds a finished run: give another one, or remove it")
     recipe = read_recipe(folder)
     root = roots.get(cell.data, recipe.data.root)
     recipe = recipe.model_copy(update=dict(out=str(out), data=recipe.data.model_copy(update=dict(root=root))))

@@ -12,13 +12,17 @@ from pydantic import Field, ValidationError, model_validator
 from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_recipe, parse_yaml
 from eit.errors import UserError, nearest
 
+LAYERS = ("share", "share_with_dc", "diversity", "distance")  # a value a layer
+EXACT = ("params", "macs", "published_macs")  # counted
+RUN = (*EXACT, "last_top1", "best_top1", "last_top5", "seconds")
 ORDER = ["small_data", "ablation", "frequency", "diversity", "imagenet"]
 
 
 class Level(Section):
-    """One value of an axis: another recipe to begin with, and what it sets."""
+    """One value of an axis: another recipe to begin with, what it sets, and how many processes its batch is for."""
 
     recipe: str | None = None
+    processes: Count | None = None
     set: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -42,6 +46,15 @@ class Measure(Section):
     sizes: tuple[Count, ...] = ()
     """percent of the training size: top-1 there too"""
 
+    def has(self, metric: str) -> bool:
+        """Whether `eit.reproduce.cells.Result.value` knows it."""
+        kind, _, rest = metric.partition(".")
+        if kind in ("trained", "initial", "gain"):
+            return bool(self.analysis) and rest in LAYERS
+        if kind in ("size", "kept"):
+            return rest in map(str, self.sizes)
+        return metric in RUN
+
 
 class Claim(Section):
     """That `metric` rises along levels of `axis`, or that it reaches a value at each."""
@@ -55,7 +68,7 @@ class Claim(Section):
     rises: Annotated[list[str], Field(min_length=2)] | None = None
     reaches: dict[str, float] | None = None
     within: NotNegative = 0.0
-    """what may be missing"""
+    """what may be missing, of two levels or of values to reach"""
 
     @model_validator(mode="after")
     def _either(self) -> "Claim":
@@ -98,6 +111,19 @@ class Experiment(Section):
         """The experiment whose runs these are."""
         return load(self.of) if self.of else self
 
+    def check(self) -> None:
+        """Raise a ValueError where it has no runs, or a claim speaks of what they do not have."""
+        runs = self.runs
+        if runs.of or not runs.axes or not runs.budgets:
+            raise ValueError("axes and budgets are needed, or of: an experiment that has them")
+        for name, claim in self.claims.items():
+            if claim.axis not in runs.axes:
+                raise ValueError(f"claims.{name}.axis={claim.axis}: the axes are {', '.join(runs.axes)}")
+            if unknown := set(claim.levels) - set(runs.axes[claim.axis]):
+                raise ValueError(f"claims.{name}: {claim.axis} has no {min(unknown)}")
+            if not runs.measure.has(claim.metric):
+                raise ValueError(f"claims.{name}.metric={claim.metric} is not measured")
+
     def budget(self, name: str) -> Budget:
         """
         Raises:
@@ -117,9 +143,10 @@ class Experiment(Section):
             levels = [runs.axes[axis][name] for axis, name in zip(runs.axes, names, strict=True)]
             recipe = next((level.recipe for level in levels if level.recipe), runs.recipe)
             values = load_recipe(recipe).model_dump()
+            processes = next((level.processes for level in levels if level.processes), 1)
             for more in (chosen.set, *(level.set for level in levels), *(chosen.adjust.get(n, {}) for n in names)):
                 values = merged(values, more)
-            cells.append(Cell(runs.name, budget, dict(zip(runs.axes, names, strict=True)), recipe, values))
+            cells.append(Cell(runs.name, budget, dict(zip(runs.axes, names, strict=True)), recipe, values, processes))
         return cells
 
 
@@ -132,6 +159,7 @@ class Cell:
     levels: dict[str, str]  # of each axis
     base: str  # the recipe that it begins with
     values: dict[str, Any]  # of the recipe
+    processes: int = 1  # that its batch size is for
 
     @property
     def name(self) -> str:
@@ -146,21 +174,35 @@ class Cell:
         """Where its run folder is."""
         return results / self.experiment / self.budget / self.name
 
-    def recipe(self, results: Path, roots: Mapping[str, str]) -> Recipe:
+    def recipe(self, results: Path, roots: Mapping[str, str], processes: int | None = None) -> Recipe:
         """Checked, with its run folder, and the data in `roots` (by name) instead of where the experiment has them.
 
+        On another number of processes than it is for, the batch is cut so that the global one stays.
+
         Raises:
-            UserError: as `eit.config.parse_recipe`.
+            UserError: as `eit.config.parse_recipe`; a batch that cannot be cut so.
         """
-        own: dict[str, Any] = dict(out=str(self.folder(results)))
-        if root := roots.get(self.data):
-            own["data"] = dict(root=root)
-        return parse_recipe(merged(self.values, own))
+        recipe = parse_recipe(merged(self.values, dict(out=str(self.folder(results)))))
+        world = processes or self.processes
+        images, micros = recipe.data.batch_size, recipe.train.accumulate * self.processes
+        if micros % world == 0:
+            micros //= world
+        elif images * micros % world == 0:
+            images, micros = images * micros // world, 1
+        else:
+            raise UserError(f"{self.name}: a global batch of {images * micros} is no multiple of {world} processes")
+        data = dict(batch_size=images) | (dict(root=roots[self.data]) if self.data in roots else {})
+        return recipe.model_copy(
+            update=dict(
+                data=recipe.data.model_copy(update=data),
+                train=recipe.train.model_copy(update=dict(accumulate=micros)),
+            )
+        )
 
     @property
     def data(self) -> str:
         """The name of its data set."""
-        return self.levels.get("data", self.values["name"])
+        return self.levels.get("data") or self.values["name"]
 
 
 def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,15 +242,25 @@ def load(name: str) -> Experiment:
             f"unknown experiment {name!r}{nearest(name, experiment_names())} (known: {known}, or a PATH.yaml)"
         )
     values = parse_yaml(text, name)
-    for axis, levels in (values.get("axes") or {}).items():
+    axes = values.get("axes")
+    for axis, levels in axes.items() if isinstance(axes, dict) else ():
         if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
             values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
+    if values.get("of") == name:
+        raise UserError(f"{name} is no experiment: it is of itself")
     try:
-        return Experiment.model_validate(dict(name=Path(name).stem) | values)
+        experiment = Experiment.model_validate(dict(name=Path(name).stem) | values)
+        experiment.check()
+        return experiment
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{name} is no experiment: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{name} is no experiment: {f'{where}: ' if where else ''}{message}") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{name} is no experiment: {error}") from None
 
 
 def names_of(cells: Iterable[Cell], axis: str) -> list[str]:

@@ -1,17 +1,18 @@
 """An experiment as commands to type elsewhere, with what they cost."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eit.config import Recipe, changes, load_recipe, recipe_header
-from eit.macs import complexity
+from eit.config import Recipe, changes, load_recipe
+from eit.data import open_data
+from eit.macs import training_macs
 from eit.reproduce.matrix import Cell
 from eit.zoo import TIMM, create_model
 
 IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "fashion_mnist": 60_000, "tiny_imagenet": 100_000}
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "fashion_mnist": 10, "tiny_imagenet": 200}
-IMAGENET = 1_281_167, 1000
+IMAGES["imagenet"], CLASSES["imagenet"] = 1_281_167, 1000
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Planned:
         command: that trains it.
         images: that training passes through the model, over all epochs.
         training_macs: of those, forward and backward.
-        hours: at the rate that was given.
+        hours: at the rate that was given for the first of the runs, others in proportion to their MACs.
     """
 
     name: str
@@ -37,27 +38,36 @@ def commands(
     cells: Sequence[Cell], results: Path, roots: Mapping[str, str], images_per_s: float | None
 ) -> list[Planned]:
     """The runs as commands of `eit train`, in the order in which they would be trained."""
-    return [planned(cell, cell.recipe(results, roots), images_per_s) for cell in cells]
+    runs = [planned(cell, cell.recipe(results, roots)) for cell in cells]
+    if images_per_s is None:
+        return runs
+    macs_per_s = images_per_s * runs[0].training_macs / runs[0].images
+    return [replace(run, hours=run.training_macs / macs_per_s / 3600) for run in runs]
 
 
-def planned(cell: Cell, recipe: Recipe, images_per_s: float | None) -> Planned:
+def planned(cell: Cell, recipe: Recipe) -> Planned:
     """One run."""
-    launcher = recipe_header(cell.base).partition(" train ")[0]  # eit, or torchrun with as many processes as it is for
+    torchrun = f"torchrun --nproc-per-node={cell.processes} -m "
+    launcher = ("" if cell.processes == 1 else torchrun) + f"eit train {cell.base}"
     words = " ".join(changes(load_recipe(cell.base), recipe))
-    count, classes = (IMAGES[cell.data], CLASSES[cell.data]) if cell.data in IMAGES else IMAGENET
+    if cell.data in IMAGES:
+        count, classes = IMAGES[cell.data], CLASSES[cell.data]
+    else:
+        found, _ = open_data(recipe.data)
+        count, classes = len(found), len(found.classes)
     images = count * recipe.train.epochs
     arguments = recipe.model.arguments()
     if not recipe.model.name.startswith(TIMM):
         arguments |= dict(family=recipe.model.family)
     size, channels = recipe.data.image_size, recipe.model.in_chans or 3
     model = create_model(recipe.model.name, num_classes=classes, img_size=size, **arguments)
-    macs = 3 * complexity(model, (channels, size, size)).macs
+    macs = training_macs(model, (channels, size, size))
     return Planned(
         name=cell.name,
-        command=f"{launcher} train {cell.base} {words}",
+        command=f"{launcher} {words}",
         images=images,
         training_macs=float(macs) * images,
-        hours=None if images_per_s is None else images / images_per_s / 3600,
+        hours=None,
     )
 
 
@@ -69,7 +79,8 @@ def plan_text(runs: Sequence[Planned]) -> str:
     lines.append(f"# {len(runs)} runs, {images:,} images in all, {total / 1e15:,.1f} P MACs of training")
     hours = [run.hours for run in runs if run.hours is not None]
     if hours:
-        lines.append(f"# hours at this rate: {sum(hours):.1f} ({min(hours):.1f} to {max(hours):.1f} a run)")
+        each = f"{min(hours):.1f} to {max(hours):.1f} a run"
+        lines.append(f"# hours, if {runs[0].name} has this rate and MACs decide: {sum(hours):.1f} ({each})")
     else:
         lines.append("# eit bench MODEL --mode train --batch-size 256 measures images/s; --images-per-s says the hours")
     return "\n".join(lines)

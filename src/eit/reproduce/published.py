@@ -7,11 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eit.errors import UserError
+from eit.config import Recipe, differences, load_recipe
+from eit.errors import UserError, few
 from eit.run import read_recipe
 from eit.zoo import VARIANTS
 
 SHOWN = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 250, 299)
+PUBLISHED_BATCH = dict(eit_mini=1024, eit_tiny=1024, eit_base=512, eit_large=512)
 WITHIN = 0.5  # points below the published curve that count as reproduced
 
 
@@ -26,6 +28,15 @@ def published_curve(model: str) -> list[dict[str, float]]:
     if not rows:
         raise UserError(f"no training curve of {model} was published (there are {', '.join(VARIANTS)})")
     return [{key: float(value) for key, value in row.items() if key != "model"} for row in rows]
+
+
+def global_batch(folder: Path, recipe: Recipe) -> int | None:
+    """Images a step of the run; None where its environment is not known."""
+    try:
+        world = json.loads((folder / "environment.json").read_text())["world_size"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return recipe.data.batch_size * recipe.train.accumulate * world
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,14 @@ def compare(folder: Path) -> Compared:
         raise UserError(f"{folder} has not ended its first epoch yet")
     recipe = read_recipe(folder)
     curve = published_curve(recipe.model.name)
-    if recipe.model.family != "eit" or len(lines) > len(curve):
-        what = f"family {recipe.model.family}, {len(lines)} epochs"
-        raise UserError(f"{folder} is no run of the published recipe: {what}")
+    theirs = load_recipe(
+        f"imagenet_{recipe.model.name.removeprefix('eit_')}", [f"name={recipe.name}", f"seed={recipe.seed}"]
+    )
+    different = differences(theirs, recipe)
+    if (batch := global_batch(folder, recipe)) != PUBLISHED_BATCH[recipe.model.name]:
+        different.append(f"global batch: {PUBLISHED_BATCH[recipe.model.name]} -> {batch}")
+    if different:
+        raise UserError(f"{folder} is no run of the published recipe: {few(different)}")
     rows = []
     for line in lines:
         theirs = curve[min(line["epoch"] + 1, len(curve) - 1)]

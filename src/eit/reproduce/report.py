@@ -1,4 +1,4 @@
-"""Results -> tables, a figure and verdicts. Nothing is measured here; published figures have no place among them."""
+"""Results -> tables, a figure and verdicts. Nothing is measured here, and no table has published figures."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 from eit import draw
 from eit.checkpoint import write_file
 from eit.reproduce.cells import Result, read_results
-from eit.reproduce.matrix import Experiment, names_of
+from eit.reproduce.matrix import EXACT, Cell, Experiment, names_of
 from eit.reproduce.verdict import NOT_RUN, Verdict, weigh
 from eit.zoo import published_results
 
@@ -22,7 +22,9 @@ COLOURS = {"eit": "#0057b8", "lsra": "#e69f00", "vit": "#d55e00", "resnet": "#77
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and standard deviation (ddof 1), or the one value."""
+    """Mean and standard deviation (ddof 1), or the one value, or nothing."""
+    if not values:
+        return ""
     return f"{fmean(values):{form}} ± {stdev(values):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
 
 
@@ -62,7 +64,11 @@ def report(experiment: Experiment, budget: str, results: Path) -> list[str]:
 
 
 def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
-    """What was measured, in the experiment's own table."""
+    """What was measured, in the experiment's own table, of the models that it speaks of."""
+    if experiment.of:
+        named = {level for claim in experiment.claims.values() for level in claim.levels}
+        axis = next(iter(experiment.claims.values())).axis
+        results = [result for result in results if result.cell.levels[axis] in named]
     return TABLES.get(experiment.name, runs_table)(experiment, results)
 
 
@@ -70,8 +76,8 @@ def build(experiment: Experiment, budget: str, results: Path) -> Path:
     """Write the page, README.md, and the figure of a budget beside its runs."""
     folder = results / experiment.name / budget
     folder.mkdir(parents=True, exist_ok=True)
-    figure(experiment, budget, results, folder / FIGURE)
     write_file(folder / PAGE, page(experiment, budget, results))
+    figure(experiment, budget, results, folder / FIGURE)
     return folder / PAGE
 
 
@@ -115,10 +121,11 @@ def machines(results: Sequence[Result]) -> str:
         return ""
     environments = [result.environment for result in results]
     found = {
-        f"{e['device'].removeprefix('cpu: ')}, {e['threads']} threads, torch {e['packages']['torch']}"
+        f"{e['world_size']} x {e['threads']} threads of {e['device'].removeprefix('cpu: ')}, "
+        f"torch {e['packages']['torch']}"
         for e in environments
     }
-    commits = sorted({e["commit"][:10] for e in environments if e["commit"]})
+    commits = sorted({e["commit"][:10] + e["commit"][40:] for e in environments if e["commit"]})  # + if changed since
     return f"On {'; '.join(sorted(found))}; commit {', '.join(commits)}."
 
 
@@ -128,7 +135,7 @@ def claims_table(experiment: Experiment, results: Sequence[Result]) -> list[str]
     for name, verdict in weighed(experiment, results).items():
         claim = experiment.claims[name]
         rows.append([claim.says, f"`{claim.code}`", gaps(verdict, claim.metric), str(verdict) or NOT_RUN])
-    return markdown(["claim", "in the code", "measured difference, mean ± standard deviation (pairs)", "verdict"], rows)
+    return markdown(["claim", "in the code", "measured difference, mean ± standard deviation", "verdict"], rows)
 
 
 def scaled(metric: str) -> tuple[float, str, str]:
@@ -138,20 +145,22 @@ def scaled(metric: str) -> tuple[float, str, str]:
         return 100, "+.2f", " points"
     if kind == "diversity":
         return 1, "+.3f", " px"
-    if kind == "macs":
-        return 1e-6, "+.2f", " M"
+    if kind in EXACT:
+        return 1e-6, "+.3f", " M"
     return 1, "+.2f", " points"
 
 
 def gaps(verdict: Verdict, metric: str) -> str:
-    """The differences of a verdict."""
+    """The differences of a verdict, by the first word of their blocks: the data set."""
     factor, form, unit = scaled(metric)
-    shown = [factor * gap for gap in verdict.gaps.values()]
-    if not shown:
-        return ""
-    if len(shown) == 1:
-        return f"{shown[0]:{form}}{unit} (1)"
-    return f"{fmean(shown):{form}} ± {stdev(shown):{form[1:]}}{unit} ({len(shown)})"
+    by_data: dict[str, list[float]] = {}
+    for block, gap in verdict.gaps.items():
+        by_data.setdefault(block.partition(" ")[0], []).append(factor * gap)
+    parts = []
+    for data, found in by_data.items():
+        deviation = f" ± {stdev(found):{form[1:]}}" if len(found) > 1 and metric not in EXACT else ""
+        parts.append(f"{data} {fmean(found):{form}}{deviation}{unit}")
+    return ", ".join(parts)
 
 
 # -- Tables of each experiment ----------------------------------------------------------------------------------------
@@ -206,7 +215,7 @@ def frequency_table(experiment: Experiment, results: Sequence[Result]) -> list[s
     """Both shares."""
     lines = []
     for metric, name in (("share", "without DC"), ("share_with_dc", "with DC")):
-        noise = {round(100 * r.measured["trained"][f"noise_{metric}"], 1) for r in results}
+        noise = {round(100 * r.measured["trained"][f"noise_{metric}"], 1) for r in results if "trained" in r.measured}
         unit = f"Percent of the energy {name} above half the Nyquist frequency"
         unit += f" (white noise: {', '.join(map(str, sorted(noise)))})"
         lines += [*layers_table(metric, 100, unit, ".1f")(experiment, results), ""]
@@ -257,12 +266,13 @@ def digest(results: Sequence[Result]) -> str:
 def draw_accuracy(shown: Any, results: Sequence[Result]) -> None:
     """Last-epoch top-1 of every run, a row for those that differ in their seed alone."""
     cells = [r.cell for r in results]
-    (axis_name,) = [axis for axis in cells[0].levels if axis not in ("data", "seed")]
-    data, arms = names_of(cells, "data") if "data" in cells[0].levels else [""], names_of(cells, axis_name)
+    data = list(dict.fromkeys(cell.data for cell in cells))
+    arms = list(dict.fromkeys(arm_of(cell) for cell in cells))
     shown.set_size_inches(4.6 * len(data), 1.1 + 0.36 * len(arms))
     for panel, name in zip(shown.subplots(1, len(data), squeeze=False)[0], data, strict=True):
         for y, arm in enumerate(arms):
-            found = values(results, "last_top1", **({"data": name} if name else {}), **{axis_name: arm})
+            own = [r for r in results if r.cell.data == name and arm_of(r.cell) == arm]
+            found = values(own, "last_top1")
             colour = COLOURS.get(arm, "#0057b8" if arm == "eit" else "#555555")
             panel.plot(found, [y] * len(found), "o", color=colour, alpha=0.55, markeredgewidth=0)
             if found:
@@ -272,6 +282,11 @@ def draw_accuracy(shown: Any, results: Sequence[Result]) -> None:
         panel.set(title=name, xlabel="top-1 after the last epoch (%)")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
+
+
+def arm_of(cell: Cell) -> str:
+    """What tells runs of one data set apart, but for their seed."""
+    return " ".join(level for axis, level in cell.levels.items() if axis not in ("data", "seed")) or cell.data
 
 
 def draw_layers(metric: str, factor: float, label: str) -> Any:

@@ -1,13 +1,15 @@
 """Claims against measurements: a test over paired runs, and one word."""
 
-import warnings
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
-from scipy.stats import page_trend_test, ttest_1samp
+from scipy.stats import ttest_1samp
 
 from eit.reproduce.cells import Result
-from eit.reproduce.matrix import Claim
+from eit.reproduce.matrix import EXACT, Claim
 
 ALPHA = 0.05
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not yet run"
@@ -18,10 +20,10 @@ class Verdict:
     """What the runs say of a claim.
 
     Attributes:
-        word: holds (p below 0.05), does not hold (the opposite has such a p), undecided, or not yet run.
-        p: of a one-sided test over blocks of runs with equal data and seed: paired t of two levels, Page's trend test
-            of more; None of a value that is to be reached.
-        gaps: in each block the last level's value less the first's; at each level what is above the value to reach.
+        word: holds, does not hold, undecided, or not yet run; see `weigh`.
+        p: of the test that it holds; None of what is counted, or is to be reached.
+        gaps: in each block of runs the last level's value less the first's; of values to reach, at each level the mean
+            less the value.
     """
 
     word: str
@@ -29,41 +31,65 @@ class Verdict:
     gaps: dict[str, float]
 
     def __str__(self) -> str:
-        return "" if self.word == NOT_RUN else f"{self.word} (p = {self.p:.2g})" if self.p is not None else self.word
+        return self.word if self.p is None else f"{self.word} (p = {self.p:.2g})"
 
 
 def weigh(claim: Claim, results: Sequence[Result]) -> Verdict:
-    """The verdict on a claim. Runs of one block differ in the claim's axis alone."""
+    """The verdict on a claim, from runs in blocks that differ in the claim's axis alone (so of equal data and seed).
+
+    An order holds where each level is above the one before it: one-sided paired t-tests over the blocks, the largest p
+    below 0.05. It does not hold where a level is below the one before it, with p below 0.05 by the number of steps.
+    Where data sets differ in the sign of the mean difference it is undecided. What is counted (parameters, MACs) is
+    compared as it is. Values to reach fail as soon as the mean of one is below.
+    """
     rows: dict[str, dict[str, float]] = {}
+    data: dict[str, str] = {}
     for result in results:
         level, value = result.cell.levels[claim.axis], result.value(claim.metric)
         if level in claim.levels and value is not None:
-            rows.setdefault(result.cell.beside(claim.axis), {})[level] = value
+            block = result.cell.beside(claim.axis)
+            rows.setdefault(block, {})[level] = value
+            data[block] = result.cell.data
     if claim.reaches:
-        gaps = {level: value - claim.reaches[level] for row in rows.values() for level, value in row.items()}
-        word = NOT_RUN if len(gaps) < len(claim.reaches) else HOLDS if min(gaps.values()) >= -claim.within else FAILS
-        return Verdict(word, None, gaps)
-    rows = {name: row for name, row in rows.items() if len(row) == len(claim.levels)}
-    whole = {name: [row[level] for level in claim.levels] for name, row in rows.items()}
-    gaps = {name: values[-1] - values[0] for name, values in whole.items()}
-    if len(whole) < 2:
+        return reached(claim.reaches, claim.within, rows)
+    rows = {block: row for block, row in rows.items() if len(row) == len(claim.levels)}
+    first, last = claim.levels[0], claim.levels[-1]
+    gaps = {block: row[last] - row[first] for block, row in rows.items()}
+    exact = claim.metric in EXACT
+    if len(rows) < (1 if exact else 2):
         return Verdict(NOT_RUN, None, gaps)
-    if len(claim.levels) == 2:
-        rising, falling = paired(list(gaps.values()), claim.within)
-    else:
-        rising, falling = (
-            float(page_trend_test([values[::step] for values in whole.values()]).pvalue) for step in (1, -1)
-        )
-    word = HOLDS if rising < ALPHA else FAILS if falling < ALPHA else UNDECIDED
-    return Verdict(word, rising, gaps)
+    steps = [
+        [row[after] - row[before] + claim.within for row in rows.values()]
+        for before, after in itertools.pairwise(claim.levels)
+    ]
+    if exact:
+        above = all(gap > 0 for step in steps for gap in step)
+        return Verdict(HOLDS if above else FAILS, None, gaps)
+    tests = [paired(step) for step in steps]
+    p, reverse = max(t[0] for t in tests), min(t[1] for t in tests)
+    word = HOLDS if p < ALPHA else FAILS if reverse < ALPHA / len(steps) else UNDECIDED
+    for step in steps:
+        means = [
+            fmean(gap for gap, block in zip(step, rows, strict=True) if data[block] == name)
+            for name in dict.fromkeys(data[block] for block in rows)
+        ]
+        if min(means) < 0 < max(means):
+            word = UNDECIDED
+    return Verdict(word, p, gaps)
 
 
-def paired(gaps: Sequence[float], within: float) -> tuple[float, float]:
-    """p that the mean gap is not above -within, and that it is not below."""
-    if len(set(gaps)) == 1:  # no spread, as of parameters
-        above = gaps[0] + within
-        return (0.0, 1.0) if above > 0 else (1.0, 0.0) if above < 0 else (0.5, 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of gaps that are nearly equal
-        p = float(ttest_1samp(gaps, -within, alternative="greater").pvalue)
+def reached(values: dict[str, float], within: float, rows: dict[str, dict[str, float]]) -> Verdict:
+    """Of means over runs."""
+    found = {level: [row[level] for row in rows.values() if level in row] for level in values}
+    gaps = {level: fmean(runs) - values[level] for level, runs in found.items() if runs}
+    missed = any(gap < -within for gap in gaps.values())
+    return Verdict(FAILS if missed else HOLDS if len(gaps) == len(values) else NOT_RUN, None, gaps)
+
+
+def paired(gaps: Sequence[float]) -> tuple[float, float]:
+    """p that their mean is not above 0, and that it is not below. Gaps without a spread say nothing of it: 1, 1."""
+    if stdev(gaps) <= 1e-9 * max(map(abs, gaps)):
+        return 1.0, 1.0
+    p = float(ttest_1samp(gaps, 0.0, alternative="greater").pvalue)
+    assert not math.isnan(p)
     return p, 1 - p
