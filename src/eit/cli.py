@@ -579,7 +579,7 @@ def reproduce(
     out: Annotated[str | None, typer.Option(help="With --again: its run folder; default: runs/again/RUN.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The paper's claims: train a matrix of runs, and weigh what comes out.
+    """The paper's claims, trained and weighed.
 
     eit reproduce small_data --budget smoke
 
