@@ -411,6 +411,13 @@ def test_a_run_again_is_identical_or_within_the_spread(ran, tmp_path):
     assert not found["identical"] and found["recorded_top1"] == 99 and done.returncode == (0 if found["agrees"] else 1)
 
 
+def test_the_cheapest_run_of_the_tables_can_be_trained_again(tmp_path):
+    """Identical on the machine that made it, else within three standard deviations over seeds."""
+    words = ("reproduce", "small_data", "--budget", "smoke", "--again", "digits-lsra-seed-0")
+    done = run_eit(*words, "--results", ROOT / "results", "--out", tmp_path / "again", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_agreement_is_three_standard_deviations():
     assert Again(True, 50, 50, None, []).agrees
     assert Again(False, 50, 52.9, 3.0, []).agrees

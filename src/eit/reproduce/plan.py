@@ -10,9 +10,14 @@ from eit.macs import training_macs
 from eit.reproduce.matrix import Cell
 from eit.zoo import TIMM, create_model
 
-IMAGES = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "fashion_mnist": 60_000, "tiny_imagenet": 100_000}
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "fashion_mnist": 10, "tiny_imagenet": 200}
-IMAGES["imagenet"], CLASSES["imagenet"] = 1_281_167, 1000
+SETS = {  # training images, classes
+    "digits": (1437, 10),
+    "cifar10": (50_000, 10),
+    "cifar100": (50_000, 100),
+    "fashion_mnist": (60_000, 10),
+    "tiny_imagenet": (100_000, 200),
+    "imagenet": (1_281_167, 1000),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ def planned(cell: Cell, recipe: Recipe) -> Planned:
     torchrun = f"torchrun --nproc-per-node={cell.processes} -m "
     launcher = ("" if cell.processes == 1 else torchrun) + f"eit train {cell.base}"
     words = " ".join(changes(load_recipe(cell.base), recipe))
-    if cell.data in IMAGES:
-        count, classes = IMAGES[cell.data], CLASSES[cell.data]
+    if cell.data in SETS:
+        count, classes = SETS[cell.data]
     else:
         found, _ = open_data(recipe.data)
         count, classes = len(found), len(found.classes)
