@@ -5,6 +5,8 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,6 +18,7 @@ from eit.draw import results as draw_results
 from eit.reproduce import matrix, report
 from eit.reproduce.cells import Result, read_results
 from eit.reproduce.report import FIGURE, disagreement, gaps, machines, report_table, weighed
+from eit.reproduce.verdict import NOT_RUN
 from eit.zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -281,19 +284,31 @@ def code(place: str) -> str:
     return f"`{place}`" if "*" in file else f"[`{place}`](../src/eit/{file})"
 
 
-def claims() -> str:
+def weighed_claims(page: str) -> list[list[str]]:
+    """Of every experiment: claim, where in the code, which runs (linked on `page`), what was measured, verdict."""
     rows = []
-    for says, place, test in TESTED:
-        rows.append([says, code(place), f"[{test}](../tests/claims/{test})", "exact", "**holds**"])
     for name in matrix.experiment_names():
         experiment, budget, found = evidence(name)
         for key, verdict in weighed(experiment, found).items():
             claim = experiment.claims[key]
             done = f"{len(found)} of {len(experiment.cells(budget))} runs"
-            run = f"[{name}](#{ANCHORS[name]}), {budget}, {done}"
+            run = f"[{name}]({page}#{ANCHORS[name]}), {budget}, {done}"
             word = f"**{verdict.word}**" + ("" if verdict.p is None else f", p = {verdict.p:.2g}")
             rows.append([claim.says, code(claim.code), run, gaps(verdict, claim.metric), word])
-    return "\n".join(table("| claim | in the code | test or run | measured | verdict |", rows))
+    return rows
+
+
+def claims() -> str:
+    tested = [
+        [says, code(place), f"[{test}](../tests/claims/{test})", "exact", "**holds**"] for says, place, test in TESTED
+    ]
+    return "\n".join(table("| claim | in the code | test or run | measured | verdict |", tested + weighed_claims("")))
+
+
+def verdicts() -> str:
+    """The claims that runs speak to."""
+    rows = [[says, *rest] for says, _, *rest in weighed_claims("docs/paper.md") if NOT_RUN not in rest[-1]]
+    return "\n".join(table("| claim | runs | measured difference | verdict |", rows))
 
 
 ANCHORS = dict(
@@ -314,26 +329,6 @@ def experiment(name: str) -> str:
     lines = report_table(found_experiment, found)
     lines += ["", f"Budget `{budget}`, {len(found)} of {len(cells)} runs. {machines(found)} [Results]({folder})."]
     return "\n".join([*lines, "", f"![{found_experiment.name}, {budget}]({folder}/{FIGURE})"])
-
-
-def small_data() -> str:
-    return experiment("small_data")
-
-
-def ablation() -> str:
-    return experiment("ablation")
-
-
-def frequency() -> str:
-    return experiment("frequency")
-
-
-def diversity() -> str:
-    return experiment("diversity")
-
-
-def imagenet() -> str:
-    return experiment("imagenet")
 
 
 def build_results(check: bool) -> None:
@@ -379,18 +374,21 @@ def draw(file: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(file), metadata={"Software": None})
 
 
+def named(*tables: Callable[[], str]) -> dict[str, Callable[[], str]]:
+    return {build.__name__: build for build in tables}
+
+
 def main() -> None:
     pages = {
-        "README.md": (zoo, runs, finetuning, distillation, analysis),
-        "docs/export.md": (int8,),
-        "docs/dense.md": (segmentation,),
-        "docs/paper.md": (claims, small_data, ablation, frequency, diversity, imagenet),
-        "docs/performance.md": (speed, keep_freed, latency, step_memory, loading, scale),
+        "README.md": named(zoo, runs, finetuning, distillation, analysis, verdicts),
+        "docs/export.md": named(int8),
+        "docs/dense.md": named(segmentation),
+        "docs/paper.md": named(claims) | {name: partial(experiment, name) for name in ANCHORS},
+        "docs/performance.md": named(speed, keep_freed, latency, step_memory, loading, scale),
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()
-        for build in tables:
-            name = build.__name__
+        for name, build in tables.items():
             start, end = f"<!-- {name}: make readme -->\n", f"<!-- end of {name} -->"
             before, _, rest = text.partition(start)
             after = rest.partition(end)[2]

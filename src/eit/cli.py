@@ -640,11 +640,12 @@ def reproduce(
             runs.run(chosen, experiment.runs.measure, folder, roots)
     except Stopped as stop:
         _stopped(stop)
-    if tables and not read_results(experiment, budget, folder):
+    finished = read_results(experiment, budget, folder)
+    if not finished:
         raise UserError(f"{folder / experiment.runs.name / budget} has no finished run")
     if distributed.is_main():
         page = build(experiment, budget, folder)
-        _show(verdicts(experiment, budget, folder), as_json, f"{page.read_text()}\n{page}")
+        _show(verdicts(experiment, budget, finished), as_json, f"{page.read_text()}\n{page}")
 
 
 @app.command()

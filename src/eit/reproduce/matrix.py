@@ -216,11 +216,8 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 def experiment_names() -> list[str]:
     """The experiments that ship."""
-    found = (p.name.removesuffix(".yaml") for p in resources.files("eit.experiments").iterdir())
-    return sorted(
-        (name for name in found if not name.startswith("_")),
-        key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name),
-    )
+    found = {p.name.removesuffix(".yaml") for p in resources.files("eit.experiments").iterdir()}
+    return [name for name in ORDER if name in found] + sorted(found.difference(ORDER))
 
 
 def load(name: str) -> Experiment:

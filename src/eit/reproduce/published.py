@@ -86,10 +86,8 @@ def compare(folder: Path) -> Compared:
         raise UserError(f"{folder} has not ended its first epoch yet")
     recipe = read_recipe(folder)
     curve = published_curve(recipe.model.name)
-    theirs = load_recipe(
-        f"imagenet_{recipe.model.name.removeprefix('eit_')}", [f"name={recipe.name}", f"seed={recipe.seed}"]
-    )
-    different = differences(theirs, recipe)
+    name = f"imagenet_{recipe.model.name.removeprefix('eit_')}"
+    different = differences(load_recipe(name, [f"name={recipe.name}", f"seed={recipe.seed}"]), recipe)
     if (batch := global_batch(folder, recipe)) != PUBLISHED_BATCH[recipe.model.name]:
         different.append(f"global batch: {PUBLISHED_BATCH[recipe.model.name]} -> {batch}")
     if different:

@@ -1,8 +1,9 @@
 """Results -> tables, a figure and verdicts. Nothing is measured here, and no table has published figures."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,11 +15,12 @@ from eit import draw
 from eit.checkpoint import write_file
 from eit.reproduce.cells import Result, read_results
 from eit.reproduce.matrix import EXACT, Cell, Experiment, names_of
-from eit.reproduce.verdict import NOT_RUN, Verdict, weigh
+from eit.reproduce.verdict import Verdict, weigh
 from eit.zoo import published_results
 
 PAGE, FIGURE = "README.md", "figure.png"
 COLOURS = {"eit": "#0057b8", "lsra": "#e69f00", "vit": "#d55e00", "resnet": "#777777"}
+DASHES: dict[str, Any] = {"initial": (0, (3, 2)), "trained": "-"}
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
@@ -44,25 +46,6 @@ def weighed(experiment: Experiment, results: Sequence[Result]) -> dict[str, Verd
     return {name: weigh(claim, results) for name, claim in experiment.claims.items()}
 
 
-def report(experiment: Experiment, budget: str, results: Path) -> list[str]:
-    """The page of a budget, as lines of Markdown: what was measured, and the verdicts."""
-    found = read_results(experiment, budget, results)
-    cells = experiment.cells(budget)
-    lines = [
-        f"# {experiment.name}, budget {budget}",
-        "",
-        f"What it shows: {experiment.shows}.",
-        "",
-        f"What would refute it: {experiment.refuted}.",
-        "",
-        f"{len(found)} of {len(cells)} runs are done. {machines(found)}".rstrip(),
-        "",
-    ]
-    if found:
-        lines += [*report_table(experiment, found), ""]
-    return [*lines, *claims_table(experiment, found)]
-
-
 def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
     """What was measured, in the experiment's own table, of the models that it speaks of."""
     if experiment.of:
@@ -74,43 +57,55 @@ def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]
 
 def build(experiment: Experiment, budget: str, results: Path) -> Path:
     """Write the page, README.md, and the figure of a budget beside its runs."""
-    folder = results / experiment.name / budget
+    folder, found = results / experiment.name / budget, read_results(experiment, budget, results)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / PAGE, page(experiment, budget, results))
-    figure(experiment, budget, results, folder / FIGURE)
+    write_file(folder / PAGE, page(experiment, budget, found))
+    if found:
+        figure(experiment, found, folder / FIGURE)
     return folder / PAGE
 
 
-def page(experiment: Experiment, budget: str, results: Path) -> str:
-    """The text of README.md."""
-    lines = report(experiment, budget, results)
-    if read_results(experiment, budget, results):
+def page(experiment: Experiment, budget: str, results: Sequence[Result]) -> str:
+    """The text of README.md: what was measured, and the verdicts."""
+    lines = [
+        f"# {experiment.name}, budget {budget}",
+        "",
+        f"What it shows: {experiment.shows}.",
+        "",
+        f"What would refute it: {experiment.refuted}.",
+        "",
+        f"{len(results)} of {len(experiment.cells(budget))} runs are done. {machines(results)}".rstrip(),
+        "",
+    ]
+    if results:
+        lines += [*report_table(experiment, results), ""]
+    lines += claims_table(experiment, results)
+    if results:
         lines += ["", f"![{experiment.name}, {budget}]({FIGURE})"]
     return "\n".join(lines) + "\n"
 
 
 def disagreement(experiment: Experiment, budget: str, results: Path) -> Path | None:
     """The page or the figure that is missing or shows something else than the runs in `results`, if one does."""
-    folder = results / experiment.name / budget
-    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, results):
+    folder, found = results / experiment.name / budget, read_results(experiment, budget, results)
+    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, found):
         return folder / PAGE
     try:
         with Image.open(folder / FIGURE) as image:
             shown = image.info.get("Description")
     except OSError:
         shown = None
-    return None if shown == digest(read_results(experiment, budget, results)) else folder / FIGURE
+    return None if shown == digest(found) else folder / FIGURE
 
 
-def verdicts(experiment: Experiment, budget: str, results: Path) -> dict[str, Any]:
-    """The same for machines."""
-    found = read_results(experiment, budget, results)
-    claims = weighed(experiment, found)
+def verdicts(experiment: Experiment, budget: str, results: Sequence[Result]) -> dict[str, Any]:
+    """The page for machines."""
+    claims = weighed(experiment, results)
     return dict(
         experiment=experiment.name,
         budget=budget,
-        runs=[dict(name=r.cell.name, **r.summary, **r.measured) for r in found],
-        missing=[c.name for c in experiment.cells(budget) if c.name not in {r.cell.name for r in found}],
+        runs=[dict(name=r.cell.name, **r.summary, **r.measured) for r in results],
+        missing=[c.name for c in experiment.cells(budget) if c.name not in {r.cell.name for r in results}],
         claims={name: dict(says=experiment.claims[name].says, **asdict(claims[name])) for name in claims},
     )
 
@@ -134,7 +129,7 @@ def claims_table(experiment: Experiment, results: Sequence[Result]) -> list[str]
     rows = []
     for name, verdict in weighed(experiment, results).items():
         claim = experiment.claims[name]
-        rows.append([claim.says, f"`{claim.code}`", gaps(verdict, claim.metric), str(verdict) or NOT_RUN])
+        rows.append([claim.says, f"`{claim.code}`", gaps(verdict, claim.metric), str(verdict)])
     return markdown(["claim", "in the code", "measured difference, mean ± standard deviation", "verdict"], rows)
 
 
@@ -190,21 +185,26 @@ def runs_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
     return markdown([*axes, "seeds", "top-1 (%), last epoch", "best epoch", *at_sizes, "parameters", "MACs"], rows)
 
 
+def by_layer(results: Sequence[Result], metric: str) -> Iterator[tuple[str, str, str, list[list[float]]]]:
+    """Data set, model, weights (initial, trained), and the layers' values of each of its runs that has them."""
+    data, model = (names_of([r.cell for r in results], axis) for axis in ("data", "model"))
+    for levels in itertools.product(data, model):
+        own = [r.measured for r in results if (r.cell.levels["data"], r.cell.levels["model"]) == levels]
+        for state in ("initial", "trained"):
+            if runs := [found[state][metric] for found in own if found.get(state, {}).get(metric)]:
+                yield *levels, state, runs
+
+
 def layers_table(metric: str, factor: float, unit: str, form: str) -> Any:
     """A table of a metric by layer: mean and standard deviation over seeds, at initial values and trained."""
 
     def table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
-        rows = []
-        depth = max(len(r.measured.get("trained", {}).get(metric, [])) for r in results)
-        for data in names_of([r.cell for r in results], "data"):
-            for model in names_of([r.cell for r in results], "model"):
-                for state in ("initial", "trained"):
-                    runs = [r for r in results if r.cell.levels["data"] == data and r.cell.levels["model"] == model]
-                    found = [r.measured[state][metric] for r in runs if r.measured.get(state, {}).get(metric)]
-                    if found:
-                        by_layer = [spread([factor * run[i] for run in found], form) for i in range(len(found[0]))]
-                        mean = spread([factor * fmean(run) for run in found], form)
-                        rows.append([data, model, state, str(len(found)), *by_layer, mean])
+        rows, depth = [], 0
+        for data, model, state, runs in by_layer(results, metric):
+            depth = max(depth, len(runs[0]))
+            layers = [spread([factor * value for value in layer], form) for layer in zip(*runs, strict=True)]
+            mean = spread([factor * fmean(run) for run in runs], form)
+            rows.append([data, model, state, str(len(runs)), *layers, mean])
         head = ["data", "model", "weights", "seeds", *(f"layer {i + 1}" for i in range(depth)), "mean"]
         return [*markdown(head, rows), "", f"{unit}; mean ± standard deviation over seeds."]
 
@@ -231,21 +231,17 @@ TABLES: dict[str, Any] = {
 # -- Figures ----------------------------------------------------------------------------------------------------------
 
 
-def figure(experiment: Experiment, budget: str, results: Path, file: Path) -> bool:
-    """Draw the finished runs; False where there are none. The picture holds a digest of what it shows."""
-    found = read_results(experiment, budget, results)
-    if not found:
-        return False
-    metadata = {"Software": None, "Description": digest(found)}
+def figure(experiment: Experiment, results: Sequence[Result], file: Path) -> None:
+    """Draw finished runs. The picture holds a digest of what it shows."""
+    metadata = {"Software": None, "Description": digest(results)}
     if experiment.name == "imagenet":
-        draw.results(with_measured(found), file, metadata=metadata)
-        return True
+        draw.results(with_measured(results), file, metadata=metadata)
+        return
     from matplotlib.figure import Figure
 
     shown = Figure(dpi=110, layout="constrained")
-    DRAWINGS.get(experiment.name, draw_accuracy)(shown, found)
+    DRAWINGS.get(experiment.name, draw_accuracy)(shown, results)
     draw.save(shown, file, metadata=metadata)
-    return True
 
 
 def with_measured(results: Sequence[Result]) -> list[draw.Point]:
@@ -273,7 +269,7 @@ def draw_accuracy(shown: Any, results: Sequence[Result]) -> None:
         for y, arm in enumerate(arms):
             own = [r for r in results if r.cell.data == name and arm_of(r.cell) == arm]
             found = values(own, "last_top1")
-            colour = COLOURS.get(arm, "#0057b8" if arm == "eit" else "#555555")
+            colour = COLOURS.get(arm, "#555555")
             panel.plot(found, [y] * len(found), "o", color=colour, alpha=0.55, markeredgewidth=0)
             if found:
                 panel.plot([fmean(found)] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2)
@@ -293,23 +289,17 @@ def draw_layers(metric: str, factor: float, label: str) -> Any:
     """A metric by layer, trained (lines) and at initial values (dashed): means over seeds, with their range."""
 
     def panels_of(shown: Any, results: Sequence[Result]) -> None:
-        cells = [r.cell for r in results]
-        data = names_of(cells, "data")
+        data = names_of([r.cell for r in results], "data")
         shown.set_size_inches(4.6 * len(data) + 1.2, 3.4)
         panels = shown.subplots(1, len(data), squeeze=False, sharey=True)[0]
-        for panel, name in zip(panels, data, strict=True):
-            for model in names_of(cells, "model"):
-                for state, dash in (("initial", (0, (3, 2))), ("trained", "-")):
-                    runs = [r for r in results if r.cell.levels["data"] == name and r.cell.levels["model"] == model]
-                    found = [r.measured[state][metric] for r in runs if r.measured.get(state, {}).get(metric)]
-                    if not found:
-                        continue
-                    columns = [[factor * value for value in column] for column in zip(*found, strict=True)]
-                    x, colour = range(1, len(columns) + 1), COLOURS.get(model, "#555555")
-                    low, high = [min(c) for c in columns], [max(c) for c in columns]
-                    panel.fill_between(x, low, high, color=colour, alpha=0.15)
-                    text = f"{model}, {state}"
-                    panel.plot(x, [fmean(c) for c in columns], color=colour, linestyle=dash, marker=".", label=text)
+        by_name = dict(zip(data, panels, strict=True))
+        for name, model, state, runs in by_layer(results, metric):
+            layers = [[factor * value for value in layer] for layer in zip(*runs, strict=True)]
+            x, colour = range(1, len(layers) + 1), COLOURS.get(model, "#555555")
+            by_name[name].fill_between(x, list(map(min, layers)), list(map(max, layers)), color=colour, alpha=0.15)
+            style: dict[str, Any] = dict(color=colour, linestyle=DASHES[state], marker=".", label=f"{model}, {state}")
+            by_name[name].plot(x, list(map(fmean, layers)), **style)
+        for name, panel in by_name.items():
             panel.set(title=name, xlabel="layer")
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
