@@ -347,6 +347,15 @@ def test_a_stopped_experiment_goes_on(ran, tmp_path):
     assert pages[0].read_text() == pages[1].read_text()
 
 
+def test_a_run_that_diverges_does_not_keep_the_others_waiting(tmp_path):
+    arm = "wild: {set: {optim: {lr: 1.0e+6}}}"
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("    eit: {}\n", f"    {arm}\n    eit: {{}}\n"))
+    done = run_eit("reproduce", "tiny.yaml", "--only", "seed-0", "--json", cwd=tmp_path)
+    assert done.returncode == 1 and "digits-wild-seed-0: the loss is nan in epoch 1" in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("eit: 1 of 3 runs: digits-wild-seed-0: the loss was not finite")
+    assert [found["name"] for found in json.loads(done.stdout)["runs"]] == ["digits-eit-seed-0", "digits-vit-seed-0"]
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_pages(ran, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import eit
-from eit.errors import UserError, is_out_of_memory, printable
+from eit.errors import UserError, few, is_out_of_memory, printable
 
 if TYPE_CHECKING:
     from eit.analysis.figures import Measured
@@ -636,16 +636,22 @@ def reproduce(
             if distributed.is_main():
                 _show(asdict(second) | dict(agrees=second.agrees), as_json, str(second))
             raise typer.Exit(0 if second.agrees else 1)
+        diverged: list[str] = []
         if not tables:
-            runs.run(chosen, experiment.runs.measure, folder, roots)
+            diverged = runs.run(chosen, experiment.runs.measure, folder, roots)
     except Stopped as stop:
         _stopped(stop)
     finished = read_results(experiment, budget, folder)
-    if not finished:
+    if not finished and not diverged:
         raise UserError(f"{folder / experiment.runs.name / budget} has no finished run")
     if distributed.is_main():
         page = build(experiment, budget, folder)
         _show(verdicts(experiment, budget, finished), as_json, f"{page.read_text()}\n{page}")
+        if diverged:
+            what = "was not finite; the lines above say where, and the same command tries again"
+            _complain(FloatingPointError(f"{len(diverged)} of {len(chosen)} runs: {few(diverged)}: the loss {what}"))
+    if diverged:
+        raise typer.Exit(1)
 
 
 @app.command()

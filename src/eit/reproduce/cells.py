@@ -82,8 +82,11 @@ def read_results(experiment: Experiment, budget: str, results: Path) -> list[Res
     return [result for result in found if result is not None]
 
 
-def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[str, str]) -> None:
+def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[str, str]) -> list[str]:
     """Train and measure what is not done yet. A stopped run is continued; a folder of another recipe is refused.
+
+    Returns:
+        The runs that ended because their loss or its gradient was not finite, which does not keep the others waiting.
 
     Raises:
         UserError: missing data, before anything is trained; as `eit.train.train`.
@@ -102,12 +105,19 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
                 raise UserError(f"{error}; --data {cells[i].data}=PATH says where it is") from None
             if not isinstance(images, Images):
                 raise UserError(f"{cells[i].data}: images that come in turn cannot be measured; make a folder of them")
+    diverged = []
     for number, i in enumerate(left, start=1):
         folder = recipes[i].run_folder()
         say(f"run {number} of {len(left)}: {folder}")
         if not distributed.on_main(partial(adopt, recipes[i], results)):
-            train(recipes[i])
+            try:
+                train(recipes[i])
+            except FloatingPointError as error:  # on every rank
+                say(f"{cells[i].name}: {error}")
+                diverged.append(cells[i].name)
+                continue
         distributed.on_main(partial(measure_run, recipes[i], measure, device))
+    return diverged
 
 
 def is_done(cell: Cell, measure: Measure, results: Path) -> bool:
