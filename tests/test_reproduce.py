@@ -279,7 +279,8 @@ def test_finished_runs_are_kept(ran):
     file = ran / "results" / "tiny" / "tiny" / "digits-eit-seed-0" / "log.jsonl"
     before = file.stat().st_mtime_ns
     done = run_eit("reproduce", "tiny.yaml", "--json", cwd=ran)
-    assert done.returncode == 0 and "run " not in done.stderr and file.stat().st_mtime_ns == before
+    assert done.returncode == 0 and file.stat().st_mtime_ns == before
+    assert done.stderr == "finished: all 4 runs are in results/tiny/tiny; another --results trains anew\n"
     found = json.loads(done.stdout)
     assert len(found["runs"]) == 4 and not found["missing"] and found["claims"]["dearer"]["word"] == "holds"
 

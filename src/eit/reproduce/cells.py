@@ -95,6 +95,8 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
     device = distributed.start(cells[0].values["train"]["device"])
     recipes = [settle(cell.recipe(results, roots, distributed.world_size())) for cell in cells]
     left = distributed.on_main(lambda: [i for i, cell in enumerate(cells) if not is_done(cell, measure, results)])
+    if not left:
+        say(f"finished: all {len(cells)} runs are in {recipes[0].run_folder().parent}; another --results trains anew")
     seen: set[str] = set()
     for i in left:
         if cells[i].data not in seen:
