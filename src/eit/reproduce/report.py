@@ -115,13 +115,13 @@ def machines(results: Sequence[Result]) -> str:
     if not results:
         return ""
     environments = [result.environment for result in results]
-    found = {
-        f"{e['world_size']} x {e['threads']} threads of {e['device'].removeprefix('cpu: ')}, "
-        f"torch {e['packages']['torch']}"
-        for e in environments
-    }
+    found = set()
+    for e in environments:
+        processes, threads = e["world_size"], e["threads"]
+        each = f"{processes} process{'es' * (processes > 1)} of {threads} thread{'s' * (threads > 1)}"
+        found.add(f"{each} on {e['device'].removeprefix('cpu: ')}, torch {e['packages']['torch']}")
     commits = sorted({e["commit"][:10] + e["commit"][40:] for e in environments if e["commit"]})  # + if changed since
-    return f"On {'; '.join(sorted(found))}; commit {', '.join(commits)}."
+    return f"By {'; '.join(sorted(found))}; commit {', '.join(commits)}."
 
 
 def claims_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
@@ -224,7 +224,7 @@ def frequency_table(experiment: Experiment, results: Sequence[Result]) -> list[s
 
 TABLES: dict[str, Any] = {
     "frequency": frequency_table,
-    "diversity": layers_table("diversity", 1, "Pixels, standard deviation of the heads' attention distances", ".2f"),
+    "diversity": layers_table("diversity", 1, "Pixels, standard deviation of the heads' attention distances", ".3f"),
 }
 
 
@@ -285,33 +285,36 @@ def arm_of(cell: Cell) -> str:
     return " ".join(level for axis, level in cell.levels.items() if axis not in ("data", "seed")) or cell.data
 
 
-def draw_layers(metric: str, factor: float, label: str) -> Any:
-    """A metric by layer, trained (lines) and at initial values (dashed): means over seeds, with their range."""
+def draw_layers(factor: float, **labels: str) -> Any:
+    """Metrics by layer, a row each, trained and at initial values (dashed): means over seeds, with their range."""
 
     def panels_of(shown: Any, results: Sequence[Result]) -> None:
         data = names_of([r.cell for r in results], "data")
-        shown.set_size_inches(4.6 * len(data) + 1.2, 3.4)
-        panels = shown.subplots(1, len(data), squeeze=False, sharey=True)[0]
-        by_name = dict(zip(data, panels, strict=True))
-        for name, model, state, runs in by_layer(results, metric):
-            layers = [[factor * value for value in layer] for layer in zip(*runs, strict=True)]
-            x, colour = range(1, len(layers) + 1), COLOURS.get(model, "#555555")
-            by_name[name].fill_between(x, list(map(min, layers)), list(map(max, layers)), color=colour, alpha=0.15)
-            style: dict[str, Any] = dict(color=colour, linestyle=DASHES[state], marker=".", label=f"{model}, {state}")
-            by_name[name].plot(x, list(map(fmean, layers)), **style)
-        for name, panel in by_name.items():
-            panel.set(title=name, xlabel="layer")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.grid(alpha=0.3)
-            panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel(label)
-        handles, texts = panels[0].get_legend_handles_labels()
-        shown.legend(handles, texts, loc="outside right center", frameon=False)
+        shown.set_size_inches(4.6 * len(data) + 1.2, 3.1 * len(labels) + 0.3)
+        rows = shown.subplots(len(labels), len(data), squeeze=False, sharex=True, sharey="row")
+        legend = {}
+        for (metric, label), row in zip(labels.items(), rows, strict=True):
+            panels = dict(zip(data, row, strict=True))
+            for name, model, state, runs in by_layer(results, metric):
+                layers = [[factor * value for value in layer] for layer in zip(*runs, strict=True)]
+                x, colour = range(1, len(layers) + 1), COLOURS.get(model, "#555555")
+                panels[name].fill_between(x, list(map(min, layers)), list(map(max, layers)), color=colour, alpha=0.15)
+                style: dict[str, Any] = dict(color=colour, linestyle=DASHES[state], marker=".")
+                (legend[f"{model}, {state}"],) = panels[name].plot(x, list(map(fmean, layers)), **style)
+            for panel in row:
+                panel.xaxis.get_major_locator().set_params(integer=True)
+                panel.grid(alpha=0.3)
+                panel.spines[["top", "right"]].set_visible(False)
+            row[0].set_ylabel(label)
+        for name, top, bottom in zip(data, rows[0], rows[-1], strict=True):
+            top.set_title(name)
+            bottom.set_xlabel("layer")
+        shown.legend(legend.values(), legend.keys(), loc="outside right center", frameon=False)
 
     return panels_of
 
 
 DRAWINGS: dict[str, Any] = {
-    "frequency": draw_layers("share", 100, "share of high frequencies (%)"),
-    "diversity": draw_layers("diversity", 1, "head diversity (px)"),
+    "frequency": draw_layers(100, share="share without DC (%)", share_with_dc="share with DC (%)"),
+    "diversity": draw_layers(1, diversity="head diversity (px)"),
 }
