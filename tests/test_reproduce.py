@@ -224,6 +224,19 @@ def test_data_sets_that_disagree_decide_nothing():
     assert weigh(claim(), one + other).word == UNDECIDED
 
 
+def test_an_order_fails_by_the_step_that_data_sets_agree_on():
+    order = claim(rises=["vit", "lsra", "eit"])
+    one = made(dict(vit=[5.0, 6.0, 5.5], lsra=[2.0, 3.1, 2.4], eit=[1.0, 2.0, 1.6]))
+    other = [
+        Result(Cell("e", "b", r.cell.levels | dict(data="other"), "digits", {}), dict(last_top1=v), {}, {})
+        for r, v in zip(one, (5.1, 6.1, 5.4, 2.1, 3.0, 2.2, 9.0, 9.1, 9.4), strict=True)
+    ]
+    verdict = weigh(order, one + other)
+    assert weigh(claim(rises=["lsra", "eit"]), one + other).word == UNDECIDED
+    assert weigh(claim(rises=["vit", "lsra"]), one + other).word == FAILS
+    assert verdict.word == FAILS
+
+
 def test_what_is_counted_is_compared_as_it_is():
     cheaper = claim(metric="macs", rises=["eit", "vit"])
     assert weigh(cheaper, made(dict(eit=[10], vit=[12]), "macs")) == Verdict(HOLDS, None, {"d 0": 2})

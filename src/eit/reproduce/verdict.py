@@ -39,8 +39,8 @@ def weigh(claim: Claim, results: Sequence[Result]) -> Verdict:
 
     An order holds where each level is above the one before it: one-sided paired t-tests over the blocks, the largest p
     below 0.05. It does not hold where a level is below the one before it, with p below 0.05 by the number of steps.
-    Where data sets differ in the sign of the mean difference it is undecided. What is counted (parameters, MACs) is
-    compared as it is. Values to reach fail as soon as the mean of one is below.
+    A step whose mean difference has another sign in another data set decides neither. What is counted (parameters,
+    MACs) is compared as it is. Values to reach fail as soon as the mean of one is below.
     """
     rows: dict[str, dict[str, float]] = {}
     data: dict[str, str] = {}
@@ -66,16 +66,20 @@ def weigh(claim: Claim, results: Sequence[Result]) -> Verdict:
         above = all(gap > 0 for step in steps for gap in step)
         return Verdict(HOLDS if above else FAILS, None, gaps)
     tests = [paired(step) for step in steps]
-    p, reverse = max(t[0] for t in tests), min(t[1] for t in tests)
-    word = HOLDS if p < ALPHA else FAILS if reverse < ALPHA / len(steps) else UNDECIDED
-    for step in steps:
-        means = [
-            fmean(gap for gap, block in zip(step, rows, strict=True) if data[block] == name)
-            for name in dict.fromkeys(data[block] for block in rows)
-        ]
-        if min(means) < 0 < max(means):
-            word = UNDECIDED
+    agree = [of_one_sign(step, [data[block] for block in rows]) for step in steps]
+    p = max(above for above, _ in tests)
+    word = UNDECIDED
+    if p < ALPHA and all(agree):
+        word = HOLDS
+    elif any(below < ALPHA / len(steps) and one for (_, below), one in zip(tests, agree, strict=True)):
+        word = FAILS
     return Verdict(word, p, gaps)
+
+
+def of_one_sign(gaps: Sequence[float], data: Sequence[str]) -> bool:
+    """Whether no mean over the runs of one data set is below 0 where another's is above."""
+    means = [fmean(gap for gap, own in zip(gaps, data, strict=True) if own == name) for name in dict.fromkeys(data)]
+    return not min(means) < 0 < max(means)
 
 
 def reached(values: dict[str, float], within: float, rows: dict[str, dict[str, float]]) -> Verdict:
