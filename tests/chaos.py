@@ -90,7 +90,9 @@ class Watch:
 
 def no_sample_seed() -> None:
     """Augmentation draws from whatever state the generators are in."""
-    loader.seeded = lambda *counters: nullcontext()
+    assert loader.own_randomness and loader.set_cpu_seed, "a name that is new there would change nothing"
+    loader.own_randomness = nullcontext
+    loader.set_cpu_seed = lambda *counters: None
 
 
 def no_step_seed() -> None:
@@ -225,8 +227,8 @@ def disturb(folder: Path, variant: str, draw: random.Random, fault: str | None) 
         # One in eight before the first step ends; the rest anywhere, a part of them in saving and in evaluation
         moment = draw.choice(["step", "step", "saving", "evaluation"])
         step = 0 if draw.random() < 0.125 else draw.randint(1, EPOCHS * STEPS - 2)
-        if fault:  # a place where it shows: early, and not at the end of an epoch
-            moment, step, kills = "step", 14, 0
+        if fault:  # a place where it shows: within the second epoch, when checkpoints have surely been written
+            moment, step, kills = "step", STEPS + 14, 0
         watch = Watch()
         where = kill_at(start(folder, variant, watch, fault), watch, moment, step, draw.random() * 0.02)
         if where is not None:

@@ -55,7 +55,7 @@ def test_runs_killed_at_random_come_back_identical(tmp_path):
 @pytest.mark.parametrize("fault", ["no-step-seed", "no-sample-seed", "last-step-again"])
 def test_the_comparison_can_fail(tmp_path, fault):
     """Negative controls: with a fault in the code, chaos.py says so."""
-    done = chaos(3, tmp_path, "--fault", fault)  # a kill before the first checkpoint leaves nothing to differ
+    done = chaos(1, tmp_path, "--fault", fault)
     assert done.returncode == 1
     assert "DIFFERS in weights, moving average, optimizer" in done.stdout, done.stdout + done.stderr
 
