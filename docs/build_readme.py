@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import eit
-from eit.draw import results as draw_results
 from eit.reproduce import matrix, report
 from eit.reproduce.cells import Result, read_results
 from eit.reproduce.report import FIGURE, disagreement, gaps, machines, report_table, weighed
@@ -289,11 +288,11 @@ def weighed_claims(page: str) -> list[list[str]]:
     rows = []
     for name in matrix.experiment_names():
         experiment, budget, found = evidence(name)
-        for key, verdict in weighed(experiment, found).items():
+        for key, verdict in weighed(experiment, budget, found).items():
             claim = experiment.claims[key]
             done = f"{len(found)} of {len(experiment.cells(budget))} runs"
             run = f"[{name}]({page}#{ANCHORS[name]}), {budget}, {done}"
-            word = f"**{verdict.word}**" + ("" if verdict.p is None else f", p = {verdict.p:.2g}")
+            word = f"**{verdict.word}**" + (f", {verdict.evidence}" if verdict.evidence else "")
             rows.append([claim.says, code(claim.code), run, gaps(verdict, claim.metric), word])
     return rows
 
@@ -398,12 +397,14 @@ def main() -> None:
         elif text != (ROOT / page).read_text():
             sys.exit(f"{page} disagrees with the zoo or results/: run `make readme`")
     build_results("--check" in sys.argv)
+    images, found = ROOT / "docs" / "images", evidence("imagenet")[2]
     if "--check" in sys.argv:
+        if not report.shows(images / "results.png", found):
+            sys.exit("docs/images/results.png disagrees with results/: run `make readme`")
         return
-    (ROOT / "docs" / "images").mkdir(exist_ok=True)
-    draw(ROOT / "docs" / "images" / "eit.png")
-    points = report.with_measured(evidence("imagenet")[2])
-    draw_results(points, ROOT / "docs" / "images" / "results.png", metadata={"Software": None})
+    images.mkdir(exist_ok=True)
+    draw(images / "eit.png")
+    report.figure(matrix.load("imagenet"), found, images / "results.png")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 For each experiment, budget, data set and model of ours in RESULTS (results/), the run whose last epoch is the median
 of its seeds: OUT/NAME/ has config.json, model.safetensors and a model card, as timm and Hugging Face read them;
-OUT/NAME.zip is that folder, and OUT/SHA256SUMS has the checksum of each. Runs whose weights are not there are named
-and left out.
+OUT/NAME.zip is that folder, and OUT/SHA256SUMS has the checksum of each. Runs whose weights are not there, as in the
+results/ of a checkout, are named and left out.
 """
 
 import hashlib
@@ -42,7 +42,8 @@ def main(out: str, results: str = "results") -> None:
     for name, result in chosen(Path(results)).items():
         weights = result.cell.folder(Path(results)) / "final.safetensors"
         if not weights.exists():
-            print(f"{name}: no {weights}; eit reproduce {result.cell.experiment} trains it")
+            own = f"eit reproduce {result.cell.experiment} --budget {result.cell.budget} --results FOLDER"
+            print(f"{name}: no {weights}; {own} trains it, then give FOLDER here")
             continue
         write_folder(str(weights), target / name, name, LICENSE)
         archive = Path(shutil.make_archive(str(target / name), "zip", target, name))
@@ -54,4 +55,6 @@ def main(out: str, results: str = "results") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python docs/release_weights.py OUT [RESULTS]")
     main(*sys.argv[1:])

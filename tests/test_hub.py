@@ -103,6 +103,15 @@ def test_the_card_says_which_paths_the_recipe_lacks(home):
     assert "nan" not in text and "| top-1 |" in text
 
 
+def test_a_variant_is_not_described_as_its_family(home):
+    model = eit.load(home / "runs" / "mine")
+    assert "EIT: a vision transformer without a pyramid" in model_card(model, "x", "me/x")
+    arguments = model.card.arguments | dict(pos_embed="learned")
+    model.card = model.card.model_copy(update=dict(arguments=arguments))
+    text = model_card(model, "x", "me/x")
+    assert "A variant of EIT (" in text and "`pos_embed=learned`" in text and "without position" not in text
+
+
 def test_files_of_someone_else_stay(home, tmp_path):
     (tmp_path / "README.md").write_text("my project")
     done = run_eit("push", home / "runs" / "mine", "--to", tmp_path)

@@ -145,6 +145,10 @@ def test_claims_speak_of_levels_and_metrics_that_are_measured():
         (TINY.partition("axes:")[0], "axes and budgets are needed"),
         ("shows: x\nrefuted: y\naxes: [1]", "axes"),
         ("- 1", "recipe"),
+        (TINY.replace("seed: [0, 1]", "seed: []"), "axes.seed has no levels"),
+        (TINY.replace("cost: seconds", "cost: seconds\n    levels: {model: []}"), "a budget has no levels of model"),
+        ("shows: x\nrefuted: y\nof: small_data", "claims are needed"),
+        ("shows: x\nrefuted: y\nof: frequency\nclaims:" + TINY.partition("claims:")[2], "axes and budgets are needed"),
     ],
 )
 def test_a_file_that_is_no_experiment_is_refused_in_one_line(tmp_path, text, said):
@@ -222,6 +226,7 @@ def test_data_sets_that_disagree_decide_nothing():
     ]
     assert weigh(claim(), one).word == HOLDS
     assert weigh(claim(), one + other).word == UNDECIDED
+    assert weigh(claim(), one + other).evidence.endswith(", data sets disagree")
 
 
 def test_an_order_fails_by_the_step_that_data_sets_agree_on():
@@ -237,9 +242,38 @@ def test_an_order_fails_by_the_step_that_data_sets_agree_on():
     assert verdict.word == FAILS
 
 
+def test_nothing_is_decided_before_all_runs_are_done():
+    results = made(dict(vit=[50, 52, 54], eit=[60, 63, 64], resnet=[70, 70]))
+    assert weigh(claim(), results).word == HOLDS
+    left = [Cell("e", "b", dict(data="d", model=model, seed="3"), "digits", {}) for model in ("eit", "resnet")]
+    verdict = weigh(claim(), results, left[:1])
+    assert verdict.word == NOT_RUN and list(verdict.gaps.values()) == [10, 11, 10] and str(verdict) == NOT_RUN
+    assert weigh(claim(), results, left[1:]).word == HOLDS, "of which the claim does not speak"
+    assert (
+        weigh(claim(), [r for r in results if r.cell.beside("model") != "d 2" or r.cell.levels["model"] != "eit"]).word
+        == NOT_RUN
+    )
+    published = claim(rises=None, reaches=dict(eit=60.0, vit=50.0))
+    assert weigh(published, results).word == HOLDS and weigh(published, results, left[:1]).word == NOT_RUN
+
+
+def test_a_verdict_says_what_decided():
+    low, high = [50, 52, 54], [60, 63, 64]
+    assert re.fullmatch(r"holds \(p = 0.000\d+\)", str(weigh(claim(), made(dict(vit=low, eit=high)))))
+    against = weigh(claim(), made(dict(vit=high, eit=low)))
+    assert re.fullmatch(r"does not hold \(opposite: p = 0.000\d+\)", str(against))
+    order = claim(rises=["vit", "lsra", "eit"])
+    one = weigh(order, made(dict(vit=high, lsra=low, eit=[90, 91, 93])))
+    assert one.word == FAILS and one.opposite == pytest.approx(2 * against.opposite), "of two steps"
+    assert str(one).endswith(", lsra below vit)")
+    assert (
+        str(weigh(claim(), made(dict(vit=[50, 60, 55], eit=[52, 57, 56])))) == "undecided (p = 0.5, opposite: p = 0.5)"
+    )
+
+
 def test_what_is_counted_is_compared_as_it_is():
     cheaper = claim(metric="macs", rises=["eit", "vit"])
-    assert weigh(cheaper, made(dict(eit=[10], vit=[12]), "macs")) == Verdict(HOLDS, None, {"d 0": 2})
+    assert weigh(cheaper, made(dict(eit=[10], vit=[12]), "macs")) == Verdict(HOLDS, {"d 0": 2})
     assert weigh(cheaper, made(dict(eit=[10, 10], vit=[12, 9]), "macs")).word == FAILS
 
 
@@ -314,6 +348,42 @@ def test_another_recipe_in_a_folder_is_refused(ran, tmp_path):
     assert done.returncode == 2 and "model.embed_dim: 16 -> 32" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_experiments_of_one_another_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for one, other in (("a", "b"), ("b", "a"), ("c", "c")):
+        text = f"shows: x\nrefuted: y\nof: {other}.yaml\nclaims:" + TINY.partition("claims:")[2]
+        Path(f"{one}.yaml").write_text(text)
+    for name in "abc":
+        with pytest.raises(UserError, match="axes and budgets are needed"):
+            matrix.load(f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("environment.json", dict(world_size=4), "a global batch of 256, not 64"),
+        ("environment.json", None, "environment.json is damaged: commit, device"),
+        ("measured.json", [], "measured.json is damaged: macs"),
+        ("summary.json", "{", "summary.json is damaged: "),
+    ],
+)
+def test_a_run_of_another_batch_or_a_damaged_one_is_in_no_table(ran, tmp_path, file, change, said):
+    shutil.copytree(ran, tmp_path / "clone")
+    file = tmp_path / "clone" / "results" / "tiny" / "tiny" / "digits-eit-seed-0" / file
+    if isinstance(change, dict):
+        change = json.loads(file.read_text()) | change
+    file.write_text(change if isinstance(change, str) else json.dumps({} if change is None else change))
+    done = run_eit("reproduce", "tiny.yaml", "--tables", cwd=tmp_path / "clone")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_half_of_a_copy_is_not_copied(ran, tmp_path):
+    folder = tmp_path / "results" / "tiny" / "tiny"
+    shutil.copytree(ran / "results" / "tiny" / "tiny" / "digits-eit-seed-0", folder / ".digits-eit-seed-0")
+    recipe = matrix.load(str(ran / "tiny.yaml")).cells("tiny")[0].recipe(tmp_path / "results", {})
+    assert not cells.adopt(recipe, tmp_path / "results")
+
+
 def test_a_run_that_another_experiment_has_is_copied(ran, tmp_path):
     shutil.copytree(ran / "results", tmp_path / "results")
     (tmp_path / "other.yaml").write_text(TINY.replace("analysis: 20, sizes: [150]", "sizes: [200]"))
@@ -367,7 +437,11 @@ def test_a_run_that_diverges_does_not_keep_the_others_waiting(tmp_path):
     done = run_eit("reproduce", "tiny.yaml", "--only", "seed-0", "--json", cwd=tmp_path)
     assert done.returncode == 1 and "digits-wild-seed-0: the loss is nan in epoch 1" in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("eit: 1 of 3 runs: digits-wild-seed-0: the loss was not finite")
-    assert [found["name"] for found in json.loads(done.stdout)["runs"]] == ["digits-eit-seed-0", "digits-vit-seed-0"]
+    found = json.loads(done.stdout)
+    assert [run["name"] for run in found["runs"]] == ["digits-eit-seed-0", "digits-vit-seed-0"]
+    assert "digits-wild-seed-0" in found["missing"] and found["claims"]["dearer"]["word"] == NOT_RUN
+    page = (tmp_path / "results" / "tiny" / "tiny" / "README.md").read_text()
+    assert "2 of 6 runs are done. Not done: digits-wild-seed-0, " in page
 
 
 @pytest.mark.slow
@@ -436,7 +510,7 @@ def test_a_run_again_is_identical_or_within_the_spread(ran, tmp_path):
 
 def test_the_cheapest_run_of_the_tables_can_be_trained_again(tmp_path):
     """Identical on the machine that made it, else within three standard deviations over seeds."""
-    words = ("reproduce", "small_data", "--budget", "smoke", "--again", "digits-lsra-seed-0")
+    words = ("reproduce", "small_data", "--budget", "smoke", "--again", "digits-eit-seed-0")
     done = run_eit(*words, "--results", ROOT / "results", "--out", tmp_path / "again", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -496,6 +570,14 @@ def test_weights_are_prepared_for_a_release(ran, tmp_path, monkeypatch):
     assert (tmp_path / "out" / name / "README.md").exists()
     assert (tmp_path / "out" / "SHA256SUMS").read_text().endswith(f"  {name}.zip\n")
     assert eit.load(tmp_path / "out" / name).card.metrics
+    card = (tmp_path / "out" / name / "README.md").read_text()
+    assert "Trained with eit" in card and "those after the last epoch" in card
+    assert (tmp_path / "out" / name / "curves.png").exists()
+    for cell in first:
+        (cell.folder(results) / "final.safetensors").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "eit reproduce small_data --budget smoke --results FOLDER trains it" in done.stdout
+    assert subprocess.run(command[:2], capture_output=True, text=True).stderr.startswith("usage: ")
 
 
 # -- The command ------------------------------------------------------------------------------------------------------
@@ -526,6 +608,7 @@ def test_the_list_says_what_each_shows_costs_and_what_refutes_it():
         (["imagenet", "--images-per-s", "8000"], "--images-per-s is of --plan"),
         (["small_data", "--out", "x"], "--out is of --again"),
         (["small_data", "--plan", "--tables"], "exclude each other"),
+        (["small_data", "--tables", "--only", "eit"], "--only is of the runs to train"),
         (["small_data", "--tables"], "has no finished run"),
     ],
 )
@@ -545,6 +628,9 @@ def test_the_plan_s_commands_make_the_recipes():
             assert load_recipe(words[start], words[start + 1 :]) == cell.recipe(Path("results"), {})
             rate = 1000.0 * plan[0].training_macs / plan[0].images
             assert planned.hours == pytest.approx(planned.training_macs / rate / 3600)
+    assert (
+        f"{sum(run.training_macs for run in plan) / 1e18:.1f}e18 MACs" in matrix.load("imagenet").budgets["full"].cost
+    )
     text = run_eit("reproduce", "imagenet", "--plan", "--images-per-s", "8000").stdout
     assert text.startswith("torchrun --nproc-per-node=8 -m eit train imagenet_mini") and "a run)" in text
 

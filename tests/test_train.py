@@ -102,7 +102,8 @@ def test_a_run_leaves_what_it_promises(folder):
     assert summary["last_top1"] == lines[-1]["val_top1"] and summary["last_ema_top1"] == lines[-1]["ema_top1"]
     assert saved_steps(run) == [8, 4]
     assert yaml.safe_load((run / "recipe.yaml").read_text()) == r.model_dump(mode="json")
-    assert json.loads((run / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ and environment["cpu"]["capability"]
     card = eit.load(run).card
     assert card.classes == ["digit0", "digit1", "digit2"] and card.recipe["name"] == "cifar10"
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"

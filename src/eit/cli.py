@@ -596,6 +596,8 @@ def reproduce(
             raise UserError(f"{option} is of {'--plan' if option == '--images-per-s' else '--again'}")
     if sum((plan, tables, again is not None, curve is not None)) > 1:
         raise UserError("--plan, --tables, --again and --curve exclude each other")
+    if only and (tables or again is not None or curve is not None):
+        raise UserError("--only is of the runs to train, and of --plan")
     experiment = matrix.load(name)
     if curve is not None:
         from eit.reproduce.published import compare

@@ -20,9 +20,10 @@ from eit.data import DIGITS
 from eit.errors import UserError, first_line, printable
 from eit.macs import complexity
 from eit.model import EIT
-from eit.zoo import TIMM
+from eit.zoo import FAMILIES, TIMM
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
+BEST, FINAL = "best.safetensors", "final.safetensors"  # of a run folder
 PATHS = (  # keys of a recipe
     "data.root",
     "data.train_split",
@@ -35,7 +36,11 @@ PATHS = (  # keys of a recipe
 
 
 def write_folder(
-    checkpoint: str, folder: Path, name: str | None = None, license: str | None = None, repo: str | None = None
+    checkpoint: str,
+    folder: Path,
+    name: str | None = None,
+    license: str | None = None,
+    repo: str | None = None,
 ) -> list[Path]:
     """The weights as `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers read them.
 
@@ -56,20 +61,28 @@ def write_folder(
     _check_folder(folder)
     model = load(checkpoint)
     card = model.card = without_paths(model.card)
-    run = Path(checkpoint) if Path(checkpoint).is_dir() else None
+    run = _run_of(Path(checkpoint))
     name = printable(str(name or (card.recipe or {}).get("name") or folder.resolve().name))
     repo = repo or f"USER/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('.-') or 'NAME'}"
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, bytes | str] = {
         CONFIG: json.dumps(_config(model, license), indent=2) + "\n",
         WEIGHTS: weights_bytes(model.state_dict(), card),
-        README: model_card(model, name, repo, license, run),
+        README: model_card(model, name, repo, license, run, last=Path(checkpoint).name == FINAL),
     }
     if run and (run / CURVES).is_file():
         contents[CURVES] = (run / CURVES).read_bytes()
     for file, content in contents.items():
         write_file(folder / file, content)
     return [folder / file for file in contents]
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run folder that it is, or that its weights file is of."""
+    if checkpoint.is_dir():
+        return checkpoint
+    of_run = checkpoint.name in (BEST, FINAL) and (checkpoint.parent / "recipe.yaml").exists()
+    return checkpoint.parent if of_run else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -132,8 +145,13 @@ def _is_path(value: str) -> bool:
     return value not in (DIGITS, *SHIPPED) and not value.startswith((TIMM, HUB))
 
 
-def model_card(model: Any, name: str, repo: str, license: str | None = None, run: Path | None = None) -> str:
-    """README.md of the folder: what the model is, its figures, how it is used and trained, and its limits."""
+def model_card(
+    model: Any, name: str, repo: str, license: str | None = None, run: Path | None = None, last: bool = False
+) -> str:
+    """README.md of the folder: what the model is, its figures, how it is used and trained, and its limits.
+
+    `last`: of the last epoch, which was not chosen by its accuracy.
+    """
     card: Card = model.card
     summary, environment = _read_json(run, "summary.json"), _read_json(run, "environment.json")
     cost = complexity(model, (card.in_chans, card.size, card.size))
@@ -192,7 +210,7 @@ def model_card(model: Any, name: str, repo: str, license: str | None = None, run
         "",
         "## Limits",
         "",
-        *_limits(model, summary, data),
+        *_limits(model, summary, data, last),
         "",
     ]
     if run and (run / CURVES).is_file():
@@ -225,12 +243,16 @@ def _description(card: Card) -> str:
     if card.model.startswith(TIMM):
         return f"`{card.model.removeprefix(TIMM)}` of timm, trained with [eit](https://arxiv.org/abs/2203.07116)."
     family = card.arguments.get("family", "eit")
+    parts = FAMILIES[family]
+    own = all(card.arguments.get(key, parts[key]) == parts[key] for key in parts)
     what = dict(
         eit="EIT: a vision transformer without a pyramid and without position embedding, in whose layers a share of "
         "the channels, smaller with depth, goes through a depthwise convolution",
         lsra="LSRA: a vision transformer in whose layers half of the channels goes through a depthwise convolution",
         vit="A plain vision transformer",
     )[family]
+    if not own:
+        what = f"A variant of {dict(eit='EIT', lsra='LSRA', vit='a plain vision transformer')[family]}"
     changed = ", ".join(f"`{k}={v}`" for k, v in card.arguments.items() if k != "family" and not k.endswith("_rate"))
     paper = "[Deep Transformers Thirst for Comprehensive-Frequency Data](https://arxiv.org/abs/2203.07116)"
     return f"{what} ({paper}). `{card.model}`" + (f" with {changed}." if changed else ".")
@@ -300,14 +322,16 @@ def _is_cut(recipe: dict[str, Any], key: str) -> bool:
     return isinstance(value, str) and _is_path(value) and not name.endswith("_split")
 
 
-def _limits(model: Any, summary: dict[str, Any] | None, data: Any) -> list[str]:
+def _limits(model: Any, summary: dict[str, Any] | None, data: Any, last: bool) -> list[str]:
     card: Card = model.card
     lines = [
         f"- It knows {len(card.classes)} classes and names one of them for any image, of whatever is on it.",
         f"- It was trained for images of {card.size}x{card.size} pixels"
         + (" and takes others; how well was not measured." if isinstance(model, EIT) else "."),
     ]
-    if summary:
+    if summary and last:
+        lines.append("- The weights are those after the last epoch, of one run; no epoch was chosen by its accuracy.")
+    elif summary:
         best = summary.get("best_epoch")
         lines.append(
             f"- The epoch ({(best or 0) + 1} of {summary['epochs']}) was chosen by the same validation images that the "

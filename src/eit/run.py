@@ -164,14 +164,16 @@ def _closer(file: IO[str]) -> Callable[[], None]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on beside the recipe."""
-    cuda = device.type == "cuda"
+    cuda, cpu = device.type == "cuda", _cpu()
     return dict(
         eit=version("eit"),
         commit=_commit(),
         python=platform.python_version(),
         packages={"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")},
         system=f"{platform.system()} {platform.machine()}",
-        device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {_cpu_name()}",
+        device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {cpu['model name']}",
+        cpu={key: cpu[key] for key in ("cpu family", "model", "stepping") if key in cpu}  # kernels round as it does
+        | dict(capability=torch.backends.cpu.get_cpu_capability()),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         world_size=distributed.world_size(),
@@ -193,11 +195,13 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def _cpu() -> dict[str, str]:
+    """What Linux says of the first core; elsewhere its name alone."""
+    found = {"model name": platform.processor() or platform.machine()}
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return found
+    return found | {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }

@@ -29,6 +29,11 @@ from eit.train import train
 from eit.zoo import TIMM
 
 MEASURED, WEIGHTS = "measured.json", "final.safetensors"
+READ = {  # files of a finished run, and some of what they hold
+    "summary.json": {"params", "last_top1", "best_top1"},
+    MEASURED: {"macs"},
+    "environment.json": {"world_size", "threads", "device", "packages", "commit"},
+}
 BATCH = 64  # of what is measured
 
 
@@ -65,15 +70,22 @@ def read_result(cell: Cell, results: Path) -> Result | None:
     """
     folder = cell.folder(results)
     check_recipe(cell, folder)
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        measured = json.loads((folder / MEASURED).read_text())
-        made = json.loads((folder / "environment.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{folder} is damaged: {error}") from None
-    return Result(cell, summary, measured, made)
+    found = {}
+    for name, keys in READ.items():
+        try:
+            found[name] = json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{folder / name} is damaged: {error}") from None
+        if not isinstance(found[name], dict) or not keys <= found[name].keys():
+            raise UserError(f"{folder / name} is damaged: {', '.join(sorted(keys))} belong in it")
+    result = Result(cell, *found.values())
+    recipe = read_recipe(folder)
+    images = recipe.data.batch_size * recipe.train.accumulate * result.environment["world_size"]
+    if images != (planned := cell.global_batch):
+        raise UserError(f"{folder} holds a run of a global batch of {images}, not {planned}: give another --results")
+    return result
 
 
 def read_results(experiment: Experiment, budget: str, results: Path) -> list[Result]:
@@ -147,6 +159,8 @@ def adopt(recipe: Recipe, results: Path) -> bool:
     own = recipe.model_dump(exclude={"out"})
     for file in sorted(results.glob(f"*/*/*/{WEIGHTS}")):
         other = file.parent
+        if other.name.startswith("."):  # half of a copy
+            continue
         try:
             like = (other / "summary.json").exists() and read_recipe(other).model_dump(exclude={"out"}) == own
         except UserError:  # of another version
@@ -293,7 +307,7 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
         top1=summary["last_top1"],
         recorded_top1=recorded.summary["last_top1"],
         limit=3 * stdev(top1s) if len(top1s) > 1 else None,
-        changed=[f"{k}: {before.get(k)} -> {v}" for k, v in after.items() if before.get(k) != v and k != "command"],
+        changed=[f"{k}: {before[k]} -> {v}" for k, v in after.items() if k != "command" and before.get(k, v) != v],
     )
 
 

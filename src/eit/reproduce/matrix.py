@@ -98,8 +98,12 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "Experiment":
+        if bare := [axis for axis, levels in self.axes.items() if not levels]:
+            raise ValueError(f"axes.{bare[0]} has no levels")
         for budget in self.budgets.values():
             for axis, levels in budget.levels.items():
+                if not levels:
+                    raise ValueError(f"a budget has no levels of {axis}")
                 if unknown := set(levels) - set(self.axes.get(axis, ())):
                     raise ValueError(f"a budget names {axis}={min(unknown)}, which the axes do not have")
             if unknown := set(budget.adjust) - {level for levels in self.axes.values() for level in levels}:
@@ -109,10 +113,12 @@ class Experiment(Section):
     @property
     def runs(self) -> "Experiment":
         """The experiment whose runs these are."""
-        return load(self.of) if self.of else self
+        return read(self.of) if self.of else self
 
     def check(self) -> None:
         """Raise a ValueError where it has no runs, or a claim speaks of what they do not have."""
+        if self.of and not self.claims:
+            raise ValueError("claims are needed of runs of another experiment")
         runs = self.runs
         if runs.of or not runs.axes or not runs.budgets:
             raise ValueError("axes and budgets are needed, or of: an experiment that has them")
@@ -200,6 +206,12 @@ class Cell:
         )
 
     @property
+    def global_batch(self) -> int:
+        """Images a step, of all processes."""
+        recipe = self.recipe(Path(), {})
+        return recipe.data.batch_size * recipe.train.accumulate * self.processes
+
+    @property
     def data(self) -> str:
         """The name of its data set."""
         return self.levels.get("data") or self.values["name"]
@@ -226,6 +238,18 @@ def load(name: str) -> Experiment:
     Raises:
         UserError: there is none, or it is no experiment, in one line.
     """
+    experiment = read(name)
+    try:
+        experiment.check()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{name} is no experiment: {error}") from None
+    return experiment
+
+
+def read(name: str) -> Experiment:
+    """As `load`, without a look at what it says of runs that may be another's."""
     if name in experiment_names():
         text = resources.files("eit.experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     elif name.endswith((".yaml", ".yml")):
@@ -243,21 +267,13 @@ def load(name: str) -> Experiment:
     for axis, levels in axes.items() if isinstance(axes, dict) else ():
         if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
             values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
-    if values.get("of") == name:
-        raise UserError(f"{name} is no experiment: it is of itself")
     try:
-        experiment = Experiment.model_validate(dict(name=Path(name).stem) | values)
-        experiment.check()
-        return experiment
+        return Experiment.model_validate(dict(name=Path(name).stem) | values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{name} is no experiment: {f'{where}: ' if where else ''}{message}") from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{name} is no experiment: {error}") from None
 
 
 def names_of(cells: Iterable[Cell], axis: str) -> list[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from eit import draw
 from eit.checkpoint import write_file
+from eit.errors import few
 from eit.reproduce.cells import Result, read_results
 from eit.reproduce.matrix import EXACT, Cell, Experiment, names_of
 from eit.reproduce.verdict import Verdict, weigh
@@ -41,9 +42,16 @@ def values(results: Iterable[Result], metric: str, **levels: str) -> list[float]
     return [value for value in found if value is not None]
 
 
-def weighed(experiment: Experiment, results: Sequence[Result]) -> dict[str, Verdict]:
+def missing(experiment: Experiment, budget: str, results: Sequence[Result]) -> list[Cell]:
+    """Runs of the budget that are not finished."""
+    done = {result.cell.name for result in results}
+    return [cell for cell in experiment.cells(budget) if cell.name not in done]
+
+
+def weighed(experiment: Experiment, budget: str, results: Sequence[Result]) -> dict[str, Verdict]:
     """The verdict on each claim."""
-    return {name: weigh(claim, results) for name, claim in experiment.claims.items()}
+    left = missing(experiment, budget, results)
+    return {name: weigh(claim, results, left) for name, claim in experiment.claims.items()}
 
 
 def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
@@ -67,6 +75,8 @@ def build(experiment: Experiment, budget: str, results: Path) -> Path:
 
 def page(experiment: Experiment, budget: str, results: Sequence[Result]) -> str:
     """The text of README.md: what was measured, and the verdicts."""
+    left = [cell.name for cell in missing(experiment, budget, results)]
+    undone = f" Not done: {few(left)}." if results and left else ""
     lines = [
         f"# {experiment.name}, budget {budget}",
         "",
@@ -74,12 +84,12 @@ def page(experiment: Experiment, budget: str, results: Sequence[Result]) -> str:
         "",
         f"What would refute it: {experiment.refuted}.",
         "",
-        f"{len(results)} of {len(experiment.cells(budget))} runs are done. {machines(results)}".rstrip(),
+        f"{len(results)} of {len(results) + len(left)} runs are done.{undone} {machines(results)}".rstrip(),
         "",
     ]
     if results:
         lines += [*report_table(experiment, results), ""]
-    lines += claims_table(experiment, results)
+    lines += claims_table(experiment, budget, results)
     if results:
         lines += ["", f"![{experiment.name}, {budget}]({FIGURE})"]
     return "\n".join(lines) + "\n"
@@ -90,22 +100,26 @@ def disagreement(experiment: Experiment, budget: str, results: Path) -> Path | N
     folder, found = results / experiment.name / budget, read_results(experiment, budget, results)
     if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, found):
         return folder / PAGE
+    return None if shows(folder / FIGURE, found) else folder / FIGURE
+
+
+def shows(file: Path, results: Sequence[Result]) -> bool:
+    """Whether a figure is there, and of these results."""
     try:
-        with Image.open(folder / FIGURE) as image:
-            shown = image.info.get("Description")
+        with Image.open(file) as image:
+            return bool(image.info.get("Description") == digest(results))
     except OSError:
-        shown = None
-    return None if shown == digest(found) else folder / FIGURE
+        return False
 
 
 def verdicts(experiment: Experiment, budget: str, results: Sequence[Result]) -> dict[str, Any]:
     """The page for machines."""
-    claims = weighed(experiment, results)
+    claims = weighed(experiment, budget, results)
     return dict(
         experiment=experiment.name,
         budget=budget,
         runs=[dict(name=r.cell.name, **r.summary, **r.measured) for r in results],
-        missing=[c.name for c in experiment.cells(budget) if c.name not in {r.cell.name for r in results}],
+        missing=[cell.name for cell in missing(experiment, budget, results)],
         claims={name: dict(says=experiment.claims[name].says, **asdict(claims[name])) for name in claims},
     )
 
@@ -124,10 +138,10 @@ def machines(results: Sequence[Result]) -> str:
     return f"By {'; '.join(sorted(found))}; commit {', '.join(commits)}."
 
 
-def claims_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+def claims_table(experiment: Experiment, budget: str, results: Sequence[Result]) -> list[str]:
     """A line a claim."""
     rows = []
-    for name, verdict in weighed(experiment, results).items():
+    for name, verdict in weighed(experiment, budget, results).items():
         claim = experiment.claims[name]
         rows.append([claim.says, f"`{claim.code}`", gaps(verdict, claim.metric), str(verdict)])
     return markdown(["claim", "in the code", "measured difference, mean ± standard deviation", "verdict"], rows)
@@ -138,8 +152,10 @@ def scaled(metric: str) -> tuple[float, str, str]:
     kind = metric.rpartition(".")[2]
     if kind.startswith("share"):
         return 100, "+.2f", " points"
-    if kind == "diversity":
+    if kind in ("diversity", "distance"):
         return 1, "+.3f", " px"
+    if kind == "seconds":
+        return 1, "+.0f", " s"
     if kind in EXACT:
         return 1e-6, "+.3f", " M"
     return 1, "+.2f", " points"

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from scipy.stats import ttest_1samp
 
 from eit.reproduce.cells import Result
-from eit.reproduce.matrix import EXACT, Claim
+from eit.reproduce.matrix import EXACT, Cell, Claim
 
 ALPHA = 0.05
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not yet run"
@@ -21,26 +21,45 @@ class Verdict:
 
     Attributes:
         word: holds, does not hold, undecided, or not yet run; see `weigh`.
-        p: of the test that it holds; None of what is counted, or is to be reached.
         gaps: in each block of runs the last level's value less the first's; of values to reach, at each level the mean
             less the value.
+        p: of the test that it holds; None of what is counted, is to be reached, or is not yet run.
+        opposite: p of the test that it does not hold, corrected for the number of steps; None as p.
+        why: what else decided: the step by which an order does not hold, or that data sets disagree.
     """
 
     word: str
-    p: float | None
     gaps: dict[str, float]
+    p: float | None = None
+    opposite: float | None = None
+    why: str = ""
+
+    @property
+    def evidence(self) -> str:
+        """What decided, in words; nothing where no test did."""
+        if self.p is None:
+            return ""
+        parts = [f"p = {self.p:.2g}"] if self.word != FAILS else []
+        parts += [f"opposite: p = {self.opposite:.2g}"] if self.word != HOLDS else []
+        return ", ".join([*parts, self.why] if self.why else parts)
 
     def __str__(self) -> str:
-        return self.word if self.p is None else f"{self.word} (p = {self.p:.2g})"
+        return f"{self.word} ({self.evidence})" if self.evidence else self.word
 
 
-def weigh(claim: Claim, results: Sequence[Result]) -> Verdict:
+def weigh(claim: Claim, results: Sequence[Result], missing: Sequence[Cell] = ()) -> Verdict:
     """The verdict on a claim, from runs in blocks that differ in the claim's axis alone (so of equal data and seed).
 
     An order holds where each level is above the one before it: one-sided paired t-tests over the blocks, the largest p
-    below 0.05. It does not hold where a level is below the one before it, with p below 0.05 by the number of steps.
-    A step whose mean difference has another sign in another data set decides neither. What is counted (parameters,
-    MACs) is compared as it is. Values to reach fail as soon as the mean of one is below.
+    below 0.05. It does not hold where a level is below the one before it: the smallest p over steps, times their
+    number, below 0.05. A step whose mean difference has another sign in another data set decides neither. What is
+    counted (parameters, MACs) is compared as it is. Values to reach fail as soon as the mean of one is below.
+
+    Args:
+        claim: what is said.
+        results: finished runs.
+        missing: planned runs that are not finished. A claim that speaks of one is not yet run: nothing is decided by
+            the runs that came first, or that did not diverge.
     """
     rows: dict[str, dict[str, float]] = {}
     data: dict[str, str] = {}
@@ -50,30 +69,35 @@ def weigh(claim: Claim, results: Sequence[Result]) -> Verdict:
             block = result.cell.beside(claim.axis)
             rows.setdefault(block, {})[level] = value
             data[block] = result.cell.data
+    missing = [cell for cell in missing if cell.levels[claim.axis] in claim.levels]
     if claim.reaches:
-        return reached(claim.reaches, claim.within, rows)
+        return reached(claim.reaches, claim.within, rows, missing)
+    partial = missing or any(len(row) < len(claim.levels) for row in rows.values())
     rows = {block: row for block, row in rows.items() if len(row) == len(claim.levels)}
     first, last = claim.levels[0], claim.levels[-1]
     gaps = {block: row[last] - row[first] for block, row in rows.items()}
     exact = claim.metric in EXACT
-    if len(rows) < (1 if exact else 2):
-        return Verdict(NOT_RUN, None, gaps)
+    if partial or len(rows) < (1 if exact else 2):
+        return Verdict(NOT_RUN, gaps)
     steps = [
         [row[after] - row[before] + claim.within for row in rows.values()]
         for before, after in itertools.pairwise(claim.levels)
     ]
     if exact:
         above = all(gap > 0 for step in steps for gap in step)
-        return Verdict(HOLDS if above else FAILS, None, gaps)
+        return Verdict(HOLDS if above else FAILS, gaps)
     tests = [paired(step) for step in steps]
     agree = [of_one_sign(step, [data[block] for block in rows]) for step in steps]
     p = max(above for above, _ in tests)
-    word = UNDECIDED
+    against = [min(1.0, below * len(steps)) for _, below in tests]
+    worst = min([i for i, one in enumerate(agree) if one] or range(len(steps)), key=against.__getitem__)
+    opposite = against[worst]
     if p < ALPHA and all(agree):
-        word = HOLDS
-    elif any(below < ALPHA / len(steps) and one for (_, below), one in zip(tests, agree, strict=True)):
-        word = FAILS
-    return Verdict(word, p, gaps)
+        return Verdict(HOLDS, gaps, p, opposite)
+    if opposite < ALPHA and agree[worst]:
+        why = f"{claim.levels[worst + 1]} below {claim.levels[worst]}" if len(steps) > 1 else ""
+        return Verdict(FAILS, gaps, p, opposite, why)
+    return Verdict(UNDECIDED, gaps, p, opposite, "" if all(agree) else "data sets disagree")
 
 
 def of_one_sign(gaps: Sequence[float], data: Sequence[str]) -> bool:
@@ -82,12 +106,14 @@ def of_one_sign(gaps: Sequence[float], data: Sequence[str]) -> bool:
     return not min(means) < 0 < max(means)
 
 
-def reached(values: dict[str, float], within: float, rows: dict[str, dict[str, float]]) -> Verdict:
+def reached(
+    values: dict[str, float], within: float, rows: dict[str, dict[str, float]], missing: Sequence[Cell]
+) -> Verdict:
     """Of means over runs."""
     found = {level: [row[level] for row in rows.values() if level in row] for level in values}
     gaps = {level: fmean(runs) - values[level] for level, runs in found.items() if runs}
     missed = any(gap < -within for gap in gaps.values())
-    return Verdict(FAILS if missed else HOLDS if len(gaps) == len(values) else NOT_RUN, None, gaps)
+    return Verdict(FAILS if missed else HOLDS if len(gaps) == len(values) and not missing else NOT_RUN, gaps)
 
 
 def paired(gaps: Sequence[float]) -> tuple[float, float]:
