@@ -313,6 +313,7 @@ def verdicts() -> str:
 ANCHORS = dict(
     small_data="small-data-sets",
     ablation="ablation",
+    pooling="pooling",
     frequency="high-frequencies",
     diversity="head-diversity",
     imagenet="imagenet-1k",

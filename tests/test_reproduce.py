@@ -58,7 +58,7 @@ claims:
 
 
 def test_every_experiment_of_the_package_is_read():
-    assert matrix.experiment_names() == ["small_data", "ablation", "frequency", "diversity", "imagenet"]
+    assert matrix.experiment_names() == ["small_data", "ablation", "pooling", "frequency", "diversity", "imagenet"]
     assert all(matrix.load(name).claims for name in matrix.experiment_names())
 
 
@@ -240,6 +240,8 @@ def test_an_order_fails_by_the_step_that_data_sets_agree_on():
     assert weigh(claim(rises=["lsra", "eit"]), one + other).word == UNDECIDED
     assert weigh(claim(rises=["vit", "lsra"]), one + other).word == FAILS
     assert verdict.word == FAILS
+    upward = weigh(claim(rises=["lsra", "vit", "eit"]), one + other)
+    assert upward.word == UNDECIDED and upward.why == "data sets disagree on eit against vit"
 
 
 def test_nothing_is_decided_before_all_runs_are_done():

@@ -15,7 +15,7 @@ from eit.errors import UserError, nearest
 LAYERS = ("share", "share_with_dc", "diversity", "distance")  # a value a layer
 EXACT = ("params", "macs", "published_macs")  # counted
 RUN = (*EXACT, "last_top1", "best_top1", "last_top5", "seconds")
-ORDER = ["small_data", "ablation", "frequency", "diversity", "imagenet"]
+ORDER = ["small_data", "ablation", "pooling", "frequency", "diversity", "imagenet"]
 
 
 class Level(Section):

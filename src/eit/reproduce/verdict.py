@@ -25,7 +25,7 @@ class Verdict:
             less the value.
         p: of the test that it holds; None of what is counted, is to be reached, or is not yet run.
         opposite: p of the test that it does not hold, corrected for the number of steps; None as p.
-        why: what else decided: the step by which an order does not hold, or that data sets disagree.
+        why: what else decided: the step by which an order does not hold, or on which data sets disagree.
     """
 
     word: str
@@ -97,7 +97,11 @@ def weigh(claim: Claim, results: Sequence[Result], missing: Sequence[Cell] = ())
     if opposite < ALPHA and agree[worst]:
         why = f"{claim.levels[worst + 1]} below {claim.levels[worst]}" if len(steps) > 1 else ""
         return Verdict(FAILS, gaps, p, opposite, why)
-    return Verdict(UNDECIDED, gaps, p, opposite, "" if all(agree) else "data sets disagree")
+    if all(agree):
+        return Verdict(UNDECIDED, gaps, p, opposite)
+    step = agree.index(False)
+    of = f" on {claim.levels[step + 1]} against {claim.levels[step]}" if len(steps) > 1 else ""
+    return Verdict(UNDECIDED, gaps, p, opposite, f"data sets disagree{of}")
 
 
 def of_one_sign(gaps: Sequence[float], data: Sequence[str]) -> bool:
