@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 import eit
 from eit.reproduce import matrix, report
 from eit.reproduce.cells import Result, read_results
-from eit.reproduce.report import FIGURE, disagreement, gaps, machines, report_table, weighed
+from eit.reproduce.report import FIGURE, PAGE, disagreement, extent, gaps, machines, report_table, weighed
 from eit.reproduce.verdict import NOT_RUN
 from eit.zoo import FAMILIES
 
@@ -290,7 +290,9 @@ def weighed_claims(page: str) -> list[list[str]]:
         experiment, budget, found = evidence(name)
         for key, verdict in weighed(experiment, budget, found).items():
             claim = experiment.claims[key]
-            done = f"{len(found)} of {len(experiment.cells(budget))} runs"
+            planned = experiment.cells(budget)
+            absent = set(claim.levels).difference(cell.levels[claim.axis] for cell in planned)
+            done = f"which has no {min(absent)}" if absent else f"{len(found)} of {len(planned)} runs"
             run = f"[{name}]({page}#{ANCHORS[name]}), {budget}, {done}"
             word = f"**{verdict.word}**" + (f", {verdict.evidence}" if verdict.evidence else "")
             rows.append([claim.says, code(claim.code), run, gaps(verdict, claim.metric), word])
@@ -327,7 +329,8 @@ def experiment(name: str) -> str:
         return f"Not yet run ({len(cells)} runs with the budget `{budget}`)."
     folder = f"../results/{found_experiment.name}/{budget}"
     lines = report_table(found_experiment, found)
-    lines += ["", f"Budget `{budget}`, {len(found)} of {len(cells)} runs. {machines(found)} [Results]({folder})."]
+    done = f"{extent(found_experiment, budget)} {len(found)} of {len(cells)} runs."
+    lines += ["", f"Budget `{budget}`: {done} {machines(found)} [Results]({folder})."]
     return "\n".join([*lines, "", f"![{found_experiment.name}, {budget}]({folder}/{FIGURE})"])
 
 
@@ -337,6 +340,8 @@ def build_results(check: bool) -> None:
         loaded = matrix.load(name)
         for budget in loaded.runs.budgets:
             if not read_results(loaded, budget, ROOT / "results"):
+                if (page := ROOT / "results" / name / budget / PAGE).exists():
+                    sys.exit(f"{page} is of runs that are not in results/: train them, or remove it")
                 continue
             if not check:
                 report.build(loaded, budget, ROOT / "results")

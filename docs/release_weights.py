@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from eit import list_models
+from eit.errors import UserError
 from eit.hub import write_folder
 from eit.reproduce import matrix
 from eit.reproduce.cells import Result, read_results
@@ -57,4 +58,7 @@ def main(out: str, results: str = "results") -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python docs/release_weights.py OUT [RESULTS]")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))

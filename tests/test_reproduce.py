@@ -144,10 +144,18 @@ def test_claims_speak_of_levels_and_metrics_that_are_measured():
         (TINY.replace("metric: macs", "metric: kept.75"), "metric=kept.75 is not measured"),
         (TINY.partition("axes:")[0], "axes and budgets are needed"),
         ("shows: x\nrefuted: y\naxes: [1]", "axes"),
-        ("- 1", "recipe"),
+        ("- 1", "is not an experiment"),
         (TINY.replace("seed: [0, 1]", "seed: []"), "axes.seed has no levels"),
         (TINY.replace("cost: seconds", "cost: seconds\n    levels: {model: []}"), "a budget has no levels of model"),
         ("shows: x\nrefuted: y\nof: small_data", "claims are needed"),
+        (TINY.replace("    vit: {", "    ../vit: {"), "'../vit' is no name"),
+        (TINY.replace("shows:", "name: a/b\nshows:"), "'a/b' is no name"),
+        (TINY.replace("shows:", "name: frequency\nshows:"), "an experiment called frequency ships with the package"),
+        (TINY.replace("cost: seconds\n    set:", "cost: seconds\n    set:\n      out: here"), "out is not to be set"),
+        (
+            TINY.replace("{digits: {}}", "{x-eit: {}, x: {}}").replace("    vit:", "    eit-eit:"),
+            "called x-eit-eit-seed",
+        ),
         ("shows: x\nrefuted: y\nof: frequency\nclaims:" + TINY.partition("claims:")[2], "axes and budgets are needed"),
     ],
 )
@@ -364,9 +372,14 @@ def test_experiments_of_one_another_are_refused(tmp_path, monkeypatch):
     ("file", "change", "said"),
     [
         ("environment.json", dict(world_size=4), "a global batch of 256, not 64"),
-        ("environment.json", None, "environment.json is damaged: commit, device"),
-        ("measured.json", [], "measured.json is damaged: macs"),
+        ("environment.json", None, "environment.json is damaged: world_size: Field required"),
+        ("environment.json", dict(world_size="1"), "environment.json is damaged: world_size: Input should be"),
+        ("measured.json", [], "measured.json is damaged: all of it: "),
+        ("measured.json", dict(trained=dict(share=[1, "b"])), "measured.json is damaged: trained.share"),
         ("summary.json", "{", "summary.json is damaged: "),
+        ("summary.json", dict(last_top1=float("nan")), "summary.json is damaged: last_top1: Input should be a finite"),
+        ("summary.json", dict(last_top1=99.0), "log.jsonl is not of 1 epochs to 99.0%"),
+        ("log.jsonl", "{", "log.jsonl is not of 1 epochs to "),
     ],
 )
 def test_a_run_of_another_batch_or_a_damaged_one_is_in_no_table(ran, tmp_path, file, change, said):
@@ -496,18 +509,41 @@ def test_a_run_again_is_identical_or_within_the_spread(ran, tmp_path):
     done = run_eit(*words, "--out", str(tmp_path / "again"), cwd=ran)
     assert done.returncode == 0 and "identical in every epoch" in done.stdout, done.stdout + done.stderr
     done = run_eit(*words, "--out", str(tmp_path / "again"), cwd=ran)
-    assert done.returncode == 2 and "holds a finished run" in done.stderr
+    assert done.returncode == 0 and "is finished" in done.stderr and "identical in every epoch" in done.stdout
     own = ran / "results" / "tiny" / "tiny" / "digits-eit-seed-0"
-    assert "holds a finished run" in run_eit(*words, "--out", str(own), cwd=ran).stderr
+    assert "is the recorded run itself" in run_eit(*words, "--out", str(own), cwd=ran).stderr
+    other = own.with_name("digits-vit-seed-0")
+    assert "another recipe" in run_eit(*words, "--out", str(other), cwd=ran).stderr
     shutil.copytree(ran, tmp_path / "changed")
     log = tmp_path / "changed" / "results" / "tiny" / "tiny" / "digits-eit-seed-0" / "log.jsonl"
     line = json.loads(log.read_text())
-    log.write_text(json.dumps(line | dict(val_loss=9.0)) + "\n")
+    log.write_text(json.dumps(line | dict(val_loss=9.0, val_top1=99.0)) + "\n")
     summary = log.with_name("summary.json")
     summary.write_text(json.dumps(json.loads(summary.read_text()) | dict(last_top1=99.0)))
     done = run_eit(*words, "--out", str(tmp_path / "other"), "--json", cwd=tmp_path / "changed")
     found = json.loads(done.stdout)
     assert not found["identical"] and found["recorded_top1"] == 99 and done.returncode == (0 if found["agrees"] else 1)
+
+
+def test_a_run_again_has_the_recorded_global_batch_on_another_number_of_processes(ran, tmp_path):
+    shutil.copytree(ran, tmp_path / "two")
+    folder = tmp_path / "two" / "results" / "tiny" / "tiny" / "digits-eit-seed-0"
+    environment = json.loads((folder / "environment.json").read_text())
+    del environment["cpu"]
+    (folder / "environment.json").write_text(json.dumps(environment | dict(world_size=2)))
+    recipe = (folder / "recipe.yaml").read_text()
+    assert "batch_size: 64" in recipe
+    (folder / "recipe.yaml").write_text(recipe.replace("batch_size: 64", "batch_size: 32"))
+    words = ("reproduce", "tiny.yaml", "--again", "digits-eit-seed-0", "--out", str(tmp_path / "again"))
+    done = run_eit(*words, cwd=tmp_path / "two")
+    assert done.returncode == 0 and "22 x 64 of them an epoch" in done.stderr, done.stderr
+    assert "identical in every epoch" in done.stdout
+
+
+def test_what_was_not_recorded_of_a_machine_is_named_as_changed(ran):
+    environment = json.loads((ran / "results/tiny/tiny/digits-eit-seed-0/environment.json").read_text())
+    flat = cells.flat(environment)
+    assert flat["torch"] and flat["model"] == environment["cpu"]["model"] and "command" not in flat
 
 
 def test_the_cheapest_run_of_the_tables_can_be_trained_again(tmp_path):
@@ -590,8 +626,8 @@ def test_the_list_says_what_each_shows_costs_and_what_refutes_it():
     assert text == run_eit("reproduce").stdout
     for name in matrix.experiment_names():
         assert f"\n{name}\n" in f"\n{text}"
-    assert text.count("refuted if: ") == text.count("shows: ") == 5 and "2.5 hours on 2 CPU cores" in text
-    assert len(json.loads(run_eit("reproduce", "--list", "--json").stdout)) == 5
+    assert text.count("refuted if: ") == text.count("shows: ") == 6 and "3.7 hours of one CPU core" in text
+    assert len(json.loads(run_eit("reproduce", "--list", "--json").stdout)) == 6
 
 
 @pytest.mark.parametrize(
@@ -612,6 +648,12 @@ def test_the_list_says_what_each_shows_costs_and_what_refutes_it():
         (["small_data", "--plan", "--tables"], "exclude each other"),
         (["small_data", "--tables", "--only", "eit"], "--only is of the runs to train"),
         (["small_data", "--tables"], "has no finished run"),
+        (["--budget", "short", "--tables"], "NAME is missing for --budget, --tables"),
+        (["small_data", "--list"], "--list takes no small_data"),
+        (["small_data", "--curve", "x"], "--curve is of imagenet"),
+        (["imagenet", "--curve", "x", "--data", "imagenet=y"], "no other option (--data)"),
+        (["imagenet", "--plan", "--images-per-s", "inf"], "--images-per-s inf is no rate"),
+        (["small_data", "--data", "cifar10=a", "--data", "cifar10=b"], "--data cifar10=... is given twice"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(tmp_path, words, said):
@@ -682,6 +724,17 @@ def test_a_run_is_compared_epoch_by_epoch(tmp_path):
     half = compare(write_run(tmp_path / "half", "mini", as_log(curve, -0.25)[:150]))
     assert half.worst == pytest.approx(-0.25) and len(half.rows) == 150
     assert "149" in str(half) and len(str(half).splitlines()) < 20
+
+
+def test_a_torn_last_line_is_left_out_and_a_damaged_one_named(tmp_path):
+    folder = write_run(tmp_path / "run", "mini", as_log(published_curve("eit_mini"))[:30])
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"epoch": 30, "train_l')
+    assert compare(folder).epochs == 30
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('oss": null, "val_top1": 60.0}\n')
+    with pytest.raises(UserError, match="log.jsonl is damaged: line 31 has train_loss None"):
+        compare(folder)
 
 
 @pytest.mark.parametrize(

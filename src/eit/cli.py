@@ -1,6 +1,7 @@
 """The `eit` command. Heavy imports stand inside the commands, so that `eit --version` is quick."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -588,7 +589,12 @@ def reproduce(
     """
     from eit.reproduce import matrix
 
+    options: dict[str, Any] = dict(budget=budget, data=data, only=only, plan=plan, images_per_s=images_per_s)
+    options |= dict(tables=tables, again=again, curve=curve, out=out, results=None if results == "results" else results)
+    used = [f"--{option.replace('_', '-')}" for option, value in options.items() if value not in (None, False)]
     if listed or name is None:
+        if extra := [*used, name] if name else used:
+            raise UserError(f"{'--list takes no' if listed else 'NAME is missing for'} {', '.join(extra)}")
         _list_experiments(as_json)
         return
     for option, given, needs in (("--images-per-s", images_per_s, plan), ("--out", out, again)):
@@ -596,10 +602,15 @@ def reproduce(
             raise UserError(f"{option} is of {'--plan' if option == '--images-per-s' else '--again'}")
     if sum((plan, tables, again is not None, curve is not None)) > 1:
         raise UserError("--plan, --tables, --again and --curve exclude each other")
-    if only and (tables or again is not None or curve is not None):
+    if only and (tables or again is not None):
         raise UserError("--only is of the runs to train, and of --plan")
+    if images_per_s is not None and not math.isfinite(images_per_s):
+        raise UserError(f"--images-per-s {images_per_s} is no rate")
     experiment = matrix.load(name)
     if curve is not None:
+        if name != "imagenet" or used != ["--curve"]:
+            others = ", ".join(option for option in used if option != "--curve") or name
+            raise UserError(f"--curve is of imagenet, and takes no other option ({others})")
         from eit.reproduce.published import compare
 
         found = compare(Path(curve))
@@ -777,10 +788,13 @@ def _list_experiments(as_json: bool) -> None:
 
 def _roots(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     """NAME=PATH words."""
-    roots = dict(word.partition("=")[::2] for word in words)
+    roots: dict[str, str] = {}
     for word in words:
         if "=" not in word or not all(word.partition("=")[::2]):
             raise UserError(f"--data {word} is not NAME=PATH, such as --data {known[0]}=PATH")
+        key, _, path = word.partition("=")
+        if roots.setdefault(key, path) != path:
+            raise UserError(f"--data {key}=... is given twice")
     if unknown := set(roots) - set(known):
         raise UserError(f"--data {min(unknown)}=...: its data sets are {', '.join(dict.fromkeys(known))}")
     return roots

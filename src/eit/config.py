@@ -400,13 +400,14 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
+def parse_yaml(text: str, source: str, kind: str = "a recipe: sections such as model: and data:") -> dict[str, Any]:
+    """The mapping in a file that is `kind`: what it is, and what is expected in it."""
     try:
         values = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise UserError(f"{source} is not plain YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{source} is not a recipe: sections such as model: and data: are expected")
+        raise UserError(f"{source} is not {kind} are expected")
     sections = {key.partition(".")[0] for key in recipe_keys() if "." in key}
     return {key: {} if value is None and key in sections else value for key, value in values.items()}
 

@@ -71,15 +71,8 @@ class Run:
             self._lock.close()
 
     def lines(self) -> list[dict[str, Any]]:
-        """The log, up to a line that was torn when a process died."""
-        lines = []
-        file = self.path / "log.jsonl"
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        return lines
+        """The log so far."""
+        return read_log(self.path) if (self.path / "log.jsonl").exists() else []
 
     def cut_log(self, step: int) -> None:
         """Drop what was logged after `step`, the checkpoint that the run continues from."""
@@ -160,6 +153,28 @@ def _closer(file: IO[str]) -> Callable[[], None]:
             found.close()
 
     return close
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """A line an epoch, up to one that was torn when a process died.
+
+    Raises:
+        UserError: there is no log.
+    """
+    try:
+        text = (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{folder} has no log of a run: {error.strerror}") from None
+    lines = []
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(found, dict):
+            break
+        lines.append(found)
+    return lines
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from torch import Tensor
 
 from eit import distributed
@@ -24,17 +25,46 @@ from eit.finetune import build_model, settle
 from eit.images import Images, View, normalise
 from eit.macs import complexity
 from eit.reproduce.matrix import Cell, Experiment, Measure
-from eit.run import environment, read_recipe
+from eit.run import environment, read_log, read_recipe
 from eit.train import train
 from eit.zoo import TIMM
 
 MEASURED, WEIGHTS = "measured.json", "final.safetensors"
-READ = {  # files of a finished run, and some of what they hold
-    "summary.json": {"params", "last_top1", "best_top1"},
-    MEASURED: {"macs"},
-    "environment.json": {"world_size", "threads", "device", "packages", "commit"},
-}
 BATCH = 64  # of what is measured
+
+
+class File(BaseModel):
+    """Of a finished run; what tables are made of is checked."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Summary(File):
+    params: int
+    last_top1: FiniteFloat
+    last_top5: FiniteFloat
+    best_top1: FiniteFloat
+    epochs: int
+    seconds: FiniteFloat
+
+
+class Measured(File):
+    macs: int
+    published_macs: int
+    size: dict[str, FiniteFloat] = {}
+    trained: dict[str, list[FiniteFloat] | FiniteFloat | str] = {}
+    initial: dict[str, list[FiniteFloat] | FiniteFloat | str] = {}
+
+
+class Environment(File):
+    world_size: int
+    threads: int
+    device: str
+    packages: dict[str, str]
+    commit: str | None
+
+
+FILES: dict[str, type[File]] = {"summary.json": Summary, MEASURED: Measured, "environment.json": Environment}
 
 
 @dataclass(frozen=True)
@@ -49,13 +79,16 @@ class Result:
     def value(self, metric: str) -> float | None:
         """`last_top1` and the like of summary.json, or a path in measured.json: trained.share, size.150. Lists: mean.
 
-        `gain.X` is trained.X less initial.X, `kept.X` size.X less last_top1. None where it was not measured.
+        `gain.X` is trained.X less initial.X, `kept.X` size.X less last_top1, to the four decimals of a percentage that
+        measured.json has. None where it was not measured.
         """
         kind, _, rest = metric.partition(".")
         pair = dict(gain=(f"trained.{rest}", f"initial.{rest}"), kept=(f"size.{rest}", "last_top1")).get(kind)
         if pair:
             after, before = map(self.value, pair)
-            return None if after is None or before is None else after - before
+            if after is None or before is None:
+                return None
+            return round(after, 4) - round(before, 4) if kind == "kept" else after - before
         found: Any = self.summary | self.measured
         for key in metric.split("."):
             found = found.get(key) if isinstance(found, dict) else None
@@ -71,16 +104,22 @@ def read_result(cell: Cell, results: Path) -> Result | None:
     folder = cell.folder(results)
     check_recipe(cell, folder)
     found = {}
-    for name, keys in READ.items():
+    for name, kind in FILES.items():
         try:
             found[name] = json.loads((folder / name).read_text())
+            kind.model_validate(found[name])
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{folder / name} is damaged: {where or 'all of it'}: {first['msg']}") from None
+        except (OSError, ValueError) as error:
             raise UserError(f"{folder / name} is damaged: {error}") from None
-        if not isinstance(found[name], dict) or not keys <= found[name].keys():
-            raise UserError(f"{folder / name} is damaged: {', '.join(sorted(keys))} belong in it")
     result = Result(cell, *found.values())
+    log, summary = read_log(folder), result.summary
+    if len(log) != summary["epochs"] or log[-1].get("val_top1") != summary["last_top1"]:
+        raise UserError(f"{folder / 'log.jsonl'} is not of {summary['epochs']} epochs to {summary['last_top1']}%")
     recipe = read_recipe(folder)
     images = recipe.data.batch_size * recipe.train.accumulate * result.environment["world_size"]
     if images != (planned := cell.global_batch):
@@ -281,25 +320,31 @@ class Again:
 
 
 def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str, str], out: Path) -> Again:
-    """Train the recorded recipe of a finished run anew in `out`, and compare.
+    """Train the recorded recipe of a finished run anew in `out`, and compare. The global batch stays, as in `run`.
 
     Raises:
-        UserError: the run is not there; `out` holds another one.
+        UserError: the run is not there; `out` is its folder, or holds a run of another recipe.
     """
     if (recorded := read_result(cell, results)) is None:
         raise UserError(f"{cell.folder(results)} is no finished run: there is nothing to compare with")
     folder = cell.folder(results)
-    distributed.start(cell.values["train"]["device"])
-    if out.resolve() == folder.resolve() or (out / "summary.json").exists():
-        raise UserError(f"--out {out} holds a finished run: give another one, or remove it")
-    recipe = read_recipe(folder)
-    root = roots.get(cell.data, recipe.data.root)
-    recipe = recipe.model_copy(update=dict(out=str(out), data=recipe.data.model_copy(update=dict(root=root))))
-    summary = train(recipe)
+    if out.resolve() == folder.resolve():
+        raise UserError(f"--out {out} is the recorded run itself: give another one")
     seeds = [r for r in read_results(experiment, cell.budget, results) if same_but_seed(r.cell, cell)]
     top1s = [float(r.summary["last_top1"]) for r in seeds]
-    old, new = (read_lines(path) for path in (folder, out))
-    before, after = (flat(json.loads((path / "environment.json").read_text())) for path in (folder, out))
+    distributed.start(cell.values["train"]["device"])
+    recipe, batch = read_recipe(folder), cell.recipe(results, roots, distributed.world_size())
+    data = dict(root=roots.get(cell.data, recipe.data.root), batch_size=batch.data.batch_size)
+    recipe = recipe.model_copy(
+        update=dict(
+            out=str(out),
+            data=recipe.data.model_copy(update=data),
+            train=recipe.train.model_copy(update=dict(accumulate=batch.train.accumulate)),
+        )
+    )
+    summary = train(recipe)
+    old, new = read_log(folder), read_log(out)
+    before, after = flat(recorded.environment), flat(json.loads((out / "environment.json").read_text()))
     timed = {"images_per_s"}
     return Again(
         identical=[{k: v for k, v in line.items() if k not in timed} for line in old]
@@ -307,7 +352,7 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
         top1=summary["last_top1"],
         recorded_top1=recorded.summary["last_top1"],
         limit=3 * stdev(top1s) if len(top1s) > 1 else None,
-        changed=[f"{k}: {before[k]} -> {v}" for k, v in after.items() if k != "command" and before.get(k, v) != v],
+        changed=[f"{k}: {before.get(k, 'not recorded')} -> {v}" for k, v in after.items() if before.get(k) != v],
     )
 
 
@@ -316,11 +361,7 @@ def same_but_seed(one: Cell, other: Cell) -> bool:
     return all(level == other.levels[axis] for axis, level in one.levels.items() if axis != "seed")
 
 
-def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The log of a run."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The environment, with packages by their names."""
-    return {k: v for k, v in values.items() if k != "packages"} | values["packages"]
+def flat(values: dict[str, Any]) -> dict[str, str]:
+    """The environment but for the command, with packages and the CPU's properties by their names."""
+    found = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu")}
+    return {key: str(value) for key, value in (found | values["packages"] | values.get("cpu", {})).items()}

@@ -1,6 +1,7 @@
 """Experiments as data: eit/experiments/*.yaml say what is trained, what is measured of it, and what is claimed."""
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,7 @@ from eit.errors import UserError, nearest
 LAYERS = ("share", "share_with_dc", "diversity", "distance")  # a value a layer
 EXACT = ("params", "macs", "published_macs")  # counted
 RUN = (*EXACT, "last_top1", "best_top1", "last_top5", "seconds")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a folder, or of a part of it
 ORDER = ["small_data", "ablation", "pooling", "frequency", "diversity", "imagenet"]
 
 
@@ -98,6 +100,12 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "Experiment":
+        names = [self.name, *self.budgets, *(level for levels in self.axes.values() for level in levels)]
+        if wrong := [name for name in names if not NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]!r} is no name: letters, digits and _ . + - make one")
+        set_by = [*(budget.set for budget in self.budgets.values()), *(level.set for level in self.levels)]
+        if any("out" in values for values in set_by):
+            raise ValueError("out is not to be set: --results says where runs are")
         if bare := [axis for axis, levels in self.axes.items() if not levels]:
             raise ValueError(f"axes.{bare[0]} has no levels")
         for budget in self.budgets.values():
@@ -111,6 +119,11 @@ class Experiment(Section):
         return self
 
     @property
+    def levels(self) -> list[Level]:
+        """Of all axes."""
+        return [level for levels in self.axes.values() for level in levels.values()]
+
+    @property
     def runs(self) -> "Experiment":
         """The experiment whose runs these are."""
         return read(self.of) if self.of else self
@@ -122,6 +135,10 @@ class Experiment(Section):
         runs = self.runs
         if runs.of or not runs.axes or not runs.budgets:
             raise ValueError("axes and budgets are needed, or of: an experiment that has them")
+        for budget in runs.budgets:
+            cells = [cell.name for cell in runs.cells(budget)]
+            if twice := [cell for cell in cells if cells.count(cell) > 1]:
+                raise ValueError(f"two runs of the budget {budget} are called {twice[0]}")
         for name, claim in self.claims.items():
             if claim.axis not in runs.axes:
                 raise ValueError(f"claims.{name}.axis={claim.axis}: the axes are {', '.join(runs.axes)}")
@@ -173,8 +190,8 @@ class Cell:
         return "-".join(f"{axis}-{level}" if level.isdigit() else level for axis, level in self.levels.items())
 
     def beside(self, axis: str) -> str:
-        """Its other levels: what runs share that an axis is compared over."""
-        return " ".join(level for name, level in self.levels.items() if name != axis)
+        """Its data set and its other levels: what runs share that an axis is compared over."""
+        return " ".join([self.data, *(level for name, level in self.levels.items() if name not in ("data", axis))])
 
     def folder(self, results: Path) -> Path:
         """Where its run folder is."""
@@ -262,18 +279,21 @@ def read(name: str) -> Experiment:
         raise UserError(
             f"unknown experiment {name!r}{nearest(name, experiment_names())} (known: {known}, or a PATH.yaml)"
         )
-    values = parse_yaml(text, name)
+    values = parse_yaml(text, name, "an experiment: axes:, budgets: and claims:")
     axes = values.get("axes")
     for axis, levels in axes.items() if isinstance(axes, dict) else ():
         if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
             values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
     try:
-        return Experiment.model_validate(dict(name=Path(name).stem) | values)
+        found = Experiment.model_validate(dict(name=Path(name).stem) | values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{name} is no experiment: {f'{where}: ' if where else ''}{message}") from None
+    if found.name != name and found.name in experiment_names():
+        raise UserError(f"{name}: an experiment called {found.name} ships with the package: give yours another name")
+    return found
 
 
 def names_of(cells: Iterable[Cell], axis: str) -> list[str]:

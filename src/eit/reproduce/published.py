@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from eit.config import Recipe, differences, load_recipe
 from eit.errors import UserError, few
-from eit.run import read_recipe
+from eit.run import read_log, read_recipe
 from eit.zoo import VARIANTS
 
 SHOWN = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 250, 299)
@@ -76,12 +77,14 @@ def compare(folder: Path) -> Compared:
     beside their e + 1, and our last one beside their last.
 
     Raises:
-        UserError: no run folder with a log, or a model without a published curve.
+        UserError: no run folder with a log, one that is damaged, or a model without a published curve.
     """
-    try:
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no log of a run: {error}") from None
+    lines = read_log(folder)
+    for number, line in enumerate(lines, start=1):
+        for key in ("epoch", "val_top1", "train_loss"):
+            value = line.get(key)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"{folder / 'log.jsonl'} is damaged: line {number} has {key} {value}")
     if not lines:
         raise UserError(f"{folder} has not ended its first epoch yet")
     recipe = read_recipe(folder)

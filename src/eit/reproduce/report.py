@@ -17,7 +17,7 @@ from eit.errors import few
 from eit.reproduce.cells import Result, read_results
 from eit.reproduce.matrix import EXACT, Cell, Experiment, names_of
 from eit.reproduce.verdict import Verdict, weigh
-from eit.zoo import published_results
+from eit.zoo import VARIANTS, published_results
 
 PAGE, FIGURE = "README.md", "figure.png"
 COLOURS = {"eit": "#0057b8", "lsra": "#e69f00", "vit": "#d55e00", "resnet": "#777777"}
@@ -33,7 +33,8 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def values(results: Iterable[Result], metric: str, **levels: str) -> list[float]:
@@ -60,7 +61,12 @@ def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]
         named = {level for claim in experiment.claims.values() for level in claim.levels}
         axis = next(iter(experiment.claims.values())).axis
         results = [result for result in results if result.cell.levels[axis] in named]
-    return TABLES.get(experiment.name, runs_table)(experiment, results)
+    return own(TABLES, experiment.name, results, runs_table)(experiment, results)
+
+
+def own(parts: dict[str, Any], name: str, results: Sequence[Result], usual: Any) -> Any:
+    """An experiment's own table or drawing, by data set and model; of runs that do not differ in those, the usual."""
+    return parts.get(name, usual) if all({"data", "model"} <= r.cell.levels.keys() for r in results) else usual
 
 
 def build(experiment: Experiment, budget: str, results: Path) -> Path:
@@ -84,7 +90,8 @@ def page(experiment: Experiment, budget: str, results: Sequence[Result]) -> str:
         "",
         f"What would refute it: {experiment.refuted}.",
         "",
-        f"{len(results)} of {len(results) + len(left)} runs are done.{undone} {machines(results)}".rstrip(),
+        f"{extent(experiment, budget)} {len(results)} of {len(results) + len(left)} runs are done.{undone} "
+        f"{machines(results)}".rstrip(),
         "",
     ]
     if results:
@@ -122,6 +129,17 @@ def verdicts(experiment: Experiment, budget: str, results: Sequence[Result]) -> 
         missing=[cell.name for cell in missing(experiment, budget, results)],
         claims={name: dict(says=experiment.claims[name].says, **asdict(claims[name])) for name in claims},
     )
+
+
+def extent(experiment: Experiment, budget: str) -> str:
+    """Epochs and sizes of a budget's runs, of those of our models."""
+    found: dict[str, None] = {}  # in their order
+    for cell in experiment.cells(budget):
+        recipe = cell.recipe(Path(), {})
+        if variant := VARIANTS.get(recipe.model.name):
+            width, depth = recipe.model.embed_dim or variant.embed_dim, recipe.model.depth or variant.depth
+            found[f"{recipe.train.epochs} epochs of {depth} layers of {width} channels"] = None
+    return f"{'; '.join(found)}."
 
 
 def machines(results: Sequence[Result]) -> str:
@@ -256,7 +274,7 @@ def figure(experiment: Experiment, results: Sequence[Result], file: Path) -> Non
     from matplotlib.figure import Figure
 
     shown = Figure(dpi=110, layout="constrained")
-    DRAWINGS.get(experiment.name, draw_accuracy)(shown, results)
+    own(DRAWINGS, experiment.name, results, draw_accuracy)(shown, results)
     draw.save(shown, file, metadata=metadata)
 
 
