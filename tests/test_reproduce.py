@@ -302,6 +302,8 @@ def test_metrics_are_means_over_layers_and_gains():
     assert result.value("trained.share") == pytest.approx(0.3)
     assert result.value("gain.share") == pytest.approx(0.2)
     assert result.value("size.150") == 40 and result.value("last_top1") == 50 and result.value("kept.150") == -10
+    third = Result(result.cell, dict(last_top1=100 / 3), dict(size={"150": 33.3333}), {})
+    assert third.value("kept.150") == 0, "the file has six digits"
     assert result.value("trained.diversity") is None and result.value("gain.diversity") is None
 
 
