@@ -536,13 +536,15 @@ def test_a_run_again_has_the_recorded_global_batch_on_another_number_of_processe
     recipe = (folder / "recipe.yaml").read_text()
     assert "batch_size: 64" in recipe
     (folder / "recipe.yaml").write_text(recipe.replace("batch_size: 64", "batch_size: 32"))
-    words = ("reproduce", "tiny.yaml", "--again", "digits-eit-seed-0", "--out", str(tmp_path / "again"))
+    words = ("reproduce", "tiny.yaml", "--again", "digits-eit-seed-0", "--out", str(tmp_path / "again"), "--json")
     done = run_eit(*words, cwd=tmp_path / "two")
     assert done.returncode == 0 and "22 x 64 of them an epoch" in done.stderr, done.stderr
-    assert "identical in every epoch" in done.stdout
+    found = json.loads(done.stdout)
+    assert found["identical"] and "world_size: 2 -> 1" in found["changed"]
+    assert any(change.startswith("capability: not recorded -> ") for change in found["changed"])
 
 
-def test_what_was_not_recorded_of_a_machine_is_named_as_changed(ran):
+def test_an_environment_is_compared_by_its_parts(ran):
     environment = json.loads((ran / "results/tiny/tiny/digits-eit-seed-0/environment.json").read_text())
     flat = cells.flat(environment)
     assert flat["torch"] and flat["model"] == environment["cpu"]["model"] and "command" not in flat

@@ -61,10 +61,10 @@ def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]
         named = {level for claim in experiment.claims.values() for level in claim.levels}
         axis = next(iter(experiment.claims.values())).axis
         results = [result for result in results if result.cell.levels[axis] in named]
-    return own(TABLES, experiment.name, results, runs_table)(experiment, results)
+    return part_for(TABLES, experiment.name, results, runs_table)(experiment, results)
 
 
-def own(parts: dict[str, Any], name: str, results: Sequence[Result], usual: Any) -> Any:
+def part_for(parts: dict[str, Any], name: str, results: Sequence[Result], usual: Any) -> Any:
     """An experiment's own table or drawing, by data set and model; of runs that do not differ in those, the usual."""
     return parts.get(name, usual) if all({"data", "model"} <= r.cell.levels.keys() for r in results) else usual
 
@@ -274,7 +274,7 @@ def figure(experiment: Experiment, results: Sequence[Result], file: Path) -> Non
     from matplotlib.figure import Figure
 
     shown = Figure(dpi=110, layout="constrained")
-    own(DRAWINGS, experiment.name, results, draw_accuracy)(shown, results)
+    part_for(DRAWINGS, experiment.name, results, draw_accuracy)(shown, results)
     draw.save(shown, file, metadata=metadata)
 
 
