@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-slow lint format readme docs clean
+.PHONY: help demo test test-slow gpu lint format readme docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, train the digits recipe (under a minute on 2 cores), predict a few"
 	@echo "make test       set up, run the tests (about 13 minutes on 2 cores)"
 	@echo "make test-slow  the tests that make test leaves out"
+	@echo "make gpu        on a machine with a GPU: check, measure, train, in 10 minutes; GPU=\"--part check\" and other words"
 	@echo "make lint       formatting, lint and types"
 	@echo "make format     rewrite the sources as lint wants them"
 	@echo "make readme     rebuild the tables and the figure of README.md and docs/ from the zoo and results/"
@@ -48,6 +49,10 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
+
+# With what is installed: the interpreter of .venv where it is there, else PYTHON.
+gpu:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(GPU)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from eit import shear
-from eit.augment import erase_boxes, erasing_box, image_transform
+from eit.augment import erase_at_once, erase_boxes, erase_one_by_one, erasing_box, image_transform, noise_fields
 from eit.config import Augment, Data
 from eit.crop import ResizedCrop
 from eit.data import open_data
@@ -195,20 +195,31 @@ def test_erased_boxes_are_noise_of_their_own_and_nothing_else_changes():
     assert 0.2 < (boxes[:, 2] > 0).float().mean() < 0.3
     area = (boxes[:, 2] * boxes[:, 3]).float()[boxes[:, 2] > 0] / 64**2
     assert 0.14 < area.mean() < 0.21 and area.max() < 0.35
-    x = torch.full((400, 3, 64, 64), 7.0)
-    erase_boxes(x, boxes)
+    fields = noise_fields((64, 64, 3), 0, 0, torch.device("cpu"))
+    x = erase_boxes(torch.full((400, 3, 64, 64), 7.0), boxes, fields)
     noise = []
-    for image, (top, left, h, w, _) in zip(x, boxes.tolist(), strict=True):
-        noise.append(image[:, top : top + h, left : left + w].flatten().clone())
+    for image, (top, left, h, w, seed) in zip(x, boxes.tolist(), strict=True):
+        inside = image[:, top : top + h, left : left + w]
+        assert torch.equal(inside, fields[seed % 64, top : top + h, left : left + w].permute(2, 0, 1))
+        noise.append(inside.flatten().clone())
         image[:, top : top + h, left : left + w] = 7
     assert (x == 7).all()
     noise = torch.cat(noise)
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01 and len(noise.unique()) > len(noise) * 0.9
-    again = torch.zeros(3, 3, 64, 64)
-    erase_boxes(again, boxes[10:13])  # of the box's own seed: the batch around it does not matter
-    both = torch.zeros(400, 3, 64, 64)
-    erase_boxes(both, boxes)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert len({seed % 64 for seed in boxes[boxes[:, 2] > 0, 4].tolist()}) > 40
+    again = erase_boxes(torch.zeros(3, 3, 64, 64), boxes[10:13], fields)  # the batch around an image does not matter
+    both = erase_boxes(torch.zeros(400, 3, 64, 64), boxes, fields)
     assert torch.equal(both[10:13], again)
+
+
+def test_boxes_are_erased_alike_one_by_one_and_at_once():
+    with seeded(Stream.SAMPLE, 1):
+        boxes = torch.tensor([erasing_box(0.5, 24, 40) for _ in range(30)])
+    fields = noise_fields((24, 40, 3), 0, 0, torch.device("cpu"))
+    x = torch.randn(30, 24, 40, 3).permute(0, 3, 1, 2)
+    at_once = erase_at_once(x, boxes, fields)
+    assert at_once.is_contiguous(memory_format=torch.channels_last) and not torch.equal(at_once, x)
+    assert torch.equal(at_once, erase_one_by_one(x.clone(), boxes, fields))
 
 
 def test_normalising_a_batch_as_it_lies_in_memory_is_normalising():

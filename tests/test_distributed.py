@@ -1,12 +1,217 @@
-"""Several processes, as torchrun starts them (gloo)."""
+"""Several processes, as torchrun starts them (gloo), and what they would do on GPUs."""
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import eit
+from eit import distributed
 from tests.conftest import TINY, run_eit
+
+# -- GPUs, of which there are none
+
+
+class Calls:
+    """Notes each call by its name: [(name, arguments, options)]."""
+
+    def __init__(self):
+        self.made = []
+
+    def noting(self, name, result=None):
+        return lambda *arguments, **options: self.made.append((name, arguments, options)) or result
+
+    def of(self, name):
+        return [(arguments, options) for called, arguments, options in self.made if called == name]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with GPUs, for which a process of torchrun is started: machine(gpus=8, LOCAL_RANK=3, ...) -> calls."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(gpus=0, mps=False, store=None, **variables):
+        calls, joined = Calls(), []
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        if "RANK" in variables:
+            monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+            monkeypatch.setenv("MASTER_PORT", "1")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", calls.noting("set_device"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid=f"GPU-{gpu.index}"))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        rank, world = int(variables.get("RANK", 0)), int(variables.get("WORLD_SIZE", 1))
+        store = store or dist.HashStore()
+        for other in set(range(world)) - {rank}:
+            if not store.check([f"eit/gpu/{other}"]):
+                store.set(f"eit/gpu/{other}", f"{socket.gethostname()} GPU-of-rank-{other}")
+        monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, rank, world)]))
+        monkeypatch.setattr(distributed, "_of_this_start", lambda store, *_: store)
+        monkeypatch.setattr(distributed, "_waiting", None)
+        monkeypatch.setattr(dist, "is_initialized", lambda: bool(joined))
+        monkeypatch.setattr(
+            dist,
+            "init_process_group",
+            lambda *arguments, **options: joined.append(calls.noting("join")(*arguments, **options)),
+        )
+        monkeypatch.setattr(dist, "new_group", calls.noting("new_group", result="the group of gloo"))
+        return calls
+
+    return make
+
+
+RANK_3 = dict(RANK=3, LOCAL_RANK=3, WORLD_SIZE=8)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize(("gpus", "expected"), [(8, "cuda:3"), (1, "cuda:0")])
+def test_a_rank_has_the_gpu_of_its_number_or_the_one_that_it_sees(machine, device, gpus, expected):
+    """One: srun --gpus-per-task=1."""
+    calls = machine(gpus, **RANK_3)
+    chosen = distributed.start(device)
+    assert chosen == torch.device(expected)
+    assert calls.of("set_device") == [((chosen,), {})]
+
+
+def test_one_process_may_choose_its_gpu(machine):
+    calls = machine(gpus=8)
+    assert distributed.start("cuda:5") == torch.device("cuda:5")
+    assert distributed.start("auto") == torch.device("cuda:0")
+    assert not calls.of("join") and not calls.of("new_group")
+    machine(gpus=8, RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+    assert distributed.start("cuda:5") == torch.device("cuda:5")
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "said"),
+    [
+        (
+            "cuda:1",
+            dict(gpus=8, **RANK_3),
+            "device cuda:1 is for one process, and there are 8: give cuda, one GPU each",
+        ),
+        ("mps", dict(mps=True, **RANK_3), "device mps is for one process, and there are 8: start one, or give cpu"),
+        ("auto", dict(mps=True, **RANK_3), "device mps is for one process, and there are 8: start one, or give cpu"),
+        ("cuda", dict(gpus=2, **RANK_3), "device cuda:3 is not there: 2 GPUs are visible"),
+        ("cuda:2", dict(gpus=2), "device cuda:2 is not there: 2 GPUs are visible"),
+        ("cuda", dict(), "device cuda is not there: 0 GPUs are visible"),
+        ("mps", dict(), "device mps is not there: this is no Apple GPU, or macOS is too old"),
+    ],
+)
+def test_a_device_that_a_process_cannot_have_is_one_line_and_no_group_is_joined(machine, device, there, said):
+    calls = machine(**there)
+    with pytest.raises(eit.UserError) as error:
+        distributed.start(device)
+    assert str(error.value) == said
+    assert calls.made == []
+    is_of_all = "is for one process" in said
+    assert getattr(error.value, "__notes__", []) == ([distributed.ON_MAIN] if is_of_all else [])  # told once
+
+
+def test_gpus_are_joined_by_nccl_with_a_short_limit_and_rank_0_is_waited_for_in_gloo(machine):
+    calls = machine(gpus=8, **RANK_3)
+    device = distributed.start()
+    [(backend, options)] = calls.of("join")
+    assert backend == ("nccl",) and options["device_id"] == device == torch.device("cuda:3")
+    assert options["timeout"] == timedelta(minutes=3) and (options["rank"], options["world_size"]) == (3, 8)
+    [(_, options)] = calls.of("new_group")
+    assert options["backend"] == "gloo" and options["timeout"] >= timedelta(hours=1)
+    assert distributed.start() == device
+    assert len(calls.of("join")) == len(calls.of("new_group")) == 1  # a second start joins nothing
+
+
+def test_cpus_are_joined_by_gloo_and_wait_for_rank_0_as_long(machine):
+    calls = machine(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2)
+    assert distributed.start() == torch.device("cpu")
+    [(backend, options)] = calls.of("join")
+    assert backend == ("gloo",) and options.get("device_id") is None
+    [(_, options)] = calls.of("new_group")
+    assert options["backend"] == "gloo" and options["timeout"] >= timedelta(hours=1)
+
+
+def test_ranks_that_share_a_gpu_are_one_line_on_each(machine):
+    """NCCL would fail with an error that does not say so."""
+    calls = machine(gpus=1)
+    store, cuda = dist.HashStore(), torch.device("cuda:0")
+
+    def join(rank):
+        with pytest.raises(eit.UserError) as error:
+            distributed._join(cuda, store, rank, 2)
+        return error.value
+
+    with ThreadPoolExecutor(2) as ranks:
+        errors = list(ranks.map(join, range(2)))
+    for error in errors:
+        assert str(error) == "ranks 0, 1 share one GPU: start as many processes as there are GPUs"
+        assert error.__notes__ == [distributed.ON_MAIN]
+    assert calls.made == []
+
+
+def test_gpus_of_the_same_number_on_two_machines_are_two(machine):
+    store = dist.HashStore()
+    store.set("eit/gpu/0", "another-host GPU-0")
+    calls = machine(gpus=1, store=store, RANK=1, LOCAL_RANK=0, WORLD_SIZE=2)
+    assert distributed.start() == torch.device("cuda:0")
+    assert len(calls.of("join")) == 1
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Two ranks, of which this is rank 0; the collectives are noted, and each gives what it was given."""
+    calls = Calls()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "_waiting", "the group of gloo")
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "broadcast"):
+        monkeypatch.setattr(dist, name, calls.noting(name))
+    return calls
+
+
+def groups(calls):
+    return [(name, options.get("group")) for name, _, options in calls.made]
+
+
+def test_what_ranks_tell_each_other_goes_through_gloo(group):
+    """NCCL would end the process where one of them takes longer than the limit of a step."""
+    distributed.gather({"a": 1})
+    assert distributed.on_main(lambda: 7) == 7
+    with pytest.raises(eit.UserError, match="x") as error:
+        distributed.on_main(lambda: (_ for _ in ()).throw(eit.UserError("x")))
+    assert error.value.__notes__ == [distributed.ON_MAIN]
+    distributed.sum_over_ranks(torch.zeros(2))
+    gloo = "the group of gloo"
+    assert groups(group) == [
+        ("all_gather_object", gloo),
+        ("broadcast_object_list", gloo),
+        ("broadcast_object_list", gloo),
+        ("all_reduce", gloo),
+    ]
+
+
+def test_tensors_on_a_device_are_summed_where_they_are(group):
+    on_device = torch.zeros(2, device="meta")
+    assert distributed.sum_over_ranks(on_device) is on_device
+    assert groups(group) == [("all_reduce", None)] and group.made[0][1] == (on_device,)
+
+
+def test_the_end_of_a_group_is_the_end_of_both(machine, monkeypatch):
+    calls = machine(gpus=8, **RANK_3)
+    distributed.start()
+    monkeypatch.setattr(dist, "destroy_process_group", calls.noting("destroy"))
+    distributed.stop()
+    assert calls.of("destroy") == [((), {})] and distributed._waiting is None
+
+
+# -- Processes
 
 
 def train(folder, out, ranks, *overrides):

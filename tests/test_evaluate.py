@@ -73,7 +73,7 @@ class Rows:
         for block in self.own_blocks:
             index = torch.arange(block * 7, block * 7 + 7).clamp(max=len(self.labels) - 1)
             valid = min(7, len(self.labels) - block * 7)
-            yield block, Batch(self.logits[index], self.labels[index], valid)
+            yield Batch(self.logits[index], self.labels[index], valid)
 
 
 def random_rows(images=701, classes=9):
@@ -137,17 +137,26 @@ def test_ranks_find_together_what_one_finds_alone(monkeypatch, world):
     alone = evaluate(torch.nn.Identity(), random_rows())
     monkeypatch.setattr(distributed, "world_size", lambda: world)
 
-    def on(rank, sum_over_ranks):
+    def on(rank, sum_over_ranks, gather):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "sum_over_ranks", sum_over_ranks)
+        monkeypatch.setattr(distributed, "gather", gather)
         return evaluate(torch.nn.Identity(), random_rows())
 
-    parts = [[] for _ in range(world)]  # what each rank contributes
-    shares = [on(rank, lambda t, rank=rank: (parts[rank].append(t.clone()), t)[1]) for rank in range(world)]
+    counts = [[] for _ in range(world)]  # what each rank contributes
+    sums = [[] for _ in range(world)]
+    shares = [
+        on(
+            rank,
+            lambda t, rank=rank: (counts[rank].append(t.clone()), t)[1],
+            lambda own, rank=rank: (sums.__setitem__(rank, own), [own])[1],
+        )
+        for rank in range(world)
+    ]
     assert sum(share.images for share in shares) == alone.images == 701 and shares[0] != alone
     for rank in range(world):
-        sums = (sum(tensors) for tensors in zip(*parts, strict=True))
-        assert on(rank, lambda t, sums=sums: next(sums)) == alone
+        totals = (sum(tensors) for tensors in zip(*counts, strict=True))
+        assert on(rank, lambda t, totals=totals: next(totals), lambda own: sums) == alone
 
 
 # -- Flips and views

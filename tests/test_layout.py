@@ -11,11 +11,12 @@ SOURCE = Path(eit.__file__).parent
 # Lower layers first; a module imports from lower layers only. Packages have layers of their own.
 LAYERS = [
     {"errors", "shear"},
-    {"layers", "config", "distributed", "draw", "memory", "peak"},
-    {"model"},
+    {"layers", "config", "distributed", "draw", "memory", "precision", "reports"},
+    {"model", "environment", "peak"},
     {"zoo", "macs", "console", "images"},
-    {"checkpoint", "readers", "plan", "crop"},
+    {"checkpoint", "folder_lock", "readers", "plan", "crop"},
     {"augment", "state", "batch", "exported"},
+    {"prefetch"},
     {"streams"},
     {"data", "loader", "run", "predict", "loss", "prepare"},
     {"evaluate", "finetune", "shard"},

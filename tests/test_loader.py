@@ -283,15 +283,15 @@ def test_each_image_is_evaluated_once_in_the_same_batches_on_any_number_of_ranks
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         loader = EvaluationLoader(val, VIEW, 5, 0, CPU)
         for _ in range(2):  # the second time from memory
-            found |= dict(loader)
+            found |= dict(zip(loader.own_blocks, loader, strict=True))
     assert sorted(found) == [0, 1, 2]
     assert sum(batch.valid for batch in found.values()) == len(val) == 12
-    for block, batch in alone:
+    for block, batch in enumerate(alone):
         assert torch.equal(batch.images, found[block].images) and len(batch.images) == 5
     labels = torch.cat([b.labels[: b.valid] for _, b in sorted(found.items())])
     assert labels.tolist() == val.labels
     first = normalise(VIEW.pixels(val.read(0, 3))[None], VIEW.mean, VIEW.std)
-    assert torch.equal(alone[0][1].images[:1], first)
+    assert torch.equal(alone[0].images[:1], first)
 
 
 def test_an_unreadable_validation_image_stops_and_is_named(folder):

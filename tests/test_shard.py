@@ -5,12 +5,12 @@ import pickle
 import struct
 import tarfile
 import threading
-from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from eit.evaluate import evaluate
 from eit.images import View
 from eit.loader import evaluation_loader, train_loader
 from eit.plan import Plan
-from eit.readers import INFO, ImageStream
+from eit.readers import INFO, ImageStream, shard_names
 from eit.shard import write_shards
 from eit.streams import StreamLoader
 from eit.train import train
@@ -80,7 +80,7 @@ def test_shards_and_folder_give_identical_batches(folder, augment):
     assert len(batches[0]) == 9
     for (x, y), (u, v) in zip(*batches, strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
-    for (_, a), (_, b) in zip(*(evaluation_loader(v, VIEW, 5, 0, CPU) for v in (val_a, val_b)), strict=True):
+    for a, b in zip(*(evaluation_loader(v, VIEW, 5, 0, CPU) for v in (val_a, val_b)), strict=True):
         assert torch.equal(a.images, b.images)
 
 
@@ -273,24 +273,103 @@ def test_worker_processes_are_sent_no_loader(streamed, monkeypatch):
     )
 
 
-def test_a_stream_is_evaluated_once_a_sample_on_any_number_of_ranks(streamed, monkeypatch):
+def test_a_stream_and_the_folder_have_the_same_figures(streamed):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2))
-    folder_val = open_evaluation(Data(root=streamed.root))
-    expected = evaluate(model, evaluation_loader(folder_val, VIEW, 4, 0, CPU))
-    val = open_evaluation(streamed)
-    for workers in (0, 2):
-        found = evaluate(model, evaluation_loader(val, VIEW, 4, workers, CPU))
-        assert (found.confusion, found.images) == (expected.confusion, 10)
-        assert found.loss == pytest.approx(expected.loss)
-    for world in (2, 3):
-        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
-        seen = Counter()
+    expected = evaluate(model, evaluation_loader(open_evaluation(Data(root=streamed.root)), VIEW, 4, 0, CPU))
+    first, second = (
+        evaluate(model, evaluation_loader(open_evaluation(streamed), VIEW, 4, workers, CPU)) for workers in (0, 2)
+    )
+    assert first == second and (first.confusion, first.images) == (expected.confusion, 10)
+    assert first.loss == pytest.approx(expected.loss)
+
+
+def on_rank(monkeypatch, rank, world, loader):
+    """What a rank of `world` evaluates, as tuples of numbers, where the other ranks see the rest."""
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    joined = []
+    monkeypatch.setattr(distributed, "gather", lambda seen: (joined.append(seen), [seen, 10 - seen])[1])
+    batches = [tuple(numbers(batch.images[: batch.valid])) for batch in loader]
+    assert joined == [sum(map(len, batches))]  # once, on a rank without images too
+    return batches
+
+
+@pytest.fixture
+def decoded(monkeypatch, tmp_path):
+    """Counts the images that timm's reader has decoded since the last call, in any process of this test."""
+    from timm.data.readers import reader_wds
+
+    calls, original = tmp_path / "decoded", reader_wds._decode
+
+    def counting(*arguments, **named):
+        with open(calls, "a") as f:
+            f.write("x")
+        return original(*arguments, **named)
+
+    def count():
+        n = len(calls.read_text()) if calls.exists() else 0
+        calls.unlink(missing_ok=True)
+        return n
+
+    monkeypatch.setattr(reader_wds, "_decode", counting)
+    return count
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("world", "parts"), [(1, [10]), (2, [5, 5]), (3, [5, 3, 2]), (4, [3, 3, 2, 2]), (5, [3, 3, 2, 2, 0])]
+)
+def test_ranks_and_workers_share_the_shards_of_an_evaluation(tmp_path, monkeypatch, decoded, world, parts, workers):
+    """Shards of 3, 3, 2 and 2 images. A rank without a shard decodes nothing."""
+    require_webdataset()
+    root = shards_of(one_colour(tmp_path / "colours"), 4, 4)
+    loader = evaluation_loader(open_evaluation(Data(root=str(root), dataset="wds/c")), VIEW, 2, workers, CPU)
+    batches = []
+    for rank, part in enumerate(parts):
+        own = on_rank(monkeypatch, rank, world, loader)
+        assert len(list(chain(*own))) == decoded() == part
+        batches += own
+    order = [*range(0, 10, 2), *range(1, 10, 2)]  # of the folder, class by class, and so of the shards
+    assert sorted(batches) == sorted(tuple(order[a:b]) for a, b in ((0, 2), (2, 3), (3, 5), (5, 6), (6, 8), (8, 10)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_stream_knows_how_many_batches_a_rank_has(streamed, monkeypatch, world):
+    loader = evaluation_loader(open_evaluation(streamed), VIEW, 2, 0, CPU)  # 2 shards of 5
+    for rank in range(world):
+        assert len(on_rank(monkeypatch, rank, world, loader)) == len(loader.own_blocks)
+
+
+def test_the_files_of_tensorflow_datasets_are_no_shards():
+    """They lie in its own cache, not below data.root, and are no tar files."""
+    reader = SimpleNamespace(root="", split_info=SimpleNamespace(filenames=["mnist-test.tfrecord-00000-of-00001"]))
+    assert shard_names(reader) == []
+
+
+def test_a_stream_without_shards_is_shared_batch_by_batch(tmp_path, monkeypatch):
+    require(find_spec("datasets") is not None, "the package datasets is not installed")
+    folder = one_colour(tmp_path / "colours")
+    (folder / "val").rename(folder / "validation")
+    val = open_evaluation(Data(root=str(tmp_path / "cache"), dataset=f"hfids/{folder}", classes=2, download=True))
+    assert isinstance(val, ImageStream) and not val.shards
+    loader = evaluation_loader(val, VIEW, 4, 0, CPU)
+    whole = on_rank(monkeypatch, 0, 1, loader)
+    assert sorted(chain(*whole)) == list(range(10)) and len(whole) == len(loader.own_blocks) == 3
+    for world in (2, 3, 4):
         for rank in range(world):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            for _, batch in evaluation_loader(val, VIEW, 4, 0, CPU):
-                seen.update(numbers(batch.images))
-        assert seen == Counter(range(10))
+            assert on_rank(monkeypatch, rank, world, loader) == whole[rank::world]
+
+
+def test_processes_share_the_shards_of_an_evaluation(tmp_path):
+    """torchrun: the same figures on three ranks, one of which has no shard, as on one."""
+    require_webdataset()
+    write_shards(*open_data(Data(root="sklearn:digits")), tmp_path / "shards", 2, 2)
+    words = ["eval", "digits", "--data", "shards", "--dataset", "wds/digits", "--batch-size", 64, "--json"]
+    figures = [run_eit(*words, "--workers", 1, cwd=tmp_path, ranks=ranks) for ranks in (0, 3)]
+    assert [done.returncode for done in figures] == [0, 0], figures[1].stderr
+    first, second = (json.loads(done.stdout) for done in figures)
+    assert first == second and first["images"] == len(open_data(Data(root="sklearn:digits"))[1])
 
 
 def test_a_webdataset_run_over_two_processes_sees_every_sample(streamed, tmp_path):
@@ -405,8 +484,10 @@ def test_wrong_numbers_in_the_description_are_one_line(streamed):
     info = json.loads(Path(streamed.root, INFO).read_text())
     info["splits"]["validation"]["num_samples"] = 2
     Path(streamed.root, INFO).write_text(json.dumps(info))
-    with pytest.raises(UserError, match="more images were read than the 2 it says"):
-        list(evaluation_loader(open_evaluation(streamed), VIEW, 2, 0, CPU))
+    for workers in (0, 1):
+        with pytest.raises(UserError, match="wds/colours: 10 images were read, it says that it has 2") as error:
+            list(evaluation_loader(open_evaluation(streamed), VIEW, 2, workers, CPU))
+        assert error.value.__notes__ == [distributed.ON_MAIN]  # all ranks raise it
     Path(streamed.root, "train-00001.tar").unlink()
     with pytest.raises(UserError, match=r"train-00001\.tar is missing: _info\.json names it"):
         open_data(streamed)
@@ -438,7 +519,7 @@ def test_a_stream_shows_the_pixels_of_the_folder(tmp_path):
     view = View(16, 16, "bicubic", (0.5,), (0.5,))
     sets = (open_evaluation(Data(root=str(root))), open_evaluation(Data(root=str(shards), dataset="wds/c", workers=0)))
     folder_images, streamed_images = (
-        torch.cat([b.images[: b.valid] for _, b in evaluation_loader(images, view, 5, 0, CPU)]) for images in sets
+        torch.cat([b.images[: b.valid] for b in evaluation_loader(images, view, 5, 0, CPU)]) for images in sets
     )
     assert torch.equal(folder_images, streamed_images)
 
@@ -479,7 +560,9 @@ def test_an_unreadable_image_of_a_stream_counts_against_the_budget_and_stops_an_
     with pytest.raises(UserError, match=r"1 of 40 training images are unreadable"):
         loader.bad.allowed = 0
         loader.bad.check(2)  # both of two ranks met it
-    with pytest.raises(UserError, match=r"wds/colours.*UnidentifiedImage"):
+    with pytest.raises(
+        UserError, match=r"wds/colours, before image 1 of shard validation-00001\.tar: UnidentifiedImage"
+    ):
         list(evaluation_loader(val_images, VIEW, 4, workers, CPU))
 
 
@@ -540,6 +623,8 @@ def test_a_stream_comes_from_an_object_store(streamed):
     try:
         config = streamed.model_copy(update=dict(root=f"http://127.0.0.1:{server.server_port}"))
         assert stream(config) == stream(streamed)
+        over_http, on_disk = (evaluation_loader(open_evaluation(c), VIEW, 2, 2, CPU) for c in (config, streamed))
+        assert [numbers(b.images) for b in over_http] == [numbers(b.images) for b in on_disk]
         Path(streamed.root, "train-00003.tar").unlink()
         with pytest.raises(UserError, match=r"shard http://127.0.0.1:.*/train-00003.tar cannot be read"):
             stream(config)

@@ -16,7 +16,12 @@ from eit.images import Images
 from eit.memory import keep_freed
 from eit.readers import ImageStream
 
+MOST_WORKERS = 16
+PREFETCH = 4  # batches of each worker
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # preemption, Ctrl-C, Slurm's --signal=USR1
+
+
+HostBatch = tuple[Tensor, Tensor, list[str], Tensor]  # of `collate`
 
 
 class Batch(NamedTuple):
@@ -62,7 +67,7 @@ class BadImages:
             )
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], Tensor]:
+def collate(samples: list[Sample]) -> HostBatch:
     """A batch: pixels, labels, what could not be read, (B, 5) boxes to erase or (B, 0).
 
     Where a sample has no pixels there is no batch, but the fault that ends the run.
@@ -77,9 +82,11 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], Tensor]:
 
 
 def worker_count(workers: int | None) -> int:
-    """Loader processes of this rank: as given, else one a core, at most 8."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min((os.cpu_count() or 1) // local_world, 8) if workers is None else workers
+    """Loader processes of this rank: as given, else one for each core that the process may use, at most 16."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), MOST_WORKERS)
 
 
 def worker_options(workers: int | None, device: torch.device, persistent: bool = False) -> dict[str, Any]:
@@ -88,6 +95,7 @@ def worker_options(workers: int | None, device: torch.device, persistent: bool =
     return dict(
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
+        prefetch_factor=PREFETCH if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
     )

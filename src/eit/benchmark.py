@@ -30,18 +30,18 @@ from eit.checkpoint import SHIPPED, Card, default_class_names, default_mean_std,
 from eit.config import load_recipe
 from eit.console import progress
 from eit.errors import UserError, few, first_line, nearest
-from eit.evaluate import autocast
 from eit.export import export
 from eit.macs import complexity, training_macs
 from eit.memory import MALLOC, is_measurable, peak_bytes
 from eit.model import EIT
 from eit.plan import Plan, Stream, set_seed
+from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.run import environment
 from eit.train import make_optimizer
 from eit.zoo import FAMILIES, TIMM, VARIANTS, check_size, check_timm_name, create_model
 
 MODES = ("infer", "train")
-PRECISIONS = ("fp32", "bf16")
+DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # of eit.export, that the runtimes read
 SECONDS = 0.3  # of one measurement, at least
@@ -59,7 +59,7 @@ class Options:
     size: int | None = None  # pixels; None: each model's own
     threads: int | None = None  # None: torch's own choice
     modes: Sequence[str] = MODES
-    precisions: Sequence[str] = PRECISIONS
+    precisions: Sequence[Precision] = DEFAULT_PRECISIONS
     runtimes: Sequence[str] | None = None  # None: those at hand
     rounds: int = 5
     naive: bool = False
@@ -73,7 +73,7 @@ class Arm:
 
     model: str
     runtime: str
-    precision: str
+    precision: Precision
     mode: str
     batch: int
     naive: bool = False
@@ -158,6 +158,8 @@ def bench(names: Sequence[str], options: Options) -> Record:
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    for precision in options.precisions:
+        resolve_precision(precision, options.device)
     runtimes, left_out = check_runtimes(options)
     subjects = open_models(names, options)
     with tempfile.TemporaryDirectory() as folder, _many_compilations():
@@ -286,7 +288,7 @@ def load_naive() -> Callable[[EIT], EIT]:
 def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, left_out: list[str]) -> list[Arm]:
     """What is measured of a model, the baseline first."""
     arms = []
-    lacking = {(r, "bf16"): reason for r in runtimes if (reason := _why_no_bf16(r)) and "bf16" in options.precisions}
+    lacking = {(r, p): reason for r in runtimes for p in options.precisions if (reason := _why_not(r, p))}
     left_out += [reason for reason in lacking.values() if reason not in left_out]
     for mode in options.modes:
         for batch in sorted({1, options.batch_size}) if mode == "infer" else [options.batch_size]:
@@ -303,12 +305,13 @@ def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, le
     return arms
 
 
-def _why_no_bf16(runtime: str) -> str | None:
-    if runtime == "onnxruntime":
-        return "onnxruntime bf16: it has no bf16 on the CPU"
-    has = (
-        exported.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") if runtime == "openvino" else ["BF16"]
-    )
+def _why_not(runtime: str, precision: Precision) -> str | None:
+    """Why a runtime has no such precision; None where it has."""
+    if runtime not in FORMATS or precision == "fp32":
+        return None
+    if runtime == "onnxruntime" or precision != "bf16":
+        return f"{runtime} {precision}: it has no {precision} on the CPU"
+    has = exported.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return None if "BF16" in has else "openvino bf16: this processor has none"
 
 
@@ -379,26 +382,27 @@ def _open_openvino(file: Path, precision: str) -> exported.ExportedModel:
     return exported.open_openvino(file, {"fp32": "f32", "bf16": "bf16"}[precision])
 
 
-def inference_step(network: Any, x: Tensor, precision: str) -> Step:
+def inference_step(network: Any, x: Tensor, precision: Precision) -> Step:
     """A forward pass, as `eit.evaluate` does it."""
 
     @torch.no_grad()
     def step() -> None:
-        with autocast(x.device, precision):
+        with arithmetic(x.device, precision):
             network(x)
 
     return step
 
 
-def training_step(model: nn.Module, network: Any, x: Tensor, y: Tensor, precision: str) -> Step:
+def training_step(model: nn.Module, network: Any, x: Tensor, y: Tensor, precision: Precision) -> Step:
     """Forward, cross-entropy, backward, and a step of the optimizer of the recipes. `network` is what calls `model`."""
     plan = Plan(images=len(x), batch_size=len(x), accumulate=1, world=1, repeats=1, seed=0)
     optimizer = make_optimizer(load_recipe(RECIPE), model, plan)
 
     def step() -> None:
-        with autocast(x.device, precision):
-            loss = F.cross_entropy(network(x).float(), y)
-        loss.backward()
+        with float32_products(precision):
+            with autocast(x.device, precision):
+                loss = F.cross_entropy(network(x).float(), y)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -431,7 +435,7 @@ def interleave(
         for turn in range(options.rounds):
             for precision, routes in products.items():
                 for name, product in routes.items():
-                    rates[precision][name].append(peak.flops_per_second(product, device))
+                    rates[precision][name].append(peak.flops_per_second(product, device, precision))
             for arm in list(steps)[:: 1 if turn % 2 == 0 else -1]:
                 if calls[arm] > 1:
                     steps[arm]()  # the caches are the other arms'

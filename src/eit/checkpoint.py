@@ -472,12 +472,13 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def digest(state: StateDict) -> str:
-    """sha256 of names, types, shapes and values."""
+    """sha256 of names, types, shapes and values; the tensors may be on any device."""
     sha = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].contiguous()
+        tensor = state[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        row = tensor.as_strided((tensor.numel(),), (1,))  # a contiguous tensor of one element may have any stride
+        sha.update(row.view(torch.uint8).numpy().data if tensor.numel() else b"")
     return sha.hexdigest()
 
 

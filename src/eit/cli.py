@@ -228,13 +228,15 @@ def evaluate(
         ),
     ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Average over the image and its mirror image.")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16 or auto.")] = "fp32",
     confusion: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the confusion matrix: .png, .pdf, .svg, or .csv.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a process at a time.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per process at a time; default: 64, on a GPU up to 256.")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Loader processes; default: one a core, at most 8.")
+        int | None, typer.Option(min=0, help="Loader processes; default: one per core, at most 16.")
     ] = None,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
@@ -245,8 +247,6 @@ def evaluate(
     Percentages; every image counts once on any number of processes that torchrun starts. With several sizes or crop
     ratios, each size with each ratio.
     """
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {precision}: fp32, bf16 or fp16 is expected")
     matrix = _file_to_write(confusion, "--confusion", ".csv") if confusion else None
     if matrix and (views := len(set(sizes or [0])) * len(set(crop_ratios or [0]))) > 1:
         raise UserError(f"--confusion {confusion} is of one size and crop ratio; {views} combinations are asked for")
@@ -255,12 +255,14 @@ def evaluate(
     from eit.evaluate import evaluate as run
     from eit.evaluate import make_views
     from eit.exported import ExportedModel, load
-    from eit.loader import evaluation_loader
+    from eit.loader import evaluation_batch_size, evaluation_loader
     from eit.memory import keep_freed
+    from eit.precision import resolve_precision
     from eit.zoo import check_size
 
     keep_freed()
     on = distributed.start(_device_for(checkpoint, device))
+    precision = resolve_precision(precision, on)
     model = load(checkpoint)
     if isinstance(model, ExportedModel) and precision != "fp32":
         raise UserError(f"--precision {precision}: {checkpoint} computes in the precision it was exported in")
@@ -274,9 +276,10 @@ def evaluate(
     where = _evaluation_data(model.card, data, dataset, split, max_pixels)
     images = _with_classes_of(model.card, open_evaluation(where))
     model = model.to(on)
+    at_a_time = batch_size or evaluation_batch_size(64, len(images), on)
     results = []
     for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
-        metrics = run(model, evaluation_loader(images, view, batch_size, workers, on), precision, flip)
+        metrics = run(model, evaluation_loader(images, view, at_a_time, workers, on), precision, flip)
         results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
     if distributed.is_main():
         head = dict(checkpoint=checkpoint, data=where.root, precision=precision, flip=flip)
@@ -486,7 +489,8 @@ def bench(
         list[str] | None, typer.Option("--mode", help="infer or train; repeatable; default: both.")
     ] = None,
     precisions: Annotated[
-        list[str] | None, typer.Option("--precision", help="fp32 or bf16; repeatable; default: both.")
+        list[str] | None,
+        typer.Option("--precision", help="fp32, tf32, bf16 or fp16; repeatable; default: fp32 and bf16."),
     ] = None,
     runtimes: Annotated[
         list[str] | None,
@@ -523,10 +527,11 @@ def bench(
     from eit.distributed import start, world_size
     from eit.draw import bars
     from eit.memory import keep_freed
+    from eit.precision import PRECISIONS as precision_names
 
     given: dict[str, tuple[list[str] | None, tuple[str, ...]]] = dict(
         mode=(modes, benchmark.MODES),
-        precision=(precisions, benchmark.PRECISIONS),
+        precision=(precisions, precision_names),
         runtime=(runtimes, benchmark.RUNTIMES),
     )
     for option, (values, known) in given.items():
@@ -538,9 +543,18 @@ def bench(
     on = start(device)
     if world_size() > 1:
         raise UserError("eit bench runs in one process: leave torchrun out")
-    chosen = [list(dict.fromkeys(values or known)) for values, known in given.values()]
+    wanted = {option: list(dict.fromkeys(values)) for option, (values, _) in given.items() if values}
     options = benchmark.Options(
-        batch_size, size, threads, chosen[0], chosen[1], chosen[2] if runtimes else None, rounds, naive, memory, on
+        batch_size,
+        size,
+        threads,
+        wanted.get("mode", benchmark.MODES),
+        [name for name in precision_names if name in wanted.get("precision", benchmark.DEFAULT_PRECISIONS)],
+        wanted.get("runtime"),
+        rounds,
+        naive,
+        memory,
+        on,
     )
     record = benchmark.bench(names, options)
     if picture:

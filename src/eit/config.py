@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from eit.errors import UserError, nearest
 
@@ -19,6 +19,11 @@ Channels = Annotated[Whole, Field(ge=1, le=65536)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Pair = tuple[Positive, Positive]
+
+
+def _compile_mode(value: Any) -> Any:
+    """The mode that `true` or `false` stands for; YAML reads `off` as false."""
+    return {True: "default", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -110,7 +115,7 @@ class Data(Section):
     batch_size: Count = 64
     """images of a process and micro-batch"""
     workers: Annotated[Whole, Field(ge=0)] | None = None
-    """loader processes; null: one a core, at most 8"""
+    """loader processes; null: one for each core that the process may use, at most 16"""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """of train/ to hold out when there is no val/"""
     cache: bool | None = None
@@ -235,8 +240,8 @@ class Train(Section):
     """in which the rate rises linearly"""
     device: str = "auto"
     """auto, cpu, mps, cuda or cuda:N"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass (autocast); weights stay fp32"""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """of the forward pass; weights stay fp32. auto: bf16 on a GPU that has it, else fp32"""
     accumulate: Count = 1
     """micro-batches a step"""
     ema_decay: Rate | None = None
@@ -245,8 +250,12 @@ class Train(Section):
     """steps between checkpoints inside an epoch; 0: each epoch only"""
     save_minutes: Positive | None = None
     """minutes between checkpoints inside an epoch; null: by steps and epochs alone"""
-    compile: bool = False
-    """torch.compile"""
+    compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)] = (
+        "off"
+    )
+    """mode of torch.compile; true: default"""
+    deterministic: bool = False
+    """on CUDA, the same weights to the bit each time, at some cost in speed; on the CPU they always are"""
     max_steps: Count | None = None
     """end there, whatever the epochs say"""
 

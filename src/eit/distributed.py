@@ -1,7 +1,13 @@
-"""Rank, world and a few collectives; everything works without torchrun too."""
+"""Rank, world and a few collectives; everything works without torchrun too.
+
+Two groups: that of the devices (NCCL on GPUs), for gradients and what a step shares, and one of gloo, for objects and
+for waiting. NCCL ends the process where a collective takes longer than its limit, which is therefore for training
+alone: what rank 0 does while the others wait (download, read, measure, write) goes through gloo.
+"""
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,11 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from eit.errors import UserError
+from eit.errors import UserError, few
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # of a collective; a rank may read and check data for so long
-JOIN = 2 * TIMEOUT  # others may have to notice first that a rank is gone
+NCCL_TIMEOUT = timedelta(minutes=3)  # of a collective of a step: so soon a lost node is noticed
+GLOO_TIMEOUT = timedelta(minutes=10)  # the same on the CPU
+WAIT_TIMEOUT = timedelta(hours=12)  # of ranks that wait for rank 0, which may download a data set
+JOIN = 2 * GLOO_TIMEOUT  # others may have to notice first that a rank is gone
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -29,11 +37,15 @@ def start(device: str = "auto") -> torch.device:
     """
     if not DEVICE.fullmatch(device):
         raise UserError(f"device {device!r} is not one of auto, cpu, mps, cuda, cuda:N")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if ranks > 1 and device.startswith("cuda:"):
+        raise _same_everywhere(f"device {device} is for one process, and there are {ranks}: give cuda, one GPU each")
+    if ranks > 1 and device == "mps":
+        raise _same_everywhere(f"device mps is for one process, and there are {ranks}: start one, or give cpu")
     if device == "cuda" and torch.cuda.is_available():
-        device = f"cuda:{local_rank}"
+        device = f"cuda:{_gpu_of_rank()}"
     chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device} is not there: {torch.cuda.device_count()} GPUs are visible")
@@ -44,11 +56,47 @@ def start(device: str = "auto") -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(f"RANK is set, as torchrun does, but {', '.join(missing)} not: set it, or unset RANK")
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
         store, rank, world = next(rendezvous("env://", timeout=JOIN))
-        store = _of_this_start(store, rank, world)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        _join(chosen, _of_this_start(store, rank, world), rank, world)
+    global _waiting
+    if dist.is_initialized() and _waiting is None:
+        _waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     return chosen
+
+
+_waiting: Any = None  # the group of gloo
+ON_MAIN = "on rank 0"  # the note of an error that every rank raises, for rank 0 to tell
+
+
+def _same_everywhere(text: str) -> UserError:
+    """An error that every rank raises."""
+    error = UserError(text)
+    error.add_note(ON_MAIN)
+    return error
+
+
+def _gpu_of_rank() -> int:
+    """The index of this process's GPU: LOCAL_RANK, or 0 where each process sees one (srun --gpus-per-task=1)."""
+    return 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _join(device: torch.device, store: dist.Store, rank: int, world: int) -> None:
+    """Make the group of the devices.
+
+    Raises:
+        UserError: two ranks would compute on one GPU, on which NCCL would fail.
+    """
+    if device.type == "cuda":
+        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        store.set(f"eit/gpu/{rank}", gpu)
+        gpus = [store.get(f"eit/gpu/{other}").decode() for other in range(world)]
+        if len(sharing := [str(other) for other in range(world) if gpus[other] == gpu]) > 1:
+            raise _same_everywhere(f"ranks {few(sharing)} share one GPU: start as many processes as there are GPUs")
+        dist.init_process_group(
+            "nccl", store=store, rank=rank, world_size=world, timeout=NCCL_TIMEOUT, device_id=device
+        )
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=GLOO_TIMEOUT)
 
 
 def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
@@ -85,7 +133,9 @@ def is_group() -> bool:
 
 
 def stop() -> None:
+    global _waiting
     if is_group():
+        _waiting = None
         dist.destroy_process_group()
 
 
@@ -102,18 +152,21 @@ def is_main() -> bool:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of each rank's `tensor`, in place."""
+    """The sum of each rank's `tensor`, in place.
+
+    On a GPU nothing waits for it, and it must be of a training step: ranks that come minutes apart use the CPU.
+    """
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_waiting if tensor.device.type == "cpu" else None)
     return tensor
 
 
 def gather(value: Any) -> list[Any]:
-    """Each rank's `value`, in the order of ranks."""
+    """Each rank's `value`, without tensors on a device, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_waiting)
     return values
 
 
@@ -122,9 +175,6 @@ def share_buffers(module: Any) -> None:
     if world_size() > 1 and module is not None:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-ON_MAIN = "on rank 0"  # the note of an error that every rank raises, for rank 0 to tell
 
 
 def on_main(call: Callable[[], T]) -> T:
@@ -138,7 +188,7 @@ def on_main(call: Callable[[], T]) -> T:
         except Exception as error:
             error.add_note(ON_MAIN)
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=_waiting)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

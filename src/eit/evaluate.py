@@ -13,14 +13,9 @@ from eit import distributed
 from eit.console import progress
 from eit.images import View
 from eit.loader import AnyEvaluationLoader
+from eit.precision import arithmetic, resolve_precision
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass in fp32, bf16 or fp16."""
-    return torch.autocast(device.type, LOW_PRECISION.get(precision), enabled=precision in LOW_PRECISION)
 
 
 @dataclass(frozen=True)
@@ -58,51 +53,51 @@ def evaluate(
 ) -> Metrics:
     """Run `model` over `loader`; every rank gets the result of all.
 
-    Counts are integers, and sums of floats are made block by block in a fixed order, so that the figures do not depend
-    on the number of ranks.
+    Counts are integers, and sums of floats are those of each batch, added exactly (`math.fsum`), so that the figures do
+    not depend on the number of ranks. All of it stays on the device until the end, but for MPS, which has no float64.
 
     Args:
         model: normalised images (B, channels, height, width) -> logits (B, classes); in evaluation mode.
         loader: of `eit.loader.evaluation_loader`, on the model's device.
-        precision: of the forward pass: `fp32`, `bf16` or `fp16`.
+        precision: of the forward pass: `fp32`, `tf32`, `bf16`, `fp16` or `auto`.
         flip: whether probabilities are the mean of those of the image and of its mirror image.
     """
     classes = loader.images.classes
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)  # truth x prediction
-    correct5 = torch.zeros((), dtype=torch.int64)
-    correct = torch.zeros(BINS, dtype=torch.int64)
-    confidences = torch.zeros(loader.blocks, BINS, dtype=torch.float64)
-    losses = torch.zeros(loader.blocks, dtype=torch.float64)
+    where = torch.device("cpu") if loader.device.type == "mps" else loader.device
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=where)  # truth x prediction
+    correct5 = torch.zeros((), dtype=torch.int64, device=where)
+    correct = torch.zeros(BINS, dtype=torch.int64, device=where)
+    all_bins = torch.arange(BINS, device=where)
+    sums: list[Tensor] = []  # of each batch: BINS confidences, and the loss
     with progress("evaluating", len(loader.own_blocks)) as advance:
-        for block, batch in loader:
+        for batch in loader:
             x, valid = batch.images, batch.valid
-            with autocast(x.device, precision):
+            with arithmetic(x.device, resolve_precision(precision, x.device)):
                 outputs = [model(x), model(x.flip(-1))] if flip else [model(x)]
-            # On the CPU, in float64: MPS has none, and the order of sums is fixed there.
-            logs = torch.stack([logits[:valid].cpu().double().log_softmax(dim=1) for logits in outputs])
+            logs = torch.stack([logits[:valid].to(where).double().log_softmax(dim=1) for logits in outputs])
             log_p = logs.logsumexp(dim=0) - math.log(len(outputs))  # (B, classes), of the mean probability
-            labels = batch.labels[:valid].cpu()
+            labels = batch.labels[:valid].to(where)
             values, ranked = log_p.topk(min(5, len(classes)), dim=1)
             confidence, predicted = values[:, 0].exp(), ranked[:, 0]
             bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # (b / 15, (b + 1) / 15]
+            in_bin = bins[:, None] == all_bins  # (B, BINS); bincount with weights has no fixed order on CUDA
             confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
             correct5 += (ranked == labels[:, None]).sum()
-            correct += bins[predicted == labels].bincount(minlength=BINS)
-            confidences[block] = bins.bincount(confidence, BINS)
-            losses[block] = F.nll_loss(log_p, labels, reduction="sum")
+            correct += (in_bin & (predicted == labels)[:, None]).sum(dim=0)
+            loss = F.nll_loss(log_p, labels, reduction="sum")
+            sums.append(torch.cat(((in_bin * confidence[:, None]).sum(dim=0), loss[None])))
             advance()
-    device = loader.device if loader.device.type == "cuda" else torch.device("cpu")
-    confusion, correct5, correct, confidences, losses = (
-        distributed.sum_over_ranks(t.to(device)).cpu() for t in (confusion, correct5, correct, confidences, losses)
-    )
+    confusion, correct5, correct = (distributed.sum_over_ranks(t.cpu()) for t in (confusion, correct5, correct))
+    own = torch.stack(sums).tolist() if sums else []
+    columns = zip(*(row for rows in distributed.gather(own) for row in rows), strict=True)
+    *confidence_sums, loss_sum = (math.fsum(column) for column in columns)
     images, correct1 = int(confusion.sum()), int(confusion.trace())
-    confidence_sums = [math.fsum(column) for column in confidences.T.tolist()]
     gaps = [abs(right - conf) for right, conf in zip(correct.tolist(), confidence_sums, strict=True)]
     return Metrics(
         images=images,
         top1=100 * correct1 / images,
         top5=100 * int(correct5) / images,
-        loss=math.fsum(losses.tolist()) / images,
+        loss=loss_sum / images,
         ece=100 * math.fsum(gaps) / images,
         correct1=correct1,
         correct5=int(correct5),

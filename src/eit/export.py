@@ -4,6 +4,7 @@ The batch is dynamic, and for this package's models height and width are; the ca
 the file's metadata.
 """
 
+import copy
 import json
 import logging
 import math
@@ -110,7 +111,8 @@ def check_request(format: str, file: Path, int8: bool) -> None:
 
 
 def export(model: Any, file: Path, format: str, calibration: Calibration | None = None) -> Export:
-    """Write `model`, one of `eit.checkpoint.load`, to `file`, in the format `format`; with `calibration` in int8.
+    """Write `model`, one of `eit.checkpoint.load`, on any device, to `file`, in the format `format`; with `calibration`
+    in int8.
 
     The file appears only when its runtime has run it and no logit was found farther from torch's than 1e-4 of the
     largest, which leaves top-1 equal, but for ties.
@@ -120,7 +122,7 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
         FloatingPointError: the file's logits differ from torch's.
     """
     check_request(format, file, calibration is not None)
-    model = model.eval()
+    model = copy.deepcopy(model).cpu().eval()  # the given one stays on its device
     dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         written = Path(folder) / file.name
@@ -277,7 +279,7 @@ def _quantise(graph: Path, file: Path, images: Images, view: View) -> None:
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             found = next(self.batches, None)
-            return None if found is None else {INPUT: found[1].images[: found[1].valid].numpy()}
+            return None if found is None else {INPUT: found.images[: found.valid].numpy()}
 
     quantize_static(graph, file, Reader(), op_types_to_quantize=INT8_OPERATORS, per_channel=True)
 

@@ -6,6 +6,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import IO, Any, Literal, Protocol
 
 import numpy as np
@@ -169,9 +170,16 @@ def to_uint8(image: Image.Image) -> Tensor:
 
 def normalise(images: Tensor, mean: Iterable[float] | Tensor, std: Iterable[float] | Tensor) -> Tensor:
     """(B, channels, height, width) uint8 -> float, (x / 255 - mean) / std; tensors must be on the images' device."""
-    given = (v if isinstance(v, Tensor) else torch.tensor(tuple(v), device=images.device) for v in (mean, std))
+    given = (v if isinstance(v, Tensor) else _on_device(tuple(v), images.device) for v in (mean, std))
     mean_, std_ = (v.view(-1, 1, 1) for v in given)
     return (images.float() / 255 - mean_) / std_
+
+
+@cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32, made once: the host waits for each copy to the device."""
+    with torch.inference_mode(False):  # of use in a backward pass too
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Normaliser:

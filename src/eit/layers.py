@@ -1,8 +1,8 @@
-"""Layers of PyTorch, with the same parameters and results, computed in the way that is fastest on a CPU with AVX-512.
+"""Layers of PyTorch, with the same parameters and results, computed faster on a CPU with AVX-512 or on a GPU.
 
-docs/performance.md has what each is worth. Elsewhere, and in scripted, compiled and exported programs, they are the
-plain operators: Inductor cannot lay out these views once height and width are symbols. Tracers of torch.fx take each
-function as one operator, for they know neither the device nor the width.
+docs/performance.md has what each is worth. Elsewhere, and in scripted and exported programs, they are the plain
+operators; so are those of AVX-512 in compiled ones: Inductor cannot lay out these views once height and width are
+symbols. Tracers of torch.fx take each function as one operator, for they know neither the device nor the width.
 """
 
 from typing import Any
@@ -15,6 +15,9 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.
 NARROW = 16  # channels of a head: the fused attention takes longer over fewer than over just these
 MANY = 64  # tokens: over fewer, padding takes longer than it saves
 CACHE = 1 << 22  # bytes of attention weights
+WIDTH = 8  # flash attention wants head widths that are multiples of it, else a slower kernel runs
+PAD_HEADS_ON = {"cuda"}  # kinds of device
+FOLD_STRIDES_ON: set[str] = set()  # of the stem, besides CPUs with AVX-512: not yet measured on a GPU
 
 
 def _on_avx512(x: Tensor) -> bool:
@@ -62,7 +65,7 @@ def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pa
         return F.conv2d(x, weight, bias, stride, padding)
     else:
         kernel = weight.shape[-1]
-        if stride == 1 or kernel % stride or not _on_avx512(x):
+        if stride == 1 or kernel % stride or not (_on_avx512(x) or x.device.type in FOLD_STRIDES_ON):
             return F.conv2d(x, weight, bias, stride, padding)
         x = F.pad(x, (padding, padding, padding, padding))
         return F.conv2d(_squares_as_channels(x, stride), _squares_as_channels(weight, stride), bias)
@@ -146,3 +149,75 @@ def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Ten
             weights = (some_q * q.shape[-1] ** -0.5) @ some_k.transpose(-2, -1)
             pieces.append(torch.dropout(weights.softmax(-1), dropout, dropout > 0) @ some_v)
     return torch.cat(pieces)
+
+
+# -- Heads whose width is no multiple of 8, on a GPU ------------------------------------------------------------------
+
+
+class PaddedHeads:
+    """Attention by a `qkv` and a `proj` layer whose weights get zeros, for wider heads: exactly the same result.
+
+    Unlike padding of queries, keys and values this costs nothing per token. In evaluation the padded weights are kept
+    until the layers' own change. A change shows in the weights' version, or else comes after a step that recorded
+    gradients or a change of mode: torch's fused optimizers raise no version.
+    """
+
+    def __init__(self, heads: int, width: int) -> None:
+        self.heads, self.width, self.padded = heads, width, -(-width // WIDTH) * WIDTH
+        self._kept: tuple[Any, ...] = ()
+
+    def apply_to(self, x: Any, qkv: nn.Module, proj: nn.Module) -> bool:
+        """Whether heads are padded for this input: not in programs that are traced, nor around layers with hooks."""
+        if self.padded == self.width or isinstance(x, torch.fx.Proxy) or x.device.type not in PAD_HEADS_ON:
+            return False
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return False
+        return all(
+            type(layer) is Linear
+            and not (
+                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+            )
+            for layer in (qkv, proj)
+        )
+
+    def attention(self, x: Tensor, qkv: nn.Linear, proj: nn.Linear, dropout: float) -> Tensor:
+        """(B, N, C) -> projected attention, (B, N, C)."""
+        weight, bias, proj_weight = self._weights(x, qkv, proj)
+        q, k, v = F.linear(x, weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.width**-0.5)
+        return F.linear(x.transpose(1, 2).flatten(2), proj_weight, proj.bias)
+
+    def _weights(self, x: Tensor, qkv: nn.Linear, proj: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor]:
+        own = [parameter for parameter in (qkv.weight, qkv.bias, proj.weight) if parameter is not None]
+        if torch.compiler.is_compiling():
+            return self._pad(qkv.weight, qkv.bias, proj.weight)
+        plain = all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in own)
+        if qkv.training or torch.is_grad_enabled() or not plain:
+            self.forget()
+            return self._pad(qkv.weight, qkv.bias, proj.weight)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else qkv.weight.dtype
+        state = (dtype, *((id(parameter), parameter._version, parameter.data_ptr()) for parameter in own))
+        if not self._kept or self._kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                padded = tuple(None if p is None else p.to(dtype) for p in self._pad(qkv.weight, qkv.bias, proj.weight))
+            self._kept = state, padded, own  # while they are held, their ids stay theirs
+        return self._kept[1]
+
+    def forget(self) -> None:
+        """Keep no padded weights."""
+        self._kept = ()
+
+    def _pad(self, weight: Tensor, bias: Tensor | None, proj: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        more = self.padded - self.width
+        weight = F.pad(weight.unflatten(0, (3, self.heads, self.width)), (0, 0, 0, more)).flatten(0, 2)
+        if bias is not None:
+            bias = F.pad(bias.unflatten(0, (3, self.heads, self.width)), (0, more)).flatten()
+        proj = F.pad(proj.unflatten(1, (self.heads, self.width)), (0, more)).flatten(1)
+        return weight, bias, proj
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PaddedHeads":
+        return PaddedHeads(self.heads, self.width)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PaddedHeads, (self.heads, self.width)

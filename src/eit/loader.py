@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eit import distributed
-from eit.augment import NOISE_FIELDS, ImageTransform, erase, erase_boxes, image_transform, shift_and_flip
-from eit.batch import BadImages, Batch, Sample, collate, worker_options
+from eit.augment import ImageTransform, erase, image_transform, noise_fields, shift_and_flip
+from eit.batch import BadImages, Batch, HostBatch, Sample, collate, worker_options
 from eit.config import Augment, Data
 from eit.console import track
 from eit.crop import Kept
 from eit.errors import UserError
-from eit.images import Images, Normaliser, UnreadableImage, View, normalise
+from eit.images import Images, UnreadableImage, View, normalise
 from eit.plan import Plan, Stream, generator, own_randomness, set_cpu_seed
+from eit.prefetch import Prefetcher, to_device
 from eit.readers import ImageStream
 from eit.streams import StreamEvaluationLoader, StreamLoader
 
@@ -99,7 +100,7 @@ class CachedLoader:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for faults in track(pool.map(fill, range(len(images))), "reading images", len(images)):
                 self.bad.add(faults)
-        met = torch.tensor(float(len(self.bad.seen)), device=self.device)
+        met = torch.tensor(len(self.bad.seen))  # on the CPU: a rank may read for minutes longer than another
         self.bad.check(int(distributed.sum_over_ranks(met)))
         self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
 
@@ -109,8 +110,7 @@ class CachedLoader:
         draws = torch.rand(plan.images, plan.repeats, 8, generator=table).to(self.device)
         noise = torch.empty(0)
         if self.augment.erasing:
-            shape = (NOISE_FIELDS, *self.pixels.shape[1:])
-            noise = torch.randn(shape, generator=generator(Stream.NOISE, plan.seed, epoch)).to(self.device)
+            noise = noise_fields(self.pixels.shape[1:], plan.seed, epoch, self.device)
         mean, std = (torch.tensor(v, device=self.device) for v in (self.view.mean, self.view.std))
         # From here on a step waits for no copy to the device.
         for rows in plan.batches(epoch, first_step, distributed.rank()).to(self.device):
@@ -173,8 +173,7 @@ class WorkerLoader:
     def __init__(
         self, images: Images, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
     ) -> None:
-        self.device = device
-        self.normalise = Normaliser(view, device)
+        self.prefetched = Prefetcher(view, augment, plan.seed, device)
         self.bad = BadImages(images, config.bad_image_budget)
         self.batches = _Batches(plan)
         samples = _Samples(images, view, image_transform(view, augment, config.backend), plan.seed)
@@ -190,13 +189,15 @@ class WorkerLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.batches.epoch, self.batches.first_step = epoch, first_step
-        for pixels, labels, faults, boxes in self.loader:
+        yield from self.prefetched(self._host_batches(), epoch)
+
+    def _host_batches(self) -> Iterator[HostBatch]:
+        for batch in self.loader:
+            _, labels, faults, _ = batch
             if not len(labels):
                 raise UserError(faults[0])
             self.bad.add(faults)
-            x = self.normalise(pixels.to(self.device, non_blocking=True))
-            erase_boxes(x, boxes)
-            yield Batch(x, labels.to(self.device, non_blocking=True), len(labels))
+            yield batch
 
 
 @dataclass
@@ -221,8 +222,8 @@ class EvaluationLoader:
     def own_blocks(self) -> range:
         return range(distributed.rank(), self.blocks, distributed.world_size())
 
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """(block number, batch) of this rank.
+    def __iter__(self) -> Iterator[Batch]:
+        """The blocks of this rank, in the order of `own_blocks`.
 
         Raises:
             UserError: an image cannot be read; it is named.
@@ -233,11 +234,11 @@ class EvaluationLoader:
             pairs = self._read()
         keep = fits_in_memory(self.images, self.view)
         for block, (pixels, labels) in zip(self.own_blocks, pairs, strict=True):
-            pixels, labels = pixels.to(self.device), labels.to(self.device)
+            pixels, labels = to_device(pixels, self.device), to_device(labels, self.device)
             if keep:
                 self._kept[block] = pixels, labels
             valid = min(self.batch_size, len(self.images) - block * self.batch_size)
-            yield block, Batch(normalise(pixels, self.view.mean, self.view.std), labels, valid)
+            yield Batch(normalise(pixels, self.view.mean, self.view.std), labels, valid)
 
     def _read(self) -> Iterable[tuple[Tensor, Tensor]]:
         last = len(self.images) - 1
@@ -267,6 +268,11 @@ class _Pixels(Dataset):
 
 
 AnyEvaluationLoader = EvaluationLoader | StreamEvaluationLoader
+
+
+def evaluation_batch_size(batch_size: int, images: int, device: torch.device) -> int:
+    """Images at a time where `batch_size` are trained on: on a GPU four times as many, for nothing is kept of them."""
+    return batch_size if device.type == "cpu" else max(batch_size, min(4 * batch_size, images))
 
 
 def evaluation_loader(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eit.checkpoint import digest, find_weights, load
 from eit.config import Loss
-from eit.errors import UserError
+from eit.errors import UserError, is_out_of_memory
 from eit.images import View
 from eit.zoo import TIMM, check_timm_name, create_model
 
@@ -33,7 +33,7 @@ def make_criterion(config: Loss, smoothing: float, weights: Tensor | None, class
             present = F.one_hot(target, classes).float() if target.ndim == 1 else (target > floor).float()
             loss = F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
             if weights is not None:  # of the image, by its classes: a weight a column would not balance anything
-                loss = loss * (present @ weights) / present.sum(dim=1)
+                loss = loss * (present * weights).sum(dim=1) / present.sum(dim=1)  # autocast rounds matrix products
             return loss.mean()
 
         return binary_cross_entropy
@@ -76,24 +76,30 @@ class Distillation:
     def __init__(self, config: Loss, view: View, classes: list[str], device: torch.device) -> None:
         assert config.teacher is not None
         self.config = config
-        model, order, size, mean_std = _open_teacher(config, view, classes)
-        self.teacher = DistillationTeacher(model.requires_grad_(False)).to(device)
-        if mean_std is not None:
-            self.teacher.mean_kd, self.teacher.std_kd = (_column(v, device) for v in mean_std)
-        self.student = _column(view.mean, device), _column(view.std, device)
+        model, order, size = _open_teacher(config, view, classes)
         self.digest = digest(model.state_dict())[:16]
+        teacher = DistillationTeacher(model.requires_grad_(False))
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (view.mean, view.std))
+        # Compared here, on the CPU, and not in each step, which would wait for the answer
+        same = torch.equal(mean, teacher.mean_kd) and torch.equal(std, teacher.std_kd)
+        self.student = None if same else (mean.to(device), std.to(device))
+        self.teacher = teacher.to(device)
         self.order, self.size = order.to(device), config.teacher_size or size
 
         try:
             self.logits(torch.zeros(1, view.channels, view.size, view.size, device=device))
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             line = str(error).splitlines()[0]
             raise UserError(f"loss.teacher={config.teacher} cannot read images of {self.size} pixels: {line}") from None
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """The teacher's, (B, classes), in the student's order of classes."""
-        x = self.teacher.normalize_input(x, *self.student)
+        if self.student is not None:
+            mean, std = self.student
+            x = (x * std + mean - self.teacher.mean_kd) / self.teacher.std_kd
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
         return self.teacher(x)[:, self.order].float()
@@ -108,8 +114,9 @@ class Distillation:
         return (1 - alpha) * loss + alpha * follow
 
 
-def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Tensor, int, Any]:
-    """Model, the student's classes as columns of its logits, input size, (mean, std) where it is one of ours."""
+def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Tensor, int]:
+    """Model, on the CPU and with its normalisation in `pretrained_cfg`, the student's classes as columns of its logits,
+    input size."""
     name = str(config.teacher)
     if name.startswith(TIMM):
         if view.channels != 3:
@@ -126,7 +133,7 @@ def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Te
                 "a file of it that was trained on them"
             )
         model: Any = create_model(name, num_classes=len(classes), img_size=config.teacher_size, **arguments)
-        return model, torch.arange(len(classes)), model.pretrained_cfg["input_size"][-1], None
+        return model, torch.arange(len(classes)), model.pretrained_cfg["input_size"][-1]
     if config.teacher_weights:
         raise UserError(f"loss.teacher_weights is for a teacher {TIMM}NAME; loss.teacher={name} has its own")
     model = load(name)
@@ -136,8 +143,4 @@ def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Te
     if card.in_chans != view.channels:
         raise UserError(f"loss.teacher={name} reads {card.in_chans} channels, the student {view.channels}")
     order = torch.tensor([card.classes.index(c) for c in classes])
-    return model, order, card.size, (card.mean, card.std)
-
-
-def _column(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+    return model, order, card.size

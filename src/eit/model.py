@@ -129,6 +129,8 @@ class ConvAttention(nn.Module):
     The class token is not part of the grid: its convolution channels pass unchanged.
     """
 
+    __jit_ignored_attributes__ = ("_padded",)
+
     def __init__(
         self,
         dim: int,
@@ -148,6 +150,7 @@ class ConvAttention(nn.Module):
             self.qkv = layers.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias, **where)
             self.proj = layers.Linear(attn_channels, attn_channels, **where)
             self.proj_drop = nn.Dropout(proj_drop)
+            self._padded = layers.PaddedHeads(num_heads, attn_channels // num_heads)
         if self.conv_channels > 0:
             self.conv = nn.Conv2d(
                 self.conv_channels, self.conv_channels, 3, padding=1, groups=self.conv_channels, bias=False, **where
@@ -161,11 +164,22 @@ class ConvAttention(nn.Module):
         return torch.cat((token, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
     def attend(self, x: Tensor) -> Tensor:
+        dropout = self.attn_drop_rate if self.training else 0.0
+        if torch.jit.is_scripting():
+            pass
+        else:  # which TorchScript does not compile
+            if self._padded.apply_to(x, self.qkv, self.proj):
+                return self.proj_drop(self._padded.attention(x, self.qkv, self.proj, dropout))
         # (B, N, 3*H*D) -> (3, B, H, N, D), views all the way
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attn_drop_rate if self.training else 0.0
         x = layers.attention(q, k, v, dropout)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, H, N, D) -> (B, N, H*D)
+
+    @torch.jit.ignore
+    def train(self, mode: bool = True) -> "ConvAttention":
+        if hasattr(self, "_padded"):
+            self._padded.forget()
+        return super().train(mode)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         """(B, 1+h*w, C) -> the same shape."""

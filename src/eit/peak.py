@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eit.precision import DTYPES, Precision, float32_products
+
 SIZE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of square matrices: large enough for the best rate
 REPEATS = 5  # of a product in one measurement, the quickest of which counts
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def routes(precision: str, device: torch.device, size: int | None = None) -> dict[str, Callable[[], Tensor]]:
+def routes(precision: Precision, device: torch.device, size: int | None = None) -> dict[str, Callable[[], Tensor]]:
     """Name -> a product of two `size` x `size` matrices, each by its own way through torch.
 
     They differ: on AMD's processors fp32 `mm` goes to MKL, which has half the speed of oneDNN there. `conv1x1` is
@@ -34,16 +35,19 @@ def routes(precision: str, device: torch.device, size: int | None = None) -> dic
 
 
 @torch.no_grad()
-def flops_per_second(product: Callable[[], Tensor], device: torch.device, size: int | None = None) -> float:
+def flops_per_second(
+    product: Callable[[], Tensor], device: torch.device, precision: Precision, size: int | None = None
+) -> float:
     """Of the quickest of a few calls of a product of `routes`: 2 n^3 by its seconds."""
     n = size or SIZE[device.type]
     times = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        synchronize(device)
-        began = time.perf_counter()
-        product()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
+    with float32_products(precision):
+        for _ in range(REPEATS + 1):  # the first one warms up
+            synchronize(device)
+            began = time.perf_counter()
+            product()
+            synchronize(device)
+            times.append(time.perf_counter() - began)
     return 2 * n**3 / min(times[1:])
 
 

@@ -10,6 +10,7 @@ import torch
 
 from eit.errors import UserError
 from eit.images import UnreadableImage, decode, normalise
+from eit.precision import float32_products
 from eit.readers import EXTENSIONS
 
 
@@ -60,7 +61,8 @@ def predict(
                 found.append(Prediction(name, [], str(error)))
         ranked: Iterator[list[list[float]]] = iter(())
         if pixels:
-            logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
+            with float32_products("fp32"):
+                logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
             values, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
             ranked = iter(torch.stack((values.cpu().double(), indices.cpu().double()), dim=2).tolist())
         for one in found:

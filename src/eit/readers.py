@@ -13,14 +13,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from eit.config import Data
 from eit.console import track
@@ -424,7 +425,7 @@ class ImageStream:
     length: int
     config: Data
     split: str
-    shards: int  # files that it is cut into; 0 where the reader does not say
+    shards: int  # webdataset's tar files; 0 where a reader has none
 
     def __len__(self) -> int:
         return self.length
@@ -467,8 +468,25 @@ def _refuse_commands(config: Data, *names: str) -> None:
 
 
 def shard_names(reader: Any) -> list[str]:
-    """The files that a reader of timm reads, below its root; none where it does not say."""
-    return list(getattr(getattr(reader, "split_info", None), "filenames", ()))
+    """The shards that a reader of timm reads, below its root; none where it reads something else.
+
+    Only webdataset's: the reader of `tfds/` has file names too, but of TFRecord files in a cache of its own.
+    """
+    from timm.data.readers.reader_wds import ReaderWds
+
+    return list(reader.split_info.filenames) if isinstance(reader, ReaderWds) else []
+
+
+def one_shard(dataset: Any, name: str) -> Any:
+    """A copy of a timm data set of webdataset shards, not read yet, that reads shard `name` alone in this process."""
+    info = get_worker_info()
+    one = copy(dataset)
+    one.reader = copy(dataset.reader)
+    one.reader.dist_rank, one.reader.dist_num_replicas = 0, 1
+    # timm gives worker i the files i, i + workers, ...: with as many as there are workers, each has one.
+    names = (name,) * (info.num_workers if info else 1)
+    one.reader.split_info = replace(dataset.reader.split_info, filenames=names)
+    return one
 
 
 def _check_shards(reader: Any, config: Data) -> int:

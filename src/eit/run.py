@@ -1,26 +1,19 @@
 """A run folder: recipe, lock, environment, log, curves, summary, weights."""
 
-import fcntl
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
-import weakref
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-from eit import distributed, draw
+from eit import draw
 from eit.checkpoint import write_file
 from eit.config import Recipe, differences, load_recipe
 from eit.console import say
+from eit.environment import environment as environment  # for those who import it from here
 from eit.errors import UserError
+from eit.folder_lock import FolderLock
 from eit.state import saved_steps
 
 CURVES_EVERY = 5  # seconds: drawing takes 0.1 s, as long as some recipes' epochs
@@ -39,23 +32,21 @@ class Run:
             raise UserError(f"{path} is not empty, and no run folder (it has no recipe.yaml); give another out=")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held for the life of the process)
+            self._lock = FolderLock(path)
         except FileExistsError:
             raise UserError(f"out={path} is a file: a folder is needed") from None
         except OSError as error:
             raise UserError(f"out={path} cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.register_at_fork(after_in_child=_closer(self._lock))
-        except BlockingIOError:
-            raise UserError(f"{path} is in use by another process; give this one its own out=") from None
-        file = path / "recipe.yaml"
-        begun = saved_steps(path) or self.lines()  # else nothing was trained yet, and the recipe may change
-        if begun and (different := differences(read_recipe(path), recipe)):
-            raise UserError(
-                f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
-            )
-        write_file(file, recipe.to_yaml())
+            begun = saved_steps(path) or self.lines()  # else nothing was trained yet, and the recipe may change
+            if begun and (different := differences(read_recipe(path), recipe)):
+                raise UserError(
+                    f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
+                )
+            write_file(path / "recipe.yaml", recipe.to_yaml())
+        except BaseException:
+            self._lock.release()
+            raise
         self._undrawn, self._drawn_at = False, -math.inf
 
     def __enter__(self) -> "Run":
@@ -68,7 +59,7 @@ class Run:
             if error is None:  # else what ended the run is the error to show
                 raise
         finally:
-            self._lock.close()
+            self._lock.release()
 
     def lines(self) -> list[dict[str, Any]]:
         """The log so far."""
@@ -88,6 +79,7 @@ class Run:
 
     def log(self, line: dict[str, Any], classes: int) -> None:
         """An epoch's line: log.jsonl, TensorBoard, the screen (top-5 of more than 5 classes) and, soon, curves.png."""
+        self._lock.check()
         file = self.path / "log.jsonl"
         try:
             with open(file, "a") as f:
@@ -118,6 +110,7 @@ class Run:
             self._undrawn, self._drawn_at = False, time.monotonic()
 
     def finish(self, **summary: Any) -> dict[str, Any]:
+        self._lock.check()
         self._board.close()
         self._draw_curves()
         self.write_json("summary.json", summary)
@@ -144,17 +137,6 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _closer(file: IO[str]) -> Callable[[], None]:
-    """Closes `file`, if it is still there: loader workers must not hold a lock on when their parent is killed."""
-    there = weakref.ref(file)
-
-    def close() -> None:
-        if (found := there()) is not None:
-            found.close()
-
-    return close
-
-
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """A line an epoch, up to one that was torn when a process died.
 
@@ -175,48 +157,3 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             break
         lines.append(found)
     return lines
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the recipe."""
-    cuda, cpu = device.type == "cuda", _cpu()
-    return dict(
-        eit=version("eit"),
-        commit=_commit(),
-        python=platform.python_version(),
-        packages={"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")},
-        system=f"{platform.system()} {platform.machine()}",
-        device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {cpu['model name']}",
-        cpu={key: cpu[key] for key in ("cpu family", "model", "stepping") if key in cpu}  # kernels round as it does
-        | dict(capability=torch.backends.cpu.get_cpu_capability()),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        world_size=distributed.world_size(),
-        command=" ".join(["eit", *sys.argv[1:]]),
-    )
-
-
-def _commit() -> str | None:
-    """The commit of a source checkout, with + where files differ from it."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    try:
-        inside = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
-        if inside.returncode:
-            return None
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        return head + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", here]).returncode else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu() -> dict[str, str]:
-    """What Linux says of the first core; elsewhere its name alone."""
-    found = {"model name": platform.processor() or platform.machine()}
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:
-        return found
-    return found | {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
-    }

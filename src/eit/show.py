@@ -35,7 +35,7 @@ def tiles(recipe: Recipe, count: int, epoch: int = 0) -> tuple[list[Tile], list[
     trained = [_tile(x[i], view, _classes(target[i], train.classes, floor)) for i in range(min(count, size))]
     if isinstance(val, Images):  # from all classes
         val = val.subset(range(0, len(val), max(len(val) // count, 1)))
-    _, batch = next(iter(evaluation_loader(val, view, min(count, len(val)), 0, device)))
+    batch = next(iter(evaluation_loader(val, view, min(count, len(val)), 0, device)))
     shown = [_tile(x, view, val.classes[y]) for x, y in zip(batch.images, batch.labels.tolist(), strict=True)]
     return trained, shown[: batch.valid]
 

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ State = dict[str, Any]
 
 
 class Writer:
-    """Writes while training goes on: `submit` copies to host memory, and a thread does the rest.
+    """Writes while training goes on: `submit` begins to copy to host memory, and a thread does the rest.
 
     What a call raises, an OSError say, is raised by the `submit`, `wait` or end that follows it.
     """
@@ -38,7 +38,10 @@ class Writer:
     def submit(self, call: Callable[..., Any], *arguments: Any) -> None:
         """`call` with copies of the tensors in `arguments`. One is made at a time: a second waits for the first."""
         self.wait()
-        self._pending = self._pool.submit(call, *_on_host(arguments))
+        gpus: set[torch.device] = set()
+        copies = _on_host(arguments, gpus)
+        copied = {gpu: torch.cuda.current_stream(gpu).record_event(torch.cuda.Event(blocking=True)) for gpu in gpus}
+        self._pending = self._pool.submit(_after, copied, call, copies)
 
     def wait(self) -> None:
         """Return when the call has ended."""
@@ -61,15 +64,29 @@ class Writer:
             say(str(fault))
 
 
-def _on_host(value: Any) -> Any:
-    """A copy in host memory, also of tensors inside dictionaries, lists and tuples."""
+def _on_host(value: Any, gpus: set[torch.device]) -> Any:
+    """A copy in host memory, also of tensors inside dictionaries, lists and tuples.
+
+    From CUDA, copies go to pinned memory, and nothing waits for them here: `gpus` gets the devices that still copy.
+    They copy first, and then begin what they are given next, such as the update of the next step.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        if value.is_cuda:
+            gpus.add(value.device)
+        return value.detach().to("cpu", copy=True, non_blocking=value.is_cuda)
     if isinstance(value, Mapping):
-        return {key: _on_host(item) for key, item in value.items()}
+        return {key: _on_host(item, gpus) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_on_host(item) for item in value)
+        return type(value)(_on_host(item, gpus) for item in value)
     return value
+
+
+def _after(copied: Mapping[torch.device, torch.cuda.Event], call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """`call(*arguments)`, once each GPU has copied them to host memory."""
+    for gpu, event in copied.items():
+        with torch.cuda.device(gpu):  # this thread would otherwise open a context on the first GPU
+            event.synchronize()
+    return call(*arguments)
 
 
 def save_step(run: Path, step: int, card: Card, model: StateDict, ema: StateDict | None, state: State) -> Path:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from eit import distributed
-from eit.augment import ImageTransform, erase_boxes, image_transform
-from eit.batch import BadImages, Batch, Sample, collate, worker_count, worker_options
+from eit.augment import ImageTransform, image_transform
+from eit.batch import BadImages, Batch, HostBatch, Sample, collate, worker_count, worker_options
 from eit.config import Augment, Data
 from eit.errors import UserError
-from eit.images import Normaliser, View, normalise, to_mode
+from eit.images import View, normalise, to_mode
 from eit.plan import Plan, Stream, generator, seed_of, seeded
-from eit.readers import ImageStream, shard_names
+from eit.prefetch import Prefetcher, to_device
+from eit.readers import ImageStream, one_shard, shard_names
 
 
 class StreamLoader:
@@ -33,8 +36,8 @@ class StreamLoader:
         self, images: ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
     ) -> None:
         self.images, self.view, self.plan, self.device = images, view, plan, device
+        self.prefetched = Prefetcher(view, augment, plan.seed, device)
         self.augmented = _Augmented(image_transform(view, augment), view.channels)
-        self.normalise = Normaliser(view, device)
         self.bad = BadImages(images, config.bad_image_budget)
         self.workers = worker_count(config.workers)
         # Readers with unequal numbers of shards would leave out a part of them, and repeat others.
@@ -58,6 +61,14 @@ class StreamLoader:
         return dataset
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        yield from self.prefetched(self._host_batches(epoch, first_step), epoch)
+
+    def _host_batches(self, epoch: int, first_step: int) -> Iterator[HostBatch]:
+        """The batches of an epoch from `first_step` on, as the workers made them.
+
+        Raises:
+            UserError: a lost shard, a label that is no class, or an epoch that ends too early.
+        """
         plan = self.plan
         counters = plan.seed, epoch, distributed.rank()
         self.bad.seen.clear()  # they have no names, and would count anew each epoch
@@ -73,14 +84,12 @@ class StreamLoader:
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {plan.steps * plan.accumulate} batches"
                 raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
-            images, labels, faults, boxes = batch
+            _, labels, faults, _ = batch
             if not len(labels):
                 raise UserError(faults[0])
             self.bad.add(faults)
             if number >= first_step * plan.accumulate:
-                x = self.normalise(images.to(self.device))
-                erase_boxes(x, boxes)
-                yield Batch(x, labels.to(self.device), len(labels))
+                yield batch
 
 
 @dataclass
@@ -96,7 +105,14 @@ class _Augmented:
 
 @dataclass
 class StreamEvaluationLoader:
-    """Every rank reads the whole stream, and computes each `world`-th batch of it: every image counts once."""
+    """Each shard is read and decoded by one worker of one rank, so that every image counts once.
+
+    A batch never crosses the end of a shard. So the batches are the same on any number of ranks and workers; only a
+    rank's part of them, and their order, differ.
+
+    Where a reader names no shards (`hfids/`, `tfds/`), every rank reads and decodes the whole stream and keeps each
+    `world`-th batch. There the batches depend on the number of workers.
+    """
 
     images: ImageStream
     view: View
@@ -105,54 +121,71 @@ class StreamEvaluationLoader:
     device: torch.device
 
     @property
-    def blocks(self) -> int:
-        """At most; each worker may end with a small batch."""
-        return -(-len(self.images) // self.batch_size) + max(worker_count(self.workers), 1)
-
-    @property
     def own_blocks(self) -> range:
-        return range(distributed.rank(), self.blocks, distributed.world_size())
+        """As many numbers as this rank has batches: exact for shards of equal length, else an estimate."""
+        rank, world = distributed.rank(), distributed.world_size()
+        if shards := self.images.shards:
+            return range(len(range(rank, shards, world)) * -(-len(self.images) // (shards * self.batch_size)))
+        return range(rank, -(-len(self.images) // self.batch_size), world)
 
-    def _pixels(self, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
-        return self.view.pixels(image), ()
-
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """(block number, batch) of this rank.
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches. Every rank must iterate to the end, for there they add up what they have seen.
 
         Raises:
-            UserError: the stream has another number of images than it says.
+            UserError: an image or a shard cannot be read, or the stream has another number of images than it says.
         """
-        dataset = self.images.open(False, self.batch_size, 0)
-        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-        workers = worker_count(self.workers)
-        dataset.set_loader_cfg(num_workers=workers)
-        turn = _Turn(self.images, dataset, self.view.channels, self._pixels)
-        options = worker_options(workers, self.device)
         seen = 0
-        loader = DataLoader(turn, self.batch_size, collate_fn=collate, **options)
-        for block, (pixels, labels, faults, _) in enumerate(loader):
+        for pixels, labels, faults, _ in self._host_batches():
+            if faults:
+                raise UserError(faults[0])
             seen += len(labels)
-            if faults or block >= self.blocks:
-                more = f"{self.images.config.dataset}: more images were read than the {len(self.images)} it says"
-                raise UserError(faults[0] if faults else more)
-            if block % distributed.world_size() == distributed.rank():
-                images = normalise(pixels.to(self.device), self.view.mean, self.view.std)
-                yield block, Batch(images, labels.to(self.device), len(labels))
-        if seen != len(self.images):
-            raise UserError(f"{self.images.config.dataset}: {seen} images were read of the {len(self.images)} it says")
+            images = normalise(to_device(pixels, self.device), self.view.mean, self.view.std)
+            yield Batch(images, to_device(labels, self.device), len(labels))
+        total = sum(distributed.gather(seen))
+        if total != len(self.images):
+            says = f"it says that it has {len(self.images)}"
+            error = UserError(f"{self.images.config.dataset}: {total} images were read, {says}")
+            error.add_note(distributed.ON_MAIN)
+            raise error
+
+    def _host_batches(self) -> Iterator[HostBatch]:
+        rank, world = distributed.rank(), distributed.world_size()
+        dataset = self.images.open(False, self.batch_size, 0)
+        workers = worker_count(self.workers)
+        channels, prepare = self.view.channels, partial(_plain, self.view)
+        if names := shard_names(dataset.reader)[rank::world]:
+            shards = _Shards(self.images, dataset, names, self.batch_size, channels, prepare)
+            yield from DataLoader(shards, batch_size=None, **worker_options(min(workers, len(names)), self.device))
+        elif not self.images.shards:
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # it leaves nothing out
+            dataset.set_loader_cfg(num_workers=workers)
+            turn = _Turn(self.images, dataset, channels, prepare)
+            loader = DataLoader(turn, self.batch_size, collate_fn=collate, **worker_options(workers, self.device))
+            for block, batch in enumerate(loader):
+                if block % world == rank or batch[2]:  # any rank that meets a fault tells it
+                    yield batch
+
+
+def _plain(view: View, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
+    """A decoded image -> the pixels that evaluation sees, and no box to erase."""
+    return view.pixels(image), ()
 
 
 class _Turn(IterableDataset):
     """The images of a stream in turn, augmented, or as evaluation sees them. Used in worker processes."""
 
-    def __init__(self, images: ImageStream, dataset: Any, channels: int, prepare: Any, *counters: int) -> None:
+    def __init__(
+        self, images: ImageStream, dataset: Any, channels: int, prepare: Any, *counters: int, shard: str = ""
+    ) -> None:
         self.dataset, self.channels, self.prepare, self.counters = dataset, channels, prepare, counters
-        self.name, self.classes = images.config.dataset, len(images.classes)
+        self.name, self.classes, self.shard = images.config.dataset, len(images.classes), shard
         self.max_pixels = images.config.max_pixels
 
     def __iter__(self) -> Iterator[Sample]:
         """Samples, each with what could not be read before it, or no pixels and a fault, with which it ends."""
         worker = info.id if (info := get_worker_info()) else 0
+        part = f"shard {self.shard}" if self.shard else f"worker {worker}"
+        turn = -1
         with _skipped(self.dataset.reader, self.max_pixels) as (faults, lost):
             last = ""
             for turn, (image, label) in enumerate(self.dataset):
@@ -167,15 +200,33 @@ class _Turn(IterableDataset):
                     continue
                 with seeded(Stream.TURN, *self.counters, worker, turn):
                     pixels, box = self.prepare(image)
-                where = f"{self.name}, before image {turn + 1} of worker {worker}"
+                where = f"{self.name}, before image {turn + 1} of {part}"
                 yield Sample(pixels, int(label), [f"{where}: {fault}" for fault in faults], box)
                 faults.clear()
             if lost:
                 last = f"{self.name}: shard {lost[0]}"
             elif faults:
-                last = f"{self.name}: {faults[0]}"
+                last = f"{self.name}, after image {turn + 1} of {part}: {faults[0]}"
             if last:
                 yield Sample(torch.empty(0), -1, [last])
+
+
+class _Shards(IterableDataset):
+    """Batches of shards, each shard read whole by one worker."""
+
+    def __init__(
+        self, images: ImageStream, dataset: Any, names: list[str], batch_size: int, channels: int, prepare: Any
+    ) -> None:
+        self.images, self.dataset, self.names, self.batch_size = images, dataset, names, batch_size
+        self.channels, self.prepare = channels, prepare
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        info = get_worker_info()
+        for name in self.names[info.id :: info.num_workers] if info else self.names:
+            shard = one_shard(self.dataset, name)
+            samples = iter(_Turn(self.images, shard, self.channels, self.prepare, shard=name))
+            while batch := list(islice(samples, self.batch_size)):
+                yield collate(batch)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The one training loop. One machine or many, any device; a stopped run continues to the same weights."""
 
+import json
 import math
 import os
 import signal
@@ -28,18 +29,22 @@ from eit.checkpoint import Card, StateDict, default_mean_std, save_weights, writ
 from eit.config import Recipe
 from eit.console import progress, say
 from eit.data import AnyImages, open_data
+from eit.environment import environment
 from eit.errors import UserError, is_out_of_memory
-from eit.evaluate import autocast, evaluate
+from eit.evaluate import evaluate
 from eit.finetune import build_model, choose_trainable, model_of_begun, settle
 from eit.images import Images, View
-from eit.loader import StreamLoader, evaluation_loader, train_loader
+from eit.loader import StreamLoader, evaluation_batch_size, evaluation_loader, train_loader
 from eit.loss import Distillation, class_weights, make_criterion
 from eit.plan import Plan, Stream, set_seed
-from eit.run import Run, environment, read_summary
-from eit.state import State, Writer, load_state, load_step, newest_step, save_step
+from eit.precision import Precision, autocast, deterministic_algorithms, float32_products, resolve_precision
+from eit.reports import StepReports, from_host
+from eit.run import Run, read_recipe, read_summary
+from eit.state import State, Writer, load_state, load_step, newest_step, save_step, saved_steps
 from eit.zoo import TIMM
 
 EARLY_SAVE = 60  # seconds: a longer epoch is saved before it is evaluated
+COMPILED_STEPS = 3  # of a process: torch.compile takes its time in them, and CUDA graphs are recorded
 
 
 class Stopped(Exception):
@@ -83,14 +88,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     # What is trained on what. All that can be wrong is found here.
+    held.enter_context(deterministic_algorithms(recipe.train.deterministic))
     device = distributed.start(recipe.train.device)
+    precision = distributed.on_main(lambda: resolve_precision(recipe.train.precision, device))
+    held.enter_context(float32_products(precision))
     recipe = settle(recipe, begun := distributed.on_main(lambda: model_of_begun(recipe)))
     train_images, val_images = open_data(recipe.data)
     view = make_view(recipe)
     plan = Plan(
         images=len(train_images),
         batch_size=recipe.data.batch_size,
-        accumulate=recipe.train.accumulate,
+        accumulate=accumulation(recipe),
         world=distributed.world_size(),
         repeats=recipe.augment.repeats,
         seed=recipe.seed,
@@ -110,6 +118,8 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         at.fixed["number of processes"] = plan.world
     if distillation:
         at.fixed["loss.teacher"] = distillation.digest
+    if recipe.train.precision == "auto":
+        at.fixed["train.precision"] = precision
     if len(set(distributed.gather(at.fixed["data"]))) > 1:
         raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
 
@@ -133,12 +143,14 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     model = model.to(device).to(memory_format=torch.channels_last)
     ema = None if recipe.train.ema_decay is None else ModelEmaV3(model, decay=recipe.train.ema_decay)
     optimizer = make_optimizer(recipe, model, plan)
+    skips = bool(getattr(optimizer, "_step_supports_amp_scaling", False))  # honours found_inf, as torch's fused ones do
     schedule = make_schedule(recipe, optimizer, plan)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     mix = make_mixup(recipe, len(classes))
     weights = None if weights is None else weights.to(device)
     criterion = make_criterion(recipe.loss, recipe.augment.smoothing, weights, len(classes))
-    val_loader = evaluation_loader(val_images, view, recipe.data.batch_size, recipe.data.workers, device)
+    at_a_time = evaluation_batch_size(recipe.data.batch_size, len(val_images), device)
+    val_loader = evaluation_loader(val_images, view, at_a_time, recipe.data.workers, device)
     loader.prepare()
     resume(run, model, ema, optimizer, scaler, at)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
@@ -146,19 +158,23 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     network: Any = model
     if plan.world > 1:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if recipe.train.compile:
-        network = torch.compile(network)
+    network = compiled(network, recipe.train.compile)
     if plan.world > 2:
-        warm_up(network, torch.zeros(plan.batch_size, view.channels, view.size, view.size, device=device), recipe)
+        shape = plan.batch_size, view.channels, view.size, view.size
+        zeros = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+        warm_up(network, zeros, precision)
 
     def backward(micro: int, batches: Iterator[Any]) -> Tensor:
         """One micro-batch's share of the step's loss, its gradients added."""
         x, y, _ = next(batches)
         set_seed(Stream.STEP, recipe.seed, at.step, micro, distributed.rank())
         x, target = mix(x, y) if mix else (x, y)
+        if recipe.train.compile != "off":
+            x = x.contiguous(memory_format=torch.channels_last)  # in one layout it is compiled once
+            torch.compiler.cudagraph_mark_step_begin()
         hold_gradients = plan.world > 1 and micro + 1 < plan.accumulate
         with network.no_sync() if hold_gradients else nullcontext():
-            with autocast(device, recipe.train.precision):
+            with autocast(device, precision):
                 logits = network(x).float()
                 loss = criterion(logits, target)
                 if distillation:
@@ -182,19 +198,66 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         distributed.on_main(writer.wait)
         raise Stopped(which_signal(signals), recipe.run_folder())
 
+    images_per_s, signals = 0.0, [0.0] * len(STOP_SIGNALS)
+    shown: dict[str, Any] = {}
+
+    def look(step: int, numbers: list[float]) -> None:
+        """Act on what a step reported; the same on every rank."""
+        nonlocal signals
+        mean_loss, mean_norm, scale, bad_images, failed, *signals = numbers
+        loader.bad.check(int(bad_images))
+        if failed:
+            distributed.on_main(writer.wait)
+        if not math.isfinite(mean_loss):
+            raise not_finite("loss", mean_loss, step, plan, train_images, run)
+        # A scaler skips such a step by itself, and halves the scale: at 1 it is no longer to blame.
+        if not math.isfinite(mean_norm) and scale < 1.5:  # a power of two, and rounded: it is a sum over ranks
+            raise not_finite("gradient", mean_norm, step, plan, train_images, run)
+        at.loss_sum += mean_loss
+        shown["loss"] = mean_loss
+
+    reports = StepReports(look, at_once=not skips)
+    fault = torch.zeros((), dtype=torch.bool, device=device)  # whether a step so far was not finite: no update follows
+    one = torch.ones((), device=device)
+
+    def update(loss: Tensor) -> None:
+        """A step of the optimizer with the gradients, unless loss or gradient are not finite on any rank."""
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        # One small collective: mean loss, norm of the gradient (each rank's is that of all), scale, unreadable images,
+        # whether saving failed, signals that any rank was sent.
+        scale = scaler.scale(one) if scaler.is_enabled() else one
+        own = from_host([len(loader.bad.seen), writer.fault() is not None, *asked()], device)
+        shared = torch.cat((torch.stack((loss, norm, scale)) / plan.world, own))
+        distributed.sum_over_ranks(shared)
+        not_finite_ = (shared[:2] - shared[:2]) != 0
+        skipped = not_finite_.any()
+        fault.logical_or_(not_finite_[0] | (not_finite_[1] & (scale <= 1)) if scaler.is_enabled() else skipped)
+        reports.add(at.step, shared)
+        if recipe.optim.clip_grad:
+            nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
+        if skips:
+            optimizer.found_inf = (fault | skipped).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
     total_steps = min(recipe.train.epochs * plan.steps, recipe.train.max_steps or 2**63)
     if run:
-        run.start_logging(environment(device), at.step)
+        used = dict(precision=precision, compile=recipe.train.compile, global_batch=plan.global_batch)
+        run.start_logging(environment(device) | used, at.step)
     parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{recipe.name}: {parameters:,} parameters, {len(train_images):,} images of {len(classes)} classes, "
         f"{plan.steps} x {plan.global_batch} of them an epoch, on {plan.world} x {device.type}"
     )
+    to_compile = 0 if recipe.train.compile == "off" else COMPILED_STEPS
     with stop_signals() as asked:
         while (epoch := at.last.get("epoch", -1) + 1) * plan.steps < total_steps:
             first_step = at.step - epoch * plan.steps
             end = min((epoch + 1) * plan.steps, total_steps)
-            images_per_s, signals = 0.0, [0.0] * len(STOP_SIGNALS)
             if first_step == 0:
                 at.loss_sum = 0.0
             network.train()
@@ -207,51 +270,33 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             with progress(title, plan.steps, start=first_step) as advance:
                 while at.step < end:
                     schedule.step_update(at.step)
-                    loss = sum((backward(micro, batches) for micro in range(plan.accumulate)), torch.zeros(()))
-                    scaler.unscale_(optimizer)
-                    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-                    # One small collective a step: mean loss, norm of the gradient (each rank's is that of all),
-                    # unreadable images, whether saving failed, signals that any rank was sent.
-                    own = [float(loss) / plan.world, float(norm) / plan.world]
-                    own += [len(loader.bad.seen), writer.fault() is not None, *asked()]
-                    shared = distributed.sum_over_ranks(torch.tensor(own, device=device)).tolist()
-                    mean_loss, mean_norm, bad_images, failed, *signals = shared
-                    loader.bad.check(int(bad_images))
-                    if failed:
-                        distributed.on_main(writer.wait)
-                    if not math.isfinite(mean_loss):
-                        raise not_finite("loss", mean_loss, at, plan, train_images, run)
-                    # A scaler skips such a step by itself, and halves the scale: at 1 it is no longer to blame.
-                    if not math.isfinite(mean_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-                        raise not_finite("gradient", mean_norm, at, plan, train_images, run)
-                    if recipe.optim.clip_grad:
-                        nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    optimizer.zero_grad(set_to_none=True)
+                    update(sum((backward(micro, batches) for micro in range(plan.accumulate)), torch.zeros(())))
                     at.step += 1
-                    at.loss_sum += mean_loss
                     if ema:
                         ema.update(model, at.step)
 
                     now = time.monotonic()
                     at.seconds, mark = at.seconds + now - mark, now
                     images_per_s = (at.step - began_step) * plan.global_batch / (now - began)
-                    advance(loss=mean_loss, lr=largest_rate(optimizer), **{"images/s": round(images_per_s)})
-                    if at.step < end and any(signals):
-                        save()
-                        stop(signals)
-                    if at.step < end and is_due(recipe, at.step, now - saved):
+                    if to_compile and at.step < end:  # what is compiled then is no part of the rate
+                        to_compile, began, began_step = to_compile - 1, now, at.step
+                    shown |= {"lr": largest_rate(optimizer), "images/s": round(images_per_s)}
+                    advance(**shown)
+                    if at.step < end and (any(signals) or is_due(recipe, at.step, now - saved)):
+                        reports.flush()
                         save()
                         saved = time.monotonic()
+                        if any(signals):
+                            stop(signals)
+            reports.flush()
 
             network.eval()
             if time.monotonic() - began > EARLY_SAVE:  # evaluation may meet an image that it cannot read
                 save()
             for module in (model, ema):
                 distributed.share_buffers(module)
-            metrics = evaluate(model, val_loader, recipe.train.precision)
-            averaged = evaluate(ema.module.eval(), val_loader, recipe.train.precision) if ema else None
+            metrics = evaluate(model, val_loader, precision)
+            averaged = evaluate(ema.module.eval(), val_loader, precision) if ema else None
             best = metrics.top1 > at.best_top1
             if best:
                 at.best_top1, at.best_epoch = metrics.top1, epoch
@@ -290,13 +335,54 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
     return distributed.on_main(finish)
 
 
-def warm_up(network: nn.Module, x: Tensor, recipe: Recipe) -> None:
+def compiled(network: nn.Module, mode: str) -> Any:
+    """`network` through torch.compile: once, for batches of one size."""
+    if mode == "off":
+        return network
+    return torch.compile(network, mode=None if mode == "default" else mode, dynamic=False)
+
+
+def accumulation(recipe: Recipe) -> int:
+    """Micro-batches in a step: the recipe's, or as many as keep the global batch of a run on another number of ranks.
+
+    Raises:
+        UserError: no whole number of them does.
+    """
+    world, batch = distributed.world_size(), recipe.data.batch_size
+    begun = distributed.on_main(lambda: recorded_global_batch(recipe))
+    if begun is None or begun == batch * recipe.train.accumulate * world:
+        return recipe.train.accumulate
+    accumulate, rest = divmod(begun, batch * world)
+    if rest or not accumulate:
+        raise UserError(
+            f"the run has a global batch of {begun}, which {world} processes x data.batch_size={batch} cannot make: "
+            "start another number of processes, or set a data.batch_size that divides it"
+        )
+    say(f"{world} processes: {accumulate} micro-batches in a step keep the global batch of {begun}")
+    return accumulate
+
+
+def recorded_global_batch(recipe: Recipe) -> int | None:
+    """That of the begun run in the recipe's folder; None where there is none, or the recipe's own batch has changed."""
+    folder = recipe.run_folder()
+    if not saved_steps(folder) or not (folder / "recipe.yaml").is_file():
+        return None
+    before = read_recipe(folder)
+    if (before.data.batch_size, before.train.accumulate) != (recipe.data.batch_size, recipe.train.accumulate):
+        return None
+    try:
+        return json.loads((folder / "environment.json").read_text()).get("global_batch")
+    except (OSError, ValueError):
+        return None
+
+
+def warm_up(network: nn.Module, x: Tensor, precision: Precision) -> None:
     """A backward pass without an effect: DDP arranges its buckets after the first one.
 
     The sum over three or more ranks depends on the arrangement, so a continued run must have it from its first step.
     """
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    with autocast(x.device, recipe.train.precision):
+    with autocast(x.device, precision):
         network(x).float().sum().backward()
     network.zero_grad(set_to_none=True)
     for buffer, before in buffers:
@@ -324,16 +410,16 @@ def write_state(
 
 
 def not_finite(
-    name: str, value: float, at: Progress, plan: Plan, images: AnyImages, run: Run | None
+    name: str, value: float, at_step: int, plan: Plan, images: AnyImages, run: Run | None
 ) -> FloatingPointError:
-    """The error to raise before an update that would spoil the weights. Rank 0 writes down the images of the step."""
-    epoch, step = divmod(at.step, plan.steps)
-    what = f"the {name} is {value} in epoch {epoch + 1}, step {at.step}"
+    """The error of a step that was not finite. Rank 0 writes down its images."""
+    epoch, step = divmod(at_step, plan.steps)
+    what = f"the {name} is {value} in epoch {epoch + 1}, step {at_step}"
     if isinstance(images, Images):  # those that come in turn have no names
         indices = plan.order(epoch)[step, :, 0].tolist()
         what += f", on images {', '.join(images.names[i] for i in indices[:3])}"
         if run:
-            file = run.path / f"not-finite-{at.step}.txt"
+            file = run.path / f"not-finite-{at_step}.txt"
             write_file(file, "".join(f"{i}\t{images.names[i]}\n" for i in indices))
             what += f" and others (all {len(indices)} with their numbers: {file})"
     advice = "try a lower optim.lr, a longer train.warmup_epochs or optim.clip_grad=1"
@@ -415,7 +501,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module, plan: Plan) -> torch.optim.
     o, lr = recipe.optim, base_rate(recipe, plan)
     options: dict[str, Any] = dict(betas=o.betas, eps=o.eps, layer_decay=o.layer_decay)
     if o.name == "adamw":
-        options["fused"] = True  # a third of the time of a loop over the parameters
+        # A third of the time of a loop over the parameters. On MPS it ignored `found_inf` before torch's pull request
+        # 186360, so that a gradient that is not finite would reach the weights.
+        options["fused"] = next(model.parameters()).device.type != "mps"
     return create_optimizer_v2(model, o.name, lr=lr, weight_decay=o.weight_decay, **options)
 
 
@@ -455,7 +543,7 @@ def check_same(state: dict[str, Any], at: Progress, run: Run) -> None:
     saved = state["progress"]["fixed"]
     for key, now in at.fixed.items():
         if (before := saved.get(key)) != now:
-            advice = f"set {key}={before}" if key.startswith("data.") else "use another out="
+            advice = f"set {key}={before}" if key.startswith(("data.", "train.")) else "use another out="
             raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; {advice}")
 
 

@@ -29,6 +29,13 @@ def pairwise_distances(grid: Grid, pitch: float = 1.0) -> Tensor:
     return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _distances_on(device: torch.device, dtype: torch.dtype, grid: Grid, pitch: float) -> Tensor:
+    """`pairwise_distances`, copied to a device once."""
+    return pairwise_distances(grid, pitch).to(device, dtype)
+
+
 def uniform_distance(grid: Grid, pitch: float = 1.0) -> float:
     """Pixels: the distance of a head that looks everywhere alike."""
     return float(pairwise_distances(grid, pitch).mean())
@@ -42,7 +49,7 @@ def head_distances(
     Rows and columns of the `prefix` tokens are cut and the rows renormalised; without `renormalize` they are not, as in
     the published notebooks, and mass on the class token counts as distance 0.
     """
-    away = pairwise_distances(grid, pitch).to(weights.device, weights.dtype)
+    away = _distances_on(weights.device, weights.dtype, grid, pitch)
     return _reduce(weights[:, :, prefix:], None, away, prefix, renormalize)[0]
 
 
@@ -173,7 +180,7 @@ class AttentionMeter:
         self.grid, self.pitch = grid, pitch
         batch, heads, tokens = call.query.shape[:3]
         step = max(1, MAP_BYTES // (4 * heads * tokens**2))
-        away = pairwise_distances(grid, pitch).to(call.query.device, torch.float32)
+        away = _distances_on(call.query.device, torch.float32, grid, pitch)
         found = []
         for start in range(0, batch, step):
             scores = call.images(start, start + step).scores(prefix)

@@ -76,7 +76,7 @@ def compare(
         if options.bands and subject.state == "trained":
             _bands(one, images, device, options, with_classes_of)
         if len(shown) and subject.state != "initial":
-            _, batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
+            batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
             one.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
             one.missing += missing
             pixels = denormalise(batch.images, subject.view.mean, subject.view.std)
@@ -95,7 +95,7 @@ def compare(
 
 def _watched(loader: EvaluationLoader, title: str) -> Iterator[Tensor]:
     """The loader's images, each once, with a progress bar."""
-    for _, batch in track(loader, title, loader.blocks):
+    for batch in track(loader, title, loader.blocks):
         yield batch.images[: batch.valid]
 
 

@@ -35,6 +35,13 @@ def basis(n: int) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _basis_on(device: torch.device, n: int) -> Tensor:
+    """`basis`, copied to a device once, in float32."""
+    return basis(n).to(device, torch.float32)
+
+
 def cycles(n: int) -> Tensor:
     """Cycles per token of each row of `basis(n)`: 0, 1, 1, 2, 2 ... divided by n."""
     return (torch.arange(n) + 1).div(2, rounding_mode="floor").double() / n
@@ -67,8 +74,8 @@ def transform(x: Tensor) -> Tensor:
     rounding = torch.finfo(x.dtype).eps
     x = x.float()
     mean = x.mean(dim=(1, 2), keepdim=True)
-    along_h = torch.matmul(basis(h).to(x), (x - mean).flatten(2)).unflatten(2, (w, -1))
-    found = torch.matmul(basis(w).to(x), along_h)
+    along_h = torch.matmul(_basis_on(x.device, h), (x - mean).flatten(2)).unflatten(2, (w, -1))
+    found = torch.matmul(_basis_on(x.device, w), along_h)
     found[:, 0, 0] = 0
     dc = mean[:, 0, 0] * math.sqrt(h * w)
     varies = found.square().sum(dim=(1, 2)) > (rounding * dc).square()
@@ -82,11 +89,18 @@ def shares(x: Tensor, rho: float = RHO) -> tuple[Tensor, Tensor]:
     return _shares(transform(x).square(), rho)
 
 
-def _shares(energy: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    high = is_high((energy.shape[1], energy.shape[2]), rho).flatten()
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _sums_on(device: torch.device, grid: Grid, rho: float) -> Tensor:
+    """(3, h * w): 1 for the coefficients that are high, for those that are not DC, and for DC."""
+    high = is_high(grid, rho).flatten()
     dc = torch.zeros_like(high)
     dc[0] = True
-    sums = torch.stack((high, ~dc, dc)).to(energy)
+    return torch.stack((high, ~dc, dc)).to(device, torch.float32)
+
+
+def _shares(energy: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    sums = _sums_on(energy.device, (energy.shape[1], energy.shape[2]), rho)
     above, varying, constant = torch.matmul(sums, energy.flatten(1, 2)).unbind(dim=1)  # (B, C) each
     without = torch.where(varying == 0, 0, above / varying)
     with_dc = torch.where(varying == 0, 0, above / (varying + constant))
@@ -98,23 +112,30 @@ def diagonal_frequencies(grid: Grid) -> list[float]:
     return [2 * math.hypot(i / grid[0], i / grid[1]) for i in range(min(grid) // 2 + 1)]
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _half_diagonal_on(device: torch.device, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(4, k): places, row by row, of the coefficients cos x cos, sin x sin, cos x sin and sin x cos of the FFT's bins
+    (i, i), i = 1 ... k; (4, k, 1): the factor of each, 0 for one that is not there."""
+    h, w = grid
+    steps = torch.arange(1, min(h, w) // 2 + 1)
+    cos, sin = 2 * steps - 1, 2 * steps
+    half = [torch.where(sin < n, 0.5, 1.0).sqrt() for n in (h, w)]
+    pairs = [(cos, cos), (sin, sin), (cos, sin), (sin, cos)]
+    places = [rows.clamp(max=h - 1) * w + columns.clamp(max=w - 1) for rows, columns in pairs]
+    factors = [half[0] * half[1] * ((rows < h) & (columns < w)) for rows, columns in pairs]
+    return torch.stack(places).to(device), torch.stack(factors)[..., None].to(device)
+
+
 def log_amplitude(coefficients: Tensor) -> Tensor:
     """log(|F| + 1e-6) on the half diagonal of the FFT, the mean over channels: (B, h, w, C) -> (B, min(h, w) // 2 + 1).
 
     F = C - iS on each axis, where C and S are the coefficients of cos and sin by sqrt(2), or C alone at DC and at an
     axis's Nyquist frequency. Park & Kim (ICLR 2022, arXiv 2202.06709) show it minus its first value.
     """
-    h, w = coefficients.shape[1:3]
-    steps = torch.arange(1, min(h, w) // 2 + 1)
-    cos, sin = 2 * steps - 1, 2 * steps
-    half = [torch.where(sin < n, 0.5, 1.0).sqrt().to(coefficients) for n in (h, w)]
-    scale = (half[0] * half[1])[:, None]
-
-    def part(rows: Tensor, columns: Tensor) -> Tensor:
-        there = ((rows < h) & (columns < w))[:, None].to(coefficients)
-        return coefficients[:, rows.clamp(max=h - 1), columns.clamp(max=w - 1)] * there * scale
-
-    real, imaginary = part(cos, cos) - part(sin, sin), part(cos, sin) + part(sin, cos)
+    places, factors = _half_diagonal_on(coefficients.device, (coefficients.shape[1], coefficients.shape[2]))
+    both_cos, both_sin, cos_sin, sin_cos = (coefficients.flatten(1, 2)[:, places] * factors).unbind(dim=1)
+    real, imaginary = both_cos - both_sin, cos_sin + sin_cos
     amplitude = torch.cat((coefficients[:, :1, 0].abs(), torch.hypot(real, imaginary)), dim=1)
     return (amplitude + 1e-6).log().mean(dim=2)
 

@@ -11,6 +11,7 @@ from eit.analysis.attention import Attention, AttentionMeter, together
 from eit.analysis.frequency import RHO, Frequency, FrequencyMeter, Grid, noise_shares
 from eit.analysis.probe import CannotMeasure, Heads, Tokens, layers_of, unwrapped, watch
 from eit.errors import UserError
+from eit.precision import float32_products
 
 
 @dataclass
@@ -122,7 +123,8 @@ class _Run:
             return
         self.size = size
         parameter = next(self.model.parameters())
-        self.model(batch.to(parameter.device, parameter.dtype))
+        with float32_products("fp32"):
+            self.model(batch.to(parameter.device, parameter.dtype))
         self.count += len(batch)
 
     def tokens(self, found: Tokens) -> None:

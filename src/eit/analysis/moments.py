@@ -5,7 +5,10 @@ from torch import Tensor
 
 
 class Moments:
-    """Streaming mean and variance of per-image values (Chan, Golub & LeVeque 1983), in float64 on the CPU."""
+    """Streaming mean and variance of per-image values (Chan, Golub & LeVeque 1983), in float64.
+
+    On the device of the values, for no batch to wait for a copy; of MPS, which has no float64, on the CPU.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -13,7 +16,7 @@ class Moments:
 
     def add(self, values: Tensor) -> None:
         """`values` (B, ...), one row an image."""
-        values = values.cpu().double()
+        values = (values.cpu() if values.device.type == "mps" else values).double()
         n, mean = len(values), values.mean(dim=0)
         shift, total = mean - self._mean, self.count + n
         self._squares = self._squares + (values - mean).square().sum(dim=0) + shift**2 * (self.count * n / total)
@@ -22,11 +25,12 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        return self._mean
+        """On the CPU."""
+        return self._mean.cpu()
 
     @property
     def standard_error(self) -> Tensor:
-        """Of the mean; NaN for one image."""
+        """Of the mean, on the CPU; NaN for one image."""
         if self.count < 2:
-            return torch.full_like(self._mean, torch.nan)
-        return (self._squares / (self.count - 1) / self.count).sqrt()
+            return torch.full_like(self.mean, torch.nan)
+        return (self._squares / (self.count - 1) / self.count).sqrt().cpu()

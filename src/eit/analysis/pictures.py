@@ -12,6 +12,7 @@ from eit.analysis.attention import rollout
 from eit.analysis.frequency import Grid
 from eit.analysis.probe import Heads, Tokens, unwrapped, watch
 from eit.errors import UserError
+from eit.precision import float32_products
 
 
 @dataclass
@@ -42,7 +43,7 @@ def take(
     """
     model = unwrapped(model)
     state = _Maps(with_rollout)
-    with watch(model, state.tokens, state.heads):
+    with float32_products("fp32"), watch(model, state.tokens, state.heads):
         model(images)
     cams: list[Tensor] | None = None
     missing = [state.fault] if state.fault else []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eit.console import progress
 from eit.images import View
 from eit.loader import EvaluationLoader
+from eit.precision import float32_products
 
 HALF_WIDTH = 0.1  # of a ring, in units of an axis's Nyquist frequency, pi
 EPS = 0.1  # of pixels in 0..1
@@ -71,12 +72,13 @@ def band_accuracy(model: nn.Module, loader: EvaluationLoader, view: View, eps: f
     with progress("noise by band", len(every) * len(loader.own_blocks)) as advance:
         for number, ring in enumerate(every):
             correct = 0
-            for block, batch in loader:
+            for block, batch in zip(loader.own_blocks, loader, strict=True):
                 x = batch.images
                 if ring is not None:
                     generator = torch.Generator().manual_seed(1000 * block + number)
                     x = x + (eps * band_noise(tuple(x.shape), *ring, generator) / std).to(x)
-                hits = model(x).argmax(dim=1) == batch.labels
+                with float32_products("fp32"):
+                    hits = model(x).argmax(dim=1) == batch.labels
                 correct += int(hits[: batch.valid].sum())
                 advance()
             low, high = ring or (None, None)

@@ -20,10 +20,11 @@ from eit.config import Recipe, differences
 from eit.console import say, track
 from eit.data import open_data, open_evaluation
 from eit.errors import UserError, few
-from eit.evaluate import autocast, make_views
+from eit.evaluate import make_views
 from eit.finetune import build_model, settle
 from eit.images import Images, View, normalise
 from eit.macs import complexity
+from eit.precision import arithmetic, resolve_precision
 from eit.reproduce.matrix import Cell, Experiment, Measure
 from eit.run import environment, read_log, read_recipe
 from eit.train import train
@@ -246,7 +247,7 @@ def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict
             for start in range(0, len(images), BATCH):
                 chosen = images.subset(range(start, min(start + BATCH, len(images))))
                 (batch,) = batches(chosen, seen, device)
-                with autocast(device, recipe.train.precision):
+                with arithmetic(device, resolve_precision(recipe.train.precision, device)):
                     ranked = trained(batch).argmax(dim=1)
                 right += int((ranked.cpu() == torch.tensor(chosen.labels)).sum())
                 count += len(chosen)

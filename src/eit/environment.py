@@ -1,0 +1,115 @@
+"""What a figure depends on besides its recipe: code, packages, machine, GPU, settings of torch."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eit import distributed
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the recipe, at this moment."""
+    cuda, cpu = device.type == "cuda", _cpu()
+    return dict(
+        eit=version("eit"),
+        commit=_commit(),
+        python=platform.python_version(),
+        packages={"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")},
+        system=f"{platform.system()} {platform.machine()}",
+        device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {cpu['model name']}",
+        **(dict(gpu=_gpu(device)) if cuda else {}),
+        cpu={key: cpu[key] for key in ("cpu family", "model", "stepping") if key in cpu}  # kernels round as it does
+        | dict(capability=torch.backends.cpu.get_cpu_capability()),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        settings=_settings(),
+        world_size=distributed.world_size(),
+        command=" ".join(["eit", *sys.argv[1:]]),
+    )
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU, and the software between it and torch."""
+    properties = torch.cuda.get_device_properties(device)
+    has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    return dict(
+        name=properties.name,
+        capability=f"{properties.major}.{properties.minor}",
+        memory=properties.total_memory,  # bytes
+        visible=torch.cuda.device_count(),
+        CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        driver=_driver(),
+        cuda=torch.version.cuda,  # that torch was built for
+        cudnn=torch.backends.cudnn.version(),
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
+    )
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver: from Linux, or from nvidia-smi, which WSL and Windows have."""
+    try:
+        found = DRIVER.read_text()
+    except OSError:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
+    number = re.search(r"\b\d+\.\d+(\.\d+)?\b", found)  # the first: the compiler's follows
+    return number and number[0]
+
+
+def _settings() -> dict[str, Any]:
+    """What torch may choose between: results round differently, or differ between two runs."""
+    backends = torch.backends
+    attention = dict(
+        flash=backends.cuda.flash_sdp_enabled,
+        mem_efficient=backends.cuda.mem_efficient_sdp_enabled,
+        cudnn=backends.cuda.cudnn_sdp_enabled,
+        math=backends.cuda.math_sdp_enabled,
+    )
+    return dict(
+        # allow_tf32 raises an error after fp32_precision was set; fp32_precision follows both.
+        tf32_matmul=backends.cuda.matmul.fp32_precision == "tf32",
+        tf32_conv=backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
+        deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
+        cudnn_benchmark=backends.cudnn.benchmark,
+        cudnn_deterministic=backends.cudnn.deterministic,
+        CUBLAS_WORKSPACE_CONFIG=os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        attention=[name for name, is_enabled in attention.items() if is_enabled()],
+    )
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout, with + where files differ from it."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        inside = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        if inside.returncode:
+            return None
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return head + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", here]).returncode else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu() -> dict[str, str]:
+    """What Linux says of the first core; elsewhere its name alone."""
+    found = {"model name": platform.processor() or platform.machine()}
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return found
+    return found | {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
+    }

@@ -1,0 +1,268 @@
+"""The lock on a run folder, which one process holds at a time.
+
+`.lock` names its holder. flock locks that file, and the system drops the lock when the process ends, however it ends.
+A file system without flock gets filelock's soft lock: a file, `.lock-soft`, that is there while the folder is held. It
+outlives a killed process. So its holder touches `.lock` every 20 s, and a lock whose holder is dead, or silent for two
+minutes, is taken over.
+"""
+
+import errno
+import json
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+from filelock import SoftFileLock, Timeout
+
+from eit.console import say
+from eit.errors import UserError
+
+NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # Lustre without its option, NFS without lockd
+WAIT = 120.0  # seconds for another machine to release a lock, or to refresh a soft one
+REFRESH = 20.0  # seconds
+POLL = 0.5  # seconds
+ADVICE = "give this one its own out="
+
+Process = dict[str, Any]  # host, PID, its start time and namespace: PIDs and host names alone are used again
+State = tuple[int | None, int | None, Process | None]  # times of .lock-soft and .lock, the holder
+
+
+class FolderLock:
+    """The lock on `folder`, from now until `release`.
+
+    Raises:
+        UserError: another process holds it. One on another machine is waited for, up to `WAIT` seconds.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file, self.marker = folder, folder / ".lock", folder / ".lock-soft"
+        self._me = _describe(os.getpid())
+        self._soft: _SoftLock | None = None
+        self._ended = threading.Event()
+        self._refresher = threading.Thread(target=self._refresh, name="run folder's lock", daemon=True)
+        self._open = open(self.file, "a+", encoding="utf-8")  # noqa: SIM115 (held until released)
+        try:
+            if missing := self._take_flock():
+                say(
+                    f"{folder}: this file system has no flock ({missing}); the file {self.marker.name} locks it instead"
+                )
+                self._soft = self._take_soft_lock()
+            self._write(json.dumps(self._me) + "\n")
+            if self._soft:
+                self._refresher.start()
+        except BaseException:
+            if self._soft:
+                self._soft.release()
+            self._open.close()
+            raise
+
+    def check(self) -> None:
+        """Raise a UserError if another process took the lock over: this one was suspended, or could not write."""
+        if self._is_lost():
+            raise UserError(
+                f"{self.folder} was taken over by {_name(self._holder())}: "
+                f"this process did not refresh {self.file.name} for {WAIT:g} s; it ends here"
+            )
+
+    def release(self) -> None:
+        """Release it, once. A forked process has nothing to release."""
+        if self._open.closed or os.getpid() != self._me["pid"]:
+            return
+        self._ended.set()
+        if self._refresher.is_alive():
+            self._refresher.join()
+        is_lost = self._is_lost()
+        if not is_lost:
+            with suppress(OSError):
+                self._write("")
+        if self._soft:
+            self._soft.is_ours = not is_lost
+            self._soft.release()
+        self._open.close()
+
+    def _take_flock(self) -> str | None:
+        """Lock with flock; why there is none, where there is none."""
+        try:
+            import fcntl
+        except ImportError:
+            return "Windows"
+        os.register_at_fork(after_in_child=_closer(self._open))
+        deadline, said = time.monotonic() + WAIT, False
+        while True:
+            try:
+                fcntl.flock(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+            except (BlockingIOError, PermissionError):  # held, as most and as some file systems say
+                holder = self._holder()
+            except OSError as error:
+                if error.errno in NO_FLOCK:
+                    return errno.errorcode[error.errno]
+                raise
+            if holder is None or holder["host"] == self._me["host"]:
+                raise self._in_use(holder)
+            if time.monotonic() >= deadline:
+                raise self._in_use(holder, f"; if its machine is gone, delete {self.file}")
+            if not said:
+                self._say_waiting(holder)
+                said = True
+            time.sleep(POLL)
+
+    def _take_soft_lock(self) -> "_SoftLock":
+        """Lock with a file."""
+        lock = _SoftLock(self.marker, thread_local=False)  # released by any thread
+        start = since = time.monotonic()
+        before: State | None = None
+        said = False
+        while True:
+            state = self._state()  # before the attempt: what is taken over is what was looked at
+            with suppress(Timeout):
+                lock.acquire(blocking=False)
+                if not self.marker.stat().st_size:  # filelock before 3.22; later ones remove a marker without a name
+                    self.marker.write_text(f"{self._me['pid']}\n{self._me['host']}\n")
+                return lock
+            now, holder = time.monotonic(), state[2]
+            if state != before:
+                before, since = state, now
+            is_here = holder is not None and os.name == "posix" and _is_here(holder, self._me)
+            if holder and is_here and _is_running(holder):
+                raise self._in_use(holder)
+            # Not at the first look: a new holder's marker is there just before its name is.
+            if now - since >= (POLL if is_here else WAIT) and self._remove_marker(state):
+                if not is_here:
+                    silent = f"did not refresh its lock for {WAIT:g} s"
+                    say(f"{self.folder}: took over the lock of {_name(holder)}, which {silent}")
+                continue
+            if now - start >= WAIT:
+                raise self._in_use(holder, f"; if that one is dead, try again in {WAIT:g} s")
+            if not is_here and not said and now > since:
+                self._say_waiting(holder)
+                said = True
+            time.sleep(POLL)
+
+    def _state(self) -> State:
+        """What changes when the soft lock is taken, refreshed or released."""
+        times: list[int | None] = []
+        for file in (self.marker, self.file):
+            try:
+                with open(file, "rb") as opened:  # NFS asks the server for a file's time when it is opened
+                    times.append(os.fstat(opened.fileno()).st_mtime_ns)
+            except OSError:
+                times.append(None)
+        return times[0], times[1], self._holder()
+
+    def _remove_marker(self, state: State) -> bool:
+        """Remove the marker of a dead holder, unless another process was faster, whose marker it then is."""
+        aside = self.marker.with_name(f"{self.marker.name}-{uuid4().hex}")
+        try:
+            os.rename(self.marker, aside)
+            if os.stat(aside).st_mtime_ns != state[0]:
+                os.rename(aside, self.marker)
+                return False
+            os.unlink(aside)
+        except OSError:
+            return False
+        return True
+
+    def _refresh(self) -> None:
+        while not self._ended.wait(REFRESH):
+            if self._is_lost():
+                return
+            with suppress(OSError):  # of a server that is away; `check` tells whether it was for too long
+                os.utime(self.file)
+
+    def _is_lost(self) -> bool:
+        holder = self._holder() if self._soft else None
+        return holder is not None and holder != self._me
+
+    def _holder(self) -> Process | None:
+        """Who holds the lock, or held it until killed; None where that is not known."""
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8", errors="replace"))
+            return found if isinstance(found["pid"], int) and isinstance(found["host"], str) else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
+    def _write(self, text: str) -> None:
+        self._open.truncate(0)
+        self._open.write(text)
+        self._open.flush()
+
+    def _in_use(self, holder: Process | None, also: str = "") -> UserError:
+        if holder == self._me:
+            return UserError(f"{self.folder} is in use by another run of this process; {ADVICE}")
+        who = f" ({_name(holder)})" if holder else ""
+        return UserError(f"{self.folder} is in use by another process{who}; {ADVICE}{also}")
+
+    def _say_waiting(self, holder: Process | None) -> None:
+        say(f"{self.folder} is in use by {_name(holder)}; waiting up to {WAIT:g} s for it to end")
+
+
+class _SoftLock(SoftFileLock):
+    """Older versions remove the file whatever it is by now, and do so in forked processes too."""
+
+    is_ours = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._process = os.getpid()
+
+    def release(self, force: bool = False) -> None:
+        if self.is_ours and os.getpid() == self._process:
+            super().release(force)
+
+
+def _name(holder: Process | None) -> str:
+    return f"process {holder['pid']} on {holder['host']}" if holder else "an unknown process"
+
+
+def _describe(pid: int) -> Process:
+    """What tells process `pid` of this machine from all others."""
+    try:
+        namespace: int | None = os.stat("/proc/self/ns/pid").st_ino  # containers may share a host name
+    except OSError:
+        namespace = None
+    return dict(host=socket.gethostname(), pid=pid, start=_state_and_start(pid)[1], namespace=namespace)
+
+
+def _state_and_start(pid: int) -> tuple[str | None, str | None]:
+    """Of a process, as Linux has them; None elsewhere."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return after_name[0], after_name[19]
+    except (OSError, IndexError):
+        return None, None
+
+
+def _is_here(holder: Process, me: Process) -> bool:
+    """Whether its PID means something here."""
+    return all(holder.get(key) == me[key] for key in ("host", "namespace"))
+
+
+def _is_running(holder: Process) -> bool:
+    try:
+        os.kill(holder["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    state, start = _state_and_start(holder["pid"])
+    return state != "Z" and (start is None or holder.get("start") in (None, start))
+
+
+def _closer(file: IO[str]) -> Callable[[], None]:
+    """Closes `file`, if it is still there: loader workers must not hold a lock on when their parent is killed."""
+    there = weakref.ref(file)
+
+    def close() -> None:
+        if (found := there()) is not None:
+            found.close()
+
+    return close

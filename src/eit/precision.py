@@ -1,0 +1,107 @@
+"""Precision of arithmetic: fp32, tf32, bf16 and fp16, and determinism on CUDA."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from eit.errors import UserError
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS, with which its products are deterministic
+
+
+def resolve_precision(precision: str, device: torch.device) -> Precision:
+    """`precision` as it is computed on `device`; `auto` is bf16 on CUDA where the GPU has it, else fp32.
+
+    Raises:
+        UserError: an unknown name, or tf32 where there is none.
+    """
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UserError(f"precision tf32 needs an NVIDIA GPU from Ampere on; on {device} use fp32 or auto")
+    for known in PRECISIONS:
+        if precision == known:
+            return known
+    raise UserError(f"precision {precision}: one of auto, {', '.join(PRECISIONS)} is expected")
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context of a forward pass; weights stay in float32."""
+    low = precision in ("bf16", "fp16")
+    return torch.autocast(device.type, DTYPES[precision] if low else None, enabled=low)
+
+
+@contextmanager
+def float32_products(precision: Precision) -> Iterator[None]:
+    """Compute float32 matrix products and convolutions in TF32 where `precision` is tf32, else in full float32.
+
+    PyTorch's default on CUDA is neither: TF32 in convolutions, float32 in matrix products. The backward pass must be
+    inside the context too.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    try:
+        legacy = matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:  # the caller set them through fp32_precision; torch then refuses to read them by these names
+        legacy = None
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        if legacy is not None:
+            matmul.allow_tf32, cudnn.allow_tf32 = legacy
+        else:
+            matmul.fp32_precision, cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+
+
+@contextmanager
+def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
+    """`autocast` and `float32_products` together, for a forward pass without a backward pass."""
+    with float32_products(precision), autocast(device, precision):
+        yield
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Make CUDA repeat its results to the bit, or raise a RuntimeError where an operator cannot.
+
+    Enter it before CUDA starts, for cuBLAS reads its variable only then. Attention uses the backends of torch whose
+    backward pass is deterministic: flash and memory-efficient in their deterministic forms, and plain products.
+
+    Raises:
+        UserError: CUDA has started without the variable.
+    """
+    if not enabled:
+        yield
+        return
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    variable = os.environ.get(name)
+    if variable not in _WORKSPACES:
+        if torch.cuda.is_initialized():
+            raise UserError(f"train.deterministic=true needs {name}=:4096:8 in the environment before CUDA starts")
+        if variable is not None:
+            raise UserError(f"train.deterministic=true needs {name}={' or '.join(_WORKSPACES)}, not {variable}")
+        os.environ[name] = _WORKSPACES[0]
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    before = cudnn.benchmark, cudnn.deterministic, cuda.cudnn_sdp_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark, cudnn.deterministic = False, True
+    cuda.enable_cudnn_sdp(False)
+    memory.fill_uninitialized_memory = False  # a safeguard that costs time; nothing here reads it
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before[:2]
+        cuda.enable_cudnn_sdp(before[2])
+        memory.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
