@@ -82,16 +82,16 @@ def count(recipe: str = "cifar10", *words: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patched:
         root = Path(folder, "images")
-        size = load_recipe(recipe, list(words)).data.image_size
-        for split in ("train", "val"):
-            for label in ("a", "b"):
-                (root / split / label).mkdir(parents=True)
-                for i in range(STEPS * 4):
-                    pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(root / split / label / f"{i}.png")
         told = [f"data.root={root}", f"out={folder}/run", "data.batch_size=8", "train.epochs=2"]
         told += ["train.warmup_epochs=1", f"train.max_steps={STEPS}", "train.device=cpu", "data.workers=0"]
         read = load_recipe(recipe, [*told, *words])
+        size, images = read.data.image_size, STEPS * read.data.batch_size * read.train.accumulate
+        for split in ("train", "val"):
+            for label in ("a", "b"):
+                (root / split / label).mkdir(parents=True)
+                for i in range(images // 2):
+                    pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(root / split / label / f"{i}.png")
         replaced: dict[Any, Any] = {
             "eit.distributed.start": lambda device="auto": META,
             "eit.train.autocast": lambda *_: nullcontext(),

@@ -40,10 +40,10 @@ import eit
 from eit import shear
 from eit.config import load_recipe
 from eit.crop import ResizedCrop, resized, to_pixels
+from eit.environment import environment
 from eit.images import Images, View
 from eit.loader import CachedLoader, WorkerLoader
 from eit.plan import Plan, Stream, seeded
-from eit.run import environment
 
 PHOTOS = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg"]
 PHOTOS += ["ihc.png", "retina.jpg"]

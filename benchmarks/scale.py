@@ -29,10 +29,10 @@ import eit
 from eit import distributed, draw, peak
 from eit.benchmark import seconds_of, training_step
 from eit.config import load_recipe
+from eit.environment import environment
 from eit.finetune import build_model
 from eit.macs import training_macs
 from eit.memory import MALLOC, peak_bytes
-from eit.run import environment
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "scale.json"

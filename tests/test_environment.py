@@ -156,6 +156,7 @@ def test_the_attention_backends_are_told():
         assert settings()["attention"] == ["mem_efficient", "math"]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is there")
 def test_this_gpu_is_named():
     gpu = environment(torch.device("cuda"))["gpu"]

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eit
 import eit.train
+from benchmarks.gpu.bench import small_words
+from benchmarks.gpu.data import random_images
 from benchmarks.gpu.record import Item, Session
 from eit import distributed, layers
 from eit.checkpoint import read_safetensors
@@ -53,6 +56,7 @@ def run(session: Session) -> None:
     session.run("distillation", partial(distillation, session), 4)
     session.run("waits in a step", partial(waits, session), 4)
     session.run("a group of one, DDP and torch.compile", partial(group_of_one, session), 20)
+    session.run("cost of train.deterministic", partial(cost_of_determinism, session), 12)
     session.run("compiled as eager", partial(compiled, session), 15)
     session.run("stopped and continued, compiled", partial(resumed, session, "bf16", COMPILED, True), 25)
     session.run("tests marked gpu", partial(marked_tests, session), 15)
@@ -243,6 +247,26 @@ def resumed(session: Session, precision: str, words: list[str], deterministic: b
         one, other = final_weights(whole), final_weights(broken)
         largest = max(float((one[name] - other[name]).abs().max()) for name in one)
     return dict(ok=same(one, other) if deterministic else None, identical=same(one, other), largest_difference=largest)
+
+
+def cost_of_determinism(session: Session) -> Item:
+    """Images/s of the CIFAR-10 recipe in bf16 with and without, in turns, on random pixels."""
+    images = random_images(64 if session.dry else 8192)
+    rates: dict[str, list[float]] = {"false": [], "true": []}
+    for deterministic in ["false", "true"] * (1 if session.dry else 2):
+        with tempfile.TemporaryDirectory() as folder, patch.object(eit.train, "open_data", lambda _: (images, images)):
+            words = [
+                *small_words(session),
+                f"train.deterministic={deterministic}",
+                "train.epochs=2",
+                f"out={folder}/run",
+            ]
+            words += ["train.warmup_epochs=1", "data.root=random", *(["data.batch_size=16"] if session.dry else [])]
+            eit.train.train(load_recipe("cifar10", words))
+            last = Path(folder, "run", "log.jsonl").read_text().splitlines()[-1]
+        rates[deterministic].append(json.loads(last)["images_per_s"])
+    off, on = (max(rates[key]) for key in ("false", "true"))
+    return dict(images_per_s=off, deterministic=on, ratio=on / off)
 
 
 def nan_guard(session: Session) -> Item:

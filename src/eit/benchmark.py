@@ -29,6 +29,7 @@ from eit import checkpoint, exported, peak
 from eit.checkpoint import SHIPPED, Card, default_class_names, default_mean_std, names_weights
 from eit.config import load_recipe
 from eit.console import progress
+from eit.environment import environment
 from eit.errors import UserError, few, first_line, nearest
 from eit.export import export
 from eit.macs import complexity, training_macs
@@ -36,7 +37,6 @@ from eit.memory import MALLOC, is_measurable, peak_bytes
 from eit.model import EIT
 from eit.plan import Plan, Stream, set_seed
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
-from eit.run import environment
 from eit.train import make_optimizer
 from eit.zoo import FAMILIES, TIMM, VARIANTS, check_size, check_timm_name, create_model
 

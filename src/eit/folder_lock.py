@@ -78,7 +78,7 @@ class FolderLock:
             return
         self._ended.set()
         if self._refresher.is_alive():
-            self._refresher.join()
+            self._refresher.join(REFRESH)  # no longer: it may hang in a file system that does
         is_lost = self._is_lost()
         if not is_lost:
             with suppress(OSError):

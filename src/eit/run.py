@@ -11,7 +11,6 @@ from eit import draw
 from eit.checkpoint import write_file
 from eit.config import Recipe, differences, load_recipe
 from eit.console import say
-from eit.environment import environment as environment  # for those who import it from here
 from eit.errors import UserError
 from eit.folder_lock import FolderLock
 from eit.state import saved_steps

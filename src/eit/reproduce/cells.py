@@ -19,6 +19,7 @@ from eit.checkpoint import load, write_file
 from eit.config import Recipe, differences
 from eit.console import say, track
 from eit.data import open_data, open_evaluation
+from eit.environment import environment
 from eit.errors import UserError, few
 from eit.evaluate import make_views
 from eit.finetune import build_model, settle
@@ -26,7 +27,7 @@ from eit.images import Images, View, normalise
 from eit.macs import complexity
 from eit.precision import arithmetic, resolve_precision
 from eit.reproduce.matrix import Cell, Experiment, Measure
-from eit.run import environment, read_log, read_recipe
+from eit.run import read_log, read_recipe
 from eit.train import train
 from eit.zoo import TIMM
 
@@ -209,7 +210,7 @@ def adopt(recipe: Recipe, results: Path) -> bool:
             say(f"{other} has the same recipe: copied")
             temporary = folder.with_name(f".{folder.name}")
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(other, temporary, ignore=shutil.ignore_patterns(".lock", MEASURED, "checkpoints"))
+            shutil.copytree(other, temporary, ignore=shutil.ignore_patterns(".lock*", MEASURED, "checkpoints"))
             temporary.rename(folder)
             return True
     return False
@@ -363,6 +364,9 @@ def same_but_seed(one: Cell, other: Cell) -> bool:
 
 
 def flat(values: dict[str, Any]) -> dict[str, str]:
-    """The environment but for the command, with packages and the CPU's properties by their names."""
-    found = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu")}
-    return {key: str(value) for key, value in (found | values["packages"] | values.get("cpu", {})).items()}
+    """The environment but for the command, with the properties of its parts by their names."""
+    parts = ("packages", "cpu", "gpu", "settings")
+    found = {key: value for key, value in values.items() if key not in ("command", *parts)}
+    found |= values["packages"] | values.get("cpu", {})
+    found |= {f"{part} {key}": value for part in parts[2:] for key, value in values.get(part, {}).items()}
+    return {key: str(value) for key, value in found.items()}
