@@ -139,6 +139,61 @@ def test_a_training_step_trains():
     assert model.head.weight.dtype == torch.float32
 
 
+def test_fp16_is_measured_on_the_cpu_in_float16():
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.dtype) or t, lambda t: t):
+        record = benchmark.bench(
+            ["digits"], Options(batch_size=2, rounds=1, memory=False, precisions=["fp16"], runtimes=["eager"])
+        )
+    assert [(row.arm.precision, row.arm.mode) for row in record.rows] == [
+        ("fp16", mode) for mode in ("infer", "infer", "train")
+    ]
+    assert all(row.seconds[0] > 0 and row.share > 0 for row in record.rows)
+    assert record.peaks.keys() == {"fp16"} and torch.float16 in seen
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 2048), ("bf16", 2048), ("fp16", 512)])
+def test_a_peak_is_measured_in_products_that_take_no_minutes(monkeypatch, precision, size):
+    """A CPU has no fast products in float16: `mm` of 2048 x 2048 matrices takes half a minute."""
+    monkeypatch.undo()
+    sides, ticks = [], iter(range(99))
+
+    def randn(*shape, device, dtype):
+        sides.append(shape[1:])
+        return torch.zeros((), dtype=dtype).expand(shape)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    peak.routes(precision, CPU)
+    assert sides == [(size, size)]
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: next(ticks))
+    assert peak.flops_per_second(lambda: None, CPU, precision) == 2 * size**3
+
+
+def test_precisions_that_a_runtime_lacks_are_named():
+    left_out = []
+    options = Options(modes=["infer"], batch_size=1, precisions=["fp32", "fp16"])
+    arms = benchmark.arms_of("digits", None, ["eager", "onnxruntime", "openvino"], options, left_out)
+    assert [(arm.runtime, arm.precision) for arm in arms] == [
+        ("eager", "fp32"),
+        ("eager", "fp16"),
+        ("onnxruntime", "fp32"),
+        ("openvino", "fp32"),
+    ]
+    assert left_out == [f"{runtime} fp16: it has no fp16 on the CPU" for runtime in ("onnxruntime", "openvino")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_peak_in_float32_is_measured_in_its_own_kind_of_products(precision):
+    """torch's own choice on CUDA is TF32 for convolutions and float32 for matrix products."""
+    seen = []
+
+    def product():
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    peak.flops_per_second(product, CPU, precision, 8)
+    assert set(seen) == {(precision == "tf32", precision == "tf32")}
+
+
 PEAKS = """
 import torch
 from eit.memory import peak_bytes
@@ -193,7 +248,7 @@ def test_json_chart_and_memory(tmp_path):
         (["timm/resnt50"], "timm has no model 'resnt50'; did you mean 'resnet50'?"),
         (["digits", "digits"], "digits is given twice"),
         (["a.onnx"], "a.onnx is an exported file: give the weights"),
-        (["digits", "--precision", "fp16"], "--precision fp16 is not one of fp32, bf16"),
+        (["digits", "--precision", "int8"], "--precision int8 is not one of fp32, tf32, bf16, fp16"),
         (["digits", "--runtime", "tensorrt"], "--runtime tensorrt is not one of eager, compile, onnxruntime, openvino"),
         (["digits", "--mode", "both"], "--mode both is not one of infer, train"),
         (["digits", "--threads", "9999"], "--threads 9999: this machine has"),

@@ -3,7 +3,16 @@ from itertools import combinations
 import pytest
 import yaml
 
-from eit.config import Model, differences, load_recipe, parse_recipe, recipe_header, recipe_keys, recipe_names
+from eit.config import (
+    Model,
+    differences,
+    load_recipe,
+    parse_recipe,
+    parse_yaml,
+    recipe_header,
+    recipe_keys,
+    recipe_names,
+)
 from eit.errors import UserError
 
 
@@ -44,6 +53,7 @@ def test_the_imagenet_recipes_are_the_papers():
             1e-6,
         )
         assert (t.epochs, t.warmup_epochs, t.ema_decay) == (300, 5, 0.99996)
+        assert t.precision == "auto"  # they are for GPUs
         assert not any(value for key, value in recipe.model.arguments().items() if "drop" in key)
 
 
@@ -85,7 +95,14 @@ def test_overrides_and_files(tmp_path):
         ("optim.lr=-1", "optim.lr=-1: should be greater than 0"),
         ("optim.lr=.nan", "optim.lr=nan: should be a finite number"),
         ("model.family=swin", "model.family=swin: should be 'eit', 'lsra' or 'vit'"),
-        ("train.precision=int8", "train.precision=int8: should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=int8", "train.precision=int8: should be 'auto', 'fp32', 'tf32', 'bf16' or 'fp16'"),
+        (
+            "train.compile=fast",
+            "train.compile=fast: should be 'off', 'default', 'reduce-overhead' or 'max-autotune'",
+        ),
+        ("train.compile=1", "train.compile=1: should be 'off', 'default', 'reduce-overhead' or 'max-autotune'"),
+        ("train.compile=null", "train.compile=None: should be 'off', 'default', 'reduce-overhead' or 'max-autotune'"),
+        ("train.deterministic=maybe", "train.deterministic=maybe: should be a valid boolean"),
         ("augment.hflip=2", "augment.hflip=2: should be less than or equal to 1"),
         ("train.warmup_epochs=60", "train.warmup_epochs=60 is not less than train.epochs=60"),
         ("data.mean=[0.5,0.5]", "data.mean has 2 values: one for each of 3 channels, or one for all"),
@@ -200,3 +217,42 @@ def test_a_changed_dictionary_is_a_difference():
 def test_a_recipe_survives_yaml():
     recipe = load_recipe("cifar10", ["model.schedule=lsra"])
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+# -- Values that change form
+
+
+@pytest.mark.parametrize(
+    ("word", "mode"),
+    [
+        *[(word, "off") for word in ("off", "false", "no", "'off'")],
+        *[(word, "default") for word in ("true", "on", "default")],
+        *[(word, word) for word in ("reduce-overhead", "max-autotune")],
+    ],
+)
+def test_compile_takes_the_modes_of_torch(word, mode):
+    """YAML reads off as false."""
+    recipe = load_recipe("digits", [f"train.compile={word}"])
+    assert recipe.train.compile == mode
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert parse_recipe(parse_yaml(recipe.explained(), "shown")) == recipe
+
+
+@pytest.mark.parametrize(("before", "mode"), [("false", "off"), ("true", "default")])
+def test_a_run_of_the_time_when_compile_was_a_switch_is_no_other(tmp_path, before, mode):
+    recipe = load_recipe("digits", [f"train.compile={mode}"])
+    old = [line for line in recipe.to_yaml().splitlines() if not line.strip().startswith("deterministic")]
+    old = [f"  compile: {before}" if line.strip().startswith("compile") else line for line in old]
+    assert f"  compile: {before}" in old
+    (tmp_path / "recipe.yaml").write_text("\n".join(old))
+    read = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert read == recipe and differences(read, recipe) == []
+    assert differences(read, load_recipe("digits", ["train.compile=max-autotune"])) == [
+        f"train.compile: {mode} -> max-autotune"
+    ]
+
+
+def test_precision_and_determinism_change_the_result():
+    plain, other = load_recipe("digits"), load_recipe("digits", ["train.precision=tf32", "train.deterministic=true"])
+    assert (plain.train.precision, plain.train.deterministic) == ("fp32", False)
+    assert differences(plain, other) == ["train.precision: fp32 -> tf32", "train.deterministic: False -> True"]

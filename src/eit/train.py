@@ -198,13 +198,14 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         distributed.on_main(writer.wait)
         raise Stopped(which_signal(signals), recipe.run_folder())
 
-    images_per_s, signals = 0.0, [0.0] * len(STOP_SIGNALS)
+    images_per_s, saved = 0.0, time.monotonic()
+    due, signals = 0.0, [0.0] * len(STOP_SIGNALS)  # as the newest step that was looked at has them
     shown: dict[str, Any] = {}
 
     def look(step: int, numbers: list[float]) -> None:
         """Act on what a step reported; the same on every rank."""
-        nonlocal signals
-        mean_loss, mean_norm, scale, bad_images, failed, *signals = numbers
+        nonlocal signals, due
+        mean_loss, mean_norm, scale, bad_images, failed, due, *signals = numbers
         loader.bad.check(int(bad_images))
         if failed:
             distributed.on_main(writer.wait)
@@ -225,14 +226,15 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         # One small collective: mean loss, norm of the gradient (each rank's is that of all), scale, unreadable images,
-        # whether saving failed, signals that any rank was sent.
+        # whether saving failed, whether rank 0 wants to save by its clock, signals that any rank was sent.
         scale = scaler.scale(one) if scaler.is_enabled() else one
-        own = from_host([len(loader.bad.seen), writer.fault() is not None, *asked()], device)
-        shared = torch.cat((torch.stack((loss, norm, scale)) / plan.world, own))
+        by_clock = run is not None and minutes_are_over(recipe, saved)
+        own = [len(loader.bad.seen), writer.fault() is not None, by_clock, *asked()]
+        shared = torch.cat((torch.stack((loss, norm, scale)) / plan.world, from_host(own, device)))
         distributed.sum_over_ranks(shared)
-        not_finite_ = (shared[:2] - shared[:2]) != 0
-        skipped = not_finite_.any()
-        fault.logical_or_(not_finite_[0] | (not_finite_[1] & (scale <= 1)) if scaler.is_enabled() else skipped)
+        broken = (shared[:2] - shared[:2]) != 0  # infinity and NaN differ from themselves by NaN
+        skipped = broken.any()
+        fault.logical_or_(broken[0] | (broken[1] & (scale <= 1)) if scaler.is_enabled() else skipped)
         reports.add(at.step, shared)
         if recipe.optim.clip_grad:
             nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
@@ -260,11 +262,12 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
             end = min((epoch + 1) * plan.steps, total_steps)
             if first_step == 0:
                 at.loss_sum = 0.0
+            due, saved = 0.0, time.monotonic()
             network.train()
             for frozen in frozen_norms:
                 frozen.eval()
             batches = loader.epoch(epoch, first_step)
-            began = mark = saved = time.monotonic()
+            began = mark = time.monotonic()
             began_step = at.step
             title = f"epoch {epoch + 1}/{recipe.train.epochs}"
             with progress(title, plan.steps, start=first_step) as advance:
@@ -282,10 +285,11 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
                         to_compile, began, began_step = to_compile - 1, now, at.step
                     shown |= {"lr": largest_rate(optimizer), "images/s": round(images_per_s)}
                     advance(**shown)
-                    if at.step < end and (any(signals) or is_due(recipe, at.step, now - saved)):
+                    every = recipe.train.save_every
+                    if at.step < end and (any(signals) or due or (every and at.step % every == 0)):
                         reports.flush()
                         save()
-                        saved = time.monotonic()
+                        due, saved = 0.0, time.monotonic()
                         if any(signals):
                             stop(signals)
             reports.flush()
@@ -394,10 +398,10 @@ def largest_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def is_due(recipe: Recipe, step: int, seconds: float) -> bool:
-    """Whether to save inside an epoch, `seconds` after the last time."""
-    every, minutes = recipe.train.save_every, recipe.train.save_minutes
-    return bool(every and step % every == 0) or bool(minutes and seconds >= 60 * minutes)
+def minutes_are_over(recipe: Recipe, saved: float) -> bool:
+    """Whether to save inside an epoch, by the clock, where the last time was `saved` on it."""
+    minutes = recipe.train.save_minutes
+    return minutes is not None and time.monotonic() - saved >= 60 * minutes
 
 
 def write_state(
