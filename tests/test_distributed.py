@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
@@ -137,30 +138,36 @@ def test_cpus_are_joined_by_gloo_and_wait_for_rank_0_as_long(machine):
     assert options["backend"] == "gloo" and options["timeout"] >= timedelta(hours=1)
 
 
-def test_ranks_that_share_a_gpu_are_one_line_on_each(machine):
-    """NCCL would fail with an error that does not say so."""
-    calls = machine(gpus=1)
-    store, cuda = dist.HashStore(), torch.device("cuda:0")
+def joined(devices):
+    """What two ranks get that join at the same time, each with a device, on machines called host_0 and so on."""
+    store = dist.HashStore()
 
     def join(rank):
-        with pytest.raises(eit.UserError) as error:
-            distributed._join(cuda, store, rank, 2)
-        return error.value
+        try:
+            distributed._join(torch.device(devices[rank]), store, rank, 2)
+        except eit.UserError as error:
+            return error
 
-    with ThreadPoolExecutor(2) as ranks:
-        errors = list(ranks.map(join, range(2)))
-    for error in errors:
+    with ThreadPoolExecutor(2, thread_name_prefix="host") as ranks:
+        return list(ranks.map(join, range(2)))
+
+
+def test_ranks_that_share_a_gpu_are_one_line_on_each(machine):
+    """NCCL would fail with an error that does not say so."""
+    calls = machine(gpus=2)
+    for error in joined(["cuda:1", "cuda:1"]):
         assert str(error) == "ranks 0, 1 share one GPU: start as many processes as there are GPUs"
         assert error.__notes__ == [distributed.ON_MAIN]
     assert calls.made == []
 
 
-def test_gpus_of_the_same_number_on_two_machines_are_two(machine):
-    store = dist.HashStore()
-    store.set("eit/gpu/0", "another-host GPU-0")
-    calls = machine(gpus=1, store=store, RANK=1, LOCAL_RANK=0, WORLD_SIZE=2)
-    assert distributed.start() == torch.device("cuda:0")
-    assert len(calls.of("join")) == 1
+def test_gpus_of_one_machine_are_two_and_so_are_those_of_one_number_on_two_machines(machine, monkeypatch):
+    """Of a MIG or a virtual machine the UUID alone may be the same."""
+    calls = machine(gpus=2)
+    assert joined(["cuda:0", "cuda:1"]) == [None, None]
+    monkeypatch.setattr(socket, "gethostname", lambda: threading.current_thread().name)
+    assert joined(["cuda:0", "cuda:0"]) == [None, None]
+    assert len(calls.of("join")) == 4
 
 
 @pytest.fixture

@@ -46,6 +46,8 @@ NOT_RUN = {
     "```bibtex": "nothing to run",
     "make demo": "installs the package anew",
     "make test": "runs this",
+    "make gpu": "needs a GPU; test_gpu_command.py::test_a_dry_run_does_every_part_and_leaves_few_small_files",
+    "python benchmarks/pack.py": "minutes; test_pack.py has a small set",
     "apt-get install": "changes the machine",
     "pip install": "changes the environment",
     "#!/bin/bash": "needs Slurm; its signal: test_reliability.py::test_slurms_warning_saves_and_ends",

@@ -342,6 +342,11 @@ def replace_the_parameter(layer):
     layer.weight = torch.nn.Parameter(layer.weight.detach() + 0.1)
 
 
+def transpose(model):
+    for block in model.blocks:
+        block.attn.proj.weight = torch.nn.Parameter(block.attn.proj.weight.detach().t())  # the same memory
+
+
 def change_the_bias_alone(layer):
     with torch.no_grad():
         layer.bias.add_(0.5)
@@ -373,6 +378,7 @@ CHANGES = {
     "to(float64)": lambda model: model.double(),
     "weight.data =": each_weight(replace_the_data),
     "weight =": each_weight(replace_the_parameter),
+    "weight = of the same memory": transpose,
     "bias in place": each_weight(change_the_bias_alone),
     "unseen, with gradients": change_unseen_between_passes_with_gradients,
     "unseen, in training": change_unseen_between_training_and_evaluation,
@@ -534,6 +540,21 @@ def test_gradients_by_image_are_those_of_the_plain_way(padding):
     actual = by_image()
     assert len(padding) == 2
     assert_the_same(actual, plain_way(by_image), 1e-12)
+
+
+def test_an_ensemble_by_vmap_is_that_of_the_plain_way(padding):
+    model = narrow().double().eval()
+    weights, buffers = torch.func.stack_module_state([narrow().double().eval(), model])
+
+    def logits(weights):
+        return torch.func.functional_call(model, (weights, buffers), IMAGES.double())
+
+    with torch.no_grad():
+        weights["blocks.0.attn.qkv.weight"][0].mul_(1.5)
+        for _ in range(2):
+            actual = torch.func.vmap(logits)(weights)
+            assert_the_same([actual], [plain_way(lambda: torch.func.vmap(logits)(weights))], 1e-12)
+        assert_the_same([actual[1]], [model(IMAGES.double())], 1e-12)
 
 
 class Padded(TorchDispatchMode):

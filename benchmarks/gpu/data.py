@@ -1,10 +1,8 @@
 """CIFAR-10 for `make gpu`: packed, or random pixels where only speed is asked."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 
+from benchmarks import pack
 from benchmarks.gpu.record import Session
 from eit.images import Images
 
@@ -14,11 +12,6 @@ CLASSES = [str(i) for i in range(10)]
 def cifar10(session: Session) -> tuple[tuple[Images, Images], str]:
     """(training, validation) images, and what they are."""
     if session.data is not None:
-        file = Path(__file__).parents[1] / "pack.py"
-        spec = importlib.util.spec_from_file_location("pack", file)
-        assert spec is not None and spec.loader is not None
-        pack = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(pack)
         train, val = pack.read(session.data)
         return (train, val), f"{len(train):,} + {len(val):,} of {session.data.name}"
     count = 64 if session.dry else 50_000

@@ -54,7 +54,7 @@ class Session:
         folder = card_folder(out, dry)
         folder.mkdir(parents=True, exist_ok=True)
         about = dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **environment(device))
-        about["command"] = " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])
+        about["command"] = " ".join(["python -m benchmarks.gpu", *sys.argv[1:-2]])  # without --child
         seconds *= 10 if dry else 1  # the CPU may be busy with other things
         return cls(part, device, folder, data, dry, time.monotonic() + seconds, about)
 
@@ -120,7 +120,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 def _item(item: Item) -> list[str]:
     rows = item.get("rows") or []
     verdict = {True: "**holds**", False: "**FAILS**", None: ""}[item.get("ok")]
-    about = {k: v for k, v in item.items() if k not in ("name", "rows", "ok", "curve")}
+    about = {k: v for k, v in item.items() if k not in ("name", "rows", "ok", "curve") and v not in (None, [])}
     said = ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in about.items())
     lines = [f"- {item['name']}: {verdict}{' ' if verdict else ''}{said}"]
     if rows:

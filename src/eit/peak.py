@@ -11,7 +11,14 @@ from torch import Tensor
 from eit.precision import DTYPES, Precision, float32_products
 
 SIZE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of square matrices: large enough for the best rate
+FP16_ON_CPU = 512  # of the same: `mm` of 2048 takes half a minute, for there are no fast products
 REPEATS = 5  # of a product in one measurement, the quickest of which counts
+
+
+def side_of(precision: Precision, device: torch.device) -> int:
+    """Of the square matrices that a peak is measured with."""
+    side = SIZE[device.type]
+    return min(side, FP16_ON_CPU) if device.type == "cpu" and precision == "fp16" else side
 
 
 def routes(precision: Precision, device: torch.device, size: int | None = None) -> dict[str, Callable[[], Tensor]]:
@@ -20,7 +27,7 @@ def routes(precision: Precision, device: torch.device, size: int | None = None) 
     They differ: on AMD's processors fp32 `mm` goes to MKL, which has half the speed of oneDNN there. `conv1x1` is
     oneDNN's, as is `linear`, with a weight that was packed before, as ONNX Runtime and OpenVINO pack theirs.
     """
-    n = size or SIZE[device.type]
+    n = size or side_of(precision, device)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
     found: dict[str, Callable[[], Tensor]] = {"mm": lambda: a @ b}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -39,7 +46,7 @@ def flops_per_second(
     product: Callable[[], Tensor], device: torch.device, precision: Precision, size: int | None = None
 ) -> float:
     """Of the quickest of a few calls of a product of `routes`: 2 n^3 by its seconds."""
-    n = size or SIZE[device.type]
+    n = size or side_of(precision, device)
     times = []
     with float32_products(precision):
         for _ in range(REPEATS + 1):  # the first one warms up

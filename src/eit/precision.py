@@ -1,14 +1,15 @@
 """Precision of arithmetic: fp32, tf32, bf16 and fp16, and determinism on CUDA."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from eit.errors import UserError
 
+T = TypeVar("T")
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,22 +44,33 @@ def float32_products(precision: Precision) -> Iterator[None]:
     """Compute float32 matrix products and convolutions in TF32 where `precision` is tf32, else in full float32.
 
     PyTorch's default on CUDA is neither: TF32 in convolutions, float32 in matrix products. The backward pass must be
-    inside the context too.
+    inside the context too. Each setting is set by both its names: torch refuses to read the older where they differ.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    try:
-        legacy = matmul.allow_tf32, cudnn.allow_tf32
-    except RuntimeError:  # the caller set them through fp32_precision; torch then refuses to read them by these names
-        legacy = None
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    matmul, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "tf32"
+    parts: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
+    kept: list[Any] = [*parts, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [part.fp32_precision for part in kept]
+    products, convolutions = _read(torch.get_float32_matmul_precision), _read(lambda: cudnn.allow_tf32)
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    for part in parts:
+        part.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        if legacy is not None:
-            matmul.allow_tf32, cudnn.allow_tf32 = legacy
-        else:
-            matmul.fp32_precision, cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        for part, value in zip(kept, before, strict=True):
+            part.fp32_precision = value
+
+
+def _read(setting: Callable[[], T]) -> T | None:
+    """None where the caller has set it by its newer name, and torch refuses to read it by the older one."""
+    try:
+        return setting()
+    except RuntimeError:
+        return None
 
 
 @contextmanager

@@ -547,7 +547,7 @@ def check_same(state: dict[str, Any], at: Progress, run: Run) -> None:
     saved = state["progress"]["fixed"]
     for key, now in at.fixed.items():
         if (before := saved.get(key)) != now:
-            advice = f"set {key}={before}" if key.startswith(("data.", "train.")) else "use another out="
+            advice = f"set {key}={before}" if key.startswith("data.") else "use another out="
             raise UserError(f"{run.path} was trained with another {key}: {before}, now {now}; {advice}")
 
 
