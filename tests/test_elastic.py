@@ -60,15 +60,15 @@ def test_nothing_is_said_where_nothing_changes(folder, ranks, capsys, world, glo
     assert accumulation(r) == 1 and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("world", [3, 4, 16])
-def test_a_number_of_processes_that_cannot_make_it_is_one_line(folder, ranks, world):
-    """8 images are no whole number of steps of 3 x 4, and fewer than 4 x 4."""
-    r = begin(folder, 8, "data.batch_size=4")
+@pytest.mark.parametrize(("global_batch", "world"), [(8, 3), (8, 4), (16, 3)])
+def test_a_number_of_processes_that_cannot_make_it_is_one_line(folder, ranks, global_batch, world):
+    """16 images are more than 3 x 4, but no multiple of it."""
+    r = begin(folder, global_batch, "data.batch_size=4")
     ranks(world)
     with pytest.raises(eit.UserError) as error:
         accumulation(r)
     assert str(error.value) == (
-        f"the run has a global batch of 8, which {world} processes x data.batch_size=4 cannot make: "
+        f"the run has a global batch of {global_batch}, which {world} processes x data.batch_size=4 cannot make: "
         "start another number of processes, or set a data.batch_size that divides it"
     )
 
