@@ -75,13 +75,9 @@ def test_a_step_of_distillation_waits_for_the_device_once(count, tmp_path, metho
     assert step["operators"]["convolution"] == 2 + 1  # the student's and the teacher's
 
 
-def test_a_moving_average_is_a_few_launches_however_many_weights_there_are(count):
-    without, few, many = (
-        count("cifar10", *words)["launches"]
-        for words in (["train.ema_decay=null"], ["train.ema_decay=0.9"], ["train.ema_decay=0.9", "model.depth=4"])
-    )
-    assert few - without <= 4
-    assert many - count("cifar10", "train.ema_decay=null", "model.depth=4")["launches"] == few - without
+def test_a_moving_average_is_a_few_launches_and_not_one_for_each_weight(count):
+    without, with_average = (count("cifar10", f"train.ema_decay={decay}")["launches"] for decay in ("null", "0.9"))
+    assert 0 < with_average - without <= 4
 
 
 # -- Reports
@@ -258,8 +254,7 @@ def test_a_step_that_fp16_cannot_hold_is_left_out_and_the_run_goes_on(folder, sp
         assert torch.equal(one["exp_avg"], other["exp_avg"])
 
 
-@pytest.mark.parametrize(("name", "at_once"), [("adamw", False), ("lamb", True)])
-def test_an_optimizer_without_a_switch_on_the_device_is_looked_at_at_once(folder, monkeypatch, name, at_once):
+def test_an_optimizer_without_a_switch_on_the_device_trains_and_is_looked_at_at_once(folder, monkeypatch):
     made = []
 
     class Noted(StepReports):
@@ -268,8 +263,7 @@ def test_an_optimizer_without_a_switch_on_the_device_is_looked_at_at_once(folder
             super().__init__(look, at_once)
 
     monkeypatch.setattr(train_module, "StepReports", Noted)
-    r = recipe(folder, f"optim.name={name}")
-    assert train(r)["epochs"] == 2 and made == [at_once]
+    assert train(recipe(folder, "optim.name=lamb"))["epochs"] == 2 and made == [True]
 
 
 # -- Loaders

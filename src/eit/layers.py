@@ -198,11 +198,12 @@ class PaddedHeads:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else qkv.weight.dtype
         state = (dtype, *((id(parameter), parameter._version, parameter.data_ptr()) for parameter in own))
-        if not self._kept or self._kept[0] != state:
+        kept = self._kept
+        if not kept or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 padded = tuple(None if p is None else p.to(dtype) for p in self._pad(qkv.weight, qkv.bias, proj.weight))
-            self._kept = state, padded, own  # while they are held, their ids stay theirs
-        return self._kept[1]
+            kept = self._kept = state, padded, own  # while they are held, their ids stay theirs
+        return kept[1]
 
     def forget(self) -> None:
         """Keep no padded weights."""

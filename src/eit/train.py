@@ -218,7 +218,6 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         shown["loss"] = mean_loss
 
     reports = StepReports(look, at_once=not skips)
-    fault = torch.zeros((), dtype=torch.bool, device=device)  # whether a step so far was not finite: no update follows
     one = torch.ones((), device=device)
 
     def update(loss: Tensor) -> None:
@@ -232,14 +231,12 @@ def _train(recipe: Recipe, held: ExitStack) -> dict[str, Any]:
         own = [len(loader.bad.seen), writer.fault() is not None, by_clock, *asked()]
         shared = torch.cat((torch.stack((loss, norm, scale)) / plan.world, from_host(own, device)))
         distributed.sum_over_ranks(shared)
-        broken = (shared[:2] - shared[:2]) != 0  # infinity and NaN differ from themselves by NaN
-        skipped = broken.any()
-        fault.logical_or_(broken[0] | (broken[1] & (scale <= 1)) if scaler.is_enabled() else skipped)
-        reports.add(at.step, shared)
+        reports.add(at.step, shared)  # raises where the step before was not finite: no update follows that one
         if recipe.optim.clip_grad:
             nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
         if skips:
-            optimizer.found_inf = (fault | skipped).float()  # type: ignore[attr-defined]
+            # Infinity and NaN differ from themselves by NaN. The optimizer changes nothing where this is 1.
+            optimizer.found_inf = ((shared[:2] - shared[:2]) != 0).any().float()  # type: ignore[attr-defined]
             optimizer.step()
         else:
             scaler.step(optimizer)
@@ -357,12 +354,12 @@ def accumulation(recipe: Recipe) -> int:
     if begun is None or begun == batch * recipe.train.accumulate * world:
         return recipe.train.accumulate
     accumulate, rest = divmod(begun, batch * world)
-    if rest or not accumulate:
+    if rest:
         raise UserError(
             f"the run has a global batch of {begun}, which {world} processes x data.batch_size={batch} cannot make: "
             "start another number of processes, or set a data.batch_size that divides it"
         )
-    say(f"{world} processes: {accumulate} micro-batches in a step keep the global batch of {begun}")
+    say(f"{world} process{'es' * (world > 1)}: {accumulate} micro-batches in a step keep the global batch of {begun}")
     return accumulate
 
 
