@@ -4,9 +4,9 @@
 
 `eit train` runs on torch's device `meta`, which computes nothing. What stands for a launch is an operator that is not a
 view; what stands for a wait is a read of a value from the device. Copies to the device are named apart: from pinned
-memory nothing waits for them. Tensors that `torch.tensor(..., device=)` makes are not seen. Images are made; the last of
-`STEPS` steps is counted, when nothing is set up any more. CUDA has fused operators where `meta` has several (attention,
-dropout, norms of a list), so the counts are for comparing, not for adding up.
+memory nothing waits for them. Tensors that `torch.tensor(..., device=)` makes are not seen. Images are made; the last
+of `STEPS` steps is counted, when nothing is set up any more. CUDA has fused operators where `meta` has several
+(attention, dropout, norms of a list), so the counts are for comparing, not for adding up.
 """
 
 import argparse

@@ -216,7 +216,7 @@ def test_data_check(trained, tmp_path):
         (["convert", "gone.pth", "x.safetensors"], "no weights at gone.pth"),
         (["convert", "gone.pth", "x.bin"], "x.bin: the file to write ends in .safetensors"),
         (["data", "check", "/nowhere"], "/nowhere is not a folder"),
-        (["eval", "gone", "--precision", "int8"], "--precision int8: fp32, bf16 or fp16 is expected"),
+        (["eval", "gone", "--precision", "int8"], "--precision int8: one of auto, fp32, tf32, bf16, fp16 is expected"),
         (["eval", "gone", "--confusion", "x.jpg"], "--confusion x.jpg: a name that ends in .png, .pdf, .svg or .csv"),
         (["eval", "gone", "--confusion", "no/x.png"], "--confusion no/x.png: there is no folder no"),
         (

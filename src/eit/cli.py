@@ -257,8 +257,11 @@ def evaluate(
     from eit.exported import ExportedModel, load
     from eit.loader import evaluation_batch_size, evaluation_loader
     from eit.memory import keep_freed
-    from eit.precision import resolve_precision
+    from eit.precision import PRECISIONS, resolve_precision
     from eit.zoo import check_size
+
+    if precision not in (known := ("auto", *PRECISIONS)):
+        raise UserError(f"--precision {precision}: one of {', '.join(known)} is expected")
 
     keep_freed()
     on = distributed.start(_device_for(checkpoint, device))
