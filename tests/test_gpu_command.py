@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu.record import as_markdown
+from benchmarks.gpu.record import Session, as_markdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,14 +41,18 @@ def test_a_dry_run_does_every_part_and_leaves_few_small_files(tmp_path):
 
 
 def test_a_part_that_is_run_again_replaces_its_own_items_alone(tmp_path):
-    file = tmp_path / "dry-run" / "gpu.json"
-    file.parent.mkdir()
     about = dict(device="cpu", packages={}, python="3", command="", date="", commit=None)
-    file.write_text(json.dumps(dict(check=dict(about=about, items=[dict(name="x", ok=True)]), train={})))
-    done = run("--dry-run", "--part", "train", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(file.read_text())
-    assert found["check"]["items"] == [dict(name="x", ok=True)] and found["train"]["items"][0]["name"] == "plan"
+    old = dict(check=dict(about=about, items=[dict(name="x", ok=True)]), train={})
+    (tmp_path / "gpu.json").write_text(json.dumps(old))
+    session = Session("train", torch.device("cpu"), tmp_path, None, True, time.monotonic() + 5, about)
+    session.run("quick", lambda: dict(ok=True))
+    session.run("broken", lambda: 1 / 0)
+    session.run("long", lambda: dict(ok=True), seconds=60)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["check"] == old["check"]
+    quick, broken, long = found["train"]["items"]
+    assert quick["ok"] is True and "ok" not in long and long["skipped"].endswith("about 60 s are needed")
+    assert broken["ok"] is False and "ZeroDivisionError" in broken["error"] and session.failed
 
 
 @pytest.mark.parametrize(
