@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from threading import Thread
 from typing import Any, NamedTuple
@@ -104,12 +105,19 @@ def worker_options(workers: int | None, device: torch.device, persistent: bool =
 def _start_worker(worker: int) -> None:
     """Signals that ask a run to end reach all its processes; the trainer decides, and ends its workers itself."""
     torch.set_num_threads(1)
+    sys.excepthook = _unless_the_trainer_is_gone
     keep_freed(64 << 20)  # some photos, not the largest that ever came
     for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _unless_the_trainer_is_gone(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """Print an error of a thread, but that of the one that hands over tensors when there is nobody to take them."""
+    if not issubclass(kind, EOFError | OSError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _leave_when_told(trainer: int) -> None:
