@@ -52,7 +52,8 @@ def test_a_part_that_is_run_again_replaces_its_own_items_alone(tmp_path):
     assert found["check"] == old["check"]
     quick, broken, long = found["train"]["items"]
     assert quick["ok"] is True and "ok" not in long and long["skipped"].endswith("about 60 s are needed")
-    assert broken["ok"] is False and "ZeroDivisionError" in broken["error"] and session.failed
+    assert "in <lambda>" in broken["traceback"] and "lambda" not in (tmp_path / "gpu.md").read_text()
+    assert broken["ok"] is False and broken["error"] == "ZeroDivisionError: division by zero" and session.failed
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ import torch
 
 from eit.checkpoint import write_file
 from eit.environment import environment
+from eit.errors import first_line
 
 Item = dict[str, Any]
+LONG = ("rows", "curve", "traceback")  # of an item: not in its line
 
 
 def card_folder(out: Path, dry_run: bool) -> Path:
@@ -77,11 +79,12 @@ class Session:
                 item = call()
             except Exception as error:
                 traceback.print_exc()
-                item = dict(ok=False, error=f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+                item = dict(ok=False, error=f"{type(error).__name__}: {first_line(error)}")
+                item["traceback"] = traceback.format_exc()[-4000:]  # what is printed may be out of reach
         item = dict(name=name, **item, seconds=round(time.monotonic() - began, 1))
         self.items.append(item)
         self.save()
-        shown = {key: value for key, value in item.items() if key not in ("name", "rows", "curve")}
+        shown = {key: value for key, value in item.items() if key not in ("name", *LONG)}
         print(f"{self.part}: {name}: {shown}", file=sys.stderr, flush=True)
         return item
 
@@ -120,7 +123,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 def _item(item: Item) -> list[str]:
     rows = item.get("rows") or []
     verdict = {True: "**holds**", False: "**FAILS**", None: ""}[item.get("ok")]
-    about = {k: v for k, v in item.items() if k not in ("name", "rows", "ok", "curve") and v not in (None, [])}
+    about = {k: v for k, v in item.items() if k not in ("name", "ok", *LONG) and v not in (None, [])}
     said = ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in about.items())
     lines = [f"- {item['name']}: {verdict}{' ' if verdict else ''}{said}"]
     if rows:
