@@ -97,7 +97,7 @@ def _peak(session: Session, precision: Precision, size: int | None) -> float:
 def speed(
     session: Session, mode: str, batch: int, precision: Precision, variants: bool = False, compiled: bool = False
 ) -> Item:
-    """Images/s of the models, of ours beside the naive one; ratio to that, share of the peak, memory of a step."""
+    """Images/s of the models, and of the naive form of ours; ratio to that, share of the peak, memory of a step."""
     if session.dry and (mode, batch, precision, compiled) not in DRY:
         return dict(skipped="as other items" if precision != "tf32" else "tf32 is of CUDA")
     resolve_precision(precision, session.device)

@@ -156,7 +156,7 @@ def largest_difference(one: tuple[Tensor, Gradients], other: tuple[Tensor, Gradi
 
 
 def padded_heads(session: Session) -> Item:
-    """With zeros in the weights, for heads whose width is no multiple of 8, against without, in float32."""
+    """Heads padded to a multiple of 8 channels by zeros in the weights, against heads as they are, in float32."""
     small = dict(SMALL, embed_dim=40, depth=2, num_heads=4) if session.dry else {}
     model: Any = spread_out(eit.create_model("eit_mini", **small)).float().to(session.device)
     size = model.img_size[0]
@@ -311,7 +311,7 @@ def distillation(session: Session) -> Item:
 
 
 def waits(session: Session) -> Item:
-    """How often torch says that a step waits for the GPU, beside the one read, one step late, that is meant."""
+    """How often torch reports that a step waits for the GPU. It does not count the one read, a step late, of an event."""
     if session.dry:
         return dict(skipped="torch reports waits on CUDA alone; benchmarks/launches.py counts them without a GPU")
     first, last = 10, 20
@@ -343,7 +343,7 @@ def evaluation(session: Session) -> Item:
 
 
 def group_of_one(session: Session) -> Item:
-    """The process group as torchrun would have it, with the gloo group beside; DDP, compiled; a step with a sum."""
+    """The process groups of NCCL and gloo as under torchrun; a step of DDP, compiled; a sum; an object."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

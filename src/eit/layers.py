@@ -151,7 +151,7 @@ def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Ten
     return torch.cat(pieces)
 
 
-# -- Heads whose width is no multiple of 8, on a GPU ------------------------------------------------------------------
+# -- Heads padded to a multiple of 8 channels, on a GPU ---------------------------------------------------------------
 
 
 class PaddedHeads:
