@@ -311,7 +311,7 @@ def distillation(session: Session) -> Item:
 
 
 def waits(session: Session) -> Item:
-    """How often torch reports that a step waits for the GPU. It does not count the one read, a step late, of an event."""
+    """How often torch reports that a step waits for the GPU; the one read, a step late, is not counted by it."""
     if session.dry:
         return dict(skipped="torch reports waits on CUDA alone; benchmarks/launches.py counts them without a GPU")
     first, last = 10, 20
