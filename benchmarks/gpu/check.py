@@ -113,7 +113,7 @@ def accuracy(session: Session, family: str, name: str) -> Item:
         if hasattr(twin.patch_embed, "pool"):
             side = twin.patch_embed.pool_size
             places = F.max_pool2d(convolved[0].float(), side, side, return_indices=True)[1]
-            twin.patch_embed.pool = ChosenPool(places.cpu())  # type: ignore[assignment]
+            twin.patch_embed.pool = ChosenPool(places.cpu())
         expected = twin(x)
         (expected * weights).sum().backward()
         errors = {
@@ -124,7 +124,7 @@ def accuracy(session: Session, family: str, name: str) -> Item:
             precision=precision, limit=limit, logits=relative(logits, expected), gradient=errors[worst], worst=worst
         )
         row["median_gradient"] = sorted(errors.values())[len(errors) // 2]
-        ok = ok and row["logits"] < limit and errors[worst] < limit  # type: ignore[operator]
+        ok = ok and row["logits"] < limit and errors[worst] < limit
         rows.append(row)
     return dict(ok=ok, rows=rows)
 

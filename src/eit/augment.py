@@ -54,11 +54,16 @@ def erase(x: Tensor, probability: float, noise: Tensor, *draws: Tensor) -> Tenso
     h = (area * aspect).sqrt().round().clamp(1, height - 1)
     w = (area / aspect).sqrt().round().clamp(1, width - 1)
     top, left = (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor()
-    y, x_ = (torch.arange(n, device=x.device) for n in (height, width))
+    box = _inside(top, left, h, w, height, width) & (chosen < probability)[:, None, None]
+    return torch.where(box[:, None], noise[field_], x)
+
+
+def _inside(top: Tensor, left: Tensor, h: Tensor, w: Tensor, height: int, width: int) -> Tensor:
+    """(B, height, width): whether a pixel is inside its image's box; the box's numbers are (B,) each."""
+    y, x = (torch.arange(n, device=top.device) for n in (height, width))
     inside_y = (y >= top[:, None]) & (y < (top + h)[:, None])
-    inside_x = (x_ >= left[:, None]) & (x_ < (left + w)[:, None])
-    box = inside_y[:, None, :, None] & inside_x[:, None, None, :] & (chosen < probability)[:, None, None, None]
-    return torch.where(box, noise[field_], x)
+    inside_x = (x >= left[:, None]) & (x < (left + w)[:, None])
+    return inside_y[:, :, None] & inside_x[:, None, :]
 
 
 def erasing_box(probability: float, height: int, width: int) -> list[int]:
@@ -98,11 +103,10 @@ def erase_at_once(x: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
     """`erase_boxes` where launches are what costs time: a few for the whole batch, and the host reads nothing."""
     height, width = x.shape[2:]
     top, left, h, w, seed = boxes.unbind(1)
-    y, x_ = (torch.arange(n, device=x.device) for n in (height, width))
-    inside_y = (y >= top[:, None]) & (y < (top + h)[:, None])
-    inside_x = (x_ >= left[:, None]) & (x_ < (left + w)[:, None])
-    box = (inside_y[:, :, None] & inside_x[:, None, :])[..., None]
-    filled = torch.where(box, noise[seed % len(noise)], x.permute(0, 2, 3, 1))  # channels last, as images lie
+    box = _inside(top, left, h, w, height, width)
+    filled = torch.where(
+        box[..., None], noise[seed % len(noise)], x.permute(0, 2, 3, 1)
+    )  # channels last, as images lie
     return filled.permute(0, 3, 1, 2)
 
 

@@ -354,7 +354,7 @@ def prepare(
 def _export(model: Any, runtime: str, folder: Path, number: int) -> Path:
     format = FORMATS[runtime]
     file = folder / f"{number}{'.onnx' if format == 'onnx' else '.xml'}"
-    export(copy.deepcopy(model), file, format)
+    export(model, file, format)
     return file
 
 

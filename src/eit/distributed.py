@@ -41,9 +41,9 @@ def start(device: str = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if ranks > 1 and device.startswith("cuda:"):
-        raise _same_everywhere(f"device {device} is for one process, and there are {ranks}: give cuda, one GPU each")
+        raise same_everywhere(f"device {device} is for one process, and there are {ranks}: give cuda, one GPU each")
     if ranks > 1 and device == "mps":
-        raise _same_everywhere(f"device mps is for one process, and there are {ranks}: start one, or give cpu")
+        raise same_everywhere(f"device mps is for one process, and there are {ranks}: start one, or give cpu")
     if device == "cuda" and torch.cuda.is_available():
         device = f"cuda:{_gpu_of_rank()}"
     chosen = torch.device(device)
@@ -68,8 +68,8 @@ _waiting: Any = None  # the group of gloo
 ON_MAIN = "on rank 0"  # the note of an error that every rank raises, for rank 0 to tell
 
 
-def _same_everywhere(text: str) -> UserError:
-    """An error that every rank raises."""
+def same_everywhere(text: str) -> UserError:
+    """An error that every rank raises, and rank 0 alone tells."""
     error = UserError(text)
     error.add_note(ON_MAIN)
     return error
@@ -91,7 +91,7 @@ def _join(device: torch.device, store: dist.Store, rank: int, world: int) -> Non
         store.set(f"eit/gpu/{rank}", gpu)
         gpus = [store.get(f"eit/gpu/{other}").decode() for other in range(world)]
         if len(sharing := [str(other) for other in range(world) if gpus[other] == gpu]) > 1:
-            raise _same_everywhere(f"ranks {few(sharing)} share one GPU: start as many processes as there are GPUs")
+            raise same_everywhere(f"ranks {few(sharing)} share one GPU: start as many processes as there are GPUs")
         dist.init_process_group(
             "nccl", store=store, rank=rank, world_size=world, timeout=NCCL_TIMEOUT, device_id=device
         )

@@ -63,6 +63,7 @@ def evaluate(
         flip: whether probabilities are the mean of those of the image and of its mirror image.
     """
     classes = loader.images.classes
+    resolved = resolve_precision(precision, loader.device)
     where = torch.device("cpu") if loader.device.type == "mps" else loader.device
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=where)  # truth x prediction
     correct5 = torch.zeros((), dtype=torch.int64, device=where)
@@ -72,7 +73,7 @@ def evaluate(
     with progress("evaluating", len(loader.own_blocks)) as advance:
         for batch in loader:
             x, valid = batch.images, batch.valid
-            with arithmetic(x.device, resolve_precision(precision, x.device)):
+            with arithmetic(x.device, resolved):
                 outputs = [model(x), model(x.flip(-1))] if flip else [model(x)]
             logs = torch.stack([logits[:valid].to(where).double().log_softmax(dim=1) for logits in outputs])
             log_p = logs.logsumexp(dim=0) - math.log(len(outputs))  # (B, classes), of the mean probability

@@ -188,9 +188,9 @@ class PaddedHeads:
         return F.linear(x.transpose(1, 2).flatten(2), proj_weight, proj.bias)
 
     def _weights(self, x: Tensor, qkv: nn.Linear, proj: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor]:
-        own = [parameter for parameter in (qkv.weight, qkv.bias, proj.weight) if parameter is not None]
         if torch.compiler.is_compiling():
             return self._pad(qkv.weight, qkv.bias, proj.weight)
+        own = [parameter for parameter in (qkv.weight, qkv.bias, proj.weight) if parameter is not None]
         plain = all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in own)
         if qkv.training or torch.is_grad_enabled() or not plain:
             self.forget()

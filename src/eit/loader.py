@@ -111,7 +111,6 @@ class CachedLoader:
         noise = torch.empty(0)
         if self.augment.erasing:
             noise = noise_fields(self.pixels.shape[1:], plan.seed, epoch, self.device)
-        mean, std = (torch.tensor(v, device=self.device) for v in (self.view.mean, self.view.std))
         # From here on a step waits for no copy to the device.
         for rows in plan.batches(epoch, first_step, distributed.rank()).to(self.device):
             index, repeat = rows.unbind(1)
@@ -119,7 +118,7 @@ class CachedLoader:
             x = self.pixels[index]
             if self.augment.pad_crop or self.augment.hflip:
                 x = shift_and_flip(x, self.augment.pad_crop, self.augment.hflip, *row[:3])
-            x = normalise(x, mean, std)
+            x = normalise(x, self.view.mean, self.view.std)
             if self.augment.erasing:
                 x = erase(x, self.augment.erasing, noise, *row[3:])
             yield Batch(x, self.labels[index], len(index))

@@ -144,9 +144,7 @@ class StreamEvaluationLoader:
         total = sum(distributed.gather(seen))
         if total != len(self.images):
             says = f"it says that it has {len(self.images)}"
-            error = UserError(f"{self.images.config.dataset}: {total} images were read, {says}")
-            error.add_note(distributed.ON_MAIN)
-            raise error
+            raise distributed.same_everywhere(f"{self.images.config.dataset}: {total} images were read, {says}")
 
     def _host_batches(self) -> Iterator[HostBatch]:
         rank, world = distributed.rank(), distributed.world_size()

@@ -355,7 +355,7 @@ def accumulation(recipe: Recipe) -> int:
         return recipe.train.accumulate
     accumulate, rest = divmod(begun, batch * world)
     if rest:
-        raise UserError(
+        raise distributed.same_everywhere(
             f"the run has a global batch of {begun}, which {world} processes x data.batch_size={batch} cannot make: "
             "start another number of processes, or set a data.batch_size that divides it"
         )

@@ -365,8 +365,8 @@ def same_but_seed(one: Cell, other: Cell) -> bool:
 
 def flat(values: dict[str, Any]) -> dict[str, str]:
     """The environment but for the command, with the properties of its parts by their names."""
-    parts = ("packages", "cpu", "gpu", "settings")
-    found = {key: value for key, value in values.items() if key not in ("command", *parts)}
+    parts = ("gpu", "settings")  # whose names alone would not do: both gpu and cpu have a capability
+    found = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu", *parts)}
     found |= values["packages"] | values.get("cpu", {})
-    found |= {f"{part} {key}": value for part in parts[2:] for key, value in values.get(part, {}).items()}
+    found |= {f"{part} {key}": value for part in parts for key, value in values.get(part, {}).items()}
     return {key: str(value) for key, value in found.items()}
