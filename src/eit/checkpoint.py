@@ -32,7 +32,7 @@ from eit.config import model_arguments
 from eit.errors import UserError, first_line
 from eit.images import MAX_PIXELS, View
 from eit.model import EIT, our_names
-from eit.zoo import VARIANTS, create_model, head_names, is_model
+from eit.zoo import FAMILIES, TIMM, VARIANTS, create_model, head_names, is_model
 
 StateDict = Mapping[str, Tensor]
 
@@ -366,12 +366,20 @@ def known_card(header: dict[str, Any], source: str) -> Card:
         raise UserError(f"{source}: its description of the model is damaged") from None
     try:
         card.arguments = model_arguments(card.arguments)
+        if not card.model.startswith(TIMM):  # files without the key are older than it
+            path = card.arguments.pop("cls_conv", "identity")
+            if path != _preset_cls_conv(card.arguments):
+                card.arguments["cls_conv"] = path
         if not is_model(card.model):
             raise UserError(f"unknown model {card.model!r}")
     except UserError as error:
         here = f"this version ({__version__}) does not know; it was made by {card.version}"
         raise UserError(f"{source} is of a model that {here}: {error}") from None
     return card
+
+
+def _preset_cls_conv(arguments: Mapping[str, Any]) -> str:
+    return FAMILIES[arguments.get("family", "eit")]["cls_conv"]
 
 
 def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
@@ -446,7 +454,10 @@ def weights_bytes(state: StateDict, card: Card) -> bytes:
 
 def card_text(state: StateDict, card: Card) -> str:
     """The card as files hold it, with the checksum of the weights beside."""
-    return json.dumps(card.model_dump(mode="json") | {"sha256": digest(state)})
+    header = card.model_dump(mode="json")
+    if not card.model.startswith(TIMM):
+        header["arguments"] = {"cls_conv": _preset_cls_conv(card.arguments)} | card.arguments
+    return json.dumps(header | {"sha256": digest(state)})
 
 
 def save_weights(path: Path, state: StateDict, card: Card) -> None:

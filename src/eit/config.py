@@ -42,7 +42,7 @@ class Model(Section):
     name: str = "eit_mini"
     """a model of `eit models`, or timm/NAME"""
     family: Literal["eit", "lsra", "vit"] = "eit"
-    """preset of schedule, stem and position embedding"""
+    """preset of schedule, class-token path, stem and position embedding"""
     pretrained: bool | str | None = None
     """weights to start from: a file, a run folder, a shipped name; true: those that timm downloads for timm/NAME"""
     reset_head: bool = False
@@ -63,6 +63,8 @@ class Model(Section):
     """attention heads of each layer"""
     schedule: str | tuple[Whole, ...] | None = None
     """attention channels of each layer: eit, increasing, lsra, vit, or a list of ints"""
+    cls_conv: Literal["identity", "zero", "mean"] | None = None
+    """what the class token's convolved channels receive: themselves (the paper), no update, or the grid's mean"""
     stem: Literal["conv_pool", "patch"] | None = None
     """overlapping patches of EIT, or patches of ViT"""
     patch_size: Channels | None = None

@@ -83,6 +83,7 @@ def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads
 
 
 POOLS = ("token", "avg", "max", "avgmax", "")  # what the head reads; "": all tokens
+CLS_CONV = ("identity", "zero", "mean")  # what the class token's convolved channels receive
 
 
 class ConvPoolStem(nn.Module):
@@ -126,7 +127,8 @@ class PatchStem(nn.Module):
 class ConvAttention(nn.Module):
     """Token mixer: the first channels through a depthwise 3x3 convolution, the last through attention, concatenated.
 
-    The class token is not part of the grid: its convolution channels pass unchanged.
+    The class token is not part of the grid. `cls_conv` says what its convolved channels become: their own input
+    (`identity`, as published), `zero`, or the `mean` of the convolved grid.
     """
 
     __jit_ignored_attributes__ = ("_padded",)
@@ -139,9 +141,11 @@ class ConvAttention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        cls_conv: str = "identity",
         **where: Any,
     ) -> None:
         super().__init__()
+        self.cls_conv = cls_conv
         self.attn_channels = attn_channels
         self.conv_channels = dim - attn_channels
         self.num_heads = num_heads
@@ -161,7 +165,12 @@ class ConvAttention(nn.Module):
         # Token layout is channels_last, so the image is a view: (B, 1+h*w, C) -> (B, C, h, w) -> (B, 1+h*w, C)
         token, image = x.split([1, h * w], dim=1)
         image = self.conv_drop(self.conv(image.unflatten(1, (h, w)).permute(0, 3, 1, 2)))
-        return torch.cat((token, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+        image = image.permute(0, 2, 3, 1).flatten(1, 2)
+        if self.cls_conv == "zero":
+            token = torch.zeros_like(token)
+        elif self.cls_conv == "mean":
+            token = image.mean(dim=1, keepdim=True)
+        return torch.cat((token, image), dim=1)
 
     def attend(self, x: Tensor) -> Tensor:
         dropout = self.attn_drop_rate if self.training else 0.0
@@ -221,11 +230,12 @@ class Block(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        cls_conv: str = "identity",
         **where: Any,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **where)
-        self.attn = ConvAttention(dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, **where)
+        self.attn = ConvAttention(dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, cls_conv, **where)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **where)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **where)
@@ -254,6 +264,9 @@ class EIT(nn.Module):
         depth: layers.
         num_heads: heads of each layer, which share its attention channels evenly.
         schedule: attention channels of each layer, see `attention_channels`.
+        cls_conv: what the class token's convolved channels receive in each layer: `identity` (their own normalised
+            values, as published: the same update for every image), `zero` (no update), or `mean` (that of the convolved
+            grid).
         stem: `conv_pool` (EIT-P) or `patch` (ViT).
         patch_size: pixels, of the `patch` stem.
         pos_embed: `none` (the paper), or `learned`: a table for the tokens of `img_size`, interpolated to other sizes.
@@ -288,6 +301,7 @@ class EIT(nn.Module):
         depth: int = 5,
         num_heads: int = 10,
         schedule: Schedule = "eit",
+        cls_conv: str = "identity",
         stem: str = "conv_pool",
         patch_size: int = 16,
         pos_embed: str = "none",
@@ -305,6 +319,8 @@ class EIT(nn.Module):
     ) -> None:
         super().__init__()
         where: dict[str, Any] = dict(device=device, dtype=dtype)
+        if cls_conv not in CLS_CONV:
+            raise ValueError(f"cls_conv={cls_conv!r} is not one of {', '.join(CLS_CONV)}")
         if stem not in ("conv_pool", "patch"):
             raise ValueError(f"stem={stem!r} is not one of conv_pool, patch")
         if pos_embed not in ("none", "learned"):
@@ -351,6 +367,7 @@ class EIT(nn.Module):
                 proj_drop_rate,
                 attn_drop_rate,
                 drop_path=drop_path_rate * layer / max(depth - 1, 1),
+                cls_conv=cls_conv,
                 **where,
             )
             for layer, attn_channels in enumerate(self.attn_channels)

@@ -123,9 +123,12 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe of the run in a folder."""
     file = path / "recipe.yaml"
     try:
-        return load_recipe(str(file))
+        recipe = load_recipe(str(file))
     except UserError as error:
         raise UserError(f"{file}: {error}; was it made by another version?") from None
+    if recipe.model.family == "lsra" and "cls_conv" not in recipe.model.model_fields_set:  # the file is older than it
+        recipe = recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(cls_conv="identity"))))
+    return recipe
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

@@ -45,11 +45,11 @@ VARIANTS = {
     "eit_large": Variant(464, 12, 16, 25.3, 10.0, 81.8, 95.6, _weights("large")),
 }
 
-# LSRA is our reading: the paper's vision configuration of it is not public.
+# LSRA is a reading: the paper's vision configuration of it is not known.
 FAMILIES: dict[str, dict[str, str]] = {
-    "eit": dict(schedule="eit", stem="conv_pool", pos_embed="none"),
-    "lsra": dict(schedule="lsra", stem="conv_pool", pos_embed="none"),
-    "vit": dict(schedule="vit", stem="patch", pos_embed="learned"),
+    "eit": dict(schedule="eit", cls_conv="identity", stem="conv_pool", pos_embed="none"),
+    "lsra": dict(schedule="lsra", cls_conv="zero", stem="conv_pool", pos_embed="none"),
+    "vit": dict(schedule="vit", cls_conv="identity", stem="patch", pos_embed="learned"),
 }
 
 default_cfgs = {

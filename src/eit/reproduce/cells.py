@@ -1,6 +1,7 @@
 """The runs of an experiment: trained one after the other, measured, and read again from their folders."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -266,7 +267,8 @@ def batches(images: Images, view: View, device: torch.device, title: str = "") -
 
 
 def layers(analysis: Analysis) -> dict[str, Any]:
-    """A value a layer: shares of high frequencies after it, and the diversity of its heads, in pixels."""
+    """One value per layer: high-frequency shares after it, and of its heads diversity and distance, in pixels, and
+    entropy, by that of uniform attention."""
     blocks, heads = analysis.at("block"), analysis.attention
     found: dict[str, list[float]] = {
         key: [getattr(block, key) for block in blocks] for key in ("share", "share_se", "share_with_dc")
@@ -276,6 +278,7 @@ def layers(analysis: Analysis) -> dict[str, Any]:
         noise_share_with_dc=blocks[0].noise_share_with_dc,
         diversity=[layer.std for layer in heads],
         distance=[fmean(layer.distance) for layer in heads],
+        entropy=[fmean(layer.entropy) / math.log(math.prod(layer.grid)) for layer in heads],
     )
 
 
