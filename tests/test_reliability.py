@@ -486,7 +486,7 @@ def test_two_thousand_epochs_hold_on_to_nothing(tmp_path):
 
 
 SOAK = """
-import json, os, sys
+import json, os, sys, time
 from eit import run
 from eit.config import load_recipe
 from eit.train import train
@@ -504,7 +504,11 @@ def watched(self, line, classes):
 run.Run.log = watched
 note('start')
 train(load_recipe('digits', sys.argv[3:]))
-note('end')
+for _ in range(100):  # the thread that feeds a loader process closes its pipe a moment after that process is gone
+    note('end')
+    if seen['end']['files'] == seen['start']['files']:
+        break
+    time.sleep(0.1)
 print(json.dumps(seen))
 """
 
