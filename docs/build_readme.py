@@ -16,8 +16,20 @@ from matplotlib.patches import Patch
 import eit
 from eit.reproduce import matrix, report
 from eit.reproduce.cells import Result, read_results
-from eit.reproduce.report import FIGURE, PAGE, disagreement, extent, gaps, machines, report_table, weighed
-from eit.reproduce.verdict import NOT_RUN
+from eit.reproduce.forest import Row, digest, draw_forest
+from eit.reproduce.report import (
+    FIGURE,
+    PAGE,
+    disagreement,
+    extent,
+    gaps,
+    has_digest,
+    machines,
+    report_table,
+    verdict_text,
+    weighed,
+)  # fmt: skip
+from eit.reproduce.verdict import Verdict
 from eit.zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -243,24 +255,34 @@ def scale() -> str:
 
 # -- The paper's claims ------------------------------------------------------------------------------------------------
 
-TESTED = [  # claims that need no training: what it says, the code, the test
+TESTED = [  # claims that need no training: what it says, the versions of the paper that do, the code, the test
     (
         'EIT has 3.5, 8.9, 16.0, 25.3 M parameters and 1.73, 3.84, 6.52, 10.0 G "FLOPs" as the paper counts',
+        "v2",
         "macs.py, complexity",
         "test_cost.py",
     ),
     (
         "The share of convolution decreases with depth, down to none",
+        "v1, v2, v3",
         "model.py, decreasing_conv",
         "test_decreasing_convolution.py",
     ),
     (
-        "At 32x32 EIT has fewer parameters and MACs than ViT of equal width",
+        "At 32x32, on the same 8x8 tokens, EIT has fewer parameters and MACs than ViT of equal width",
+        "v1, v2",
         "zoo.py, FAMILIES",
         "test_small_images.py",
     ),
     (
+        "At 224x224, on 19x19 tokens against ViT's 14x14, EIT-mini has 2.2 times the MACs of a ViT of its width",
+        "ours",
+        "zoo.py, FAMILIES",
+        "test_cost.py",
+    ),
+    (
         "Without a position embedding another input size needs no change of the weights",
+        "v1, v2",
         "model.py, EIT",
         "test_no_position_embedding.py",
     ),
@@ -283,33 +305,57 @@ def code(place: str) -> str:
     return f"`{place}`" if "*" in file else f"[`{place}`](../src/eit/{file})"
 
 
-def weighed_claims(page: str) -> list[list[str]]:
-    """Of every experiment: claim, where in the code, which runs (linked on `page`), what was measured, verdict."""
+def weighed_claims() -> list[tuple[str, str, matrix.Claim, Verdict]]:
+    """Of every experiment: its name, its runs in words, claim, verdict; the primary claims first."""
     rows = []
     for name in matrix.experiment_names():
         experiment, budget, found = evidence(name)
-        for key, verdict in weighed(experiment, budget, found).items():
+        planned = experiment.cells(budget)
+        for key, verdict in weighed(experiment, budget, ROOT / "results").items():
             claim = experiment.claims[key]
-            planned = experiment.cells(budget)
+            own = [cell.name for cell in planned if cell.levels[claim.axis] in claim.levels]
             absent = set(claim.levels).difference(cell.levels[claim.axis] for cell in planned)
-            done = f"which has no {min(absent)}" if absent else f"{len(found)} of {len(planned)} runs"
-            run = f"[{name}]({page}#{ANCHORS[name]}), {budget}, {done}"
-            word = f"**{verdict.word}**" + (f", {verdict.evidence}" if verdict.evidence else "")
-            rows.append([claim.says, code(claim.code), run, gaps(verdict, claim.metric), word])
-    return rows
+            done = sum(result.cell.name in own for result in found)
+            runs = f"{budget}, " + (f"which has no {min(absent)}" if absent else f"{done} of {len(own)} runs")
+            rows.append((name, runs, claim, verdict))
+    return sorted(rows, key=lambda row: not row[2].primary)
 
 
 def claims() -> str:
-    tested = [
-        [says, code(place), f"[{test}](../tests/claims/{test})", "exact", "**holds**"] for says, place, test in TESTED
+    """The primary claims; the others; what is counted."""
+    head = "| claim | paper | runs | difference [95% interval] | verdict |"
+    parts: dict[bool, list[list[str]]] = {True: [], False: []}
+    for name, runs, claim, verdict in weighed_claims():
+        says = f"{claim.says} ({code(claim.code)})"
+        run = f"[{name}](#{ANCHORS[name]}), {runs}"
+        parts[claim.primary].append([says, claim.paper or "ours", run, gaps(verdict, claim), verdict_text(verdict)])
+    counted = [
+        [f"{says} ({code(place)})", paper, f"[{test}](../tests/claims/{test})", "counted", "**holds**"]
+        for says, paper, place, test in TESTED
     ]
-    return "\n".join(table("| claim | in the code | test or run | measured | verdict |", tested + weighed_claims("")))
+    texts = ("Primary, corrected together:", "Exploratory, each for itself:", "Counted, with no training:")
+    tables = [table(head, parts[True]), table(head, parts[False]), table(head, counted)]
+    return "\n".join(line for text, lines in zip(texts, tables, strict=True) for line in (text, "", *lines, ""))[:-1]
 
 
 def verdicts() -> str:
-    """The claims that runs speak to."""
-    rows = [[says, *rest] for says, _, *rest in weighed_claims("docs/paper.md") if NOT_RUN not in rest[-1]]
-    return "\n".join(table("| claim | runs | measured difference | verdict |", rows))
+    """The primary claims, as far as they are run."""
+    rows = [
+        [claim.says, f"[{name}](docs/paper.md#{ANCHORS[name]}), {runs}", gaps(verdict, claim), verdict_text(verdict)]
+        for name, runs, claim, verdict in weighed_claims()
+        if claim.primary
+    ]
+    return "\n".join(table("| claim | runs | difference [95% interval] | verdict |", rows))
+
+
+def forest() -> list[Row]:
+    """Differences in accuracy, of each claim that two levels are compared for."""
+    rows = []
+    for _, _, claim, verdict in weighed_claims():
+        if claim.metric == "last_top1" and not claim.reaches:
+            found = [*verdict.gaps, verdict.mean] if verdict.mean else verdict.gaps
+            rows += [Row(claim, verdict, gap) for gap in found if gap.low is not None]
+    return rows
 
 
 ANCHORS = dict(
@@ -407,9 +453,12 @@ def main() -> None:
     if "--check" in sys.argv:
         if not report.shows(images / "results.png", found):
             sys.exit("docs/images/results.png disagrees with results/: run `make readme`")
+        if not has_digest(images / "forest.png", digest(forest())):
+            sys.exit("docs/images/forest.png disagrees with results/: run `make readme`")
         return
     images.mkdir(exist_ok=True)
     draw(images / "eit.png")
+    draw_forest(forest(), images / "forest.png")
     report.figure(matrix.load("imagenet"), found, images / "results.png")
 
 

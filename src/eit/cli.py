@@ -676,7 +676,7 @@ def reproduce(
         raise UserError(f"{folder / experiment.runs.name / budget} has no finished run")
     if distributed.is_main():
         page = build(experiment, budget, folder)
-        _show(verdicts(experiment, budget, finished), as_json, f"{page.read_text()}\n{page}")
+        _show(verdicts(experiment, budget, folder), as_json, f"{page.read_text()}\n{page}")
         if diverged:
             what = "was not finite; the lines above say where, and the same command tries again"
             _complain(FloatingPointError(f"{len(diverged)} of {len(chosen)} runs: {few(diverged)}: the loss {what}"))

@@ -1,4 +1,4 @@
-"""EIT is small: "3.5, 8.9, 16.0, 25.3 M parameters" and 1.73, 3.84, 6.52, 10.0 G "FLOPs" (tables 2 and 3)."""
+"""EIT is small: 3.5, 8.9, 16.0, 25.3 M parameters and 1.73, 3.84, 6.52, 10.0 G "FLOPs" (the authors' README)."""
 
 import pytest
 
@@ -19,3 +19,10 @@ def test_parameters_and_macs_are_the_published_ones(name):
     assert cost.params == params
     assert cost.macs / 1e9 == pytest.approx(macs, abs=0.0006)
     assert cost.published_macs / 1e9 == pytest.approx(published_macs, abs=0.0006)
+
+
+def test_at_224_pixels_it_is_dearer_than_a_vit_of_its_width():
+    """Its grid of 19x19 tokens, and a stem on 57x57 positions, against 14x14 patches."""
+    eit, vit = (complexity(create_model("eit_mini", family=family)) for family in ("eit", "vit"))
+    assert round(eit.macs / vit.macs, 1) == 2.2
+    assert eit.params < vit.params

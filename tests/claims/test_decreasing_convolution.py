@@ -1,4 +1,4 @@
-"""The convolution's part decreases with depth, down to none (section 3.3)."""
+"""The convolution's part decreases with depth, down to none (the abstracts)."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""EIT needs no position embedding, so another input size needs no change to the weights (section 4.4)."""
+"""EIT needs no position embedding, so another input size needs no change to the weights (abstracts of v1 and v2)."""
 
 import torch
 

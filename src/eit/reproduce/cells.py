@@ -105,7 +105,8 @@ def read_result(cell: Cell, results: Path) -> Result | None:
         UserError: the folder holds a run of another recipe (an experiment was changed since), or is damaged.
     """
     folder = cell.folder(results)
-    check_recipe(cell, folder)
+    if (recipe := recorded_recipe(cell, folder)) is None:
+        return None
     found = {}
     for name, kind in FILES.items():
         try:
@@ -123,7 +124,6 @@ def read_result(cell: Cell, results: Path) -> Result | None:
     log, summary = read_log(folder), result.summary
     if len(log) != summary["epochs"] or log[-1].get("val_top1") != summary["last_top1"]:
         raise UserError(f"{folder / 'log.jsonl'} is not of {summary['epochs']} epochs to {summary['last_top1']}%")
-    recipe = read_recipe(folder)
     images = recipe.data.batch_size * recipe.train.accumulate * result.environment["world_size"]
     if images != (planned := cell.global_batch):
         raise UserError(f"{folder} holds a run of a global batch of {images}, not {planned}: give another --results")
@@ -182,15 +182,21 @@ def is_done(cell: Cell, measure: Measure, results: Path) -> bool:
     return result is not None and result.measured.get("measure") == measure.model_dump(mode="json")
 
 
-def check_recipe(cell: Cell, folder: Path) -> None:
-    """Raise a UserError where the folder holds a run of another recipe."""
+def recorded_recipe(cell: Cell, folder: Path) -> Recipe | None:
+    """The recipe of the run in a folder, where there is one.
+
+    Raises:
+        UserError: it is another than the cell's.
+    """
     if not (folder / "recipe.yaml").exists():
-        return
-    different = differences(read_recipe(folder), cell.recipe(folder.parents[2], {}))
+        return None
+    recipe = read_recipe(folder)
+    different = differences(recipe, cell.recipe(folder.parents[2], {}))
     if cell.values["model"]["name"].startswith(TIMM):  # whose recipe a run notes without what the model does not have
         different = [line for line in different if not line.startswith("model.")]
     if different:
         raise UserError(f"{folder} holds a run of another recipe ({few(different)}): give another --results")
+    return recipe
 
 
 def adopt(recipe: Recipe, results: Path) -> bool:

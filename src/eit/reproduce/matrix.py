@@ -20,6 +20,9 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a folder, or of a part 
 ORDER = ["small_data", "ablation", "pooling", "frequency", "diversity", "imagenet"]
 
 
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
 class Level(Section):
     """One value of an axis: another recipe to begin with, what it sets, and how many processes its batch is for."""
 
@@ -59,31 +62,38 @@ class Measure(Section):
 
 
 class Claim(Section):
-    """That `metric` rises along levels of `axis`, or that it reaches a value at each."""
+    """That `metric` is higher at one level of `axis` than at another, or equal within a margin, or reaches a value."""
 
     says: str
     code: str
     """the file of this package, and the name in it"""
+    paper: str = ""
+    """the versions of the paper that say so; none: ours"""
+    primary: bool = False
+    """one of at most six that are corrected together; the others are exploratory"""
     metric: str
     """see `eit.reproduce.cells.Result.value`"""
     axis: str
-    rises: Annotated[list[str], Field(min_length=2)] | None = None
+    rises: Pair | None = None
+    """lower and higher level"""
+    equal: Pair | None = None
+    """two levels that differ by less than `within`"""
     reaches: dict[str, float] | None = None
     within: NotNegative = 0.0
-    """what may be missing, of two levels or of values to reach"""
+    """the margin of `equal`; what may be missing of values to reach"""
 
     @model_validator(mode="after")
-    def _either(self) -> "Claim":
-        if (self.rises is None) == (self.reaches is None):
-            raise ValueError("a claim has either rises or reaches")
-        if self.rises and len(self.rises) > 2 and self.within:
-            raise ValueError("within is of two levels")
+    def _one(self) -> "Claim":
+        if sum(kind is not None for kind in (self.rises, self.equal, self.reaches)) != 1:
+            raise ValueError("a claim has one of rises, equal and reaches")
+        if (self.equal and not self.within) or (self.rises and self.within):
+            raise ValueError("within is the margin of equal, or of reaches")
         return self
 
     @property
     def levels(self) -> list[str]:
-        """Of the axis, that it speaks of."""
-        return self.rises or list(self.reaches or ())
+        """Of the axis, that it speaks of; of two, the lower one first."""
+        return list(self.rises or self.equal or self.reaches or ())
 
 
 class Experiment(Section):
@@ -92,6 +102,8 @@ class Experiment(Section):
     refuted: str
     of: str | None = None
     """another experiment, whose runs it looks at"""
+    control: str | None = None
+    """the level that Dunnett's test compares the others with"""
     recipe: str = "cifar10"
     axes: dict[str, dict[str, Level]] = Field(default_factory=dict)
     budgets: dict[str, Budget] = Field(default_factory=dict)
@@ -146,6 +158,8 @@ class Experiment(Section):
                 raise ValueError(f"claims.{name}: {claim.axis} has no {min(unknown)}")
             if not runs.measure.has(claim.metric):
                 raise ValueError(f"claims.{name}.metric={claim.metric} is not measured")
+            if self.control is not None and self.control not in runs.axes[claim.axis]:
+                raise ValueError(f"control={self.control}: {claim.axis} has no such level")
 
     def budget(self, name: str) -> Budget:
         """
@@ -161,11 +175,13 @@ class Experiment(Section):
         """The runs of a budget, in the order in which they are trained."""
         runs, chosen = self.runs, self.budget(budget)
         axes = [chosen.levels.get(axis, list(levels)) for axis, levels in runs.axes.items()]
-        cells = []
+        cells, bases = [], {}
         for names in itertools.product(*axes):
             levels = [runs.axes[axis][name] for axis, name in zip(runs.axes, names, strict=True)]
             recipe = next((level.recipe for level in levels if level.recipe), runs.recipe)
-            values = load_recipe(recipe).model_dump()
+            if recipe not in bases:
+                bases[recipe] = load_recipe(recipe).model_dump()
+            values = bases[recipe]
             processes = next((level.processes for level in levels if level.processes), 1)
             for more in (chosen.set, *(level.set for level in levels), *(chosen.adjust.get(n, {}) for n in names)):
                 values = merged(values, more)

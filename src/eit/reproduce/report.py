@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,8 @@ from eit import draw
 from eit.checkpoint import write_file
 from eit.errors import few
 from eit.reproduce.cells import Result, read_results
-from eit.reproduce.matrix import EXACT, Cell, Experiment, names_of
-from eit.reproduce.verdict import Verdict, weigh
+from eit.reproduce.matrix import EXACT, Cell, Claim, Experiment, experiment_names, load, names_of
+from eit.reproduce.verdict import NOT_RUN, Gap, Verdict, contrast, correct, weigh
 from eit.zoo import VARIANTS, published_results
 
 PAGE, FIGURE = "README.md", "figure.png"
@@ -49,10 +50,34 @@ def missing(experiment: Experiment, budget: str, results: Sequence[Result]) -> l
     return [cell for cell in experiment.cells(budget) if cell.name not in done]
 
 
-def weighed(experiment: Experiment, budget: str, results: Sequence[Result]) -> dict[str, Verdict]:
-    """The verdict on each claim."""
-    left = missing(experiment, budget, results)
-    return {name: weigh(claim, results, left) for name, claim in experiment.claims.items()}
+def weighed(experiment: Experiment, budget: str, results: Path) -> dict[str, Verdict]:
+    """The verdict on each claim of an experiment, from the runs of a budget in `results`."""
+    found = weighed_alone(experiment, budget, results)
+    family = primary_verdicts(experiment, budget, results)
+    return {key: family.get((experiment.name, key), verdict) for key, verdict in found.items()}
+
+
+def weighed_alone(experiment: Experiment, budget: str, results: Path) -> dict[str, Verdict]:
+    """The same, with no correction for the other claims."""
+    runs, planned = read_results(experiment, budget, results), experiment.cells(budget)
+    return {key: weigh(claim, runs, planned, experiment.control) for key, claim in experiment.claims.items()}
+
+
+def primary_verdicts(experiment: Experiment, budget: str, results: Path) -> dict[tuple[str, str], Verdict]:
+    """The primary claims of this package's experiments, or of one's own, corrected together, by experiment and key.
+
+    Each is weighed at this budget; one whose experiment does not have it counts as not yet run.
+    """
+    names = experiment_names() if experiment.name in experiment_names() else []
+    others = [load(name) for name in names if name != experiment.name]
+    found: dict[tuple[str, str], Verdict] = {}
+    for one in [experiment, *others]:
+        primary = [key for key, claim in one.claims.items() if claim.primary]
+        if not primary:
+            continue
+        alone = weighed_alone(one, budget, results) if budget in one.runs.budgets else {}
+        found |= {(one.name, key): alone.get(key, Verdict(NOT_RUN, primary=True)) for key in primary}
+    return correct(found)
 
 
 def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
@@ -65,22 +90,24 @@ def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]
 
 
 def part_for(parts: dict[str, Any], name: str, results: Sequence[Result], usual: Any) -> Any:
-    """An experiment's own table or drawing, by data set and model; of runs that do not differ in those, the usual."""
-    return parts.get(name, usual) if all({"data", "model"} <= r.cell.levels.keys() for r in results) else usual
+    """An experiment's own table or drawing, by data set and model (or variant); of runs without those, the usual."""
+    axes = {"data", "variant" if name == "ablation" else "model"}
+    return parts.get(name, usual) if all(axes <= r.cell.levels.keys() for r in results) else usual
 
 
 def build(experiment: Experiment, budget: str, results: Path) -> Path:
     """Write the page, README.md, and the figure of a budget beside its runs."""
     folder, found = results / experiment.name / budget, read_results(experiment, budget, results)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / PAGE, page(experiment, budget, found))
+    write_file(folder / PAGE, page(experiment, budget, results))
     if found:
         figure(experiment, found, folder / FIGURE)
     return folder / PAGE
 
 
-def page(experiment: Experiment, budget: str, results: Sequence[Result]) -> str:
-    """The text of README.md: what was measured, and the verdicts."""
+def page(experiment: Experiment, budget: str, folder: Path) -> str:
+    """The text of README.md: what was measured, and the verdicts, from the runs in the results folder."""
+    results = read_results(experiment, budget, folder)
     left = [cell.name for cell in missing(experiment, budget, results)]
     undone = f" Not done: {few(left)}." if results and left else ""
     lines = [
@@ -96,7 +123,7 @@ def page(experiment: Experiment, budget: str, results: Sequence[Result]) -> str:
     ]
     if results:
         lines += [*report_table(experiment, results), ""]
-    lines += claims_table(experiment, budget, results)
+    lines += claims_table(experiment, weighed(experiment, budget, folder))
     if results:
         lines += ["", f"![{experiment.name}, {budget}]({FIGURE})"]
     return "\n".join(lines) + "\n"
@@ -105,23 +132,28 @@ def page(experiment: Experiment, budget: str, results: Sequence[Result]) -> str:
 def disagreement(experiment: Experiment, budget: str, results: Path) -> Path | None:
     """The page or the figure that is missing or shows something else than the runs in `results`, if one does."""
     folder, found = results / experiment.name / budget, read_results(experiment, budget, results)
-    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, found):
+    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, results):
         return folder / PAGE
     return None if shows(folder / FIGURE, found) else folder / FIGURE
 
 
 def shows(file: Path, results: Sequence[Result]) -> bool:
     """Whether a figure is there, and of these results."""
+    return has_digest(file, digest(results))
+
+
+def has_digest(file: Path, digest: str) -> bool:
+    """Whether a figure is there, and says that it shows what has this digest."""
     try:
         with Image.open(file) as image:
-            return bool(image.info.get("Description") == digest(results))
+            return bool(image.info.get("Description") == digest)
     except OSError:
         return False
 
 
-def verdicts(experiment: Experiment, budget: str, results: Sequence[Result]) -> dict[str, Any]:
+def verdicts(experiment: Experiment, budget: str, folder: Path) -> dict[str, Any]:
     """The page for machines."""
-    claims = weighed(experiment, budget, results)
+    results, claims = read_results(experiment, budget, folder), weighed(experiment, budget, folder)
     return dict(
         experiment=experiment.name,
         budget=budget,
@@ -156,13 +188,19 @@ def machines(results: Sequence[Result]) -> str:
     return f"By {'; '.join(sorted(found))}; commit {', '.join(commits)}."
 
 
-def claims_table(experiment: Experiment, budget: str, results: Sequence[Result]) -> list[str]:
-    """A line a claim."""
-    rows = []
-    for name, verdict in weighed(experiment, budget, results).items():
-        claim = experiment.claims[name]
-        rows.append([claim.says, f"`{claim.code}`", gaps(verdict, claim.metric), str(verdict)])
-    return markdown(["claim", "in the code", "measured difference, mean ± standard deviation", "verdict"], rows)
+def claims_table(experiment: Experiment, verdicts: dict[str, Verdict]) -> list[str]:
+    """One line per claim."""
+    rows = [
+        [claim.says, claim.paper or "ours", f"`{claim.code}`", gaps(verdicts[key], claim), verdict_text(verdicts[key])]
+        for key, claim in experiment.claims.items()
+    ]
+    return markdown(["claim", "paper", "in the code", "difference [interval]", "verdict"], rows)
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """The word, what decided, and whether it was corrected for the other claims."""
+    text = f"**{verdict.word}**" + (f", {verdict.evidence}" if verdict.evidence else "")
+    return f"{text} (exploratory)" if verdict.p is not None and not verdict.primary else text
 
 
 def scaled(metric: str) -> tuple[float, str, str]:
@@ -179,17 +217,23 @@ def scaled(metric: str) -> tuple[float, str, str]:
     return 1, "+.2f", " points"
 
 
-def gaps(verdict: Verdict, metric: str) -> str:
-    """The differences of a verdict, by the first word of their blocks: the data set."""
+def gaps(verdict: Verdict, claim: Claim) -> str:
+    """Each data set's difference, with its interval, and the mean over them."""
+    found = [*verdict.gaps, verdict.mean] if verdict.mean else verdict.gaps
+    parts = [gap_text(gap, claim.metric, interval=claim.metric not in EXACT) for gap in found]
+    return ", ".join(parts) + (" (90% intervals)" if claim.equal and found else "")
+
+
+def gap_text(gap: Gap, metric: str, interval: bool = True) -> str:
+    """`cifar10 +6.55 [4.10, 9.00] points (5, 5 runs)`."""
     factor, form, unit = scaled(metric)
-    by_data: dict[str, list[float]] = {}
-    for block, gap in verdict.gaps.items():
-        by_data.setdefault(block.partition(" ")[0], []).append(factor * gap)
-    parts = []
-    for data, found in by_data.items():
-        deviation = f" ± {stdev(found):{form[1:]}}" if len(found) > 1 and metric not in EXACT else ""
-        parts.append(f"{data} {fmean(found):{form}}{deviation}{unit}")
-    return ", ".join(parts)
+    text = f"{gap.data} {factor * gap.difference:{form}}"
+    if interval and gap.low is not None and gap.high is not None:
+        text += f" [{factor * gap.low:{form}}, {factor * gap.high:{form}}]"
+    text += unit
+    if not gap.judged and interval and gap.runs != (0, 0):
+        text += f" ({gap.runs[0]} and {gap.runs[1]} runs)"
+    return text
 
 
 # -- Tables of each experiment ----------------------------------------------------------------------------------------
@@ -256,9 +300,51 @@ def frequency_table(experiment: Experiment, results: Sequence[Result]) -> list[s
     return lines[:-1]
 
 
+def diversity_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+    """Diversity, and next to it the entropy that says whether it can be tested."""
+    pixels = layers_table("diversity", 1, "Pixels, standard deviation of the heads' attention distances", ".3f")
+    entropy = "Percent of the entropy of uniform attention, mean of the heads (above 95: not testable)"
+    lines = pixels(experiment, results)
+    if any(r.measured.get("trained", {}).get("entropy") for r in results):
+        lines += ["", *layers_table("entropy", 100, entropy, ".1f")(experiment, results)]
+    return lines
+
+
+# The eight arms of the ablation's factorial: conv + max-pool stem, position embedding, convolution in the layers
+FACTORIAL = {
+    "eit": (1, 0, 1),
+    "no_convolution": (1, 0, 0),
+    "position_embedding": (1, 1, 1),
+    "no_convolution_position": (1, 1, 0),
+    "patch_stem": (0, 0, 1),
+    "patch_no_convolution": (0, 0, 0),
+    "patch_position": (0, 1, 1),
+    "vit": (0, 1, 0),
+}
+FACTORS = ("the conv + max-pool stem", "the position embedding", "convolution in the layers")
+
+
+def ablation_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
+    """All arms; the effects of the factorial, once each of its arms is there."""
+    lines, rows = runs_table(experiment, results), []
+    for data in names_of([result.cell for result in results], "data"):
+        arms = [values(results, "last_top1", data=data, variant=arm) for arm in FACTORIAL]
+        if min(map(len, arms)) < 2:
+            continue
+        for chosen in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
+            signs = [math.prod(2 * has[factor] - 1 for factor in chosen) for has in FACTORIAL.values()]
+            name = " x ".join(FACTORS[factor] for factor in chosen)
+            effect = contrast(arms, [sign / 4 for sign in signs], data)
+            rows.append([name, gap_text(effect, "last_top1")])
+    if rows:
+        lines += ["", *markdown(["effect of (x: interaction)", "on top-1 after the last epoch [95% interval]"], rows)]
+    return lines
+
+
 TABLES: dict[str, Any] = {
+    "ablation": ablation_table,
     "frequency": frequency_table,
-    "diversity": layers_table("diversity", 1, "Pixels, standard deviation of the heads' attention distances", ".3f"),
+    "diversity": diversity_table,
 }
 
 

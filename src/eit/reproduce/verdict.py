@@ -1,18 +1,58 @@
-"""Claims against measurements: a test over paired runs, and one word."""
+"""Claims against measurements: per data set a difference, its interval and a test; over all of them one word.
 
-import itertools
+Runs of two levels are compared unpaired: one seed gives models of different shapes nothing in common. Comparisons with
+the experiment's control go through Dunnett's test (scipy), others through Welch's. A claim holds where it does on every
+data set, so its p is the largest of theirs (an intersection-union test). The primary claims, at most six, are corrected
+together by Holm's method (statsmodels); all others are exploratory.
+"""
+
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import fmean, variance
+from typing import TypeVar
 
-from scipy.stats import ttest_1samp
+import numpy as np
+from scipy import stats
 
 from eit.reproduce.cells import Result
 from eit.reproduce.matrix import EXACT, Cell, Claim
 
 ALPHA = 0.05
-HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not yet run"
+LEAST = 5  # runs of a level on a data set, below which nothing is decided
+MOST = 6  # primary claims
+UNIFORM = 0.95  # of the entropy of uniform attention: heads above it have no distance of their own
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+PARTLY, NOT_RUN, FEW, UNTESTABLE = "partly run", "not yet run", "too few runs", "not testable"
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The higher level's mean less the lower one's, on one data set.
+
+    Attributes:
+        data: the data set; of values to reach, the level.
+        difference: of the means.
+        low: end of the 95% interval (90% of an equivalence, whose test it is); None without a spread.
+        high: its other end.
+        p: of the claim here: that the difference has another sign than claimed, two-sided; of an equivalence, that it
+            is not within the margin (TOST). None without a spread.
+        opposite: p of its opposite.
+        runs: of the higher and of the lower level.
+        judged: whether every planned run is there, and at least five of each level.
+    """
+
+    data: str
+    difference: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    opposite: float | None = None
+    runs: tuple[int, int] = (0, 0)
+    judged: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,110 +60,257 @@ class Verdict:
     """What the runs say of a claim.
 
     Attributes:
-        word: holds, does not hold, undecided, or not yet run; see `weigh`.
-        gaps: in each block of runs the last level's value less the first's; of values to reach, at each level the mean
-            less the value.
-        p: of the test that it holds; None of what is counted, is to be reached, or is not yet run.
-        opposite: p of the test that it does not hold, corrected for the number of steps; None as p.
-        why: what else decided: the step by which an order does not hold, or on which data sets disagree.
+        word: holds, does not hold, undecided; too few runs (of a budget with fewer than five seeds), partly run, not
+            yet run; not testable (diversity of heads that attend uniformly).
+        gaps: by data set; of values to reach, by level.
+        primary: whether its p is corrected together with those of the other primary claims.
+        p: that it does not hold on every data set; None where nothing was tested.
+        opposite: that its opposite is true on no data set, corrected for their number; None as p.
+        mean: over the data sets, each counted once, where all are judged.
+        note: what else decided, or is needed to decide.
     """
 
     word: str
-    gaps: dict[str, float]
+    gaps: tuple[Gap, ...] = ()
+    primary: bool = False
     p: float | None = None
     opposite: float | None = None
-    why: str = ""
+    mean: Gap | None = None
+    note: str = ""
 
     @property
     def evidence(self) -> str:
         """What decided, in words; nothing where no test did."""
-        if self.p is None:
-            return ""
-        parts = [f"p = {self.p:.2g}"] if self.word != FAILS else []
-        parts += [f"opposite: p = {self.opposite:.2g}"] if self.word != HOLDS else []
-        return ", ".join([*parts, self.why] if self.why else parts)
+        parts = []
+        if self.word in (HOLDS, UNDECIDED) and self.p is not None:
+            parts.append(p_text(self.p))
+        if self.word in (FAILS, UNDECIDED) and self.opposite is not None:
+            parts.append(f"opposite: {p_text(self.opposite)}")
+        return ", ".join([*parts, self.note] if self.note else parts)
 
     def __str__(self) -> str:
         return f"{self.word} ({self.evidence})" if self.evidence else self.word
 
 
-def weigh(claim: Claim, results: Sequence[Result], missing: Sequence[Cell] = ()) -> Verdict:
-    """The verdict on a claim, from runs in blocks that differ in the claim's axis alone (so of equal data and seed).
+def p_text(p: float) -> str:
+    """`p = 0.012`, or `p < 0.0001`."""
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
 
-    An order holds where each level is above the one before it: one-sided paired t-tests over the blocks, the largest p
-    below 0.05. It does not hold where a level is below the one before it: the smallest p over steps, times their
-    number, below 0.05. A step whose mean difference has another sign in another data set decides neither. What is
-    counted (parameters, MACs) is compared as it is. Values to reach fail as soon as the mean of one is below.
+
+def weigh(claim: Claim, results: Sequence[Result], planned: Iterable[Cell], control: str | None = None) -> Verdict:
+    """The verdict on a claim, taken for itself; `correct` is for those that are primary.
 
     Args:
         claim: what is said.
-        results: finished runs.
-        missing: planned runs that are not finished. A claim that speaks of one is not yet run: nothing is decided by
-            the runs that came first, or that did not diverge.
+        results: finished runs of the budget.
+        planned: all its runs. A data set is judged when every run there that the claim speaks of is finished, so that
+            nothing is decided by the runs that came first.
+        control: the level that Dunnett's test compares all others with; None: Welch's test for each pair.
     """
-    rows: dict[str, dict[str, float]] = {}
-    data: dict[str, str] = {}
-    for result in results:
-        level, value = result.cell.levels[claim.axis], result.value(claim.metric)
-        if level in claim.levels and value is not None:
-            block = result.cell.beside(claim.axis)
-            rows.setdefault(block, {})[level] = value
-            data[block] = result.cell.data
-    missing = [cell for cell in missing if cell.levels[claim.axis] in claim.levels]
     if claim.reaches:
-        return reached(claim.reaches, claim.within, rows, missing)
-    partial = missing or any(len(row) < len(claim.levels) for row in rows.values())
-    rows = {block: row for block, row in rows.items() if len(row) == len(claim.levels)}
-    first, last = claim.levels[0], claim.levels[-1]
-    gaps = {block: row[last] - row[first] for block, row in rows.items()}
-    exact = claim.metric in EXACT
-    if partial or len(rows) < (1 if exact else 2):
-        return Verdict(NOT_RUN, gaps)
-    steps = [
-        [row[after] - row[before] + claim.within for row in rows.values()]
-        for before, after in itertools.pairwise(claim.levels)
+        return _reached(claim, results, [cell for cell in planned if cell.levels.get(claim.axis) in claim.levels])
+    values, want = _by_level(claim, results), _count(claim, planned)
+    data = [name for name in want if set(claim.levels) <= set(want[name])]
+    gaps, notes = [], []
+    for name in data:
+        have = {level: values.get(name, {}).get(level, []) for level in claim.levels}
+        whole = {level: runs for level, runs in values.get(name, {}).items() if len(runs) >= want[name].get(level, 0)}
+        complete = set(claim.levels) <= set(whole)
+        if claim.metric in EXACT:
+            if all(have.values()):
+                gaps.append(_counted(name, claim, have))
+            continue
+        if all(have.values()):
+            judged = complete and all(len(runs) >= LEAST for runs in have.values())
+            gaps.append(replace(_compare(name, claim, whole | have, control), judged=judged))
+    tests = [gap for gap in gaps if gap.judged]
+    verdict = Verdict(NOT_RUN, tuple(gaps), claim.primary)
+    if not data or not gaps:
+        return verdict
+    if claim.metric in EXACT:
+        above = all(gap.difference > 0 for gap in gaps)
+        return replace(verdict, word=NOT_RUN if len(gaps) < len(data) else HOLDS if above else FAILS)
+    if any(want[name][level] < LEAST for name in data for level in claim.levels):
+        return replace(verdict, word=FEW, note=f"fewer than {LEAST} of each are planned")
+    if uniform := _uniform(claim, results, data):
+        return replace(verdict, word=UNTESTABLE, note=uniform)
+    if len(tests) < len(data):
+        note = f"{len(tests)} of {len(data)} data sets" if tests else ""
+        return replace(verdict, word=PARTLY if tests else NOT_RUN, note=note)
+    if claim.equal:
+        for gap in tests:
+            if (gap.p is None or gap.p >= ALPHA) and (runs := runs_needed(values[gap.data], claim)):
+                notes.append(f"{runs} runs of each would decide on {gap.data}, were there no difference")
+    p, opposite = _together(tests)
+    mean = _mean(claim, [values[name] for name in data]) if len(data) > 1 else None
+    return decide(replace(verdict, p=p, opposite=opposite, mean=mean, note="; ".join(notes)))
+
+
+def decide(verdict: Verdict) -> Verdict:
+    """The verdict with the word that its p and its opposite's say."""
+    assert verdict.p is not None and verdict.opposite is not None
+    word = HOLDS if verdict.p < ALPHA else FAILS if verdict.opposite < ALPHA else UNDECIDED
+    return replace(verdict, word=word, note=verdict.note if word == UNDECIDED else "")
+
+
+def correct(primary: Mapping[Key, Verdict]) -> dict[Key, Verdict]:
+    """Primary verdicts, decided anew by Holm's method over all of them; what is not yet tested counts as p = 1."""
+    from statsmodels.stats.multitest import multipletests
+
+    assert len(primary) <= MOST
+    adjusted = {}
+    for side in ("p", "opposite"):
+        found = [1.0 if (p := getattr(verdict, side)) is None else p for verdict in primary.values()]
+        adjusted[side] = multipletests(found, ALPHA, method="holm")[1].tolist() if found else []
+    return {
+        key: verdict if verdict.p is None else decide(replace(verdict, p=p, opposite=opposite))
+        for (key, verdict), p, opposite in zip(primary.items(), adjusted["p"], adjusted["opposite"], strict=True)
+    }
+
+
+Runs = Mapping[str, Sequence[float]]  # of one data set: a metric, by level
+
+
+def _by_level(claim: Claim, results: Sequence[Result]) -> dict[str, dict[str, list[float]]]:
+    """Data set -> level -> the metric of each run, of all levels: Dunnett's test takes more than the claim's two."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        if claim.axis in result.cell.levels and (value := result.value(claim.metric)) is not None:
+            found.setdefault(result.cell.data, {}).setdefault(result.cell.levels[claim.axis], []).append(value)
+    return found
+
+
+def _count(claim: Claim, planned: Iterable[Cell]) -> dict[str, dict[str, int]]:
+    """Data set -> level -> planned runs."""
+    found: dict[str, dict[str, int]] = {}
+    for cell in planned:
+        levels = found.setdefault(cell.data, {})
+        levels[cell.levels[claim.axis]] = levels.get(cell.levels[claim.axis], 0) + 1
+    return found
+
+
+def _counted(data: str, claim: Claim, have: Runs) -> Gap:
+    """Of what is counted, the least difference of any two runs."""
+    lower, higher = claim.levels
+    gap = min(have[higher]) - max(have[lower])
+    return Gap(data, gap, gap, gap, runs=(len(have[higher]), len(have[lower])))
+
+
+def _compare(data: str, claim: Claim, values: Runs, control: str | None) -> Gap:
+    """One data set."""
+    lower, higher = claim.levels
+    a, b = values[higher], values[lower]
+    gap = Gap(data, fmean(a) - fmean(b), runs=(len(a), len(b)))
+    if min(len(a), len(b)) < 2 or variance(a) + variance(b) <= 1e-18 * max(map(abs, (*a, *b))) ** 2:
+        return gap
+    if claim.equal:
+        return _equivalence(gap, a, b, claim.within)
+    if control in claim.levels:
+        others = {level: runs for level, runs in values.items() if level != control and len(runs) > 1}
+        index = list(others).index(higher if lower == control else lower)
+        p, low, high = _dunnett(tuple(map(tuple, others.values())), tuple(values[str(control)]), index)
+        if higher == control:
+            low, high = -high, -low
+    else:
+        found = stats.ttest_ind(a, b, equal_var=False)
+        interval = found.confidence_interval(1 - ALPHA)
+        p, low, high = float(found.pvalue), float(interval.low), float(interval.high)
+    up = gap.difference > 0
+    return replace(gap, low=low, high=high, p=p if up else 1.0, opposite=1.0 if up else p)
+
+
+@lru_cache(maxsize=512)
+def _dunnett(
+    others: tuple[tuple[float, ...], ...], control: tuple[float, ...], index: int
+) -> tuple[float, float, float]:
+    """Two-sided p and 95% interval of one of `others` less the control. The integral is random; its seed is fixed."""
+    found = stats.dunnett(*map(np.asarray, others), control=np.asarray(control), rng=np.random.default_rng(0))
+    interval = found.confidence_interval(1 - ALPHA)
+    return float(found.pvalue[index]), float(interval.low[index]), float(interval.high[index])
+
+
+def _equivalence(gap: Gap, a: Sequence[float], b: Sequence[float], within: float) -> Gap:
+    """Two one-sided Welch tests (TOST), and the 90% interval: inside the margin just where they say so."""
+    from statsmodels.stats.weightstats import ttost_ind
+
+    inside = float(ttost_ind(a, b, -within, within, usevar="unequal")[0])
+    beyond = [
+        stats.ttest_ind(np.asarray(x) - within, y, equal_var=False, alternative="greater") for x, y in ((a, b), (b, a))
     ]
-    if exact:
-        above = all(gap > 0 for step in steps for gap in step)
-        return Verdict(HOLDS if above else FAILS, gaps)
-    tests = [paired(step) for step in steps]
-    agree = [of_one_sign(step, [data[block] for block in rows]) for step in steps]
-    p = max(above for above, _ in tests)
-    against = [min(1.0, below * len(steps)) for _, below in tests]
-    worst = min([i for i, one in enumerate(agree) if one] or range(len(steps)), key=against.__getitem__)
-    opposite = against[worst]
-    if p < ALPHA and all(agree):
-        return Verdict(HOLDS, gaps, p, opposite)
-    if opposite < ALPHA and agree[worst]:
-        why = f"{claim.levels[worst + 1]} below {claim.levels[worst]}" if len(steps) > 1 else ""
-        return Verdict(FAILS, gaps, p, opposite, why)
-    if all(agree):
-        return Verdict(UNDECIDED, gaps, p, opposite)
-    step = agree.index(False)
-    of = f" on {claim.levels[step + 1]} against {claim.levels[step]}" if len(steps) > 1 else ""
-    return Verdict(UNDECIDED, gaps, p, opposite, f"data sets disagree{of}")
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 2 * ALPHA)
+    opposite = min(1.0, 2 * min(float(test.pvalue) for test in beyond))
+    return replace(gap, low=float(interval.low), high=float(interval.high), p=inside, opposite=opposite)
 
 
-def of_one_sign(gaps: Sequence[float], data: Sequence[str]) -> bool:
-    """Whether no mean over the runs of one data set is below 0 where another's is above."""
-    means = [fmean(gap for gap, own in zip(gaps, data, strict=True) if own == name) for name in dict.fromkeys(data)]
-    return not min(means) < 0 < max(means)
+def runs_needed(values: Runs, claim: Claim, power: float = 0.8, most: int = 10_000) -> int | None:
+    """Runs of each level for two one-sided tests to find the levels equal, at the spread seen, if they are."""
+    lower, higher = claim.levels
+    spread = math.sqrt((variance(values[lower]) + variance(values[higher])) / 2)
+    for n in range(2, most):
+        error, freedom = spread * math.sqrt(2 / n), 2 * n - 2
+        room = claim.within / error - float(stats.t.ppf(1 - ALPHA, freedom))
+        if 2 * float(stats.t.cdf(room, freedom)) - 1 >= power:
+            return n
+    return None
 
 
-def reached(
-    values: dict[str, float], within: float, rows: dict[str, dict[str, float]], missing: Sequence[Cell]
-) -> Verdict:
-    """Of means over runs."""
-    found = {level: [row[level] for row in rows.values() if level in row] for level in values}
-    gaps = {level: fmean(runs) - values[level] for level, runs in found.items() if runs}
-    missed = any(gap < -within for gap in gaps.values())
-    return Verdict(FAILS if missed else HOLDS if len(gaps) == len(values) and not missing else NOT_RUN, gaps)
+def _together(gaps: Sequence[Gap]) -> tuple[float, float]:
+    """p of the claim on every data set, and of its opposite on any, by Bonferroni over them."""
+    p = max(1.0 if gap.p is None else gap.p for gap in gaps)
+    return p, min(1.0, len(gaps) * min(1.0 if gap.opposite is None else gap.opposite for gap in gaps))
 
 
-def paired(gaps: Sequence[float]) -> tuple[float, float]:
-    """p that their mean is not above 0, and that it is not below. Gaps without a spread say nothing of it: 1, 1."""
-    if stdev(gaps) <= 1e-9 * max(map(abs, gaps)):
-        return 1.0, 1.0
-    p = float(ttest_1samp(gaps, 0.0, alternative="greater").pvalue)
-    assert not math.isnan(p)
-    return p, 1 - p
+def contrast(samples: Sequence[Sequence[float]], weights: Sequence[float], name: str) -> Gap:
+    """A weighted sum of means, with the 95% interval that the spread of each sample gives it (Welch, Satterthwaite)."""
+    difference = math.fsum(weight * fmean(runs) for weight, runs in zip(weights, samples, strict=True))
+    least = min(map(len, samples))
+    gap = Gap(name, difference, runs=(least, least))
+    if least < 2:
+        return gap
+    parts = [
+        (weight**2 * variance(runs) / len(runs), len(runs) - 1) for weight, runs in zip(weights, samples, strict=True)
+    ]
+    if (total := math.fsum(square for square, _ in parts)) == 0:
+        return gap
+    freedom = total**2 / math.fsum(square**2 / n for square, n in parts)
+    half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * math.sqrt(total)
+    return replace(gap, low=difference - half, high=difference + half, judged=least >= LEAST)
+
+
+def _mean(claim: Claim, by_data: Sequence[Runs]) -> Gap:
+    """The mean difference over these data sets, each counted once."""
+    lower, higher = claim.levels
+    samples = [values[level] for values in by_data for level in (higher, lower)]
+    return contrast(samples, [1 / len(by_data), -1 / len(by_data)] * len(by_data), "mean")
+
+
+def _uniform(claim: Claim, results: Sequence[Result], data: Sequence[str]) -> str:
+    """Which level's heads attend all but uniformly, where the claim is about their diversity."""
+    if not claim.metric.endswith(".diversity"):
+        return ""
+    entropies = Claim.model_construct(**(claim.model_dump() | dict(metric="trained.entropy")))
+    found = _by_level(entropies, results)
+    for name in data:
+        for level in claim.levels:
+            runs = found.get(name, {}).get(level, [])
+            if runs and fmean(runs) > UNIFORM:
+                return f"{level} on {name}: {100 * fmean(runs):.1f}% of uniform attention's entropy"
+    return ""
+
+
+def _reached(claim: Claim, results: Sequence[Result], planned: Sequence[Cell]) -> Verdict:
+    """Of means over runs; a claim fails as soon as one is below."""
+    assert claim.reaches
+    done = {result.cell.name for result in results}
+    found: dict[str, list[float]] = {level: [] for level in claim.reaches}
+    for result in results:
+        level, value = result.cell.levels.get(claim.axis, ""), result.value(claim.metric)
+        if level in found and value is not None:
+            found[level].append(value)
+    gaps = tuple(
+        Gap(level, fmean(runs) - claim.reaches[level], runs=(len(runs), 0)) for level, runs in found.items() if runs
+    )
+    if any(gap.difference < -claim.within for gap in gaps):
+        return Verdict(FAILS, gaps, claim.primary)
+    whole = len(gaps) == len(found) and all(cell.name in done for cell in planned)
+    return Verdict(HOLDS if whole else PARTLY if gaps else NOT_RUN, gaps, claim.primary)

@@ -1,0 +1,84 @@
+"""The figure that leads the page of claims: each difference in accuracy with its interval, data set by data set."""
+
+import hashlib
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from eit import draw
+from eit.reproduce.matrix import Claim
+from eit.reproduce.verdict import FAILS, HOLDS, Gap, Verdict
+
+COLOURS = {HOLDS: "#0057b8", FAILS: "#d55e00"}
+OTHER = "#777777"  # undecided, or not decided yet
+WIDTH = 62  # characters of a claim's line
+
+
+class Row(NamedTuple):
+    """One interval of one claim."""
+
+    claim: Claim
+    verdict: Verdict
+    gap: Gap
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Of what the figure shows."""
+    shown = [(row.claim.says, row.claim.primary, row.claim.within, row.verdict.word, row.gap) for row in rows]
+    return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
+
+
+def draw_forest(rows: Sequence[Row], file: Path) -> None:
+    """Claims below each other, a line for each data set: the difference in points, and its interval.
+
+    Filled where every planned run is there, hollow before; the colour is that of the claim's verdict. A grey band is
+    the margin of an equivalence.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    y, ticks, labels = 0.0, [], []
+    figure = Figure(dpi=110)
+    axis = figure.add_subplot()
+    for number, row in enumerate(rows):
+        first = number == 0 or rows[number - 1].claim is not row.claim
+        if first:
+            mark = "" if row.claim.primary else "exploratory: "
+            lines = textwrap.wrap(f"{mark}{row.claim.says}", WIDTH)
+            y += 0.45 + 0.62 * len(lines)
+            axis.text(
+                -0.01, y - 0.55, "\n".join(lines), transform=axis.get_yaxis_transform(), ha="right", va="bottom",
+                fontsize=8, weight="bold" if row.claim.primary else "normal", linespacing=1.15,
+            )  # fmt: skip
+        gap = row.gap
+        assert gap.low is not None and gap.high is not None
+        colour = COLOURS.get(row.verdict.word, OTHER)
+        whole = gap.judged and row.verdict.p is not None
+        fill = colour if whole else "white"
+        axis.plot([gap.low, gap.high], [y, y], color=colour, linewidth=1.6, zorder=3)
+        shape = "D" if gap.data == "mean" else "o"
+        axis.plot([gap.difference], [y], shape, color=colour, markerfacecolor=fill, markersize=5.5, zorder=4)
+        if row.claim.equal:
+            axis.fill_between([-row.claim.within, row.claim.within], y - 0.5, y + 0.5, color="#000000", alpha=0.08)
+        ticks.append(y)
+        labels.append(f"{gap.data.replace('_', ' ')}  {gap.runs[0]}, {gap.runs[1]}")
+        y += 1
+    figure.set_size_inches(10.2, 1.2 + 0.235 * y)
+    axis.set_ylim(y - 0.3, -0.1)
+    axis.axvline(0, color="#333333", linewidth=0.8, zorder=1)
+    axis.set_yticks(ticks, labels, fontsize=7.5)
+    axis.yaxis.tick_right()
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel(
+        "difference in top-1 after the last epoch, points (interval: 95%; of an equivalence 90%)", fontsize=8.5
+    )
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    words = {HOLDS: COLOURS[HOLDS], FAILS: COLOURS[FAILS], "undecided, or not all runs are done": OTHER}
+    handles = [Line2D([], [], color=c, marker="o", markersize=5, label=word) for word, c in words.items()]
+    axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
+    figure.subplots_adjust(
+        left=0.44, right=0.845, top=1 - 0.42 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
+    )
+    draw.save(figure, file, metadata={"Software": None, "Description": digest(rows)})
