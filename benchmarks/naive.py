@@ -8,6 +8,7 @@ between, concatenate. Images and weights keep PyTorch's default memory format, a
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eit.layers import Linear, MaxPool2d, PatchConv2d
@@ -29,11 +30,18 @@ class NaiveMixer(ConvAttention):
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         if self.conv_channels == 0:
             return self.attend(x)
+        if hasattr(self, "conv_in"):
+            gated = F.glu(self.conv_in(x[..., : self.conv_channels]), dim=2)
+            x = torch.cat((gated, x[..., self.conv_channels :]), dim=2)
         batch, _, dim = x.shape
         token, image = x[:, :1], x[:, 1:]
         image = image.transpose(1, 2).reshape(batch, dim, h, w)
         conv = self.convolve(image[:, : self.conv_channels]).flatten(2).transpose(1, 2)
-        conv = torch.cat((token[..., : self.conv_channels], conv), dim=1)
+        own = token[..., : self.conv_channels]
+        own = dict(identity=own, zero=torch.zeros_like(own), mean=conv.mean(dim=1, keepdim=True))[self.cls_conv]
+        conv = torch.cat((own, conv), dim=1)
+        if hasattr(self, "conv_out"):
+            conv = self.proj_drop(self.conv_out(conv))
         if self.attn_channels == 0:
             return conv
         attn = image[:, self.conv_channels :].flatten(2).transpose(1, 2)

@@ -83,9 +83,10 @@ def test_a_training_step_costs_thrice_but_for_the_gradient_of_the_image():
 
 
 @pytest.mark.parametrize("schedule", ["eit", "increasing", "lsra", "vit", (0, 12, 6)])
-def test_the_naive_model_is_the_model(schedule):
+@pytest.mark.parametrize("more", [{}, dict(cls_conv="zero"), dict(cls_conv="mean", conv_branch="gated")])
+def test_the_naive_model_is_the_model(schedule, more):
     torch.manual_seed(0)
-    model = eit.EIT(**TINY, schedule=schedule)
+    model = eit.EIT(**TINY, schedule=schedule, **more)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # the initial values leave attention nearly uniform
     twin = benchmark.load_naive()(model)

@@ -5,6 +5,7 @@ import os
 import pickle
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from PIL import Image
@@ -12,7 +13,10 @@ from timm.data import create_transform, resolve_data_config
 
 import eit
 from eit.checkpoint import Card, save_weights
+from eit.config import load_recipe
+from eit.finetune import build_model
 from eit.images import normalise, to_mode
+from eit.run import read_recipe
 from tests import reference
 from tests.conftest import run_eit
 
@@ -66,6 +70,90 @@ def test_weights_describe_themselves(weights):
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(x), model.eval()(x))
     loaded(x).sum().backward()  # the parameters can be trained
+
+
+def without_key(file, key):
+    """The file, with a card that does not have the argument: as versions before it wrote it."""
+    with safetensors.safe_open(file, framework="pt") as f:
+        metadata, state = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    header = json.loads(metadata["eit"])
+    del header["arguments"][key]
+    safetensors.torch.save_file(state, file, metadata | dict(eit=json.dumps(header)))
+    return file
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(family="eit"), dict(family="lsra"), dict(family="vit")])
+def test_a_file_that_is_older_than_cls_conv_reads_as_published(tmp_path, arguments):
+    made = card(arguments={k: v for k, v in SMALL.items() if k != "img_size"} | dict(patch_size=4) | arguments)
+    torch.manual_seed(0)
+    model = eit.create_model("eit_mini", num_classes=3, **(SMALL | dict(patch_size=4, cls_conv="identity") | arguments))
+    with torch.no_grad():
+        for p in model.parameters():  # initial values are too even to tell paths apart
+            p.add_(0.2 * torch.randn_like(p))
+    save_weights(tmp_path / "old.safetensors", model.state_dict(), made)
+    loaded = eit.load(without_key(tmp_path / "old.safetensors", "cls_conv"))
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(x), model.eval()(x))
+    assert eit.load_weights(made.create_model(), tmp_path / "old.safetensors")  # other code may still be asked for
+    save_weights(tmp_path / "new.safetensors", loaded.state_dict(), loaded.card)  # and now it is said
+    with safetensors.safe_open(tmp_path / "new.safetensors", framework="pt") as f:
+        assert json.loads(f.metadata()["eit"])["arguments"]["cls_conv"] == "identity"
+    assert torch.equal(eit.load(tmp_path / "new.safetensors")(x), loaded(x))
+
+
+@pytest.mark.parametrize("family", ["eit", "lsra", "vit"])
+def test_the_recipe_of_a_run_that_is_older_than_cls_conv_reads_as_published(tmp_path, family):
+    new = load_recipe("cifar10", [f"model.family={family}"])
+    whole = new.to_yaml()
+    old = "".join(
+        line for line in whole.splitlines(keepends=True) if "cls_conv" not in line and "conv_branch" not in line
+    )
+    made = {}
+    for name, text in dict(old=old, new=whole).items():
+        (tmp_path / "recipe.yaml").write_text(text)
+        made[name] = build_model(read_recipe(tmp_path), 10).blocks[0].attn.cls_conv
+    assert made == dict(old="identity", new="zero" if family == "lsra" else "identity")
+
+
+@pytest.mark.parametrize("cls_conv", ["identity", "zero", "mean"])
+def test_a_recipe_says_what_the_class_token_has(cls_conv):
+    recipe = load_recipe("cifar10", [f"model.cls_conv={cls_conv}", "model.conv_branch=gated"])
+    mixer = build_model(recipe, 10).blocks[0].attn
+    assert mixer.cls_conv == cls_conv and hasattr(mixer, "conv_in")
+    with pytest.raises(eit.UserError, match="model.cls_conv=none: should be 'identity', 'zero' or 'mean'"):
+        load_recipe("cifar10", ["model.cls_conv=none"])
+
+
+@pytest.mark.parametrize("cls_conv", ["identity", "zero", "mean"])
+@pytest.mark.parametrize("family", ["eit", "eit_plus", "lsra", "lite"])
+def test_a_file_says_what_the_class_token_has(tmp_path, family, cls_conv):
+    own = {k: v for k, v in SMALL.items() if k != "img_size"} | dict(family=family, cls_conv=cls_conv)
+    save_weights(tmp_path / "w.safetensors", card(arguments=own).create_model().state_dict(), card(arguments=own))
+    with safetensors.safe_open(tmp_path / "w.safetensors", framework="pt") as f:
+        assert json.loads(f.metadata()["eit"])["arguments"]["cls_conv"] == cls_conv
+    assert {block.attn.cls_conv for block in eit.load(tmp_path / "w.safetensors").blocks} == {cls_conv}
+
+
+def test_a_card_for_eit_plus_is_one_of_its_family(tmp_path):
+    own = {k: v for k, v in SMALL.items() if k != "img_size"}
+    named, preset = card(model="eit_plus_mini", arguments=own), card(arguments=own | dict(family="eit_plus"))
+    assert named == preset and named.model == "eit_mini"
+    save_weights(tmp_path / "w.safetensors", named.create_model().state_dict(), named)
+    loaded = eit.load(tmp_path / "w.safetensors")
+    assert {block.attn.cls_conv for block in loaded.blocks} == {"zero"} and loaded.card == preset
+    with pytest.raises(eit.UserError, match="family=lsra is not eit_plus"):
+        card(model="eit_plus_mini", arguments=own | dict(family="lsra")).create_model()
+
+
+def test_a_preset_that_changes_later_does_not_change_a_file(tmp_path, monkeypatch):
+    own = {k: v for k, v in SMALL.items() if k != "img_size"} | dict(family="eit_plus")
+    save_weights(tmp_path / "w.safetensors", card(arguments=own).create_model().state_dict(), card(arguments=own))
+    assert eit.load(tmp_path / "w.safetensors").card.arguments == own
+    later = eit.zoo.FAMILIES["eit_plus"] | dict(cls_conv="mean", schedule="vit")
+    monkeypatch.setitem(eit.zoo.FAMILIES, "eit_plus", later)
+    loaded = eit.load(tmp_path / "w.safetensors")
+    assert loaded.card.arguments == own | dict(cls_conv="zero", schedule="eit")
+    assert {block.attn.cls_conv for block in loaded.blocks} == {"zero"} and loaded.attn_channels == [8, 16]
 
 
 @pytest.mark.parametrize("size, resize", [(16, 16), (28, 50), (224, 256)])
@@ -274,8 +362,6 @@ def test_state_dicts_that_are_none_are_one_line(tmp_path, state):
     ],
 )
 def test_a_lying_description_is_one_line(tmp_path, weights, changes):
-    import safetensors
-
     with safetensors.safe_open(weights[1], framework="pt") as f:
         header = json.loads(f.metadata()["eit"]) | changes
     safetensors.torch.save_file(weights[0].state_dict(), tmp_path / "lie.safetensors", {"eit": json.dumps(header)})

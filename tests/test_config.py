@@ -18,7 +18,7 @@ from eit.errors import UserError
 
 def test_every_shipped_recipe_is_valid_and_says_command_cost_and_figure():
     assert recipe_names() == [
-        *("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"),
+        *("digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"),
         *(f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")),
     ]
     for name in recipe_names():
@@ -67,6 +67,19 @@ def test_the_cifar10_recipe_is_the_published_class_defaults():
     assert (recipe.augment.mixup, recipe.augment.cutmix, recipe.augment.smoothing) == (0.8, 1.0, 0.1)
 
 
+def test_the_cifar100_recipe_of_the_authors_is_their_codes_defaults():
+    """train.py --data-set CIFAR --input-size 32 of github.com/MrHaiPi/EIT, and the defaults of its class EIT."""
+    recipe, own = load_recipe("cifar100_authors"), load_recipe("cifar100")
+    a, o, t, d = recipe.augment, recipe.optim, recipe.train, recipe.data
+    assert recipe.model == own.model
+    assert (a.pad_crop, a.hflip, a.rand_augment, a.erasing) == (4, 0.5, "rand-m9-mstd0.5-inc1", 0.25)
+    assert (a.mixup, a.cutmix, a.smoothing, a.repeats, a.color_jitter) == (0.8, 1.0, 0.1, 1, 0)
+    assert (o.name, o.lr, o.lr_batch, o.weight_decay, o.min_lr, o.warmup_lr) == ("adamw", 1e-3, 512, 0.05, 1e-5, 1e-6)
+    assert (t.epochs, t.warmup_epochs, t.ema_decay) == (300, 5, 0.99996)
+    assert (d.image_size, d.batch_size, d.crop_ratio, d.dataset) == (32, 128, 1.0, "cifar100")
+    assert (d.mean, d.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 def test_overrides_and_files(tmp_path):
     recipe = load_recipe(
         "digits",
@@ -94,7 +107,7 @@ def test_overrides_and_files(tmp_path):
         ("train.epochs=2.5", "train.epochs=2.5: should be a valid integer"),
         ("optim.lr=-1", "optim.lr=-1: should be greater than 0"),
         ("optim.lr=.nan", "optim.lr=nan: should be a finite number"),
-        ("model.family=swin", "model.family=swin: should be 'eit', 'lsra' or 'vit'"),
+        ("model.family=swin", "model.family=swin: should be 'eit', 'eit_plus', 'lsra', 'lite' or 'vit'"),
         ("train.precision=int8", "train.precision=int8: should be 'auto', 'fp32', 'tf32', 'bf16' or 'fp16'"),
         (
             "train.compile=fast",

@@ -126,6 +126,10 @@ def test_any_batch_and_any_size(home, file):
     ("arguments", "fixed"),
     [
         (dict(family="lsra", in_chans=1), {}),
+        (dict(family="lsra", cls_conv="identity"), {}),
+        (dict(cls_conv="mean"), {}),
+        (dict(family="eit_plus"), {}),
+        (dict(family="lite"), {"openvino"}),
         (dict(schedule=(0, 16), representation_size=5, global_pool="avgmax"), {}),
         # interpolated as in torch by ONNX Runtime, otherwise by OpenVINO
         (dict(family="vit", patch_size=4), {"openvino"}),
@@ -134,7 +138,7 @@ def test_any_batch_and_any_size(home, file):
             {"onnx", "openvino", "torch"},
         ),
     ],
-    ids=["lsra", "schedule", "vit", "timm"],
+    ids=["lsra", "identity", "mean", "plus", "lite", "schedule", "vit", "timm"],
 )
 @pytest.mark.parametrize("form", ["onnx", "openvino", "torch"])
 def test_every_family(tmp_path, form, arguments, fixed):

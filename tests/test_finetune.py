@@ -189,6 +189,9 @@ def test_what_learns():
     assert attention == {"pos_embed", "head.weight", "head.bias"} | {
         f"blocks.{i}.attn.{part}" for i in (0, 1) for part in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
     }
+    gated = eit.create_model("eit_mini", family="lite", depth=1, embed_dim=20)  # whose branch is no attention
+    choose_trainable(load_recipe("digits", ["optim.trainable=attention"]), gated)
+    assert "blocks.0.attn.qkv.weight" in learning(gated) and not any(".conv" in name for name in learning(gated))
     frozen = every - chosen("optim.freeze=[patch_embed, blocks.0]")
     assert frozen == {n for n in every if n.startswith(("patch_embed.", "blocks.0."))}
     deep = eit.create_model("eit_mini", depth=11, embed_dim=10)

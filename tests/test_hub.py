@@ -112,6 +112,27 @@ def test_a_variant_is_not_described_as_its_family(home):
     assert "A variant of EIT (" in text and "`pos_embed=learned`" in text and "without position" not in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(family="eit_plus"), ["EIT+: EIT (a vision transformer", "`eit_plus_mini` with `embed_dim=16`"]),
+        (
+            dict(family="lsra"),
+            ["LSRA: ", "It is a reading: the paper's own configuration is not known", "`eit_mini` w"],
+        ),
+        (dict(family="lite"), ["LSRA after the Lite Transformer's code: ", "It is a reading: the paper's own"]),
+        (dict(family="lsra", cls_conv="identity"), ["A variant of LSRA (", "`cls_conv=identity`"]),
+        (dict(conv_branch="gated"), ["A variant of EIT (", "`conv_branch=gated`"]),
+    ],
+)
+def test_each_family_is_described(arguments, says):
+    card = make_card(arguments=dict(embed_dim=16, depth=2, num_heads=2) | arguments)
+    model = card.create_model()
+    model.card = card
+    text = model_card(model, "x", "me/x")
+    assert all(line in text for line in says), text[:1500]
+
+
 def test_files_of_someone_else_stay(home, tmp_path):
     (tmp_path / "README.md").write_text("my project")
     done = run_eit("push", home / "runs" / "mine", "--to", tmp_path)

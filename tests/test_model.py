@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eit import EIT, load_weights
-from eit.model import attention_channels
+from eit import EIT, complexity, load_weights
+from eit.model import CLS_CONV, attention_channels
 from tests import reference
 
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)
@@ -67,6 +67,8 @@ def test_schedules(schedule, channels):
         (dict(schedule=(4, 8, 28)), "28 is not a multiple of num_heads=4 in 0..24"),
         (dict(embed_dim=25), "embed_dim=25 is not a multiple of num_heads=4"),
         (dict(depth=0), "depth=0"),
+        (dict(cls_conv="none"), "cls_conv='none' is not one of identity, zero, mean"),
+        (dict(conv_branch="lite"), "conv_branch='lite' is not one of depthwise, gated"),
         (dict(stem="conv"), "stem='conv' is not one of conv_pool, patch"),
         (dict(pos_embed="sin"), "pos_embed='sin' is not one of none, learned"),
         (dict(img_size=3), "img_size=3 is smaller than the stem needs"),
@@ -119,6 +121,61 @@ def test_the_first_channels_are_convolved_and_the_class_token_is_not():
     torch.testing.assert_close(y[:, :, 16:], mixer.proj((weights @ v).transpose(1, 2).reshape(2, 16, 8)))
 
 
+@pytest.mark.parametrize("cls_conv", CLS_CONV)
+def test_what_the_class_token_has_in_place_of_the_convolution(cls_conv):
+    mixer, published = (small(schedule=(8, 8, 24), cls_conv=name).blocks[0].attn for name in (cls_conv, "identity"))
+    x = torch.randn(2, 1 + 3 * 5, 24)
+    y, z = mixer(x, 3, 5), published(x, 3, 5)
+    assert torch.equal(y[:, 1:], z[:, 1:]) and torch.equal(y[..., 16:], z[..., 16:])  # nothing else changes
+    for image, out in zip(x, y, strict=True):
+        for channel in range(16):
+            grid = [out[1 + i, channel] for i in range(15)]
+            expected = dict(identity=image[0, channel], zero=torch.tensor(0.0), mean=sum(grid) / 15)[cls_conv]
+            torch.testing.assert_close(out[0, channel], expected, rtol=1e-5, atol=1e-6 * (cls_conv == "mean"))
+
+
+def test_zero_is_no_update_of_the_class_token_s_convolved_channels():
+    model = small(schedule=(8, 8, 24), cls_conv="zero")
+    block, x = model.blocks[0], torch.randn(2, 1 + 4, 24)
+    nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.zeros_(block.mlp.fc2.bias)
+    assert torch.equal(block(x, 2, 2)[:, 0, :16], x[:, 0, :16])
+    assert not torch.equal(block(x, 2, 2)[:, 0, 16:], x[:, 0, 16:])
+
+
+@pytest.mark.parametrize("schedule", ["eit", "lsra", (0, 12, 24)])
+def test_the_class_token_s_part_costs_nothing(schedule):
+    models = [EIT(**(SMALL | dict(schedule=schedule, cls_conv=cls_conv))) for cls_conv in CLS_CONV]
+    assert len({complexity(model, (3, 32, 32)) for model in models}) == 1
+    assert len({tuple((k, v.shape) for k, v in model.state_dict().items()) for model in models}) == 1
+
+
+@pytest.mark.parametrize("cls_conv", CLS_CONV)
+def test_the_gated_branch_is_linear_glu_convolution_linear(cls_conv):
+    mixer = small(schedule=(8, 8, 24), conv_branch="gated", cls_conv=cls_conv).blocks[0].attn
+    x = torch.randn(2, 1 + 3 * 5, 24)
+    y = mixer(x, 3, 5)
+    both = x[..., :16] @ mixer.conv_in.weight.T + mixer.conv_in.bias
+    values, gates = both[..., :16], both[..., 16:]
+    gated = values / (1 + (-gates).exp())
+    image = gated[:, 1:].transpose(1, 2).reshape(2, 16, 3, 5)
+    image = F.conv2d(image, mixer.conv.weight, padding=1, groups=16).flatten(2).transpose(1, 2)
+    token = dict(identity=gated[:, :1], zero=torch.zeros(2, 1, 16), mean=image.mean(1, keepdim=True))[cls_conv]
+    expected = torch.cat((token, image), dim=1) @ mixer.conv_out.weight.T + mixer.conv_out.bias
+    torch.testing.assert_close(y[..., :16], expected, atol=1e-5, rtol=1e-4)
+    plain = small(schedule=(8, 8, 24)).blocks[0].attn
+    plain.load_state_dict({k: v for k, v in mixer.state_dict().items() if k in plain.state_dict()})
+    assert torch.equal(y[..., 16:], plain(x, 3, 5)[..., 16:])  # attention does not see it
+
+
+def test_the_gated_branch_costs_three_square_matrices_a_layer():
+    plain, gated = (EIT(**(SMALL | dict(schedule="lsra", conv_branch=name))) for name in ("depthwise", "gated"))
+    assert plain.attn_channels == gated.attn_channels == [12] * 3  # the last layer included
+    a, b = complexity(plain, (3, 32, 32)), complexity(gated, (3, 32, 32))
+    assert b.params - a.params == 3 * (3 * 12**2 + 3 * 12)  # 2 C^2 + 2 C and C^2 + C, of 12 channels, in 3 layers
+    assert b.macs - a.macs == b.published_macs - a.published_macs == 3 * 65 * 3 * 12**2
+
+
 @pytest.mark.parametrize("schedule", [(0, 0, 0), (0, 12, 24), "vit"])
 def test_layers_of_one_kind_only(schedule):
     model = small(schedule=schedule)
@@ -135,7 +192,16 @@ def test_memory_format_changes_nothing():
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [{}, dict(pos_embed="learned"), dict(stem="patch", schedule="vit", patch_size=4)])
+KINDS = dict(
+    eit={},
+    zero=dict(cls_conv="zero"),
+    mean=dict(cls_conv="mean", schedule=(0, 12, 24)),
+    lite=dict(schedule="lsra", conv_branch="gated", pos_embed="learned"),
+    vit=dict(stem="patch", schedule="vit", patch_size=4, pos_embed="learned"),
+)
+
+
+@pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
 def test_compiles_into_one_graph(arguments):
     model, x = small(**arguments), torch.randn(2, 3, 32, 48)
     torch._dynamo.reset()
@@ -157,8 +223,9 @@ def test_compiled_code_gives_the_same_logits_and_gradients():
         torch.testing.assert_close(p.grad, expected[name], atol=1e-3, rtol=1e-3)
 
 
-def test_exports_with_dynamic_batch():
-    model, x = small(), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
+def test_exports_with_dynamic_batch(arguments):
+    model, x = small(**arguments), torch.randn(2, 3, 32, 32)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     y = torch.randn(5, 3, 32, 32)
     torch.testing.assert_close(program.module()(y), model(y))
@@ -206,6 +273,9 @@ def test_initial_values_are_the_published_ones():
     assert block.attn.conv.weight.std().item() == pytest.approx((2 / (200 * 9)) ** 0.5, rel=0.1)
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    gated = EIT(schedule="lsra", conv_branch="gated").blocks[0].attn
+    for linear in (gated.conv_in, gated.conv_out):
+        assert linear.weight.std().item() == pytest.approx(0.01, rel=0.02) and not linear.bias.any()
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             assert not p.any(), name
@@ -224,6 +294,18 @@ def test_each_drop_rate_reaches_its_place():
     assert torch.equal(model.eval()(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
 
 
+def test_the_gated_branch_has_dropout_after_its_convolution_and_at_its_end():
+    mixer = EIT(**SMALL, schedule=(0, 12, 24), conv_branch="gated", proj_drop_rate=0.5).blocks[0].attn.train()
+    with torch.no_grad():
+        mixer.conv_out.weight.zero_()
+        mixer.conv_out.bias.fill_(1)
+        assert set(mixer(torch.randn(2, 65, 24), 8, 8).unique().tolist()) == {0.0, 2.0}
+        mixer = EIT(**SMALL, schedule=(0, 12, 24), conv_branch="gated", attn_drop_rate=0.5).blocks[0].attn.train()
+        mixer.conv_out.weight.copy_(torch.eye(24))
+        y = mixer(torch.randn(2, 65, 24), 8, 8)
+        assert 0.4 < (y[:, 1:] == 0).float().mean() < 0.6 and y[:, 0].all()
+
+
 def test_representation_layer_and_new_head():
     model = small(representation_size=7)
     features = model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)), pre_logits=True)
@@ -232,3 +314,15 @@ def test_representation_layer_and_new_head():
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 11)
     model.reset_classifier(0)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_initial_values_have_the_spread_that_is_asked_for():
+    small = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=64, depth=2, num_heads=4)
+    for std in (0.01, 0.02):
+        model = EIT(**small, init_std=std)
+        model.reset_classifier(1000)
+        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        assert all(float(weight.std()) == pytest.approx(std, rel=0.1) for weight in linear) and len(linear) > 8
+        assert float(model.cls_token.std()) == pytest.approx(0.02, rel=0.3)
+    with pytest.raises(ValueError, match="init_std=0 is not positive"):
+        EIT(**small, init_std=0)

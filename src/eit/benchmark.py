@@ -38,7 +38,7 @@ from eit.model import EIT
 from eit.plan import Plan, Stream, set_seed
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.train import make_optimizer
-from eit.zoo import FAMILIES, TIMM, VARIANTS, check_size, check_timm_name, create_model
+from eit.zoo import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
 
 MODES = ("infer", "train")
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -251,7 +251,7 @@ def open_model(name: str, size: int | None) -> Any:
             check_size(model, size, model.card.size, name)
             model.card = model.card.model_copy(update=dict(size=size, resize=size))
         return model
-    if name in VARIANTS:
+    if name in MODELS:
         family, plain = None, name
     elif kind in FAMILIES and plain in VARIANTS:
         family = kind
@@ -260,8 +260,8 @@ def open_model(name: str, size: int | None) -> Any:
         family, plain = None, name
     else:
         raise UserError(
-            f"unknown model {name!r}{nearest(name, [*VARIANTS, *SHIPPED])} (known: {', '.join(VARIANTS)}, lsra/NAME, "
-            f"vit/NAME, timm/NAME, a weights file, a run folder, {', '.join(SHIPPED)})"
+            f"unknown model {name!r}{nearest(name, [*MODELS, *SHIPPED])} (known: {', '.join(MODELS)}, lsra/eit_mini "
+            f"and so on, timm/NAME, a weights file, a run folder, {', '.join(SHIPPED)})"
         )
     set_seed(Stream.INITIAL_VALUES, 0)
     model = create_model(plain, family, **({} if size is None else dict(img_size=size)))

@@ -32,7 +32,7 @@ from eit.config import model_arguments
 from eit.errors import UserError, first_line
 from eit.images import MAX_PIXELS, View
 from eit.model import EIT, our_names
-from eit.zoo import FAMILIES, TIMM, VARIANTS, create_model, head_names, is_model
+from eit.zoo import FAMILIES, MODELS, TIMM, VARIANTS, create_model, head_names, is_model
 
 StateDict = Mapping[str, Tensor]
 
@@ -41,7 +41,7 @@ class Card(BaseModel):
     """What weights say about themselves: enough to build the model and to feed it.
 
     Attributes:
-        model: a name of the zoo, or timm/NAME.
+        model: a name of the zoo, or timm/NAME. A card made for eit_plus_mini has eit_mini of the family eit_plus.
         arguments: of `eit.create_model`: family and all but num_classes and img_size.
         classes: names, in the order of the logits.
         mean: of pixels in 0..1, one a channel.
@@ -67,6 +67,18 @@ class Card(BaseModel):
     version: str = __version__
     recipe: dict[str, Any] | None = None
     metrics: dict[str, float] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_and_family(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        variant, family = MODELS.get(str(values.get("model")), (None, "eit"))
+        arguments = values.get("arguments")
+        if family == "eit" or not isinstance(arguments, dict) or arguments.get("family", family) != family:
+            return values
+        size = next(name for name, published in VARIANTS.items() if published == variant)
+        return values | dict(model=size, arguments=arguments | dict(family=family))
 
     @model_validator(mode="after")
     def _together(self) -> "Card":
@@ -366,10 +378,10 @@ def known_card(header: dict[str, Any], source: str) -> Card:
         raise UserError(f"{source}: its description of the model is damaged") from None
     try:
         card.arguments = model_arguments(card.arguments)
-        if not card.model.startswith(TIMM):  # files without the key are older than it
-            path = card.arguments.pop("cls_conv", "identity")
-            if path != _preset_cls_conv(card.arguments):
-                card.arguments["cls_conv"] = path
+        if not card.model.startswith(TIMM):
+            card.arguments.setdefault("cls_conv", "identity")  # files without the key are older than it
+            preset = _preset(card)
+            card.arguments = {k: v for k, v in card.arguments.items() if preset.get(k) != v}
         if not is_model(card.model):
             raise UserError(f"unknown model {card.model!r}")
     except UserError as error:
@@ -378,8 +390,8 @@ def known_card(header: dict[str, Any], source: str) -> Card:
     return card
 
 
-def _preset_cls_conv(arguments: Mapping[str, Any]) -> str:
-    return FAMILIES[arguments.get("family", "eit")]["cls_conv"]
+def _preset(card: Card) -> dict[str, str]:
+    return FAMILIES[card.arguments.get("family", "eit")]
 
 
 def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
@@ -453,10 +465,10 @@ def weights_bytes(state: StateDict, card: Card) -> bytes:
 
 
 def card_text(state: StateDict, card: Card) -> str:
-    """The card as files hold it, with the checksum of the weights beside."""
+    """The card as files hold it, with the checksum of the weights and all of the preset, which may change later."""
     header = card.model_dump(mode="json")
     if not card.model.startswith(TIMM):
-        header["arguments"] = {"cls_conv": _preset_cls_conv(card.arguments)} | card.arguments
+        header["arguments"] = _preset(card) | card.arguments
     return json.dumps(header | {"sha256": digest(state)})
 
 

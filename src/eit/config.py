@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from eit.errors import UserError, nearest
 
@@ -26,6 +35,9 @@ def _compile_mode(value: Any) -> Any:
     return {True: "default", False: "off"}[value] if isinstance(value, bool) else value
 
 
+PLUS = "eit_plus_"  # names with it have a family of their own
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -37,12 +49,15 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """A name of the zoo, a family, and any argument of `eit.EIT`; null keeps the variant's or the family's own."""
+    """A name of the zoo, a family, and any argument of `eit.EIT`; null keeps the variant's or the family's own.
+
+    The name eit_plus_mini is short for eit_mini with family=eit_plus, which the section then has.
+    """
 
     name: str = "eit_mini"
     """a model of `eit models`, or timm/NAME"""
-    family: Literal["eit", "lsra", "vit"] = "eit"
-    """preset of schedule, class-token path, stem and position embedding"""
+    family: Literal["eit", "eit_plus", "lsra", "lite", "vit"] = "eit"
+    """preset of schedule, convolution's branch, class-token path, stem and position embedding"""
     pretrained: bool | str | None = None
     """weights to start from: a file, a run folder, a shipped name; true: those that timm downloads for timm/NAME"""
     reset_head: bool = False
@@ -64,7 +79,9 @@ class Model(Section):
     schedule: str | tuple[Whole, ...] | None = None
     """attention channels of each layer: eit, increasing, lsra, vit, or a list of ints"""
     cls_conv: Literal["identity", "zero", "mean"] | None = None
-    """what the class token's convolved channels receive: themselves (the paper), no update, or the grid's mean"""
+    """what the class token has in place of the convolution: its own channels (the paper), zero, or the grid's mean"""
+    conv_branch: Literal["depthwise", "gated"] | None = None
+    """a 3x3 convolution alone (the paper), or one between linear layers with a GLU (Lite Transformer)"""
     stem: Literal["conv_pool", "patch"] | None = None
     """overlapping patches of EIT, or patches of ViT"""
     patch_size: Channels | None = None
@@ -77,6 +94,8 @@ class Model(Section):
     """hidden channels of the MLP, in widths"""
     qkv_bias: bool | None = None
     """whether queries, keys and values have a bias"""
+    init_std: Positive | None = None
+    """standard deviation of the linear layers' initial values; null: 0.01, as published"""
     global_pool: Literal["token", "avg", "max", "avgmax"] | None = None
     """what the head reads: the class token, or the mean, the maximum, or the mean of both, over the grid"""
     drop_rate: Rate | None = None
@@ -84,11 +103,26 @@ class Model(Section):
     pos_drop_rate: Rate | None = None
     """dropout after the stem"""
     proj_drop_rate: Rate | None = None
-    """dropout in the attention projection and the MLP"""
+    """dropout after the attention projection, after the gated branch, and in the MLP"""
     attn_drop_rate: Rate | None = None
     """dropout of attention weights and of the convolution's output"""
     drop_path_rate: Rate | None = None
     """stochastic depth in the last layer, linear from 0 in the first"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_and_family(cls, values: Any) -> Any:
+        name = values.get("name") if isinstance(values, dict) else None
+        if not isinstance(name, str) or not name.startswith(PLUS) or values.get("family", "eit_plus") != "eit_plus":
+            return values
+        return values | dict(name=f"eit_{name.removeprefix(PLUS)}", family="eit_plus")
+
+    @field_validator("family")
+    @classmethod
+    def _of_the_name(cls, family: str, info: ValidationInfo) -> str:
+        if (name := info.data.get("name", "")).startswith(PLUS):
+            raise ValueError(f"model.name={name} is of the family eit_plus: leave out one of the two")
+        return family
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `eit.EIT` that the recipe sets."""
@@ -354,7 +388,7 @@ _HINTS = {
 
 def recipe_names() -> list[str]:
     """Shipped recipes, smallest first."""
-    order = ["digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"]
+    order = ["digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"]
     order += [f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")]
     found = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))

@@ -125,7 +125,7 @@ class Point(NamedTuple):
 
 
 def results(points: Sequence[Point], file: Path, highlight: str = "EIT", **options: Any) -> None:
-    """Top-1 against parameters: a line a family, dashed without a pyramid; area of a circle by multiply-accumulates.
+    """Top-1 against parameters, and against multiply-accumulates: a line per family, dashed without a pyramid.
 
     What was published is hollow, what was measured filled. `options` are those of `save`.
     """
@@ -134,50 +134,45 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT", **optio
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(10.5, 7), dpi=120)
-    axis = figure.add_axes((0.065, 0.08, 0.74, 0.87))
+    figure = Figure(figsize=(14.5, 6.6), dpi=110)
+    panels = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(left=0.045, right=0.86, bottom=0.085, top=0.975, wspace=0.04)
     families = sorted({p.family for p in points}, key=lambda name: (name != highlight, name))
     palette = [colormaps["tab20"](i) for i in (2, 4, 8, 10, 12, 16, 18, 3, 5, 9, 11, 13, 17, 19, 14, 6, 15, 7)]
     colours = {name: "#0057b8" if name == highlight else palette[i % len(palette)] for i, name in enumerate(families)}
-    area = 14.0  # square points a G
     handles = []
     for name in reversed(families):
-        own = sorted((p for p in points if p.family == name), key=lambda p: p.params_m)
-        line = [p for p in own if not p.measured] or own
-        x, y = [p.params_m for p in line], [p.top1 for p in line]
-        ours, colour = name == highlight, colours[name]
-        dash = "-" if line[0].pyramid else (0, (4, 2))
-        order = 5 if ours else 2
-        axis.plot(x, y, color=colour, linestyle=dash, linewidth=2.6 if ours else 1.3, zorder=order)
-        for p in own:
-            size, fill = max(area * p.gmacs, 6), colour if p.measured else "white"
-            axis.scatter(p.params_m, p.top1, s=size, facecolors=fill, edgecolors=colour, zorder=order + 1 + p.measured)
-        handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2.6 if ours else 1.3, label=name))
-        if ours:
-            for p in line:
-                axis.annotate(
-                    p.model, (p.params_m, p.top1), (7, -13), textcoords="offset points", fontsize=9, color=colour
-                )
-    axis.set_xscale("log")
-    ticks = [2, 3, 5, 10, 20, 30, 50, 100]
-    axis.set_xticks(ticks, [str(t) for t in ticks])
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("parameters (millions)")
-    axis.set_ylabel("ImageNet-1K top-1 (%)" + ("" if any(p.measured for p in points) else ", as published"))
-    axis.grid(alpha=0.25, which="major")
-    axis.spines[["top", "right"]].set_visible(False)
+        own = [p for p in points if p.family == name]
+        ours, colour, dash = name == highlight, colours[name], "-" if own[0].pyramid else (0, (4, 2))
+        order, width = (5, 2.6) if ours else (2, 1.3)
+        for axis, key in zip(panels, ("params_m", "gmacs"), strict=True):
+            line = sorted([p for p in own if not p.measured] or own, key=lambda p: getattr(p, key))
+            x, y = [getattr(p, key) for p in line], [p.top1 for p in line]
+            axis.plot(x, y, color=colour, linestyle=dash, linewidth=width, zorder=order)
+            for p in own:
+                place = getattr(p, key), p.top1
+                fill, size = colour if p.measured else "white", 40 if ours else 22
+                axis.scatter(*place, s=size, facecolors=fill, edgecolors=colour, zorder=order + 1 + p.measured)
+                if ours and not p.measured:
+                    axis.annotate(p.model, place, (7, -13), textcoords="offset points", fontsize=9, color=colour)
+        handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=width, label=name))
+    ticks = ([2, 3, 5, 10, 20, 30, 50, 100], [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20])
+    labels = ("parameters (millions)", "multiply-accumulates of one 224x224 image (G)")
+    for axis, marks, label in zip(panels, ticks, labels, strict=True):
+        axis.set_xscale("log")
+        axis.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25, which="major")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("ImageNet-1K top-1 (%)" + ("" if any(p.measured for p in points) else ", as published"))
     handles.reverse()
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.81, 0.95), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.868, 0.985), frameon=False, fontsize=9)
     styles = (("-", "pyramid"), ((0, (4, 2)), "no pyramid"))
     note = [Line2D([], [], color="#555555", linestyle=dash, label=text) for dash, text in styles]
-    ring = dict(color="#777777", marker="o", linestyle="")
-    for g in (1, 4, 16):
-        note.append(Line2D([], [], markerfacecolor="white", markersize=(area * g) ** 0.5, label=f"{g} G MACs", **ring))
     if any(p.measured for p in points):
-        note.append(Line2D([], [], markersize=(area * 4) ** 0.5, label="measured here", **ring))
-    figure.legend(
-        handles=note, loc="lower left", bbox_to_anchor=(0.81, 0.07), frameon=False, fontsize=9, labelspacing=1.0
-    )
+        note.append(Line2D([], [], color="#777777", marker="o", linestyle="", label="measured here"))
+    figure.legend(handles=note, loc="lower left", bbox_to_anchor=(0.868, 0.07), frameon=False, fontsize=9)
     save(figure, file, **options)
 
 

@@ -88,7 +88,7 @@ def choose_trainable(recipe: Recipe, model: Any) -> None:
     for name, parameter in model.named_parameters():
         learns = {
             "all": True,
-            "attention": name.startswith((*heads, "pos_embed")) or (".attn." in name and ".attn.conv." not in name),
+            "attention": name.startswith((*heads, "pos_embed")) or (".attn." in name and ".attn.conv" not in name),
             "head": name.startswith(heads),
         }[config.trainable]
         frozen = any(f"{name}.".startswith(f"{part}.") for part in config.freeze)

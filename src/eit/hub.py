@@ -20,7 +20,7 @@ from eit.data import DIGITS
 from eit.errors import UserError, first_line, printable
 from eit.macs import complexity
 from eit.model import EIT
-from eit.zoo import FAMILIES, TIMM
+from eit.zoo import FAMILIES, MODELS, TIMM
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
 BEST, FINAL = "best.safetensors", "final.safetensors"  # of a run folder
@@ -242,20 +242,28 @@ def _config(model: Any, license: str | None) -> dict[str, Any]:
 def _description(card: Card) -> str:
     if card.model.startswith(TIMM):
         return f"`{card.model.removeprefix(TIMM)}` of timm, trained with [eit](https://arxiv.org/abs/2203.07116)."
-    family = card.arguments.get("family", "eit")
+    family = card.arguments.get("family") or MODELS[card.model][1]
     parts = FAMILIES[family]
     own = all(card.arguments.get(key, parts[key]) == parts[key] for key in parts)
     what = dict(
         eit="EIT: a vision transformer without a pyramid and without position embedding, in whose layers a share of "
         "the channels, smaller with depth, goes through a depthwise convolution",
-        lsra="LSRA: a vision transformer in whose layers half of the channels goes through a depthwise convolution",
+        eit_plus="EIT+: EIT (a vision transformer in whose layers a share of the channels, smaller with depth, goes "
+        "through a depthwise convolution) with changes of this package that add no cost",
+        lsra="LSRA: a vision transformer in whose layers half of the channels goes through a depthwise convolution. It "
+        "is a reading: the paper's own configuration is not known",
+        lite="LSRA after the Lite Transformer's code: a vision transformer in whose layers half of the channels goes "
+        "through a gated branch with a depthwise convolution. It is a reading: the paper's own configuration is not "
+        "known",
         vit="A plain vision transformer",
     )[family]
     if not own:
-        what = f"A variant of {dict(eit='EIT', lsra='LSRA', vit='a plain vision transformer')[family]}"
+        short = dict(eit="EIT", eit_plus="EIT+", lsra="LSRA", lite="LSRA (`lite`)", vit="a plain vision transformer")
+        what = f"A variant of {short[family]}"
     changed = ", ".join(f"`{k}={v}`" for k, v in card.arguments.items() if k != "family" and not k.endswith("_rate"))
     paper = "[Deep Transformers Thirst for Comprehensive-Frequency Data](https://arxiv.org/abs/2203.07116)"
-    return f"{what} ({paper}). `{card.model}`" + (f" with {changed}." if changed else ".")
+    named = (name for name, made in MODELS.items() if made == (MODELS[card.model][0], family))
+    return f"{what} ({paper}). `{next(named, card.model)}`" + (f" with {changed}." if changed else ".")
 
 
 def _figures(card: Card, summary: dict[str, Any] | None, data: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 They differ in the *schedule*: how many of a layer's channels go through attention, the rest going through a depthwise
 3x3 convolution (EIT-T in the paper). The stem (EIT-P) makes overlapping patches with a convolution and a max-pool.
+The paper's vision configuration of LSRA is not known: what is called LSRA here are readings of it.
 
 Legend of the shape comments: B batch, N tokens (class token first), C channels, H heads, D head width; h, w token grid.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, global_pool_nlc, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +22,7 @@ Schedule = str | tuple[int, ...] | list[int]
 
 
 def decreasing_conv(dim: int, depth: int, heads: int) -> list[int]:
-    """The paper's schedule: attention grows linearly with depth, the last layer is all attention (section 3.3)."""
+    """The paper's schedule: attention grows linearly with depth, the last layer is all attention."""
     return [int(dim // heads * (layer + 1) / depth) * heads for layer in range(depth - 1)] + [dim]
 
 
@@ -30,7 +32,7 @@ def increasing_conv(dim: int, depth: int, heads: int) -> list[int]:
 
 
 def constant_half(dim: int, depth: int, heads: int) -> list[int]:
-    """LSRA: half of the channels in every layer."""
+    """LSRA, as it is read here: half of the channels in every layer, the last included."""
     return [(dim // heads) // 2 * heads] * depth
 
 
@@ -83,7 +85,8 @@ def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads
 
 
 POOLS = ("token", "avg", "max", "avgmax", "")  # what the head reads; "": all tokens
-CLS_CONV = ("identity", "zero", "mean")  # what the class token's convolved channels receive
+CLS_CONV = ("identity", "zero", "mean")  # what the class token has in place of the convolution
+CONV_BRANCH = ("depthwise", "gated")
 
 
 class ConvPoolStem(nn.Module):
@@ -127,8 +130,9 @@ class PatchStem(nn.Module):
 class ConvAttention(nn.Module):
     """Token mixer: the first channels through a depthwise 3x3 convolution, the last through attention, concatenated.
 
-    The class token is not part of the grid. `cls_conv` says what its convolved channels become: their own input
-    (`identity`, as published), `zero`, or the `mean` of the convolved grid.
+    The class token is not part of the grid. `cls_conv` says what it has in place of the convolution: its own channels
+    (`identity`, as published), `zero`, or the `mean` of the convolved grid. The `gated` branch has linear layers around
+    the convolution, as the Lite Transformer's code has them: Linear to twice the width, GLU, convolution, Linear.
     """
 
     __jit_ignored_attributes__ = ("_padded",)
@@ -142,6 +146,7 @@ class ConvAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         cls_conv: str = "identity",
+        conv_branch: str = "depthwise",
         **where: Any,
     ) -> None:
         super().__init__()
@@ -153,15 +158,20 @@ class ConvAttention(nn.Module):
         if self.attn_channels > 0:
             self.qkv = layers.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias, **where)
             self.proj = layers.Linear(attn_channels, attn_channels, **where)
-            self.proj_drop = nn.Dropout(proj_drop)
             self._padded = layers.PaddedHeads(num_heads, attn_channels // num_heads)
         if self.conv_channels > 0:
             self.conv = nn.Conv2d(
                 self.conv_channels, self.conv_channels, 3, padding=1, groups=self.conv_channels, bias=False, **where
             )
             self.conv_drop = nn.Dropout(attn_drop)
+            if conv_branch == "gated":
+                self.conv_in = layers.Linear(self.conv_channels, 2 * self.conv_channels, **where)
+                self.conv_out = layers.Linear(self.conv_channels, self.conv_channels, **where)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def convolve(self, x: Tensor, h: int, w: int) -> Tensor:
+        if hasattr(self, "conv_in"):
+            x = F.glu(self.conv_in(x), dim=2)  # (B, N, 2*C) -> (B, N, C)
         # Token layout is channels_last, so the image is a view: (B, 1+h*w, C) -> (B, C, h, w) -> (B, 1+h*w, C)
         token, image = x.split([1, h * w], dim=1)
         image = self.conv_drop(self.conv(image.unflatten(1, (h, w)).permute(0, 3, 1, 2)))
@@ -170,7 +180,10 @@ class ConvAttention(nn.Module):
             token = torch.zeros_like(token)
         elif self.cls_conv == "mean":
             token = image.mean(dim=1, keepdim=True)
-        return torch.cat((token, image), dim=1)
+        x = torch.cat((token, image), dim=1)
+        if hasattr(self, "conv_out"):
+            x = self.proj_drop(self.conv_out(x))
+        return x
 
     def attend(self, x: Tensor) -> Tensor:
         dropout = self.attn_drop_rate if self.training else 0.0
@@ -231,11 +244,14 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         cls_conv: str = "identity",
+        conv_branch: str = "depthwise",
         **where: Any,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **where)
-        self.attn = ConvAttention(dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, cls_conv, **where)
+        self.attn = ConvAttention(
+            dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, cls_conv, conv_branch, **where
+        )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **where)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **where)
@@ -264,9 +280,11 @@ class EIT(nn.Module):
         depth: layers.
         num_heads: heads of each layer, which share its attention channels evenly.
         schedule: attention channels of each layer, see `attention_channels`.
-        cls_conv: what the class token's convolved channels receive in each layer: `identity` (their own normalised
-            values, as published: the same update for every image), `zero` (no update), or `mean` (that of the convolved
-            grid).
+        cls_conv: what the class token, which is not on the grid, has in place of each layer's convolution: `identity`
+            (its own normalised channels, as published: the same update for every image), `zero` (no update; of the
+            gated branch its last bias), or `mean` (that of the convolved grid).
+        conv_branch: `depthwise` (a 3x3 convolution alone, as published), or `gated` (Linear to twice the width, GLU,
+            that convolution, Linear: the Lite Transformer's branch in two dimensions).
         stem: `conv_pool` (EIT-P) or `patch` (ViT).
         patch_size: pixels, of the `patch` stem.
         pos_embed: `none` (the paper), or `learned`: a table for the tokens of `img_size`, interpolated to other sizes.
@@ -274,9 +292,10 @@ class EIT(nn.Module):
         global_pool: what the head reads: `token`; `avg`, `max` or `avgmax` over the grid; or "" for all tokens.
         mlp_ratio: hidden width of the MLP by `embed_dim`.
         qkv_bias: whether queries, keys and values have a bias.
+        init_std: standard deviation of the linear layers' initial values.
         drop_rate: dropout before the head.
         pos_drop_rate: dropout after the stem.
-        proj_drop_rate: dropout in the attention projection and the MLP.
+        proj_drop_rate: dropout after the attention projection, after the gated branch, and in the MLP.
         attn_drop_rate: dropout of attention weights and of the convolution's output.
         drop_path_rate: stochastic depth, linear from 0 in the first layer.
         device: of the parameters.
@@ -302,12 +321,14 @@ class EIT(nn.Module):
         num_heads: int = 10,
         schedule: Schedule = "eit",
         cls_conv: str = "identity",
+        conv_branch: str = "depthwise",
         stem: str = "conv_pool",
         patch_size: int = 16,
         pos_embed: str = "none",
         representation_size: int | None = None,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        init_std: float = 0.01,
         global_pool: str = "token",
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -321,6 +342,8 @@ class EIT(nn.Module):
         where: dict[str, Any] = dict(device=device, dtype=dtype)
         if cls_conv not in CLS_CONV:
             raise ValueError(f"cls_conv={cls_conv!r} is not one of {', '.join(CLS_CONV)}")
+        if conv_branch not in CONV_BRANCH:
+            raise ValueError(f"conv_branch={conv_branch!r} is not one of {', '.join(CONV_BRANCH)}")
         if stem not in ("conv_pool", "patch"):
             raise ValueError(f"stem={stem!r} is not one of conv_pool, patch")
         if pos_embed not in ("none", "learned"):
@@ -335,6 +358,8 @@ class EIT(nn.Module):
                 raise ValueError(f"{name}={size} is not positive")
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes} is negative")
+        if not init_std > 0:
+            raise ValueError(f"init_std={init_std} is not positive")
         if int(embed_dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden channel of embed_dim={embed_dim}")
         self.attn_channels = attention_channels(schedule, embed_dim, depth, num_heads)  # the others are convolved
@@ -344,6 +369,7 @@ class EIT(nn.Module):
         self.head_hidden_size = representation_size or embed_dim
         self.num_prefix_tokens = 1
         self.global_pool = global_pool
+        self.init_std = init_std
         self.grad_checkpointing = False
 
         if stem == "patch":
@@ -368,6 +394,7 @@ class EIT(nn.Module):
                 attn_drop_rate,
                 drop_path=drop_path_rate * layer / max(depth - 1, 1),
                 cls_conv=cls_conv,
+                conv_branch=conv_branch,
                 **where,
             )
             for layer, attn_channels in enumerate(self.attn_channels)
@@ -390,7 +417,19 @@ class EIT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_module)
+        self.apply(self._init_module)
+
+    def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=self.init_std)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        else:
+            return
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Images (B, in_chans, height, width) -> tokens (B, 1+h*w, C) with the class token first, h, w."""
@@ -508,7 +547,7 @@ class EIT(nn.Module):
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
-            self.head.apply(_init_module)
+            self.head.apply(self._init_module)
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -581,16 +620,3 @@ def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _unknown_pool(global_pool: str) -> str:
     return f"global_pool={global_pool!r} is not one of {', '.join(POOLS[:-1])}, ''"
-
-
-def _init_module(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.01)
-    elif isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)

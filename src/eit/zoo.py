@@ -28,6 +28,7 @@ class Variant:
     depth: int
     num_heads: int
     published_params: float  # millions
+    gmacs: float  # with the attention products, as others count; tests/claims/test_cost.py counts them
     published_gmacs: float  # what the paper calls FLOPs
     published_top1: float
     published_top5: float
@@ -39,17 +40,29 @@ def _weights(name: str) -> str:
 
 
 VARIANTS = {
-    "eit_mini": Variant(250, 5, 10, 3.5, 1.73, 70.0, 89.6, _weights("mini")),
-    "eit_tiny": Variant(330, 8, 10, 8.9, 3.84, 78.1, 94.0, _weights("tiny")),
-    "eit_base": Variant(400, 10, 16, 16.0, 6.52, 80.6, 95.3, _weights("base")),
-    "eit_large": Variant(464, 12, 16, 25.3, 10.0, 81.8, 95.6, _weights("large")),
+    "eit_mini": Variant(250, 5, 10, 3.5, 1.926, 1.73, 70.0, 89.6, _weights("mini")),
+    "eit_tiny": Variant(330, 8, 10, 8.9, 4.213, 3.84, 78.1, 94.0, _weights("tiny")),
+    "eit_base": Variant(400, 10, 16, 16.0, 7.073, 6.52, 80.6, 95.3, _weights("base")),
+    "eit_large": Variant(464, 12, 16, 25.3, 10.766, 10.0, 81.8, 95.6, _weights("large")),
 }
 
-# LSRA is a reading: the paper's vision configuration of it is not known.
+_EIT = dict(schedule="eit", cls_conv="identity", conv_branch="depthwise", stem="conv_pool", pos_embed="none")
+
+# The paper's vision configuration of LSRA is not known. `lsra` and `lite` are two readings: half of the channels in
+# each layer and nothing that bypasses the mixer; and the branch, and positions, of the Lite Transformer's code.
 FAMILIES: dict[str, dict[str, str]] = {
-    "eit": dict(schedule="eit", cls_conv="identity", stem="conv_pool", pos_embed="none"),
-    "lsra": dict(schedule="lsra", cls_conv="zero", stem="conv_pool", pos_embed="none"),
-    "vit": dict(schedule="vit", cls_conv="identity", stem="patch", pos_embed="learned"),
+    "eit": _EIT,
+    "eit_plus": _EIT | dict(cls_conv="zero"),  # what is better than published and costs nothing
+    "lsra": _EIT | dict(schedule="lsra", cls_conv="zero"),
+    "lite": _EIT | dict(schedule="lsra", conv_branch="gated", pos_embed="learned"),
+    "vit": _EIT | dict(schedule="vit", stem="patch", pos_embed="learned"),
+}
+
+# Every name of `create_model`: its size, and its family where none is given. Those of `eit` are the published models.
+MODELS = {
+    name.replace("eit", family): (variant, family)
+    for family in ("eit", "eit_plus")
+    for name, variant in VARIANTS.items()
 }
 
 default_cfgs = {
@@ -68,14 +81,14 @@ default_cfgs = {
         paper_ids="arXiv:2203.07116",
         origin_url=AUTHORS_CODE,
     )
-    for name in VARIANTS
+    for name in MODELS
 }
 
 
 def published_results() -> list[Point]:
     """ImageNet-1K results as published, 224x224, without further data or a teacher; published.csv has each source."""
     ours = [
-        Point("EIT", f"EIT-{name.removeprefix('eit_')}", v.published_params, v.published_gmacs, v.published_top1, False)
+        Point("EIT", f"EIT-{name.removeprefix('eit_')}", v.published_params, v.gmacs, v.published_top1, False)
         for name, v in VARIANTS.items()
     ]
     text = resources.files("eit").joinpath("published.csv").read_text(encoding="utf-8")
@@ -90,10 +103,10 @@ def list_models() -> list[str]:
     """Names that `create_model` takes.
 
     Examples:
-        >>> list_models()
+        >>> list_models()[:4]
         ['eit_mini', 'eit_tiny', 'eit_base', 'eit_large']
     """
-    return list(VARIANTS)
+    return list(MODELS)
 
 
 def model_arguments() -> list[str]:
@@ -106,14 +119,17 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
 
     Args:
         name: one of `list_models()`, or timm/NAME with arguments of timm's (the result is then timm's class).
-        family: `eit` (default), `lsra` or `vit`: the preset of schedule, stem and position embedding.
+        family: `eit`, `eit_plus`, `lsra`, `lite` or `vit`: the preset of schedule, convolution's branch, class-token
+            path, stem and position embedding; default: that of the name. eit_plus_mini is short for eit_mini of the
+            family eit_plus.
         **arguments: any argument of `eit.EIT`; those given win over the preset.
 
     Returns:
         A model in training mode that takes images (B, in_chans, height, width) and returns logits (B, num_classes).
 
     Raises:
-        UserError: an unknown name, family or argument, or values that make no model.
+        UserError: an unknown name, family or argument, a family that is not that of an eit_plus name, or values that
+            make no model.
 
     Examples:
         >>> create_model("eit_mini", num_classes=10, family="lsra").attn_channels
@@ -123,8 +139,8 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
         if family is not None:
             raise UserError(f"family={family} is of this package's models, not of {name}")
         return _create_timm_model(name, **arguments)
-    if name not in VARIANTS:
-        raise UserError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)}, timm/NAME)")
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}{nearest(name, MODELS)} (known: {', '.join(MODELS)}, timm/NAME)")
     if family is not None and family not in FAMILIES:
         raise UserError(f"unknown family {family!r}{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
     if "pretrained" in arguments:
@@ -140,7 +156,7 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
 
 def is_model(name: str) -> bool:
     """Whether `create_model` knows it. Names that timm would fetch from somewhere else are not models here."""
-    return name in VARIANTS or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)))
+    return name in MODELS or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)))
 
 
 def check_timm_name(name: str) -> None:
@@ -181,26 +197,34 @@ def head_names(model: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _register(name: str, variant: Variant) -> None:
+def _register(name: str, variant: Variant, own: str) -> None:
     def build(pretrained: bool = False, family: str | None = None, **arguments: Any) -> "eit.model.EIT":
-        defaults = dict(embed_dim=variant.embed_dim, depth=variant.depth, num_heads=variant.num_heads)
-        return build_model_with_cfg(
+        if own != "eit" and family not in (own, None):
+            raise ValueError(f"family={family} is not {own}, which the name says: give one of the two")
+        preset, saved = FAMILIES[family or own], arguments.get("pretrained_model_args")
+        if saved and "cls_conv" not in saved:  # a configuration in timm's format that is older than the argument
+            preset = preset | dict(cls_conv="identity")
+        size = dict(embed_dim=variant.embed_dim, depth=variant.depth, num_heads=variant.num_heads)
+        model = build_model_with_cfg(
             eit.model.EIT,
             name,
             pretrained,
             pretrained_filter_fn=eit.model.checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(-3, -2, -1), feature_cls="getter"),
-            **(defaults | FAMILIES[family or "eit"] | arguments),
+            **(size | preset | arguments),
         )
+        model._model_args = preset  # timm saves it with the weights, which then do not depend on later presets
+        return model
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = __name__
-    build.__doc__ = f"EIT16/4/3-{name.removeprefix('eit_')}: {variant.published_top1}% ImageNet-1K top-1 (published)."
+    known = f"{variant.published_top1}% ImageNet-1K top-1 (published)" if own == "eit" else "no published accuracy"
+    build.__doc__ = f"{own} of the size EIT16/4/3-{name.rpartition('_')[2]}: {known}."
     setattr(sys.modules[__name__], name, register_model(build))
 
 
-for _name, _variant in VARIANTS.items():
-    _register(_name, _variant)
+for _name, (_variant, _family) in MODELS.items():
+    _register(_name, _variant, _family)
 
 
 @register_model

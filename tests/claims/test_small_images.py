@@ -1,4 +1,4 @@
-"""At 32x32, EIT has fewer parameters and multiply-accumulates than the plain ViT of equal width (abstracts of v1 and v2)."""
+"""At 32x32, EIT has fewer parameters and multiply-accumulates than ViT of equal width (abstracts of v1 and v2)."""
 
 from eit import complexity, create_model
 

@@ -368,7 +368,7 @@ def with_measured(results: Sequence[Result]) -> list[draw.Point]:
     """Published ImageNet-1K results up to 100 M parameters, and runs of the experiment imagenet."""
     points = [point for point in published_results() if point.params_m <= 100]
     for result in results:
-        cost = result.summary["params"] / 1e6, result.measured["published_macs"] / 1e9
+        cost = result.summary["params"] / 1e6, result.measured["macs"] / 1e9
         points.append(draw.Point("EIT", result.cell.name, *cost, result.summary["last_top1"], False, True))
     return points
 
