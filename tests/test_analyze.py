@@ -83,19 +83,20 @@ def test_every_sub_block_and_both_kinds_of_channels_are_seen():
 
 
 @pytest.mark.parametrize(
-    "name, grid, pitch, heads",
+    "name, grid, pitch, heads, missing",
     [
-        ("vit_tiny_patch16_224", (14, 14), 16, 3),
-        ("deit_tiny_distilled_patch16_224", (14, 14), 16, 3),
-        ("beit_base_patch16_224", (14, 14), 16, 12),
-        ("eva02_tiny_patch14_224", (16, 16), 14, 3),
-        ("vit_relpos_small_patch16_224", (14, 14), 16, 6),  # no class token
-        ("vit_small_patch16_18x2_224", (14, 14), 16, 12),  # two attentions of 6 heads side by side
-        ("pit_ti_224", (27, 27), 8, 2),
-        ("torchvision", (14, 14), 16, 3),
+        ("vit_tiny_patch16_224", (14, 14), 16, 3, []),
+        ("deit_tiny_distilled_patch16_224", (14, 14), 16, 3, []),
+        ("beit_base_patch16_224", (14, 14), 16, 12, []),
+        ("eva02_tiny_patch14_224", (16, 16), 14, 3, []),
+        ("vit_relpos_small_patch16_224", (14, 14), 16, 6, ["image-dependent share of the class token: "]),
+        # two attentions of 6 heads side by side
+        ("vit_small_patch16_18x2_224", (14, 14), 16, 12, ["transfer of layers 1, 2: "]),
+        ("pit_ti_224", (27, 27), 8, 2, []),
+        ("torchvision", (14, 14), 16, 3, []),
     ],
 )
-def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(name, grid, pitch, heads):
+def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(name, grid, pitch, heads, missing):
     if name == "torchvision":
         torch.manual_seed(0)
         model = torchvision.models.VisionTransformer(224, 16, 2, 3, 192, 384).eval()
@@ -103,14 +104,17 @@ def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(
         model = timm_model(name, **({} if name == "pit_ti_224" else dict(depth=2)))
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)  # torchvision's head has zeros alone
-    x = images(1, (224, 224))
+    x = images(2, (224, 224))
     with torch.no_grad():
         before = model(x)
-        with watch(model, lambda tokens: None, lambda heads: None):
+        with watch(model, lambda tokens: None, lambda heads: None, None, lambda flow: None):
             during = model(x)
     found = analyze(model, x)
     assert torch.equal(before, during) and before.std() > 0.01
-    assert found.missing == [] and len(found.attention) == found.depth == len(found.at("block"))
+    assert all(line.startswith(start) for line, start in zip(found.missing, missing, strict=True))
+    assert len(found.class_token_share) == (0 if "relpos" in name else found.depth)
+    assert len(found.transfers("mixer")) == len(found.transfers("mlp")) == (0 if "18x2" in name else found.depth)
+    assert len(found.attention) == found.depth == len(found.at("block"))
     assert found.grid == grid and found.attention[0].pitch == pytest.approx(pitch)
     assert all(0 < d < 1.42 * 224 for layer in found.attention for d in layer.distance)
     assert len(found.attention[0].distance) == heads

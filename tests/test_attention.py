@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eit.analysis.attention import (
+    QUERIES,
+    Attention,
     AttentionMeter,
     Call,
     diversity,
     head_distances,
+    head_divergence,
+    mode_gains,
     pairwise_distances,
     rollout,
     uniform_distance,
@@ -176,8 +180,123 @@ def test_images_are_taken_in_turn_with_the_same_result(monkeypatch):
     at_once = meter_of(call, (3, 4), 1)
     monkeypatch.setattr("eit.analysis.attention.MAP_BYTES", 1)
     in_turn = meter_of(call, (3, 4), 1)
-    for name in ("distance", "distance_se", "class_mass", "entropy"):
+    for name in ("distance", "distance_se", "class_mass", "entropy", "divergence"):
         assert getattr(in_turn, name) == pytest.approx(getattr(at_once, name), rel=1e-5)
+    assert in_turn.gain == pytest.approx(at_once.gain, rel=1e-5)
+
+
+# -- As a filter ------------------------------------------------------------------------------------------------------
+
+
+def shifts(grid, *steps):
+    """Attention that looks (down, right) of itself, around the edges, evenly at several places: (1, 1, n, n)."""
+    h, w = grid
+    found = torch.zeros(h * w, h * w)
+    for y in range(h):
+        for x in range(w):
+            for down, right in steps:
+                found[y * w + x, (y + down) % h * w + (x + right) % w] += 1 / len(steps)
+    return found[None, None]
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6)])
+def test_identity_and_shifts_pass_all_frequencies_and_uniform_attention_none_but_dc(grid):
+    n = grid[0] * grid[1]
+    for passing in (torch.eye(n)[None, None], shifts(grid, (0, 1)), shifts(grid, (1, 2))):
+        assert mode_gains(passing, grid) == pytest.approx(torch.ones(1, 1, *grid), abs=1e-5)
+    dc = torch.zeros(1, 1, *grid)
+    dc[..., 0, 0] = 1
+    assert mode_gains(torch.full((1, 1, n, n), 1 / n), grid) == pytest.approx(dc, abs=1e-6)
+
+
+def test_attention_to_both_neighbours_has_the_cosine_of_the_wave():
+    """(e^(i k) + e^(-i k)) / 2 = cos k: energy cos^2 k, which passes the lowest and the highest waves."""
+    found = mode_gains(shifts((1, 8), (0, 1), (0, -1)), (1, 8))[0, 0, 0]
+    waves = [0, 1, 1, 2, 2, 3, 3, 4]
+    assert found.tolist() == pytest.approx([math.cos(2 * math.pi * k / 8) ** 2 for k in waves], abs=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (4, 3), (5, 5)])
+def test_gains_are_the_columns_of_the_attention_in_fourier_space(grid):
+    """|F A F^-1|^2 summed over rows (Wang et al. 2022), by the FFT's own matrix; cos and sin share each wave's."""
+    h, w = grid
+    weights = random_weights(h, w, heads=1, images=1, prefix=0)
+    eye = torch.eye(h * w, dtype=torch.complex128)
+    dft = torch.fft.fft2(eye.unflatten(1, grid), norm="ortho").flatten(1)  # symmetric
+    columns = (dft @ weights[0, 0].to(torch.complex128) @ dft.conj()).abs().square().sum(dim=0).unflatten(0, grid)
+    ours = mode_gains(weights, grid)[0, 0].double()
+    assert ours.sum().item() == pytest.approx(weights.double().square().sum().item(), rel=1e-5)  # Frobenius
+
+    def by_frequency(values, rows, columns):
+        found = {}
+        for y, p in enumerate(rows):
+            for x, q in enumerate(columns):
+                found[p, q] = found.get((p, q), 0) + values[y, x].item()
+        return found
+
+    fft = by_frequency(columns, *([min(k, n - k) for k in range(n)] for n in grid))
+    real = by_frequency(ours, *([(k + 1) // 2 for k in range(n)] for n in grid))
+    assert real == pytest.approx(fft, rel=1e-4)
+
+
+def attention_of(weights, grid, rho=0.5, divergence=(), entropy=None):
+    heads = weights.shape[1]
+    zeros = [0.0] * heads
+    given = zeros if entropy is None else entropy
+    gain = mode_gains(weights, grid)[0]
+    return Attention(1, grid, 1.0, zeros, zeros, zeros, given, list(divergence), rho, gain)
+
+
+def test_low_and_high_gains_part_the_spectrum_at_rho():
+    layer = attention_of(torch.cat((shifts((1, 8), (0, 1), (0, -1)), torch.eye(8)[None, None]), dim=1), (1, 8))
+    assert layer.low_gain == pytest.approx([(2 * 0.5 + 2 * 0) / 4, 1], abs=1e-6)  # f = 0.25 and 0.5
+    assert layer.high_gain == pytest.approx([(2 * 0.5 + 1) / 3, 1], abs=1e-6)  # 0.75 and 1
+    assert [gain for *_, gain in layer.radial_gain()] == pytest.approx([0.75, 0.5, 0.75, 1], abs=1e-6)
+
+
+# -- Heads against each other -----------------------------------------------------------------------------------------
+
+
+def test_equal_heads_do_not_diverge_and_disjoint_ones_by_log_2():
+    same = random_weights(3, 3, heads=1, prefix=0).expand(-1, 4, -1, -1)
+    assert head_divergence(same).tolist() == [[0] * 6] * 2
+    apart = torch.cat((shifts((1, 6), (0, 0)), shifts((1, 6), (0, 1)), shifts((1, 6), (0, 2))), dim=1)
+    assert head_divergence(apart) == pytest.approx(torch.full((1, 3), math.log(2)).double())
+    half = torch.cat((shifts((1, 6), (0, 0)), shifts((1, 6), (0, 0), (0, 1))), dim=1)
+    expected = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
+    assert head_divergence(half).item() == pytest.approx(expected)
+    assert head_divergence(same[:, :1]).shape == (2, 0)
+
+
+def test_divergence_by_plain_loops():
+    weights = random_weights(2, 3, heads=3, images=1, prefix=0)
+    found = head_divergence(weights)[0].tolist()
+    for (a, b), value in zip([(0, 1), (0, 2), (1, 2)], found, strict=True):
+        total = 0.0
+        for p, q in zip(weights[0, a].tolist(), weights[0, b].tolist(), strict=True):
+            for x, y in zip(p, q, strict=True):
+                m = (x + y) / 2
+                total += (x * math.log(x / m) + y * math.log(y / m)) / 2
+        assert value == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_heads_are_compared_at_evenly_spaced_queries_of_large_grids():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 2, 201, 8)
+    weights = Call(q, k).weights()[:, :, 1:, 1:]
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    found = meter_of(Call(q, k), (10, 20), 1)
+    assert -(-200 // QUERIES) == 4  # each fourth
+    assert found.divergence == pytest.approx(head_divergence(weights[:, :, ::4]).mean(dim=0).tolist(), rel=1e-5)
+    assert found.gain.float() == pytest.approx(mode_gains(weights, (10, 20)).mean(dim=0), rel=1e-4)
+
+
+@pytest.mark.parametrize("entropies, marked", [([0.96, 0.99], True), ([0.94, 0.99], False), ([0.96, 0.95], False)])
+def test_a_layer_is_near_uniform_where_all_its_heads_are(entropies, marked):
+    layer = attention_of(random_weights(2, 3, 2, 1, 0), (2, 3), entropy=[e * math.log(6) for e in entropies])
+    assert layer.near_uniform == marked and layer.relative_entropy == pytest.approx(entropies)
+    assert math.isnan(layer.mean_divergence)
+    assert attention_of(random_weights(2, 3, 3, 1, 0), (2, 3), divergence=(0.1, 0.2, 0.6)).mean_divergence == 0.3
 
 
 def test_rollout_of_known_layers():

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eit.analysis.frequency import (
+    RHOS,
     FrequencyMeter,
+    cut,
     diagonal_frequencies,
     frequencies,
     is_high,
@@ -176,6 +178,29 @@ def test_the_share_falls_as_rho_rises(grid, seed, rhos):
     assert all(((f >= 0) & (f <= 1 + 1e-6)).all() for f in found)
 
 
+# -- Filters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("rho", [0.3, 0.5, 1.1])
+def test_low_and_high_are_the_fft_cut_at_rho_with_the_mean_in_both(grid, rho):
+    x = tokens(*grid) + 5
+    rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in grid)
+    high = 2 * (rows[:, None] ** 2 + columns**2).sqrt() > rho + 1e-9
+    spectrum = torch.fft.fft2(x.double(), dim=(1, 2))
+    low = torch.fft.ifft2(spectrum * ~high[..., None], dim=(1, 2)).real
+    mean = x.mean(dim=(1, 2), keepdim=True)
+    assert cut(x, rho, "low").double() == pytest.approx(low, abs=1e-4)
+    assert cut(x, rho, "low") + cut(x, rho, "high") - mean == pytest.approx(x, abs=1e-4)
+
+
+def test_a_cut_leaves_the_share_zero_or_one_and_keeps_the_precision():
+    x = tokens(8, 8) + 3
+    assert shares(cut(x, 0.5, "low"))[0] == pytest.approx(torch.zeros(2), abs=1e-6)
+    assert shares(cut(x, 0.5, "high"))[0] == pytest.approx(torch.ones(2), abs=1e-6)
+    assert cut(x.bfloat16(), 0.5, "low").dtype == torch.bfloat16
+
+
 # -- Running sums -----------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +218,18 @@ def test_running_sums_are_those_of_all_images_at_once():
     each = shares(x)[0].double()
     assert a.share_se == pytest.approx(each.std().item() / math.sqrt(11), rel=1e-5)
     assert a.share == pytest.approx(each.mean().item(), rel=1e-6)
+
+
+def test_the_sweep_is_the_share_above_each_rho():
+    x = tokens(6, 8, images=5) + 1
+    meter = FrequencyMeter(1, "block", 0.7)
+    for part in x.split(2):
+        meter.add(part)
+    found = meter.result()
+    for rho, share, with_dc in zip(RHOS, found.sweep, found.sweep_with_dc, strict=True):
+        assert [share, with_dc] == pytest.approx([v.mean().item() for v in shares(x, rho)], abs=1e-6)
+    assert found.sweep[RHOS.index(0.7)] == pytest.approx(found.share)
+    assert RHOS[0] == 0.1 and RHOS[-1] == 1.4 and len(RHOS) == 14
 
 
 def test_the_radial_spectrum_holds_all_energy_and_is_flat_for_white_noise():

@@ -29,11 +29,14 @@ LAYERS = [
 PACKAGES = {
     "analysis": [
         {"__init__", "moments"},
-        {"frequency"},
-        {"attention"},
+        {"frequency", "class_token"},
+        {"attention", "smoothing", "transfer"},
         {"probe"},
-        {"measure", "pictures"},
+        {"measure", "pictures", "filters"},
         {"subjects", "robustness"},
+        {"measured"},
+        {"groups", "panels"},
+        {"accuracy_figures", "attention_figures", "frequency_figures", "token_figures"},
         {"figures"},
         {"compare", "findings"},
         {"report"},
@@ -42,7 +45,7 @@ PACKAGES = {
         {"__init__", "matrix", "published"},
         {"cells", "plan"},
         {"verdict"},
-        {"report"},
+        {"report", "forest"},
     ],
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

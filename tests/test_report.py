@@ -25,7 +25,8 @@ from eit.train import train
 from tests.conftest import TINY, require, run_eit, save_digits
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FILES = {"amplitude", "diversity", "frequency", "heads", "images", "models", "spectrum"}
+FILES = {"amplitude", "class_token", "diversity", "filter", "frequency", "heads", "images", "models"}
+FILES |= {"smoothing", "spectrum", "sweep", "transfer"}
 
 
 @pytest.fixture(scope="module")

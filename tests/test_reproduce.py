@@ -481,10 +481,11 @@ def test_runs_are_trained_measured_and_reported(ran):
         measured = json.loads((run / "measured.json").read_text())
         assert measured["images"] == 20 and 0 <= measured["size"]["150"] <= 100
         for state in ("initial", "trained"):
-            assert len(measured[state]["share"]) == len(measured[state]["diversity"]) == 2
+            assert all(len(measured[state][key]) == 2 for key in ("share", "diversity", "entropy", "class_token"))
+            assert measured[state]["logit_spread"] > 0
     page = (ran / "results" / "tiny" / "tiny" / "README.md").read_text()
-    assert "4 of 4 runs are done" in page and "| EIT is dearer | `macs.py, complexity` | digits +0.0" in page
-    assert "| holds |" in page
+    assert "4 of 4 runs are done" in page and "| EIT is dearer | ours | `macs.py, complexity` | digits +0.0" in page
+    assert "| **holds** |" in page
 
 
 def test_finished_runs_are_kept(ran):
@@ -609,7 +610,7 @@ def test_a_run_that_diverges_does_not_keep_the_others_waiting(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("eit: 1 of 3 runs: digits-wild-seed-0: the loss was not finite")
     found = json.loads(done.stdout)
     assert [run["name"] for run in found["runs"]] == ["digits-eit-seed-0", "digits-vit-seed-0"]
-    assert "digits-wild-seed-0" in found["missing"] and found["claims"]["dearer"]["word"] == NOT_RUN
+    assert "digits-wild-seed-0" in found["missing"] and found["claims"]["dearer"]["word"] == HOLDS, "counted"
     page = (tmp_path / "results" / "tiny" / "tiny" / "README.md").read_text()
     assert "2 of 6 runs are done. Not done: digits-wild-seed-0, " in page
 
@@ -792,9 +793,9 @@ def test_the_list_says_what_each_shows_costs_and_what_refutes_it():
     [
         (["smal_data"], "did you mean 'small_data'?"),
         (["nowhere.yaml"], "cannot read nowhere.yaml"),
-        (["small_data", "--budget", "huge"], "--budget huge: small_data has smoke, short, medium, full"),
+        (["small_data", "--budget", "huge"], "--budget huge: small_data has smoke, short, long, medium, full"),
         (["small_data", "--data", "cifar10"], "--data cifar10 is not NAME=PATH"),
-        (["small_data", "--data", "imagenet=x"], "its data sets are cifar10, fashion_mnist"),
+        (["small_data", "--data", "imagenet=x"], "its data sets are cifar10, cifar100_half, "),
         (["small_data", "--only", "swin"], "no run of small_data has it"),
         (["small_data", "--again", "swin"], "has no such run"),
         (["small_data", "--budget", "smoke", "--again", "digits-eit-seed-0"], "is no finished run"),

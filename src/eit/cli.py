@@ -112,9 +112,9 @@ def _recipe_keys(incomplete: str) -> list[str]:
 
 def _model_names(incomplete: str) -> list[str]:
     """For the shell's completion: names of the zoo, with a family before them; timm's once `timm/` is typed."""
-    from eit.zoo import FAMILIES, TIMM, VARIANTS
+    from eit.zoo import FAMILIES, MODELS, TIMM, VARIANTS
 
-    names = [*VARIANTS, *(f"{family}/{name}" for family in FAMILIES for name in VARIANTS), TIMM]
+    names = [*MODELS, *(f"{family}/{name}" for family in FAMILIES for name in VARIANTS), TIMM]
     if incomplete.startswith(TIMM):
         import timm
 
@@ -420,7 +420,8 @@ def analyze(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Weights files, run folders, digits; eit_mini, lsra/eit_mini; timm/NAME, torchvision/NAME.",
+            help="Weights files, run folders, digits; eit_mini, lsra/eit_mini; timm/NAME, torchvision/NAME. A quoted "
+            "pattern ('runs/eit*') is several runs as one curve.",
             show_default=False,
         ),
     ],
@@ -429,6 +430,9 @@ def analyze(
     images: Annotated[int, typer.Option("--images", min=1, help="At most so many, evenly spaced.")] = 1000,
     pictures: Annotated[int, typer.Option(min=0, max=8, help="Images that are shown one by one.")] = 4,
     bands: Annotated[bool, typer.Option("--bands", help="Accuracy under noise of frequency bands as well.")] = False,
+    filters: Annotated[
+        bool, typer.Option("--filters", help="Accuracy with each layer's tokens low-passed and high-passed as well.")
+    ] = False,
     rollout: Annotated[bool, typer.Option("--rollout", help="Show attention rollout as well.")] = False,
     grad_cam: Annotated[bool, typer.Option("--grad-cam", help="Show Grad-CAM as well (extra: analysis).")] = False,
     initial: Annotated[
@@ -446,12 +450,18 @@ def analyze(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """High-frequency share and head diversity of models.
+    """Frequencies, attention and class token of models.
 
     eit analyze runs/eit runs/lsra runs/vit timm/vit_tiny_patch16_224 --data photos --out report
+    eit analyze 'runs/eit*' 'runs/vit*' --data photos
+
+    A quoted pattern is a group: its runs are one curve, the mean, with a band of one standard deviation over the runs.
+    Groups are compared by the differences of runs that were trained with the same seed.
     """
+    from rich.markup import escape
+
     from eit.analysis.compare import Options, compare
-    from eit.analysis.findings import summary
+    from eit.analysis.findings import TOKEN_TABLE, faults, summary, token_table
     from eit.analysis.report import write
     from eit.analysis.subjects import check_names, choose_images
     from eit.distributed import start, world_size
@@ -462,18 +472,25 @@ def analyze(
         raise UserError("eit analyze runs in one process: leave torchrun out")
     folder = _folder_to_write(out, "--out")
     check_names(names)
-    chosen = choose_images(data, images, bands, max_pixels or MAX_PIXELS, without=folder / "figures")
-    options = Options(size, initial, rho, renormalize, bands, pictures, rollout, grad_cam, batch_size, workers)
+    labelled = "--bands" if bands else "--filters" if filters else False
+    chosen = choose_images(data, images, labelled, max_pixels or MAX_PIXELS, without=folder / "figures")
+    options = Options(size, initial, rho, renormalize, bands, filters, pictures, rollout, grad_cam, batch_size, workers)
     compared = compare(names, chosen, on, options, _with_classes_of)
     page = write(folder, compared, data, shlex.join(["eit", *sys.argv[1:]]))
+    wrong = faults(compared.measured)
     if as_json:
-        print(json.dumps(dict(report=str(page), models=summary(compared.measured)), indent=2))
+        print(json.dumps(dict(report=str(page), faults=wrong, models=summary(compared.measured)), indent=2))
         return
     _table(*_analysis_table(compared.measured))
     print(
         "Means of the layers. share: energy of high frequencies; noise: that of white noise on as many tokens.\n"
         "diversity: standard deviation of the heads' attention distances; relative: to uniform attention."
     )
+    head, rows = token_table(compared.measured)
+    _table(head, [[escape(cell) for cell in row] for row in rows])
+    print(TOKEN_TABLE)
+    for line in wrong:
+        print(printable(line))
     print(printable(f"{page}: figures and numbers of {len(chosen):,} image{'s' if len(chosen) > 1 else ''}"))
 
 
@@ -705,13 +722,16 @@ def models(
         print("parameters; ImageNet-1K alone, 224x224, no teacher. The sources stand in published.csv of the package.")
         return
     from eit.macs import complexity
-    from eit.zoo import AUTHORS_CODE, VARIANTS, create_model
+    from eit.zoo import AUTHORS_CODE, MODELS, VARIANTS, create_model
 
     rows: list[dict[str, Any]] = []
-    for name, variant in VARIANTS.items():
+    for name, (variant, _) in MODELS.items():
         model = create_model(name)
         size = dict(tokens=model.grid_size[0] * model.grid_size[1], **asdict(complexity(model)))
-        rows.append(dict(name=name, **size, **asdict(variant), weights_ship=False))
+        own = asdict(variant)
+        if name not in VARIANTS:
+            own |= dict.fromkeys(key for key in own if key.startswith("published") or key == "weights")
+        rows.append(dict(name=name, **size, **own, weights_ship=False))
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -722,8 +742,7 @@ def models(
             f"{r['macs'] / 1e9:.3f} G",
             f"{r['published_macs'] / 1e9:.3f} G",
             str(r["tokens"]),
-            f"{r['published_top1']}%",
-            f"{r['published_top5']}%",
+            *("-" if r[key] is None else f"{r[key]}%" for key in ("published_top1", "published_top5")),
         )
         for r in rows
     ]
@@ -734,7 +753,8 @@ def models(
     _table(head, cells)
     print(
         "MACs: multiply-accumulates of one 224x224 image; beside them what the paper counts as FLOPs (no attention\n"
-        "products, but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here.\n"
+        "products, but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus\n"
+        "has no published results.\n"
         f"The authors' weights do not ship with this package. They are at {AUTHORS_CODE}/tree/main/model;\n"
         "eit predict and eit eval take their .pth files, eit convert makes safetensors of them."
     )

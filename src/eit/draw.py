@@ -156,7 +156,7 @@ def results(points: Sequence[Point], file: Path, highlight: str = "EIT", **optio
                 if ours and not p.measured:
                     axis.annotate(p.model, place, (7, -13), textcoords="offset points", fontsize=9, color=colour)
         handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=width, label=name))
-    ticks = ([2, 3, 5, 10, 20, 30, 50, 100], [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20])
+    ticks: tuple[list[float], ...] = ([2, 3, 5, 10, 20, 30, 50, 100], [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20])
     labels = ("parameters (millions)", "multiply-accumulates of one 224x224 image (G)")
     for axis, marks, label in zip(panels, ticks, labels, strict=True):
         axis.set_xscale("log")

@@ -93,7 +93,8 @@ def test_what_is_said_of_these_runs_is_what_was_measured():
     )
     assert (less("share"), less("share_with_dc")) == (5, 4)
     spread = {m: column("diversity", "std_px", m) for m in ("eit", "lsra", "vit")}
-    assert "heads that are *less* diverse; against LSRA the heads differ little and the shares go both ways" in readme
+    assert "and heads that are *less* diverse, in layers 2 to 4" in readme
+    assert "against LSRA the heads differ little and the shares go both ways" in readme
     assert all(a < b for a, b in zip(spread["eit"], spread["vit"], strict=True))
     assert (
         abs(statistics.fmean(spread["eit"]) - statistics.fmean(spread["lsra"])) < 0.05 < statistics.fmean(spread["vit"])
@@ -103,7 +104,17 @@ def test_what_is_said_of_these_runs_is_what_was_measured():
     assert "convolution raises EIT's share layer by layer; training lowers it again in the deep ones" in readme
     before, after = ([share for share, _ in layers("share", "eit", state)] for state in ("initial", "trained"))
     assert before[0] < before[-1] and after[0] > after[-1] and after[-1] < before[-1]
-    assert "noise of high frequencies costs EIT far more of its accuracy than ViT" in readme
+    assert "in layers 2 to 4 because they attend all but uniformly" in readme
+    near = {m: [row["near_uniform"] for row in rows("diversity", model=m, state="trained")] for m in ("eit", "vit")}
+    assert near == dict(eit=["False", "True", "True", "True", "False"], vit=["False"] * 5)
+    costs = {
+        m: list(zip(*(column("uses", name, m, kept="low") for name in ("cost", "cost_se")), strict=True)) for m in near
+    }
+    assert "Removing high frequencies from the stem's tokens costs ViT 38 points and EIT 17; after the second" in readme
+    assert (costs["vit"][0][0], costs["eit"][0][0]) == (38, 17)
+    assert "it costs ViT 12.5, and EIT nothing that these 200 images show" in readme
+    assert costs["vit"][2][0] == 12.5 > 2 * costs["vit"][2][1] and all(c < 2 * error for c, error in costs["eit"][2:])
+    assert "Noise of high frequencies in the images costs EIT far more of its accuracy than ViT" in readme
 
     def cost(model):
         clean, *noisy = column("robustness", "top1", model)

@@ -8,16 +8,19 @@ Legend of the shape comments: B images, H heads, N tokens with P prefix tokens (
 """
 
 import itertools
+import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from eit.analysis.frequency import Grid
+from eit.analysis.frequency import RHO, Grid, annuli, basis, is_high
 from eit.analysis.moments import Moments
 
+NEAR_UNIFORM = 0.95  # of uniform entropy: where all heads of a layer are above, their diversity is not testable
+QUERIES = 64  # of an image, evenly spaced, that heads are compared at: pairs of heads are many
 MAP_BYTES = 1 << 22  # of attention maps alive at a time, if one image has no more: they stay in a CPU's cache then
 
 
@@ -113,6 +116,46 @@ def _reduce(
     return distance.mean(dim=-1), mass.mean(dim=-1), entropy.mean(dim=-1)
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _modes_on(device: torch.device, n: int) -> Tensor:
+    """`basis`, transposed and copied to a device once, in float32."""
+    return basis(n).T.contiguous().to(device, torch.float32)
+
+
+def mode_gains(weights: Tensor, grid: Grid) -> Tensor:
+    """Attention of the grid to itself (B, H, n, n) -> energy gain of each real Fourier mode of the grid, (B, H, h, w).
+
+    The gain of a mode m of unit energy is |A m|^2. A wave's cosine and sine have one gain each; their mean is that of
+    the complex mode, the energy of its column of Wang et al.'s F A F^-1 (ICLR 2022, arXiv 2203.05962).
+    """
+    h, w = grid
+    rows, columns = _modes_on(weights.device, h), _modes_on(weights.device, w)
+    along_w = torch.matmul(weights.unflatten(3, (h, w)), columns)  # (B, H, n, h, w)
+    return torch.matmul(rows.T, along_w).square().sum(dim=2)
+
+
+def head_divergence(weights: Tensor) -> Tensor:
+    """Attention rows (B, H, Q, n) that sum to 1 -> Jensen-Shannon divergence of each pair of heads, (B, pairs), nats.
+
+    The mean over the Q queries; 0 for equal heads, log 2 for heads that look at no place in common. Pairs in the order
+    of itertools.combinations.
+    """
+
+    def entropy(rows: Tensor) -> Tensor:
+        return -(rows * rows.clamp(min=torch.finfo(rows.dtype).tiny).log()).sum(dim=-1)
+
+    if weights.device.type != "mps":  # which has no float64: heads that are nearly alike differ in the last bits
+        weights = weights.double()
+    own, found = entropy(weights), []
+    for head in range(weights.shape[1] - 1):
+        both = (weights[:, head : head + 1] + weights[:, head + 1 :]) / 2
+        found.append(entropy(both) - (own[:, head : head + 1] + own[:, head + 1 :]) / 2)
+    if not found:
+        return weights.new_zeros(len(weights), 0)
+    return torch.cat(found, dim=1).clamp(min=0).mean(dim=-1)
+
+
 def diversity(distances: list[float]) -> tuple[float, float, float]:
     """Of the heads of a layer, pixels: standard deviation (ddof 1), range, mean gap of a pair. One head has none: 0."""
     if len(distances) < 2:
@@ -133,6 +176,9 @@ class Attention:
         distance_se: its standard error over images.
         class_mass: share of the grid's attention that goes to class token and registers, one entry a head.
         entropy: nats, one entry a head; log(h * w) where it looks everywhere alike.
+        divergence: nats, Jensen-Shannon, one entry a pair of heads, which compares them query by query.
+        rho: the frequency above which `high_gain` counts.
+        gain: (heads, h, w), by what attention among the grid's tokens multiplies the energy of each Fourier mode.
     """
 
     layer: int
@@ -142,6 +188,45 @@ class Attention:
     distance_se: list[float]
     class_mass: list[float]
     entropy: list[float]
+    divergence: list[float]
+    rho: float
+    gain: Tensor = field(repr=False)
+
+    @property
+    def relative_entropy(self) -> list[float]:
+        """Of uniform attention's, 0..1, one entry a head."""
+        return [nats / math.log(self.grid[0] * self.grid[1]) for nats in self.entropy]
+
+    @property
+    def near_uniform(self) -> bool:
+        """Whether all heads are above 95% of uniform entropy: then diversity is not testable."""
+        return min(self.relative_entropy) > NEAR_UNIFORM
+
+    @property
+    def mean_divergence(self) -> float:
+        """Nats: of two heads in the mean, 0 to log 2. NaN of one head."""
+        return statistics.fmean(self.divergence) if self.divergence else math.nan
+
+    @property
+    def low_gain(self) -> list[float]:
+        """Energy gain at 0 < f <= rho, mean over the modes, one entry a head."""
+        inside = ~is_high(self.grid, self.rho)
+        inside[0, 0] = False
+        return self._gain_in(inside)
+
+    @property
+    def high_gain(self) -> list[float]:
+        """Energy gain at f > rho, mean over the modes, one entry a head."""
+        return self._gain_in(is_high(self.grid, self.rho))
+
+    def _gain_in(self, inside: Tensor) -> list[float]:
+        """NaN where there is no such mode."""
+        return [float(gain[inside].mean()) for gain in self.gain]
+
+    def radial_gain(self) -> list[tuple[float, float, float]]:
+        """(f from, f to, energy gain) of each ring of modes, the mean over heads and the ring's modes."""
+        mean = self.gain.mean(dim=0)
+        return [(low, high, float(mean[inside].mean())) for low, high, inside in annuli(self.grid)]
 
     @property
     def uniform(self) -> float:
@@ -172,36 +257,55 @@ class Attention:
 class AttentionMeter:
     """Running sums of one layer; at most `MAP_BYTES` of its maps are alive."""
 
-    def __init__(self, layer: int, renormalize: bool) -> None:
-        self.layer, self.renormalize = layer, renormalize
-        self._moments = Moments()
+    def __init__(self, layer: int, renormalize: bool, rho: float = RHO) -> None:
+        self.layer, self.renormalize, self.rho = layer, renormalize, rho
+        self._moments, self._gains, self._divergences = Moments(), Moments(), Moments()
 
     def add(self, call: Call, grid: Grid, pitch: float, prefix: int) -> None:
         self.grid, self.pitch = grid, pitch
         batch, heads, tokens = call.query.shape[:3]
         step = max(1, MAP_BYTES // (4 * heads * tokens**2))
         away = _distances_on(call.query.device, torch.float32, grid, pitch)
-        found = []
+        every = -(-(tokens - prefix) // QUERIES)
+        found, gains, divergences = [], [], []
         for start in range(0, batch, step):
             scores = call.images(start, start + step).scores(prefix)
-            found.append(torch.stack(_reduce(scores.softmax(dim=-1), scores, away, prefix, self.renormalize), dim=1))
+            weights = scores.softmax(dim=-1)
+            found.append(torch.stack(_reduce(weights, scores, away, prefix, self.renormalize), dim=1))
+            on_grid = weights[..., prefix:]
+            on_grid = on_grid / on_grid.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+            gains.append(mode_gains(on_grid, grid))
+            divergences.append(head_divergence(on_grid[:, :, ::every]))
+            del scores, weights, on_grid  # before those of the next images are made
         self._moments.add(torch.cat(found))
+        self._gains.add(torch.cat(gains))
+        self._divergences.add(torch.cat(divergences))
 
     def result(self) -> Attention:
         distance, mass, entropy = self._moments.mean.tolist()
         return Attention(
-            self.layer, self.grid, self.pitch, distance, self._moments.standard_error[0].tolist(), mass, entropy
+            self.layer,
+            self.grid,
+            self.pitch,
+            distance,
+            self._moments.standard_error[0].tolist(),
+            mass,
+            entropy,
+            self._divergences.mean.tolist(),
+            self.rho,
+            self._gains.mean,
         )
 
 
 def together(calls: list[Attention]) -> Attention:
-    """The heads of attentions that run side by side in one layer, as one."""
+    """The heads of attentions that run side by side in one layer, as one. Pairs are those within an attention."""
     first = calls[0]
     lists = {
         name: [value for call in calls for value in getattr(call, name)]
-        for name in ("distance", "distance_se", "class_mass", "entropy")
+        for name in ("distance", "distance_se", "class_mass", "entropy", "divergence")
     }
-    return Attention(first.layer, first.grid, first.pitch, **lists)
+    gain = torch.cat([call.gain for call in calls])
+    return Attention(first.layer, first.grid, first.pitch, **lists, rho=first.rho, gain=gain)
 
 
 def rollout(maps: Tensor, before: Tensor | None = None) -> Tensor:

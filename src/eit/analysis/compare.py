@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eit.analysis import pictures, robustness
-from eit.analysis.figures import MARKERS, PALETTE, Measured
+from eit.analysis import filters, pictures, robustness
 from eit.analysis.frequency import RHO
-from eit.analysis.measure import CannotMeasure, analyze
+from eit.analysis.measure import analyze
+from eit.analysis.measured import Measured, shape
+from eit.analysis.panels import MARKERS, PALETTE
+from eit.analysis.probe import CannotMeasure
 from eit.analysis.subjects import open_subjects
 from eit.console import say, track
 from eit.errors import UserError
@@ -27,6 +29,7 @@ class Options:
     rho: float = RHO
     renormalize: bool = True
     bands: bool = False  # accuracy under noise of frequency bands: the images must be labelled
+    filters: bool = False  # accuracy with filtered tokens: the images must be labelled
     pictures: int = 4  # images to show
     rollout: bool = False
     grad_cam: bool = False
@@ -61,9 +64,9 @@ def compare(
         pictures.check_grad_cam()
     found = Comparison([], [], images.names)
     shown = images.evenly(options.pictures)
-    number = -1
+    numbers: dict[str, int] = {}  # of models, a group counts as one
     for subject in open_subjects(names, options.size, options.initial):
-        number += subject.state != "initial"
+        number = numbers.setdefault(subject.group or subject.label, len(numbers))
         colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         subject.model.to(device)
         loader = EvaluationLoader(images, subject.view, options.batch_size, options.workers, device)
@@ -72,10 +75,16 @@ def compare(
         except CannotMeasure as error:
             found.left_out.append(f"{subject.name}: {error}")
             continue
+        like = next((o for o in found.measured if subject.group and o.subject.group == subject.group), None)
+        if like is not None and shape(like.analysis) != shape(analysis):
+            raise UserError(
+                f"{subject.group}: {like.subject.source} and {subject.source} differ in layers, heads or tokens, so "
+                "they have no mean: name them one by one"
+            )
         one = Measured(subject, analysis, colour, marker, list(analysis.missing))
-        if options.bands and subject.state == "trained":
-            _bands(one, images, device, options, with_classes_of)
-        if len(shown) and subject.state != "initial":
+        if (options.bands or options.filters) and subject.state == "trained":
+            _accuracy(one, images, device, options, with_classes_of)
+        if len(shown) and subject.state != "initial" and like is None:  # of a group's runs one is enough
             batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
             one.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
             one.missing += missing
@@ -99,22 +108,30 @@ def _watched(loader: EvaluationLoader, title: str) -> Iterator[Tensor]:
         yield batch.images[: batch.valid]
 
 
-def _bands(
+def _accuracy(
     one: Measured,
     images: Images,
     device: torch.device,
     options: Options,
     with_classes_of: Callable[[Any, Images], Any],
 ) -> None:
-    """Accuracy under noise of each band, where the classes of weights and images agree."""
-    subject = one.subject
+    """Accuracy under noise of each band and with filtered tokens, where the classes of weights and images agree."""
+    subject, asked = one.subject, []
+    asked += ["accuracy under noise"] if options.bands else []
+    asked += ["accuracy with filtered tokens"] if options.filters else []
     if subject.card is None:
-        one.missing.append("accuracy under noise: its weights do not say which classes they know")
+        one.missing += [f"{what}: its weights do not say which classes they know" for what in asked]
         return
     try:
         own = with_classes_of(subject.card, images)
     except UserError as error:
-        one.missing.append(f"accuracy under noise: {error}")
+        one.missing += [f"{what}: {error}" for what in asked]
         return
     loader = EvaluationLoader(own, subject.view, options.batch_size, options.workers, device)
-    one.bands = robustness.band_accuracy(subject.model, loader, subject.view)
+    if options.bands:
+        one.bands = robustness.band_accuracy(subject.model, loader, subject.view)
+    if options.filters:
+        try:
+            one.filters = filters.filter_accuracy(subject.model, loader, options.rho)
+        except CannotMeasure as error:
+            one.missing.append(f"accuracy with filtered tokens: {error}")

@@ -3,13 +3,34 @@
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from eit.analysis.figures import Measured
-from eit.analysis.frequency import diagonal_frequencies
+from eit.analysis.attention import NEAR_UNIFORM
+from eit.analysis.class_token import HARDLY
+from eit.analysis.frequency import RHOS, diagonal_frequencies, noise_shares
+from eit.analysis.groups import MEASURES, pairs, spreads
+from eit.analysis.measured import Measured, curves
 
-TABLES = ("models", "images", "frequency", "amplitude", "spectrum", "heads", "diversity", "robustness")
+TABLES = (
+    "models",
+    "images",
+    "class_token",
+    "frequency",
+    "amplitude",
+    "spectrum",
+    "sweep",
+    "transfer",
+    "heads",
+    "diversity",
+    "filter",
+    "smoothing",
+    "robustness",
+    "uses",
+    "groups",
+    "paired",
+)
 
 
 def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
@@ -22,6 +43,8 @@ def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str
         found["models"].append(
             key
             | dict(
+                group=subject.group,
+                seed=math.nan if subject.seed is None else subject.seed,
                 source=subject.source,
                 sha256=subject.sha256,
                 images=analysis.images,
@@ -31,9 +54,16 @@ def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str
                 layers=analysis.depth,
                 rho=analysis.rho,
                 renormalize=analysis.renormalize,
+                logit_spread=analysis.logit_spread,
                 missing="; ".join(one.missing),
             )
         )
+        for token in analysis.class_token:
+            found["class_token"].append(
+                key
+                | dict(layer=token.layer, where=token.where, part=token.part, channels=token.channels)
+                | dict(norm=token.norm, image_share=token.share)
+            )
         for f in analysis.frequency:
             place = key | dict(layer=f.layer, where=f.where)
             found["frequency"].append(
@@ -55,9 +85,42 @@ def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str
                 found["spectrum"].append(
                     place | dict(frequency_from=low, frequency_to=high, share=share, noise_share=noise)
                 )
+            for rho, share, with_dc in zip(RHOS, f.sweep, f.sweep_with_dc, strict=True):
+                noise, noise_with_dc = noise_shares(f.grid, rho)
+                found["sweep"].append(
+                    place
+                    | dict(rho=rho, share=share, share_with_dc=with_dc)
+                    | dict(noise_share=noise, noise_share_with_dc=noise_with_dc)
+                )
+        for t in analysis.transfer:
+            found["transfer"].append(
+                key
+                | dict(layer=t.layer, where=t.where, channels=t.update.channels)
+                | dict(input_share=t.input.share, input_share_se=t.input.share_se)
+                | dict(update_share=t.update.share, update_share_se=t.update.share_se, gain=t.gain)
+            )
+        for s in analysis.smoothing:
+            found["smoothing"].append(
+                key
+                | dict(layer=s.layer, where=s.where, cosine=s.cosine, cosine_se=s.cosine_se)
+                | dict(effective_rank=s.rank, effective_rank_se=s.rank_se, full_rank=s.full_rank)
+            )
         for layer in analysis.attention:
-            heads = zip(layer.distance, layer.distance_se, layer.class_mass, layer.entropy, strict=True)
-            for number, (distance, se, mass, entropy) in enumerate(heads, start=1):
+            for low, high, gain in layer.radial_gain():
+                found["filter"].append(
+                    key | dict(layer=layer.layer, frequency_from=low, frequency_to=high, energy_gain=gain)
+                )
+            heads = zip(
+                layer.distance,
+                layer.distance_se,
+                layer.class_mass,
+                layer.entropy,
+                layer.relative_entropy,
+                layer.low_gain,
+                layer.high_gain,
+                strict=True,
+            )
+            for number, (distance, se, mass, entropy, relative, low_gain, high_gain) in enumerate(heads, start=1):
                 found["heads"].append(
                     key
                     | dict(
@@ -68,6 +131,9 @@ def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str
                         relative_distance=distance / layer.uniform,
                         class_mass=mass,
                         entropy_nats=entropy,
+                        relative_entropy=relative,
+                        low_gain=low_gain,
+                        high_gain=high_gain,
                     )
                 )
             found["diversity"].append(
@@ -80,12 +146,25 @@ def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str
                     pair_gap_px=layer.gap,
                     relative_std=layer.relative_std,
                     uniform_px=layer.uniform,
+                    divergence_nats=layer.mean_divergence,
+                    relative_entropy=fmean(layer.relative_entropy),
+                    near_uniform=layer.near_uniform,
                 )
             )
         for band in one.bands or []:
             found["robustness"].append(
                 key | dict(frequency_from=band.low, frequency_to=band.high, top1=band.top1, images=band.images)
             )
+        for use in one.filters or []:
+            found["uses"].append(
+                key
+                | dict(layer=use.layer, kept=use.kept, top1=use.top1, cost=use.cost, cost_se=use.standard_error)
+                | dict(lost=use.lost, won=use.won, images=use.images)
+            )
+    found["groups"] = [asdict(spread) for spread in spreads(measured)]
+    found["paired"] = [
+        asdict(pair) | dict(layer="mean" if pair.layer is None else pair.layer) for pair in pairs(measured)[0]
+    ]
     return {name: rows for name, rows in found.items() if rows}
 
 
@@ -108,10 +187,82 @@ def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 noise_share_with_dc=blocks[0].noise_share_with_dc,
                 diversity_px=[layer.std for layer in heads],
                 relative_diversity=[layer.relative_std for layer in heads],
+                relative_entropy=analysis.relative_entropy,
+                divergence=_known(layer.mean_divergence for layer in heads),
+                class_token_share=_known(analysis.class_token_share),
+                logit_spread=_known([analysis.logit_spread])[0],
+                mixer_gain=_known(t.gain for t in analysis.transfers("mixer")),
+                mlp_gain=_known(t.gain for t in analysis.transfers("mlp")),
+                cosine=[s.cosine for s in analysis.smoothing],
+                effective_rank=[s.rank for s in analysis.smoothing],
                 missing=one.missing,
             )
         )
     return rows
+
+
+def _known(values: Iterable[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def faults(measured: Sequence[Measured]) -> list[str]:
+    """What makes a model, or a comparison, worth little, in plain words; none where all is well.
+
+    A class token after the last layer of which less than `HARDLY` depends on the image, where the head reads it; layers
+    whose heads look almost everywhere alike.
+    """
+    lines = []
+    for one in curves(measured):
+        tokens = [run.analysis.class_tokens("block") for run in one.runs if run.analysis.reads_class_token]
+        shares = [found[-1].share for found in tokens if found and found[-1].layer == one.analysis.depth]
+        if shares and max(shares) < HARDLY:
+            lines.append(_hardly(one, fmean(shares)))
+    for one in curves(measured):
+        layers = {a.layer for run in one.runs for a in run.analysis.attention}
+        alike = [n for n in sorted(layers) if all(_is_near_uniform(run, n) for run in one.runs)]
+        if alike:
+            which = "all layers" if len(alike) == len(layers) > 1 else f"layer{'s' * (len(alike) > 1)} {_listed(alike)}"
+            lines.append(
+                f"{one.name}: in {which} each head has more than {100 * NEAR_UNIFORM:g}% of uniform entropy. "
+                "Near uniform: diversity is not testable."
+            )
+    return lines
+
+
+def _is_near_uniform(one: Measured, layer: int) -> bool:
+    return any(a.layer == layer and a.near_uniform for a in one.analysis.attention)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _hardly(one: Measured, share: float) -> str:
+    text = (
+        f"{one.name}: the class token hardly depends on the image. {percent(share)} of its energy differs between "
+        f"images after layer {one.analysis.depth}, the last; its norm there is "
+        f"{one.mean(lambda a: a.class_tokens('block')[-1].norm):.3g}."
+    )
+    conv = one.analysis.class_tokens("mixer", "conv")
+    written = max(conv, key=lambda token: token.norm, default=None)
+    if written is not None and written.norm > 0 and written.share < HARDLY:
+        text += (
+            f" Its convolved channels receive nearly the same for every image, in layer {written.layer} an update of "
+            f"norm {written.norm:.3g}"
+        )
+        same = (t for t in one.analysis.class_tokens("mixer", "attention") if t.layer == written.layer)
+        attention = next(same, None)
+        text += f", where attention adds one of norm {attention.norm:.2g}" if attention else ""
+        text += ": see the argument cls_conv."
+    spread = one.mean(lambda a: a.logit_spread)
+    return text if math.isnan(spread) else f"{text} Its logits differ between images by {spread:.1e}."
+
+
+def percent(share: float) -> str:
+    """0..1 as percent, with two digits where it is small."""
+    value = 100 * share
+    return f"{value:.1f}%" if value >= 1 or not value else f"{value:.2g}%" if value >= 1e-4 else f"{value:.1e}%"
 
 
 def sentences(measured: Sequence[Measured]) -> list[str]:
@@ -120,7 +271,7 @@ def sentences(measured: Sequence[Measured]) -> list[str]:
     Each model whose convolution decreases with depth stands against each other trained one, or, where there is none,
     each that convolves. A difference of shares counts where it is more than two standard errors.
     """
-    trained = [one for one in measured if one.subject.state == "trained"]
+    trained = [one for one in measured if one.subject.state == "trained" and not one.subject.group]
     mixed = [one for one in trained if one.analysis.at("conv")]
     decreasing = [one for one in mixed if _decreases([f.channels for f in one.analysis.at("conv")])]
     lines = []
@@ -148,6 +299,24 @@ def sentences(measured: Sequence[Measured]) -> list[str]:
                 before, after = (mean_diversity(o) for o in (twin, one))
                 text += f", its mean head diversity from {before:.1f} to {after:.1f}% of uniform attention's distance"
             lines.append(text + ".")
+    return lines + _paired(measured)
+
+
+def _paired(measured: Sequence[Measured]) -> list[str]:
+    """Groups of runs against each other, in the mean of the layers."""
+    found, lines = pairs(measured)
+    words = dict(share="share", share_with_dc="share with DC", relative_std="head diversity")
+    words |= dict(class_token_share="class token's share", relative_entropy="entropy")
+    assert words.keys() <= MEASURES.keys()
+    for pair in found:
+        if pair.layer is None and pair.measure in words:
+            low, high = 100 * pair.low, 100 * pair.high
+            clear = "" if pair.is_clear else "; undecided"
+            lines.append(
+                f"{pair.one} less {pair.other}, {words[pair.measure]}, mean of the layers: "
+                f"{100 * pair.difference:+.2f} points "
+                f"(95% interval {low:+.2f} to {high:+.2f}, {pair.seeds} seeds{clear})."
+            )
     return lines
 
 
@@ -162,8 +331,42 @@ def _same_layers(these: Iterable[Any], those: Iterable[Any]) -> list[tuple[Any, 
 
 
 def mean_diversity(one: Measured) -> float:
-    """Percent of the distance of uniform attention."""
-    return 100 * fmean(layer.relative_std for layer in one.analysis.attention)
+    """Percent of the distance of uniform attention; of a group its runs' mean."""
+    return 100 * one.mean(lambda a: fmean(layer.relative_std for layer in a.attention))
+
+
+def token_table(measured: Sequence[Measured]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Head and rows of a table of what else matters, a row a curve: means of the layers, or after the last one."""
+    head = ("model", "class token", "logit spread", "entropy", "divergence", "mixer gain", "MLP gain", "cosine", "rank")
+    rows = []
+    for one in curves(measured):
+        a = one.analysis
+        cells = [
+            one.mean(lambda a: a.class_token_share[-1]) if a.class_token_share else None,
+            one.mean(lambda a: a.logit_spread),
+            one.mean(lambda a: fmean(a.relative_entropy)) if a.attention else None,
+            one.mean(lambda a: fmean(h.mean_divergence for h in a.attention) / math.log(2)) if a.attention else None,
+            one.mean(lambda a: fmean(t.gain for t in a.transfers("mixer"))) if a.transfers("mixer") else None,
+            one.mean(lambda a: fmean(t.gain for t in a.transfers("mlp"))) if a.transfers("mlp") else None,
+            one.mean(lambda a: a.smoothing[-1].cosine) if a.smoothing else None,
+            one.mean(lambda a: a.smoothing[-1].rank / a.smoothing[-1].full_rank) if a.smoothing else None,
+        ]
+        texts = (percent, "{:.2g}".format, percent, percent, "{:.2f}".format, "{:.2f}".format, "{:.2f}".format, percent)
+        known = [v is not None and not math.isnan(v) for v in cells]
+        row = [text(v or 0.0) if there else "-" for text, v, there in zip(texts, cells, known, strict=True)]
+        row[2] += (
+            " !" if a.attention and all(h.near_uniform for run in one.runs for h in run.analysis.attention) else ""
+        )
+        rows.append([one.name, *row])
+    return head, rows
+
+
+TOKEN_TABLE = (
+    "class token: share of its energy that depends on the image, after the last layer; logit spread: standard "
+    "deviation over images. entropy of attention, of uniform (! above 95% in all heads: diversity is not testable); "
+    "divergence of heads, of log 2. gain: high-frequency share of what mixers and MLPs add, by that of what they take. "
+    "cosine and effective rank of the tokens after the last layer."
+)
 
 
 def _against(one: Measured, other: Measured) -> list[str]:

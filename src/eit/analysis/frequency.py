@@ -18,6 +18,7 @@ from eit.analysis.moments import Moments
 
 RHO = 0.5  # what lies above half the Nyquist frequency of an axis is called high
 ANNULI = 12  # of the radial spectrum, of equal width from 0 to sqrt(2)
+RHOS = tuple(round(0.1 * i, 9) for i in range(1, 15))  # of the sweep: 0.1 ... 1.4
 
 Grid = tuple[int, int]
 
@@ -58,6 +59,13 @@ def is_high(grid: Grid, rho: float = RHO) -> Tensor:
     return frequencies(grid) > rho + 1e-9
 
 
+def annuli(grid: Grid) -> list[tuple[float, float, Tensor]]:
+    """(f from, f to, which coefficients lie there, (h, w)) of each annulus that has any; DC is in none."""
+    f, edges = frequencies(grid), [math.sqrt(2) * i / ANNULI for i in range(ANNULI + 1)]
+    found = [(low, high, (f > low + 1e-9) & (f <= high + 1e-9)) for low, high in itertools.pairwise(edges)]
+    return [(low, high, inside) for low, high, inside in found if inside.any()]
+
+
 def noise_shares(grid: Grid, rho: float = RHO) -> tuple[float, float]:
     """`share` and `share_with_dc` that white noise has in the mean: k high coefficients of all but DC, and of all."""
     n, k = grid[0] * grid[1], int(is_high(grid, rho).sum())
@@ -86,25 +94,42 @@ def transform(x: Tensor) -> Tensor:
 
 def shares(x: Tensor, rho: float = RHO) -> tuple[Tensor, Tensor]:
     """(B, h, w, C) -> `share`, `share_with_dc`, each (B,): the mean over channels. A channel without energy has 0."""
-    return _shares(transform(x).square(), rho)
+    without, with_dc = _shares(transform(x).square(), (rho,))
+    return without[:, 0], with_dc[:, 0]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _sums_on(device: torch.device, grid: Grid, rho: float) -> Tensor:
-    """(3, h * w): 1 for the coefficients that are high, for those that are not DC, and for DC."""
-    high = is_high(grid, rho).flatten()
-    dc = torch.zeros_like(high)
+def _sums_on(device: torch.device, grid: Grid, rhos: tuple[float, ...]) -> Tensor:
+    """(2 + R, h * w): 1 for the coefficients that are not DC, for DC, and for those that are above each rho."""
+    dc = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     dc[0] = True
-    return torch.stack((high, ~dc, dc)).to(device, torch.float32)
+    high = [is_high(grid, rho).flatten() for rho in rhos]
+    return torch.stack((~dc, dc, *high)).to(device, torch.float32)
 
 
-def _shares(energy: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    sums = _sums_on(energy.device, (energy.shape[1], energy.shape[2]), rho)
-    above, varying, constant = torch.matmul(sums, energy.flatten(1, 2)).unbind(dim=1)  # (B, C) each
+def _shares(energy: Tensor, rhos: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(B, h, w, C) -> `share` and `share_with_dc` above each rho, (B, R) each."""
+    sums = _sums_on(energy.device, (energy.shape[1], energy.shape[2]), rhos)
+    found = torch.matmul(sums, energy.flatten(1, 2))  # (B, 2 + R, C)
+    varying, constant, above = found[:, :1], found[:, 1:2], found[:, 2:]
     without = torch.where(varying == 0, 0, above / varying)
     with_dc = torch.where(varying == 0, 0, above / (varying + constant))
-    return without.mean(dim=1), with_dc.mean(dim=1)
+    return without.mean(dim=2), with_dc.mean(dim=2)
+
+
+def cut(x: Tensor, rho: float, kept: str) -> Tensor:
+    """Tokens (B, h, w, C) without their frequencies above rho (`kept` is "low"), or without those up to it ("high").
+
+    The mean of each channel stays in both, as `share` leaves it out: each takes away a part of what varies.
+    """
+    h, w = x.shape[1], x.shape[2]
+    away = is_high((h, w), rho) if kept == "low" else ~is_high((h, w), rho)
+    away[0, 0] = False
+    coefficients = transform(x).masked_fill(away.to(x.device)[..., None], 0)
+    rows, columns = _basis_on(x.device, h), _basis_on(x.device, w)
+    along_w = torch.matmul(columns.T, coefficients)
+    return torch.matmul(rows.T, along_w.flatten(2)).unflatten(2, (w, -1)).to(x.dtype)
 
 
 def diagonal_frequencies(grid: Grid) -> list[float]:
@@ -159,6 +184,8 @@ class Frequency:
         noise_share_with_dc: `share_with_dc` of white noise.
         log_amplitude: relative, at `diagonal_frequencies(grid)`: the first is 0.
         energy: (h, w), of each coefficient, the mean over channels and images.
+        sweep: `share` above each of `RHOS`.
+        sweep_with_dc: `share_with_dc` above each of them.
     """
 
     layer: int
@@ -175,18 +202,16 @@ class Frequency:
     noise_share_with_dc: float
     log_amplitude: list[float]
     energy: Tensor = field(repr=False)
+    sweep: list[float] = field(repr=False)
+    sweep_with_dc: list[float] = field(repr=False)
 
     def radial(self) -> list[tuple[float, float, float, float]]:
         """(f from, f to, share of the energy without DC, the same share of white noise) of each annulus."""
-        f, edges = frequencies(self.grid), [math.sqrt(2) * i / ANNULI for i in range(ANNULI + 1)]
-        total = float(self.energy.sum() - self.energy[0, 0])
-        rings = []
-        for low, high in itertools.pairwise(edges):
-            inside = (f > low + 1e-9) & (f <= high + 1e-9)
-            if inside.any():
-                share = float(self.energy[inside].sum()) / total if total else 0.0
-                rings.append((low, high, share, int(inside.sum()) / (f.numel() - 1)))
-        return rings
+        total, modes = float(self.energy.sum() - self.energy[0, 0]), self.energy.numel() - 1
+        return [
+            (low, high, float(self.energy[inside].sum()) / total if total else 0.0, int(inside.sum()) / modes)
+            for low, high, inside in annuli(self.grid)
+        ]
 
 
 class FrequencyMeter:
@@ -199,16 +224,21 @@ class FrequencyMeter:
 
     def add(self, x: Tensor, pitch: float = 1.0) -> None:
         """Tokens of a batch, (B, h, w, C)."""
-        self.grid, self.channels, self.pitch = (x.shape[1], x.shape[2]), x.shape[3], pitch
-        coefficients = transform(x)
+        self.add_coefficients(transform(x), pitch)
+
+    def add_coefficients(self, coefficients: Tensor, pitch: float = 1.0) -> None:
+        """What `transform` makes of the tokens of a batch, (B, h, w, C)."""
+        _, h, w, self.channels = coefficients.shape
+        self.grid, self.pitch = (h, w), pitch
         energy = coefficients.square()
-        self._shares.add(torch.stack(_shares(energy, self.rho), dim=1))
+        self._shares.add(torch.stack(_shares(energy, (self.rho, *RHOS)), dim=1))
         self._logs.add(log_amplitude(coefficients))
         self._energy.add(energy.mean(dim=3))
 
     def result(self) -> Frequency:
         assert self.grid is not None
-        (share, with_dc), (se, with_dc_se) = self._shares.mean.tolist(), self._shares.standard_error.tolist()
+        (share, *sweep), (with_dc, *sweep_with_dc) = self._shares.mean.tolist()
+        se, with_dc_se = self._shares.standard_error[:, 0].tolist()
         logs = self._logs.mean
         return Frequency(
             self.layer,
@@ -224,4 +254,6 @@ class FrequencyMeter:
             *noise_shares(self.grid, self.rho),
             log_amplitude=(logs - logs[0]).tolist(),
             energy=self._energy.mean,
+            sweep=sweep,
+            sweep_with_dc=sweep_with_dc,
         )

@@ -3,15 +3,23 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from eit.analysis.attention import Attention, AttentionMeter, together
+from eit.analysis.class_token import PLACES, ClassToken, ClassTokenMeter
 from eit.analysis.frequency import RHO, Frequency, FrequencyMeter, Grid, noise_shares
+from eit.analysis.moments import Moments
 from eit.analysis.probe import CannotMeasure, Heads, Tokens, layers_of, unwrapped, watch
+from eit.analysis.smoothing import Smoothing, SmoothingMeter
+from eit.analysis.transfer import Transfer, TransferMeter
 from eit.errors import UserError
 from eit.precision import float32_products
+
+M = TypeVar("M")
 
 
 @dataclass
@@ -27,6 +35,12 @@ class Analysis:
         frequency: by layer, in the order in which a layer works.
         attention: by layer.
         missing: what cannot be measured of this model, and why.
+        class_token: norm and image-dependent share, by layer; empty of a model without class token.
+        logit_spread: standard deviation of the outputs over images, mean over outputs; NaN of one image, or where the
+            model's output is not (B, K).
+        reads_class_token: whether the head reads the class token, thus whether its share bounds what can be learnt.
+        transfer: what each sub-block adds by what it takes, by layer; empty where the blocks do not show it.
+        smoothing: likeness and effective rank of the grid's tokens, by layer.
     """
 
     images: int
@@ -37,6 +51,11 @@ class Analysis:
     frequency: list[Frequency]
     attention: list[Attention]
     missing: list[str]
+    class_token: list[ClassToken]
+    logit_spread: float
+    reads_class_token: bool
+    transfer: list[Transfer]
+    smoothing: list[Smoothing]
 
     def at(self, where: str) -> list[Frequency]:
         """The frequencies at `where` (stem, mixer, block, conv, attention), by layer."""
@@ -52,6 +71,24 @@ class Analysis:
         """Pixels from one token of that grid to the next."""
         return self.frequency[0].pitch
 
+    def class_tokens(self, where: str, part: str = "all") -> list[ClassToken]:
+        """Those at `where` (stem, mixer, mlp, block) of `part` (all, conv, attention), by layer."""
+        return [token for token in self.class_token if (token.where, token.part) == (where, part)]
+
+    def transfers(self, where: str) -> list[Transfer]:
+        """Those of `where` (mixer, conv, attention, mlp), by layer."""
+        return [transfer for transfer in self.transfer if transfer.where == where]
+
+    @property
+    def class_token_share(self) -> list[float]:
+        """The share of the class token that depends on the image, 0..1, after each layer that has one."""
+        return [token.share for token in self.class_tokens("block")]
+
+    @property
+    def relative_entropy(self) -> list[float]:
+        """Entropy of attention by that of uniform attention, 0..1, mean over heads, of each layer that attends."""
+        return [fmean(layer.relative_entropy) for layer in self.attention]
+
 
 @torch.no_grad()
 def analyze(
@@ -61,7 +98,7 @@ def analyze(
     renormalize: bool = True,
     batch_size: int = 16,
 ) -> Analysis:
-    """High-frequency shares, spectra, attention distances and head diversity of a vision model's layers.
+    """Frequencies, attention, class token and likeness of tokens in a vision model's layers.
 
     EIT, LSRA, ViT, any ViT of timm or torchvision that calls scaled_dot_product_attention; of other models with
     transformer blocks or timm's feature_info the frequencies alone, and `missing` says so.
@@ -83,6 +120,8 @@ def analyze(
         >>> shares, diversities = [layer.share for layer in found.at("block")], [layer.std for layer in found.attention]
         >>> len(shares), len(diversities)
         (5, 5)
+        >>> len(found.class_token_share), len(found.transfers("mlp")), len(found.smoothing)  # after the stem as well
+        (5, 5, 6)
     """
     if not 0 < rho < math.sqrt(2):
         raise UserError(f"rho={rho}: a frequency between 0 and sqrt(2) is expected, 1 is an axis's Nyquist frequency")
@@ -91,7 +130,7 @@ def analyze(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with watch(model, run.tokens, run.heads, run.lacks):
+        with watch(model, run.tokens, run.heads, run.lacks, run.flow):
             for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
                 run.images(batch)
     finally:
@@ -108,6 +147,10 @@ class _Run:
         self.size: tuple[int, int] | None = None
         self.frequency: dict[tuple[int, str], FrequencyMeter] = {}
         self.attention: dict[tuple[int, int], AttentionMeter] = {}  # by layer and call
+        self.classes: dict[tuple[int, str], ClassTokenMeter] = {}
+        self.transfer: dict[tuple[int, str], TransferMeter] = {}
+        self.smoothing: dict[tuple[int, str], SmoothingMeter] = {}
+        self.logits = Moments()
         self.single: dict[tuple[int, str], None] = {}  # places with one token
         self.missing: dict[tuple[str, str], set[int]] = {}  # (where, reason) -> layers
 
@@ -124,24 +167,50 @@ class _Run:
         self.size = size
         parameter = next(self.model.parameters())
         with float32_products("fp32"):
-            self.model(batch.to(parameter.device, parameter.dtype))
+            out = self.model(batch.to(parameter.device, parameter.dtype))
+        if isinstance(out, Tensor) and out.dim() == 2:
+            self.logits.add(out)
         self.count += len(batch)
 
     def tokens(self, found: Tokens) -> None:
         place = found.layer, found.where
+        if found.where in ("stem", "block"):
+            self.class_token(found)
         if found.grid.shape[1] * found.grid.shape[2] == 1:
             self.single[place] = None
             return
         if place not in self.frequency:
             self.frequency[place] = FrequencyMeter(*place, self.rho)
         self.frequency[place].add(found.grid, found.pitch)
+        if found.where in ("stem", "block"):
+            if place not in self.smoothing:
+                self.smoothing[place] = SmoothingMeter(*place)
+            self.smoothing[place].add(found.grid)
+
+    def flow(self, found: Tokens) -> None:
+        place = found.layer, found.where
+        if found.side == "update":
+            self.class_token(found)
+        if found.grid.shape[1] * found.grid.shape[2] == 1:
+            return
+        if place not in self.transfer:
+            self.transfer[place] = TransferMeter(*place, self.rho)
+        self.transfer[place].add(found.side, found.grid, found.conv_channels, found.pitch)
+
+    def class_token(self, found: Tokens) -> None:
+        if found.class_token is None:
+            return
+        place = found.layer, found.where
+        if place not in self.classes:
+            self.classes[place] = ClassTokenMeter(*place, found.conv_channels)
+        self.classes[place].add(found.class_token)
 
     def heads(self, found: Heads) -> None:
         if found.grid == (1, 1):
             return
         key = found.layer, found.number
         if key not in self.attention:
-            self.attention[key] = AttentionMeter(found.layer, self.renormalize)
+            self.attention[key] = AttentionMeter(found.layer, self.renormalize, self.rho)
         self.attention[key].add(found.call, found.grid, found.pitch, found.prefix)
 
     def lacks(self, layer: int, where: str, reason: str) -> None:
@@ -167,7 +236,22 @@ class _Run:
         for place in frequency:
             if not math.isfinite(place.share):
                 raise CannotMeasure(f"layer {place.layer} ({place.where}) holds values that are not finite")
-        return Analysis(self.count, self.size, self.depth, self.rho, self.renormalize, frequency, attention, missing)
+        spread = self.logits.deviation.mean() if self.logits.count else math.nan
+        return Analysis(
+            self.count,
+            self.size,
+            self.depth,
+            self.rho,
+            self.renormalize,
+            frequency,
+            attention,
+            missing,
+            class_token=[token for meter in _by_layer(self.classes) for token in meter.result()],
+            logit_spread=float(spread),
+            reads_class_token=bool(self.classes) and getattr(self.model, "global_pool", "token") in ("token", "cls"),
+            transfer=[transfer for meter in _by_layer(self.transfer) for transfer in meter.result()],
+            smoothing=[meter.result() for meter in _by_layer(self.smoothing)],
+        )
 
     def _missing(self) -> list[str]:
         lines = []
@@ -179,7 +263,7 @@ class _Run:
                 f"meaning of shares on {grid[0]}x{grid[1]} tokens: all their frequencies lie on one side of rho"
             )
         for (where, reason), found in self.missing.items():
-            what = "attention distances" if where == "heads" else f"frequencies ({where})"
+            what = dict(heads="attention distances", flow="transfer").get(where, f"frequencies ({where})")
             lines.append(f"{what} of {_layers(sorted(found))}: {reason}")
         told = {layer for (where, _), found in self.missing.items() if where == "heads" for layer in found}
         known = told | {layer for layer, _ in self.attention} | {layer for layer, _ in self.single}
@@ -188,7 +272,26 @@ class _Run:
             why = "attends within windows" if windows else "does not call scaled_dot_product_attention"
             name = type(self.model).__name__
             lines.append(f"attention distances of {_layers(silent)}: {name} {why} there; frequencies are measured")
+        name, after = type(self.model).__name__, {layer for layer, where in self.classes if where == "block"}
+        if not self.classes:
+            lines.append(f"image-dependent share of the class token: {name} has no class token among its grid's tokens")
+        elif without := [n for n in range(1, self.depth + 1) if n not in after]:
+            lines.append(f"image-dependent share of the class token after {_layers(without)}: {name} has none there")
+        elif self.count == 1:
+            lines.append("image-dependent share of the class token: one image says nothing of it")
+        shown = {layer for layer, _ in self.transfer} | {
+            layer for (where, _), found in self.missing.items() if where == "flow" for layer in found
+        }
+        if unseen := [n for n in range(1, self.depth + 1) if n not in shown | {layer for layer, _ in self.single}]:
+            lines.append(f"transfer of {_layers(unseen)}: {name} has no blocks with a mixer and an MLP there")
+        if not self.logits.count:
+            lines.append(f"spread of the logits: {name} does not give one row of them an image")
         return lines
+
+
+def _by_layer(meters: dict[tuple[int, str], M]) -> list[M]:
+    """In the order in which a layer works."""
+    return [meters[key] for key in sorted(meters, key=lambda key: (key[0], PLACES.index(key[1])))]
 
 
 def _layers(numbers: list[int]) -> str:

@@ -29,6 +29,18 @@ class Moments:
         return self._mean.cpu()
 
     @property
+    def variance(self) -> Tensor:
+        """Over the images that were seen, not estimated for others: the sum of squares by their number. On the CPU."""
+        return (self._squares / max(self.count, 1)).cpu()
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation over images (n - 1), on the CPU; NaN for one image."""
+        if self.count < 2:
+            return torch.full_like(self.mean, torch.nan)
+        return (self._squares / (self.count - 1)).sqrt().cpu()
+
+    @property
     def standard_error(self) -> Tensor:
         """Of the mean, on the CPU; NaN for one image."""
         if self.count < 2:

@@ -19,6 +19,8 @@ from eit.errors import UserError
 from eit.model import EIT, ConvAttention
 
 MIXERS = {"attn": "norm2", "self_attention": "ln_2"}  # of timm's blocks, torchvision's -> the norm before the MLP
+# Modules of a block whose outputs are what it adds to the tokens: after mixer and MLP. In timm, ours; in torchvision
+ADDED = (("drop_path1", "drop_path2"), ("dropout", "mlp"))
 STEMS = ("patch_embed.proj", "patch_embed.conv", "conv_proj")  # their convolutions; the stride is the pitch
 
 
@@ -28,12 +30,15 @@ class CannotMeasure(UserError):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens at one place: (B, h, w, C), without class token."""
+    """Tokens at one place: (B, h, w, C), and the class token apart."""
 
     layer: int  # 0 is what the first block takes
-    where: str  # stem, mixer, block; conv, attention
+    where: str  # stem, mixer, block; conv, attention; of a sub-block mixer or mlp
     grid: Tensor
     pitch: float  # pixels from one token to the next
+    class_token: Tensor | None = None  # (B, C), where there is one
+    conv_channels: int = 0  # so many first channels are convolved by the layer's mixer
+    side: str = ""  # of a sub-block: `input`, what it takes, or `update`, what it adds
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,15 @@ def watch(
     on_tokens: Callable[[Tokens], None] | None = None,
     on_heads: Callable[[Heads], None] | None = None,
     on_missing: Callable[[int, str, str], None] | None = None,
+    on_flow: Callable[[Tokens], None] | None = None,
 ) -> Iterator[None]:
     """While the context lasts, `model(images)` reports what its layers do.
 
-    `on_missing(layer, where, reason)` is told what lies on no grid of the image: `where` is a place, or `heads`. The
-    outputs stay as they are, to the bit. Hooks are gone afterwards, however the context ends.
+    `on_tokens` is told of the tokens, `on_flow` of what each sub-block takes and adds. `on_missing(layer, where,
+    reason)` is told what lies on no grid of the image: `where` is a place, or `heads`. The outputs stay as they are, to
+    the bit. Hooks are gone afterwards, however the context ends.
     """
-    probe = _Probe(model, on_tokens, on_heads, on_missing or (lambda layer, where, reason: None))
+    probe = _Probe(model, on_tokens, on_heads, on_missing or (lambda layer, where, reason: None), on_flow)
     try:
         probe.attach()
         if on_heads is None:
@@ -98,9 +105,39 @@ def watch(
             handle.remove()
 
 
+@contextmanager
+def altered(model: nn.Module, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the context lasts, `change` works on the grid tokens (B, h, w, C) after layer `layer`, 0 is the stem.
+
+    The class token and registers stay as they are.
+
+    Raises:
+        CannotMeasure: when the model runs: its next layer takes no grid of each image.
+    """
+    probe = _Probe(model, None, None, None)
+    _, following = layers_of(model)[layer]
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = probe.place(args[0])
+        if place is None:
+            raise CannotMeasure(f"{probe.name} takes no grid of each image in layer {layer + 1}")
+        return (probe.put_back(args[0], change(place)), *args[1:]), kwargs
+
+    handles = [
+        model.register_forward_pre_hook(lambda module, args: probe.begin(args[0])),
+        following.register_forward_pre_hook(before, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Probe:
-    def __init__(self, model: nn.Module, on_tokens: Any, on_heads: Any, on_missing: Any) -> None:
+    def __init__(self, model: nn.Module, on_tokens: Any, on_heads: Any, on_missing: Any, on_flow: Any = None) -> None:
         self.model, self.on_tokens, self.on_heads, self.on_missing = model, on_tokens, on_heads, on_missing
+        self.on_flow = on_flow
         self.name = type(model).__name__
         self.eit = next((module for module in model.modules() if isinstance(module, EIT)), None)
         self.handles: list[Any] = []
@@ -114,7 +151,7 @@ class _Probe:
         self.done: set[int] = set()  # layers that have run
 
     def attach(self) -> None:
-        self._before(self.model, self._begin)
+        self._before(self.model, self.begin)
         for number, (_, layer) in enumerate(layers_of(self.model), start=1):
             self._attach_layer(number, layer)
         if self.on_heads is not None:
@@ -130,13 +167,14 @@ class _Probe:
             module.register_forward_hook(lambda module, args, out: do(out[0] if isinstance(out, tuple) else out))
         )
 
-    def _begin(self, images: Tensor) -> None:
+    def begin(self, images: Tensor) -> None:
         self.batch, self.image = images.shape[0], (images.shape[2], images.shape[3])
         self.layer = None
         self.done.clear()
 
     def _attach_layer(self, number: int, layer: nn.Module) -> None:
         mixer = next((name for name in MIXERS if hasattr(layer, name)), None)
+        conv = _conv_channels(layer)
 
         def enter(x: Any) -> None:
             if number in self.done:
@@ -146,18 +184,20 @@ class _Probe:
             self.tokens = 0
             if isinstance(x, Tensor) and x.dim() == 3:
                 self.tokens = x.shape[1]
-            elif isinstance(x, Tensor) and x.dim() == 4 and (place := self._place(x)) is not None:
+            elif isinstance(x, Tensor) and x.dim() == 4 and (place := self.place(x)) is not None:
                 self.tokens = math.prod(place.shape[1:3])
             if number == 1 and mixer is not None:
-                self._report(0, "stem", x)
+                self._report(0, "stem", x, conv)
 
         def leave(x: Any) -> None:
-            self._report(number, "block", x)
+            self._report(number, "block", x, conv)
             self.layer = None
 
         self._before(layer, enter)
         if mixer is not None:
             self._attach_mixer(number, getattr(layer, mixer))
+            if self.on_flow is not None:
+                self._attach_flow(number, layer, mixer, conv)
             norm, mlp = getattr(layer, MIXERS[mixer], None), getattr(layer, "mlp", None)
             if isinstance(norm, nn.Module) and isinstance(mlp, nn.Module):
 
@@ -186,6 +226,24 @@ class _Probe:
         else:
             self._after(mixer, lambda x: self._report(number, "attention", x))
 
+    def _attach_flow(self, number: int, layer: nn.Module, mixer: str, conv: int) -> None:
+        """What the sub-blocks take, and what they add to the tokens: known where a block adds a module's output."""
+        adds = next((names for names in ADDED if all(hasattr(layer, name) for name in names)), None)
+        if adds is None:
+            self.on_missing(number, "flow", f"{self.name} has no module there whose output is what is added")
+            return
+        for where, taker, adder in zip(("mixer", "mlp"), (mixer, "mlp"), adds, strict=True):
+            convolved = conv if where == "mixer" else 0
+
+            def take(x: Any, where: str = where, convolved: int = convolved) -> None:
+                self._report(number, where, x, convolved, "input")
+
+            def add(x: Any, where: str = where, convolved: int = convolved) -> None:
+                self._report(number, where, x, convolved, "update")
+
+            self._before(getattr(layer, taker), take)
+            self._after(getattr(layer, adder), add)
+
     def _attach_multihead(self, module: nn.MultiheadAttention) -> None:
         """torch's own module: what it calls is out of sight, and it has a fast path that a mode would switch off."""
         signature = inspect.signature(nn.MultiheadAttention.forward)
@@ -203,27 +261,44 @@ class _Probe:
         self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self.handles.append(module.register_forward_hook(after, always_call=True))
 
-    def _report(self, layer: int, where: str, x: Any) -> None:
-        if self.on_tokens is None:
+    def _report(self, layer: int, where: str, x: Any, conv_channels: int = 0, side: str = "") -> None:
+        tell = self.on_flow if side else self.on_tokens
+        if tell is None:
             return
-        place = self._place(x)
+        place = self.place(x)
         if place is None:
-            self.on_missing(layer, where, f"{self.name} gives no grid of each image there (windows?)")
+            reason = f"{self.name} gives no grid of each image there (windows?)"
+            self.on_missing(layer, "flow" if side else where, reason)
             return
+        token = None
+        if self.has_class_token and x.dim() == 3 and x.shape[1] > place.shape[1] * place.shape[2]:
+            token = x[:, 0]
         with torch.autocast(place.device.type, enabled=False):
-            self.on_tokens(Tokens(layer, where, place, self.pitch(place.shape[1])))
+            tell(Tokens(layer, where, place, self.pitch(place.shape[1]), token, conv_channels, side))
 
-    def _place(self, x: Any) -> Tensor | None:
+    def put_back(self, x: Tensor, place: Tensor) -> Tensor:
+        """`x` with other tokens on its grid: the inverse of `place`."""
+        if x.dim() == 3:
+            tokens = place.flatten(1, 2)
+            return torch.cat((x[:, : x.shape[1] - tokens.shape[1]], tokens), dim=1)
+        return place if self._has_channels_last(x) else place.permute(0, 3, 1, 2)
+
+    def place(self, x: Any) -> Tensor | None:
         """Tokens (B, N, C), or a map, as (B, h, w, C); None where they are not one grid an image."""
         if not isinstance(x, Tensor) or x.dim() not in (3, 4) or x.shape[0] != self.batch:
             return None
         if x.dim() == 3:
             found = self._grid(x.shape[1])
             return None if found is None else x[:, found[1] :].unflatten(1, found[0])
+        last = self._has_channels_last(x)
+        return None if last is None else x if last else x.permute(0, 2, 3, 1)
+
+    def _has_channels_last(self, x: Tensor) -> bool | None:
+        """Of a map; None where neither order gives the image's shape."""
         last, first = self._has_image_shape(x.shape[1:3]), self._has_image_shape(x.shape[2:4])
         if last and first:  # as many channels as tokens on an axis
-            last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        return x if last else x.permute(0, 2, 3, 1) if first else None
+            return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        return last if last or first else None
 
     def _has_image_shape(self, grid: Sequence[int]) -> bool:
         """Up to the rounding of one token."""
@@ -307,6 +382,11 @@ class _Interceptor(TorchFunctionMode):
 _SDPA = inspect.signature(
     lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False: None
 )
+
+
+def _conv_channels(layer: nn.Module) -> int:
+    mixer = getattr(layer, "attn", None)
+    return mixer.conv_channels if isinstance(mixer, ConvAttention) else 0
 
 
 def _packed(module: nn.MultiheadAttention, given: dict[str, Any]) -> Call | None:

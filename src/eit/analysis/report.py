@@ -18,8 +18,10 @@ from typing import Any
 
 from eit import __version__
 from eit.analysis.compare import Comparison
-from eit.analysis.figures import FIGURES, HEAT, Figure, Measured, figures
-from eit.analysis.findings import TABLES, mean_diversity, sentences, tables
+from eit.analysis.figures import FIGURES, figures
+from eit.analysis.findings import TABLES, TOKEN_TABLE, faults, mean_diversity, sentences, tables, token_table
+from eit.analysis.measured import Measured, curves
+from eit.analysis.panels import HEAT, Figure
 from eit.checkpoint import write_file
 from eit.draw import save
 from eit.errors import printable
@@ -182,9 +184,10 @@ def _key(figure: Figure) -> str:
 
 def _figure(figure: Figure, number: int, origin: str) -> str:
     panels = "".join(f'<div class="panel">{_inline(figure, i)}</div>' for i in range(len(figure.panels)))
+    columns = "panels pairs" if len(figure.panels) == 4 else "panels"
     return (
         f'<figure id="{figure.key}"><h2>{html.escape(figure.title)}</h2>{_key(figure)}'
-        f'<div class="panels">{panels}</div>'
+        f'<div class="{columns}">{panels}</div>'
         f"<figcaption><b>Figure {number}.</b> {html.escape(figure.caption)} <small>{html.escape(origin)}</small>"
         "</figcaption></figure>"
     )
@@ -197,16 +200,18 @@ def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str
     body = "".join(_figure(figure, number, origin) for number, figure in enumerate(drawn, start=1))
     if any(one.pictures for one in measured):
         body += _gallery(measured, len(drawn) + 1, printable(sources))
+    wrong = list(map(printable, faults(measured)))
     missing = [f"{one.name}: no {text}" for one in measured if not one.is_initial for text in one.missing]
     missing = list(map(printable, [*compared.left_out, *missing]))
     template = resources.files("eit.analysis").joinpath("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         names=html.escape(_names(measured)),
         origin=html.escape(origin),
+        faults=f'<div class="faults"><h2>First of all</h2>{_list(wrong)}</div>' if wrong else "",
         words=_list(
             sentences(measured) or ["No trained model is here: nothing below speaks for or against the paper."]
         ),
-        table=_summary_table(measured),
+        table=_summary_table(curves(measured)) + _token_table(measured),
         missing=f"<h2>What cannot be measured</h2>{_list(missing)}" if missing else "",
         figures=body,
         version=html.escape(__version__),
@@ -219,7 +224,7 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _names(measured: Sequence[Measured]) -> str:
-    names = [one.name for one in measured if not one.is_initial]
+    names = [one.name for one in curves(measured) if not one.is_initial]
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
@@ -230,10 +235,10 @@ def _summary_table(measured: Sequence[Measured]) -> str:
         cells = [
             html.escape(one.name),
             f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
-            f"{100 * fmean(f.share for f in blocks):.1f}%",
-            f"{100 * fmean(f.share_with_dc for f in blocks):.1f}%",
+            f"{100 * one.mean(lambda a: fmean(f.share for f in a.at('block'))):.1f}%",
+            f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.at('block'))):.1f}%",
             f"{100 * blocks[0].noise_share:.1f}%",
-            f"{fmean(layer.std for layer in heads):.2f} px" if heads else "&ndash;",
+            f"{one.mean(lambda a: fmean(layer.std for layer in a.attention)):.2f} px" if heads else "&ndash;",
             f"{mean_diversity(one):.2f}%" if heads else "&ndash;",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
@@ -245,6 +250,16 @@ def _summary_table(measured: Sequence[Measured]) -> str:
         "<p><small>Means of the layers. share: energy of high frequencies, without and with DC; noise: the share of "
         "white noise on as many tokens; diversity: standard deviation of the heads' attention distances, in pixels "
         "and relative to the distance of uniform attention.</small></p>"
+    )
+
+
+def _token_table(measured: Sequence[Measured]) -> str:
+    head, rows = token_table(measured)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        '<div class="scroll" tabindex="0"><table><thead><tr>'
+        + "".join(f'<th scope="col">{cell}</th>' for cell in head)
+        + f"</tr></thead><tbody>{body}</tbody></table></div><p><small>{html.escape(TOKEN_TABLE)}</small></p>"
     )
 
 

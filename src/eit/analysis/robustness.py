@@ -67,20 +67,18 @@ def band_accuracy(model: nn.Module, loader: EvaluationLoader, view: View, eps: f
     and block, so that all models see the same.
     """
     std = torch.tensor(view.std).view(-1, 1, 1)
-    found = []
     every: list[tuple[float, float] | None] = [None, *rings(view.size, view.size)]
+    correct = [0] * len(every)
     with progress("noise by band", len(every) * len(loader.own_blocks)) as advance:
-        for number, ring in enumerate(every):
-            correct = 0
-            for block, batch in zip(loader.own_blocks, loader, strict=True):
+        for block, batch in zip(loader.own_blocks, loader, strict=True):  # each image is read once
+            for number, ring in enumerate(every):
                 x = batch.images
                 if ring is not None:
                     generator = torch.Generator().manual_seed(1000 * block + number)
                     x = x + (eps * band_noise(tuple(x.shape), *ring, generator) / std).to(x)
                 with float32_products("fp32"):
                     hits = model(x).argmax(dim=1) == batch.labels
-                correct += int(hits[: batch.valid].sum())
+                correct[number] += int(hits[: batch.valid].sum())
                 advance()
-            low, high = ring or (None, None)
-            found.append(Band(low, high, len(loader.images), correct))
-    return found
+    ends = [ring or (None, None) for ring in every]
+    return [Band(low, high, len(loader.images), n) for (low, high), n in zip(ends, correct, strict=True)]

@@ -1,5 +1,6 @@
 """What is analysed: names on the command line -> models, with what they want to see and where they come from."""
 
+import glob
 import hashlib
 import math
 import os
@@ -23,7 +24,7 @@ from eit.images import MAX_PIXELS, Images, View
 from eit.plan import Stream, set_seed
 from eit.predict import expand
 from eit.readers import ImageStream, read_layout
-from eit.zoo import FAMILIES, TIMM, VARIANTS, check_size, check_timm_name, create_model
+from eit.zoo import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
 
 TORCHVISION = "torchvision/"
 
@@ -39,6 +40,13 @@ class Subject:
     source: str  # as the user gave it, or what its initial values are
     sha256: str = ""  # of the weights file
     card: Card | None = None
+    group: str = ""  # the pattern that it was found by, if several runs were
+
+    @property
+    def seed(self) -> int | None:
+        """Of the recipe that it was trained by."""
+        recipe = self.card.recipe if self.card else None
+        return None if recipe is None else parse_recipe(recipe).seed
 
     @property
     def name(self) -> str:
@@ -60,14 +68,16 @@ def open_subjects(names: Sequence[str], size: int | None = None, initial: bool =
     """The models in order; behind each trained one of ours the same with its initial values, if wanted.
 
     A name is that of a checkpoint (a weights file, a run folder, one that ships), of the zoo (NAME or FAMILY/NAME), of
-    timm (timm/NAME) or of torchvision (torchvision/NAME). `size` replaces the pixels of their input.
+    timm (timm/NAME) or of torchvision (torchvision/NAME); or a pattern, see `expand_groups`. `size` replaces the pixels
+    of their input.
 
     Raises:
         UserError: no such checkpoint or model, or one that does not take `size`.
     """
     check_names(names)
-    for name, label in zip(names, _labels(names), strict=True):
-        subject = _open(name, label)
+    found = expand_groups(names, tell=True)
+    for (name, group), label in zip(found, _labels([name for name, _ in found]), strict=True):
+        subject = replace(_open(name, label), group=group)
         if size is not None:
             check_size(subject.model, size, subject.view.size, subject.label)
             resize = size * subject.view.resize // subject.view.size
@@ -77,11 +87,39 @@ def open_subjects(names: Sequence[str], size: int | None = None, initial: bool =
             yield _initial(subject)
 
 
+def expand_groups(names: Sequence[str], tell: bool = False) -> list[tuple[str, str]]:
+    """(name, group) of each model: a pattern such as runs/eit* stands for all weights that match it, as one group.
+
+    The group is the pattern, or "" of a name that stands alone. A match without weights is left out, with a line if
+    this shall `tell` of it.
+
+    Raises:
+        UserError: a pattern that no weights match.
+    """
+    found = []
+    for name in names:
+        if not glob.has_magic(name) or os.path.exists(name):
+            found.append((name, ""))
+            continue
+        runs = []
+        for path in sorted(glob.glob(os.path.expanduser(name))):
+            try:
+                find_weights(path)
+                runs.append(path)
+            except UserError as error:
+                if tell:
+                    say(f"{error}: left out of {name}")
+        if not runs:
+            raise UserError(f"no run folder with weights and no weights file matches {name}")
+        found += [(run, name if len(runs) > 1 else "") for run in runs]
+    return found
+
+
 def check_names(names: Sequence[str]) -> None:
     """Raise a UserError for a name that `open_subjects` would refuse, before anything is computed."""
-    for name in names:
+    for name, _ in expand_groups(names):
         kind, _, plain = name.partition("/")
-        if names_weights(name) or name in VARIANTS or (kind in FAMILIES and plain in VARIANTS):
+        if names_weights(name) or name in MODELS or (kind in FAMILIES and plain in VARIANTS):
             continue
         if name.startswith(TIMM):
             check_timm_name(name)
@@ -90,10 +128,10 @@ def check_names(names: Sequence[str]) -> None:
             if plain not in known:
                 raise UserError(f"torchvision has no model {plain!r}{nearest(plain, known)}")
         else:
-            near = nearest(name, [*VARIANTS, *SHIPPED])
+            near = nearest(name, [*MODELS, *SHIPPED])
             raise UserError(
                 f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(SHIPPED)}, "
-                f"{', '.join(VARIANTS)}, lsra/NAME, vit/NAME, timm/NAME, torchvision/NAME)"
+                f"{', '.join(MODELS)}, lsra/eit_mini and so on, timm/NAME, torchvision/NAME)"
             )
 
 
@@ -121,7 +159,7 @@ def _open(name: str, label: str) -> Subject:
         return Subject(label, "trained", model, model.card.view, name, digest, model.card)
     state = "untrained"
     set_seed(Stream.INITIAL_VALUES, 0)
-    if name in VARIANTS:
+    if name in MODELS:
         model = create_model(name)
     elif name.startswith(TIMM):
         model, state = _timm_model(name)
@@ -178,6 +216,9 @@ def _initial(trained: Subject) -> Subject:
         model, source = card.create_model(), "initial values of seed 0, for the weights do not say their own"
     else:
         recipe = parse_recipe(card.recipe)
+        own = card.arguments.get("cls_conv")
+        if own is not None and recipe.model.cls_conv is None:  # the family's setting is younger than the weights
+            recipe = recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(cls_conv=own))))
         model = build_model(recipe, len(card.classes), initial=False)
         source = f"initial values of seed {recipe.seed}"
         if recipe.model.pretrained:
@@ -186,12 +227,12 @@ def _initial(trained: Subject) -> Subject:
 
 
 def choose_images(
-    path: str, count: int, labelled: bool, max_pixels: int = MAX_PIXELS, without: Path | None = None
+    path: str, count: int, labelled: str | bool, max_pixels: int = MAX_PIXELS, without: Path | None = None
 ) -> Images:
     """At most `count` images of `path`, evenly spaced: of a data set its validation images, else all below the folder.
 
-    Classes are told from folders only where the images must be `labelled`. Those below the folder `without` do not
-    count: the figures of an earlier report.
+    Classes are told from folders only where the images must be `labelled`, which may be the option that needs labels.
+    Those below the folder `without` do not count: the figures of an earlier report.
 
     Raises:
         UserError: no such path, or no images there.
@@ -211,7 +252,8 @@ def choose_images(
         elif path == DIGITS or labelled or (root / "val").is_dir():
             images = open_evaluation(config)
     except UserError as error:
-        raise UserError(f"--bands needs labelled images: {error}" if labelled else str(error)) from None
+        option = labelled if isinstance(labelled, str) else "--bands"
+        raise UserError(f"{option} needs labelled images: {error}" if labelled else str(error)) from None
     if images is None:
         files = expand([str(root)])
         if without is not None:

@@ -1,7 +1,6 @@
 """The runs of an experiment: trained one after the other, measured, and read again from their folders."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,8 +272,8 @@ def batches(images: Images, view: View, device: torch.device, title: str = "") -
 
 
 def layers(analysis: Analysis) -> dict[str, Any]:
-    """One value per layer: high-frequency shares after it, and of its heads diversity and distance, in pixels, and
-    entropy, by that of uniform attention."""
+    """One value per layer: its high-frequency shares; diversity and distance of its heads, in pixels, and their entropy
+    relative to uniform attention; the share of the class token that depends on the image. And the logits' spread."""
     blocks, heads = analysis.at("block"), analysis.attention
     found: dict[str, list[float]] = {
         key: [getattr(block, key) for block in blocks] for key in ("share", "share_se", "share_with_dc")
@@ -284,7 +283,9 @@ def layers(analysis: Analysis) -> dict[str, Any]:
         noise_share_with_dc=blocks[0].noise_share_with_dc,
         diversity=[layer.std for layer in heads],
         distance=[fmean(layer.distance) for layer in heads],
-        entropy=[fmean(layer.entropy) / math.log(math.prod(layer.grid)) for layer in heads],
+        entropy=analysis.relative_entropy,
+        class_token=analysis.class_token_share,
+        logit_spread=analysis.logit_spread,
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_recipe, parse_yaml
 from eit.errors import UserError, nearest
 
-LAYERS = ("share", "share_with_dc", "diversity", "distance", "entropy")  # one value per layer
+LAYERS = ("share", "share_with_dc", "diversity", "distance", "entropy", "class_token")  # one value per layer
 EXACT = ("params", "macs", "published_macs")  # counted
 RUN = (*EXACT, "last_top1", "best_top1", "last_top5", "seconds")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a folder, or of a part of it

@@ -1,0 +1,129 @@
+"""Figures of accuracy under filters and noise, and of groups of runs against each other."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from eit.analysis.groups import CONFIDENCE, pairs
+from eit.analysis.measured import Measured
+from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, curve, ink, integers
+
+
+def uses(measured: Sequence[Measured]) -> Figure | None:
+    """What the answer uses, against what the layers hold."""
+    shown = [one for one in measured if one.runs[0].filters]
+    if not shown:
+        return None
+
+    def panel(kept: str, title: str) -> Panel:
+        def points(run: Measured) -> Points:
+            return [(f.layer, -f.cost) for f in run.filters or [] if f.kept == kept]
+
+        def draw(axis: Any) -> None:
+            for one in shown:
+                curve(axis, one, points)
+                if not one.members:
+                    found = [f for f in one.filters or [] if f.kept == kept]
+                    errors = [f.standard_error for f in found]
+                    axis.errorbar(
+                        [f.layer for f in found], [-f.cost for f in found], errors, fmt="none", ecolor=one.colour
+                    )
+            axis.axhline(0, linestyle=":", linewidth=1.2, color=ink())
+            depth = max(one.analysis.depth for one in shown)
+            integers(axis.xaxis, range(depth))
+            axis.set_xlim(-0.5, depth - 0.5)
+            axis.set(xlabel="filtered after layer", ylabel="change of top-1 (points)")
+
+        return Panel(title, draw)
+
+    rho = shown[0].analysis.rho
+    images = (shown[0].runs[0].filters or [])[0].images
+    return Figure(
+        "uses",
+        "Which frequencies the answer uses",
+        f"Change of top-1 when the grid's tokens lose their frequencies above rho = {rho:g} (left), or those up to it "
+        "except the mean (right), after the stem (0) or one layer, class token untouched; the rest of the model runs "
+        f"on. Bars: one standard error over {images:,} images, each compared with itself. A layer may hold high "
+        "frequencies that nothing reads. Against the claim that EIT uses more of them would count: a line on the left "
+        "that is not below those of LSRA and ViT.",
+        [panel("low", "high frequencies removed"), panel("high", "low frequencies removed")],
+        shown,
+    )
+
+
+def paired(measured: Sequence[Measured]) -> Figure | None:
+    """Model less model, seed by seed."""
+    found, _ = pairs(measured)
+    names = list(dict.fromkeys((p.one, p.other) for p in found if p.layer is not None))
+    kinds = dict(
+        share=("share", 100, "points"),
+        relative_std=("head diversity", 100, "points of uniform"),
+        class_token_share=("class token", 100, "points"),
+    )
+    kinds = {kind: v for kind, v in kinds.items() if any(p.measure == kind and p.layer is not None for p in found)}
+    if not names or not kinds:
+        return None
+
+    def panel(kind: str, title: str, scale: float, unit: str) -> Panel:
+        def draw(axis: Any) -> None:
+            for number, pair in enumerate(names):
+                ours = [p for p in found if (p.one, p.other) == pair and p.measure == kind and p.layer is not None]
+                shift = 0.16 * (number - (len(names) - 1) / 2)
+                x = [(p.layer or 0) + shift for p in ours]
+                y = [scale * p.difference for p in ours]
+                half = [scale * (p.high - p.difference) for p in ours]
+                style = dict(color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)], markersize=4)
+                axis.errorbar(x, y, half, linestyle="none", elinewidth=1.2, **style)
+            axis.axhline(0, linewidth=0.8, color=ink(), alpha=0.5)
+            depth = max(p.layer or 0 for p in found)
+            integers(axis.xaxis, range(1, depth + 1))
+            axis.set_xlim(0.5, depth + 0.5)
+            axis.set(xlabel="layer", ylabel=f"difference ({unit})")
+
+        return Panel(title, draw)
+
+    seeds = ", ".join(sorted({str(p.seeds) for p in found}))
+    order = "; ".join(" less ".join(pair) for pair in names)
+    which = f"In each layer from left to right: {order}" if len(names) > 1 else f"Of {order}"
+    return Figure(
+        "paired",
+        "Model against model, seed by seed",
+        f"{which}, by layer: mean difference over pairs of runs that were trained with the same seed "
+        f"({seeds} pairs), bars: {100 * CONFIDENCE:g}% interval by Student's t, not corrected for the number of "
+        "layers. An interval that holds 0 decides nothing, and would count against a claim of a difference.",
+        [panel(kind, *values) for kind, values in kinds.items()],
+        [],
+    )
+
+
+def band_noise_cost(measured: Sequence[Measured]) -> Figure | None:
+    shown = [one for one in measured if one.runs[0].bands]
+    if not shown:
+        return None
+
+    def points(run: Measured) -> Points:
+        clean, *noisy = run.bands or []
+        return [(((band.low or 0) + (band.high or 0)) / 2, band.top1 - clean.top1) for band in noisy]
+
+    def draw(axis: Any) -> None:
+        for one in shown:
+            if one.members:
+                curve(axis, one, points)
+                continue
+            clean, *noisy = one.bands or []
+            x = [((band.low or 0) + (band.high or 0)) / 2 for band in noisy]
+            axis.errorbar(x, [b.top1 - clean.top1 for b in noisy], [b.standard_error for b in noisy], **one.style())
+        axis.axhline(0, linestyle=":", linewidth=1.2, color=ink())
+        axis.set(xlabel="frequency of the noise in pixels", ylabel="change of top-1 (points)")
+
+    clean = ", ".join(f"{one.name} {fmean((run.bands or [])[0].top1 for run in one.runs):.1f}%" for one in shown)
+    return Figure(
+        "robustness",
+        "Accuracy under noise of one band",
+        "Change of top-1 when noise of one ring of frequencies (1 is the Nyquist frequency of the pixels) is added "
+        f"to the pixels (Park & Kim 2022); bars: one standard error of top-1. Without noise: {clean}. A model that "
+        "reads high frequencies falls on the right, one that reads low ones on the left. Against the claim that EIT "
+        "uses more high frequencies would count: a line that is not below those of LSRA and ViT on the right.",
+        [Panel("", draw)],
+        shown,
+    )

@@ -1,0 +1,186 @@
+"""Figures of attention: distances, diversity, and what it does as a filter."""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from eit.analysis.attention import NEAR_UNIFORM, Attention
+from eit.analysis.measured import Measured
+from eit.analysis.panels import Figure, Panel, Points, curve, depth_axis, from_zero, ink, logarithmic
+
+
+def distances(measured: Sequence[Measured]) -> Figure | None:
+    shown = [one for one in measured if one.analysis.attention and not one.is_initial]
+    if not shown:
+        return None
+    same_size = len({one.analysis.image_size for one in shown}) == 1
+
+    def span(ones: Sequence[Measured]) -> tuple[float, float]:
+        """Pixels between which all dots and dotted lines lie."""
+        layers = [layer for one in ones for run in one.runs for layer in run.analysis.attention]
+        values = [value for layer in layers for value in (*layer.distance, layer.uniform)]
+        margin = 0.08 * (max(values) - min(values))
+        return min(values) - margin, max(values) + margin
+
+    def panel(one: Measured) -> Panel:
+        twin = one.twin(measured)
+
+        def draw(axis: Any) -> None:
+            for layer in one.analysis.attention:
+                axis.plot(
+                    [layer.layer - 0.32, layer.layer + 0.32], [layer.uniform] * 2, ":", color=ink(), linewidth=1.2
+                )
+            for source in (twin, one) if twin else (one,):
+                for layer in (layer for run in source.runs for layer in run.analysis.attention):
+                    x = [layer.layer + (-0.16 if source.is_initial else 0.1)] * len(layer.distance)
+                    face = "none" if source.is_initial else one.colour
+                    axis.scatter(
+                        x, layer.distance, s=16, facecolors=face, edgecolors=one.colour, linewidths=0.8, alpha=0.85
+                    )
+            depth_axis(axis, [one])
+            axis.set_ylabel("mean attention distance (px)")
+            axis.set_ylim(*span([o for o in measured if o.analysis.attention] if same_size else [one]))
+
+        return Panel(one.name, draw)
+
+    return Figure(
+        "distances",
+        "How far each head looks",
+        "Mean attention distance in pixels, one dot a head (of each run, where there are several; Dosovitskiy et al. "
+        "2021, figure 11). Filled: as given; hollow: initial values; dotted: a head that looks everywhere alike; the "
+        "axis does not begin at 0. The paper claims that EIT's heads are more diverse: its dots should spread more "
+        "within a layer. Against it would count: columns as short as those of LSRA and ViT.",
+        [panel(one) for one in shown],
+        [],
+    )
+
+
+def head_diversity(measured: Sequence[Measured]) -> Figure | None:
+    """Diversity and, beside it, whether it can be tested."""
+    shown = [one for one in measured if one.analysis.attention]
+    if not shown:
+        return None
+    marked = any(layer.near_uniform for one in shown for run in one.runs for layer in run.analysis.attention)
+
+    def panel(title: str, label: str, value: Callable[[Attention], float], limit: float | None = None) -> Panel:
+        def points(run: Measured) -> Points:
+            return [(layer.layer, value(layer)) for layer in run.analysis.attention]
+
+        def crosses(run: Measured) -> Points:
+            return [(x, y) for (x, y), a in zip(points(run), run.analysis.attention, strict=True) if a.near_uniform]
+
+        def draw(axis: Any) -> None:
+            for one in shown:
+                curve(axis, one, points)
+                for x, y in [] if one.members else crosses(one):
+                    axis.plot(x, y, "x", color=ink(), markersize=6, markeredgewidth=1.2, zorder=5)
+            depth_axis(axis, shown)
+            axis.set_ylabel(label)
+            if limit is None:
+                from_zero(axis)
+            else:
+                axis.axhline(limit, linestyle=(0, (1, 4)), linewidth=1.2, color=ink(), zorder=1)
+
+        return Panel(title, draw)
+
+    crossed = (
+        f" Crossed out: layers whose heads are all above {100 * NEAR_UNIFORM:g}% of uniform entropy (widely dotted). "
+        "They look almost everywhere alike, so their diversity is not testable."
+    )
+    return Figure(
+        "diversity",
+        "Head diversity over depth",
+        "Top: standard deviation over a layer's heads of their mean attention distance, in pixels and by the distance "
+        "of uniform attention, which grids of different pitch can be compared by. Below: Jensen-Shannon divergence of "
+        "two heads' attention, query by query, mean over pairs, by its largest value log 2 (heads that differ in where "
+        "they look but not in how far differ here alone); entropy of a token's attention over the grid by its largest "
+        f"value, log(h w), mean over heads; its axis does not begin at 0.{crossed if marked else ''} Dashed: initial "
+        "values, of which the paper claims nothing. Against it would count: a line of EIT that is not above the others "
+        "after training.",
+        [
+            panel("diversity in pixels", "diversity (px)", lambda layer: layer.std),
+            panel("by uniform attention", "diversity (% of uniform)", lambda layer: 100 * layer.relative_std),
+            panel(
+                "divergence of heads",
+                "divergence (% of log 2)",
+                lambda layer: 100 * layer.mean_divergence / math.log(2) if layer.divergence else 0.0,
+            ),
+            panel(
+                "entropy",
+                "entropy (% of uniform)",
+                lambda layer: 100 * fmean(layer.relative_entropy),
+                limit=100 * NEAR_UNIFORM,
+            ),
+        ],
+        shown,
+    )
+
+
+def attention_filter(measured: Sequence[Measured]) -> Figure | None:
+    """Attention as a filter of the grid's frequencies."""
+    shown = [one for one in measured if one.analysis.attention]
+    if not shown or not all(math.isfinite(v) for one in shown for a in one.analysis.attention for v in _gains(a)):
+        return None
+
+    def panel(title: str, label: str, value: Callable[[tuple[float, float]], float], log: bool) -> Panel:
+        def points(run: Measured) -> Points:
+            return [(layer.layer, value(_gains(layer))) for layer in run.analysis.attention]
+
+        def draw(axis: Any) -> None:
+            for one in shown:
+                curve(axis, one, points)
+            if log:
+                logarithmic(axis)
+            else:
+                axis.axhline(1, linewidth=0.8, color=ink(), alpha=0.5, zorder=1)
+            depth_axis(axis, shown)
+            axis.set_ylabel(label)
+
+        return Panel(title, draw)
+
+    rho = shown[0].analysis.rho
+    return Figure(
+        "filter",
+        "Attention as a filter",
+        "By what the attention matrix A among the grid's tokens multiplies the energy of the grid's Fourier modes: "
+        "|A m|² for modes m of unit energy, mean over modes, heads and images (columns of Wang et al. 2022's F A F⁻¹); "
+        f"low: 0 < f <= {rho:g}, high: above. Identity would have 1 in all, uniform attention 0; frequency 0 always "
+        "passes with 1. Right: high by low, below 1 is a low-pass filter. Dashed: initial values. Against the view of "
+        "attention as a low-pass filter would count: lines at 1 in the right panel, where the others are not near 0.",
+        [
+            panel("low frequencies", "energy gain", lambda gains: gains[0], log=True),
+            panel("high frequencies", "energy gain", lambda gains: gains[1], log=True),
+            panel("high by low", "ratio", lambda gains: gains[1] / gains[0] if gains[0] else 0.0, log=False),
+        ],
+        shown,
+    )
+
+
+def _gains(layer: Attention) -> tuple[float, float]:
+    """At low and at high frequencies, mean over heads."""
+    return fmean(layer.low_gain), fmean(layer.high_gain)
+
+
+def class_mass(measured: Sequence[Measured]) -> Figure | None:
+    shown = [one for one in measured if one.analysis.attention]
+    if not shown:
+        return None
+
+    def draw(axis: Any) -> None:
+        for one in shown:
+            curve(axis, one, lambda run: [(a.layer, 100 * fmean(a.class_mass)) for a in run.analysis.attention])
+        depth_axis(axis, shown)
+        axis.set_ylabel("attention to class token (%)")
+        from_zero(axis)
+
+    cut = "which the distances leave out" if shown[0].analysis.renormalize else "which counts as distance 0"
+    return Figure(
+        "attention",
+        "Class-token mass",
+        f"The part of the patches' attention that goes to the class token (and to registers), {cut}; where it is "
+        "large, they speak of little. Mean over heads; dashed: initial values. It is no claim of the paper; masses "
+        "that differ widely would count against comparing distances.",
+        [Panel("", draw)],
+        shown,
+    )

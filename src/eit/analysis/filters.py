@@ -1,0 +1,89 @@
+"""Accuracy with filtered tokens: which frequencies of a layer the answer uses, whatever the layer holds.
+
+After one layer the grid's tokens lose their frequencies above rho, or those up to it (`frequency.cut`: the mean of each
+channel stays, and so do class token and registers), and the rest of the model runs on. docs/analysis.md has more.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from eit.analysis.frequency import cut
+from eit.analysis.probe import altered, layers_of
+from eit.batch import Batch
+from eit.console import progress
+from eit.loader import EvaluationLoader
+from eit.precision import float32_products
+
+Kept = Literal["low", "high"]
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Accuracy with the tokens after one layer filtered.
+
+    Attributes:
+        layer: 0 is the stem; the last layer is left out, as a head that reads the class token sees no grid after it.
+        kept: `low`, frequencies up to rho; `high`, those above it.
+        images: how many.
+        correct: with the filter.
+        lost: correct without the filter, and wrong with it.
+        won: wrong without, and correct with it.
+    """
+
+    layer: int
+    kept: Kept
+    images: int
+    correct: int
+    lost: int
+    won: int
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.correct / self.images
+
+    @property
+    def cost(self) -> float:
+        """Points of top1 that the filter costs."""
+        return 100 * (self.lost - self.won) / self.images
+
+    @property
+    def standard_error(self) -> float:
+        """Of `cost`, points, over images: each is compared with itself."""
+        mean = (self.lost - self.won) / self.images
+        return 100 * math.sqrt(((self.lost + self.won) / self.images - mean**2) / self.images)
+
+
+@torch.no_grad()
+def filter_accuracy(model: nn.Module, loader: EvaluationLoader, rho: float) -> list[Filtered]:
+    """Accuracy on the loader's images with each layer's tokens low-passed and high-passed; a pass for each.
+
+    Raises:
+        CannotMeasure: a layer takes no grid of each image.
+    """
+    depth = len(layers_of(model))
+    cases: list[tuple[int, Kept]] = [(layer, kept) for layer in range(depth) for kept in get_args(Kept)]
+    correct, lost, won = ([0] * len(cases) for _ in range(3))
+    with progress("filtered tokens", len(loader.own_blocks)) as advance:
+        for batch in loader:
+            plain = _hits(model, batch)
+            for i, (layer, kept) in enumerate(cases):
+                with altered(model, layer, partial(cut, rho=rho, kept=kept)):
+                    hits = _hits(model, batch)
+                correct[i] += int(hits.sum())
+                lost[i] += int((plain & ~hits).sum())
+                won[i] += int((hits & ~plain).sum())
+            advance()
+    counts = zip(cases, correct, lost, won, strict=True)
+    return [Filtered(*case, len(loader.images), *numbers) for case, *numbers in counts]
+
+
+def _hits(model: nn.Module, batch: Batch) -> Tensor:
+    """Which images of a batch get their class."""
+    with float32_products("fp32"):
+        return (model(batch.images).argmax(dim=1) == batch.labels)[: batch.valid]

@@ -1,0 +1,258 @@
+"""Figures of frequencies: shares, spectra, and what sub-blocks do to them."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from eit.analysis.frequency import RHOS, Frequency, diagonal_frequencies, noise_shares
+from eit.analysis.measure import Analysis
+from eit.analysis.measured import Measured
+from eit.analysis.panels import HEAT, PALETTE, Figure, Panel, Points, curve, depth_axis, from_zero, ink, integers
+
+
+def _line(axis: Any, one: Measured, with_dc: bool) -> None:
+    if one.members:
+        curve(axis, one, lambda run: [(f.layer, 100 * _kind(f, with_dc)) for f in _after_layers(run.analysis)])
+        return
+    places = _after_layers(one.analysis)
+    x = [f.layer for f in places]
+    y = [100 * _kind(f, with_dc) for f in places]
+    error = [100 * (f.share_with_dc_se if with_dc else f.share_se) for f in places]
+    axis.errorbar(x, y, [0 if math.isnan(e) else e for e in error], capsize=0, elinewidth=1, **one.style())
+
+
+def _kind(f: Frequency, with_dc: bool) -> float:
+    return f.share_with_dc if with_dc else f.share
+
+
+def _after_layers(analysis: Analysis) -> list[Frequency]:
+    return [f for f in analysis.frequency if f.where in ("stem", "block")]
+
+
+def _noise(axis: Any, places: Sequence[Frequency], with_dc: bool) -> None:
+    for level in sorted({f.noise_share_with_dc if with_dc else f.noise_share for f in places}):
+        axis.axhline(100 * level, linestyle=":", linewidth=1.2, color=ink(), zorder=1)
+
+
+def share(measured: Sequence[Measured]) -> Figure:
+    def panel(with_dc: bool) -> Panel:
+        def draw(axis: Any) -> None:
+            for one in measured:
+                _line(axis, one, with_dc)
+                _noise(axis, _after_layers(one.analysis), with_dc)
+            depth_axis(axis, measured, first=0)
+            axis.set_ylabel("high-frequency share (%)")
+            from_zero(axis)
+
+        return Panel("share with DC: the mean counts" if with_dc else "share: the mean left out", draw)
+
+    rho = measured[0].analysis.frequency[0].rho
+    return Figure(
+        "share",
+        "High-frequency share over depth",
+        f"Share of the energy of a layer's tokens above {rho:g} of the Nyquist frequency (mean over channels and "
+        "images, bars: one standard error), after the stem (0) and each layer. Dashed: the same models at their "
+        "initial values; dotted: white noise on each model's grid. The paper claims a larger share in each layer of "
+        "EIT. Against it would count: a line of EIT that is not above those of LSRA and ViT, or one that was as high "
+        "before training, for then the architecture alone makes it and nothing was learnt. The two panels may "
+        "disagree: name the one you quote.",
+        [panel(False), panel(True)],
+        list(measured),
+        noise=True,
+    )
+
+
+def sweep(measured: Sequence[Measured]) -> Figure:
+    """The share for every cut, by layer."""
+    shown = [one for one in measured if not one.is_initial]
+
+    def panel(one: Measured) -> Panel:
+        def draw(axis: Any) -> None:
+            from matplotlib import colormaps
+
+            last = one.analysis.depth
+            for number, f in enumerate(_after_layers(one.analysis)):
+
+                def points(run: Measured, number: int = number) -> Points:
+                    sweep = _after_layers(run.analysis)[number].sweep
+                    return [(rho, 100 * share) for rho, share in zip(RHOS, sweep, strict=True)]
+
+                colour = colormaps[HEAT](f.layer / last)
+                named = dict(label="stem" if f.layer == 0 else f"layer {f.layer}") if f.layer in (0, 1, last) else {}
+                curve(axis, one, points, color=colour, marker="", linewidth=1.3, **named)
+            grid = one.analysis.at("block")[-1].grid
+            axis.plot(RHOS, [100 * noise_shares(grid, rho)[0] for rho in RHOS], ":", linewidth=1.2, color=ink())
+            axis.axvline(one.analysis.rho, linewidth=0.8, color=ink(), alpha=0.4)
+            axis.set(xlabel="cut rho", ylabel="share above rho (%)")
+            from_zero(axis)
+            axis.legend(frameon=False, fontsize=9)
+
+        return Panel(one.name, draw)
+
+    return Figure(
+        "sweep",
+        "The share for every cut",
+        "High-frequency share (without DC) against the frequency rho above which energy counts as high, after the stem "
+        "and each layer, dark to bright; dotted: white noise; vertical line: the rho of all other figures. Against a "
+        "claim about shares would count: lines that cross, for then another rho turns the order of layers around.",
+        [panel(one) for one in shown],
+        [],
+        noise=True,
+    )
+
+
+def transfer(measured: Sequence[Measured]) -> Figure | None:
+    """What sub-blocks add by what they take."""
+    names = dict(
+        mixer="token mixer", mlp="MLP", conv="mixer: convolved channels", attention="mixer: attending channels"
+    )
+    having = {where: [one for one in measured if one.analysis.transfers(where)] for where in names}
+    if not having["mixer"] and not having["mlp"]:
+        return None
+    if not having["conv"]:  # all mixers attend: it would be the same panel twice
+        having["attention"] = []
+
+    def panel(where: str, ones: Sequence[Measured]) -> Panel:
+        def draw(axis: Any) -> None:
+            for one in ones:
+                curve(axis, one, lambda run: [(t.layer, t.gain) for t in run.analysis.transfers(where)])
+            axis.axhline(1, linewidth=0.8, color=ink(), alpha=0.5, zorder=1)
+            depth_axis(axis, ones)
+            axis.set_ylabel("gain of the share")
+
+        return Panel(names[where], draw)
+
+    return Figure(
+        "transfer",
+        "Which sub-block adds high frequencies",
+        "High-frequency share of what a sub-block adds to the tokens, divided by that of what it takes (behind its "
+        "norm). Stem and residual are not in it. Above 1 the sub-block is a high-pass filter, below 1 a low-pass one. "
+        "Dashed: initial values. The paper says that convolution brings in high frequencies and attention damps them: "
+        "against it would count convolved channels below 1, or not above the attending ones.",
+        [panel(where, ones) for where, ones in having.items() if ones],
+        [one for one in measured if any(one in ones for ones in having.values())],
+    )
+
+
+def parts(measured: Sequence[Measured]) -> Figure | None:
+    """Convolution's channels against attention's."""
+    mixed = [one for one in measured if one.analysis.at("conv") and not one.is_initial]
+    if not mixed:
+        return None
+
+    def panel(one: Measured) -> Panel:
+        twin = one.twin(measured)
+
+        def draw(axis: Any) -> None:
+            for where, colour, marker in (("conv", PALETTE[0], "o"), ("attention", PALETTE[5], "s")):
+                for source in (one, twin) if twin else (one,):
+                    line = dict(color=colour, marker=marker) | (
+                        dict(linestyle="--", mfc="none", markersize=3.5, linewidth=1.1)
+                        if source.is_initial
+                        else dict(markersize=4.5, linewidth=1.8, label=where)
+                    )
+
+                    def points(run: Measured, where: str = where) -> Points:
+                        return [(f.layer, 100 * f.share) for f in run.analysis.at(where)]
+
+                    curve(axis, source, points, **line)
+            _noise(axis, one.analysis.at("attention"), with_dc=False)
+            depth_axis(axis, [one])
+            axis.set_ylabel("high-frequency share (%)")
+            from_zero(axis)
+            axis.legend(frameon=False, fontsize=9)
+
+        return Panel(one.name, draw)
+
+    return Figure(
+        "parts",
+        "Where the high frequencies come from",
+        "High-frequency share (without DC) of the channels that were convolved and of those that attended, at the "
+        "mixer's output before the residual is added. Dashed: initial values; dotted: white noise. If convolution "
+        "brings in the high frequencies, its line lies above attention's. Against it would count: lines that "
+        "coincide, or a gap that is as wide before training.",
+        [panel(one) for one in mixed],
+        [],
+        noise=True,
+    )
+
+
+def amplitude(measured: Sequence[Measured]) -> Figure | None:
+    trained = [one for one in measured if one.analysis.at("mixer") and not one.is_initial]
+    if not trained:
+        return None
+    places = ("stem", "mixer", "block")
+    runs = [run for one in measured for run in one.runs]
+    values = [f.log_amplitude[-1] for run in runs for f in run.analysis.frequency if f.where in places]
+    lowest, highest = min(values), max(values)
+
+    def points(run: Measured) -> Points:
+        along = [f for f in run.analysis.frequency if f.where in places]
+        return [(f.layer - (0.5 if f.where == "mixer" else 0.0), f.log_amplitude[-1]) for f in along]
+
+    def panel(one: Measured) -> Panel:
+        twin = one.twin(measured)
+
+        def draw(axis: Any) -> None:
+            for source in (one, twin) if twin else (one,):
+                curve(axis, source, points)
+            for layer in range(1, one.analysis.depth + 1):
+                axis.axvspan(layer - 1, layer - 0.5, color=ink(), alpha=0.08, linewidth=0)
+            depth_axis(axis, [one], first=0)
+            axis.set_ylabel(f"log amplitude at f = {diagonal_frequencies(one.analysis.grid)[-1]:.2f}")
+            axis.set_ylim(lowest - 0.1 * (highest - lowest), highest + 0.1 * (highest - lowest))
+
+        return Panel(one.name, draw)
+
+    return Figure(
+        "amplitude",
+        "Which sub-block amplifies high frequencies",
+        "Logarithm of the Fourier amplitude at the highest frequency of the diagonal, minus that at frequency 0, after "
+        "each sub-block: shaded steps are token mixers (convolution and attention), white ones MLPs (Park & Kim 2022, "
+        "figure 2b). Dashed: initial values. A line that falls in the shaded steps is a low-pass filter. Against the "
+        "paper would count: mixers of EIT that damp high frequencies as much as ViT's.",
+        [panel(one) for one in trained],
+        [],
+    )
+
+
+def spectra(measured: Sequence[Measured]) -> Figure:
+    """Heat maps of layer x frequency: energy per coefficient against that of white noise, in decibels."""
+    shown = [one for one in measured if not one.is_initial]
+
+    def panel(one: Measured) -> Panel:
+        def draw(axis: Any) -> None:
+            import numpy as np
+
+            places = _after_layers(one.analysis)
+            for number, f in enumerate(places):  # each with the rings of its own grid
+                rings = f.radial()
+                edges = [rings[0][0], *(ring[1] for ring in rings)]
+                of_runs = [[ring[2] for ring in _after_layers(run.analysis)[number].radial()] for run in one.runs]
+                means = [fmean(shares) for shares in zip(*of_runs, strict=True)]
+                noise = [ring[3] for ring in rings]
+                decibels = np.array([[10 * math.log10(max(a / b, 1e-9)) for a, b in zip(means, noise, strict=True)]])
+                rows = [f.layer - 0.5, f.layer + 0.5]
+                mesh = axis.pcolormesh(edges, rows, decibels, cmap=HEAT, vmin=-10, vmax=10, linewidth=0.5)
+                mesh.set_edgecolor("face")  # else the paper shows through the seams
+            bar = axis.figure.colorbar(mesh, ax=axis, pad=0.02, fraction=0.06, ticks=[-10, -5, 0, 5, 10], extend="both")
+            bar.ax.tick_params(length=2)
+            bar.set_label("dB")
+            bar.outline.set_visible(False)
+            integers(axis.yaxis, [f.layer for f in places])
+            axis.set(xlabel="frequency", ylabel="layer")
+            axis.spines[:].set_visible(False)
+
+        return Panel(one.name, draw)
+
+    return Figure(
+        "spectra",
+        "Radial spectra",
+        "Energy per Fourier coefficient of each layer's tokens (without DC) against that of white noise, in decibels: "
+        "0 is flat, bright is more, dark is less; frequency 1 is the Nyquist frequency of an axis of tokens. Energy "
+        "that moves to the right with depth is what the paper calls a thirst for high frequencies. Against it would "
+        "count: rows of EIT that look like those of ViT.",
+        [panel(one) for one in shown],
+        [],
+    )

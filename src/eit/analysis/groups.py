@@ -1,0 +1,121 @@
+"""Several runs of one model as one: mean and spread over runs, and differences of models paired by seed."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from eit.analysis.measure import Analysis
+from eit.analysis.measured import Measured, curves
+
+CONFIDENCE = 0.95
+
+# What is compared: name -> (layer, value) of each layer that has it.
+MEASURES: dict[str, Callable[[Analysis], list[tuple[int, float]]]] = {
+    "share": lambda a: [(f.layer, f.share) for f in a.at("block")],
+    "share_with_dc": lambda a: [(f.layer, f.share_with_dc) for f in a.at("block")],
+    "mixer_gain": lambda a: [(t.layer, t.gain) for t in a.transfers("mixer")],
+    "mlp_gain": lambda a: [(t.layer, t.gain) for t in a.transfers("mlp")],
+    "relative_std": lambda a: [(h.layer, h.relative_std) for h in a.attention],
+    "divergence": lambda a: [(h.layer, h.mean_divergence) for h in a.attention if h.divergence],
+    "relative_entropy": lambda a: [(h.layer, fmean(h.relative_entropy)) for h in a.attention],
+    "class_token_share": lambda a: [(t.layer, t.share) for t in a.class_tokens("block")],
+    "cosine": lambda a: [(s.layer, s.cosine) for s in a.smoothing if s.where == "block"],
+    "effective_rank": lambda a: [(s.layer, s.rank) for s in a.smoothing if s.where == "block"],
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n - 1) over the runs of a group, of one measure in one layer."""
+
+    group: str
+    state: str
+    measure: str
+    layer: int
+    runs: int
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean over seeds of one group less another, both trained with the same seed.
+
+    Attributes:
+        one, other: names of the groups.
+        measure: a key of `MEASURES`.
+        layer: None is the mean of the layers.
+        seeds: how many pairs.
+        difference: mean over the pairs.
+        low, high: ends of the 95% interval by Student's t of the pairs' differences.
+    """
+
+    one: str
+    other: str
+    measure: str
+    layer: int | None
+    seeds: int
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+def spreads(measured: Sequence[Measured]) -> list[Spread]:
+    """Of each group, measure and layer."""
+    found = []
+    for group in (one for one in curves(measured) if one.members):
+        for name, values in MEASURES.items():
+            for run in zip(*(values(run.analysis) for run in group.members), strict=True):
+                of_runs = [value for _, value in run]
+                subject = group.subject
+                mean, std = fmean(of_runs), stdev(of_runs)
+                found.append(Spread(subject.group, subject.state, name, run[0][0], len(of_runs), mean, std))
+    return found
+
+
+def pairs(measured: Sequence[Measured]) -> tuple[list[Paired], list[str]]:
+    """Differences of each two trained groups, and lines for those that cannot be paired."""
+    groups = [one for one in curves(measured) if one.members and one.subject.state == "trained"]
+    found: list[Paired] = []
+    lines: list[str] = []
+    for one, other in itertools.combinations(groups, 2):
+        names = f"{one.subject.group} and {other.subject.group}"
+        mine, theirs = _by_seed(one), _by_seed(other)
+        if mine is None or theirs is None:
+            lines.append(f"{names} are not paired: runs of one group share a seed, or do not say theirs")
+            continue
+        seeds = sorted(mine.keys() & theirs.keys())
+        if len(seeds) < 2:
+            lines.append(f"{names} are not paired: they have {len(seeds)} seed{'s' * (len(seeds) != 1)} in common")
+            continue
+        for name, values in MEASURES.items():
+            runs = [(dict(values(mine[s].analysis)), dict(values(theirs[s].analysis))) for s in seeds]
+            key = one.subject.group, other.subject.group, name
+            layers = sorted(runs[0][0].keys() & runs[0][1].keys())
+            if one.analysis.depth == other.analysis.depth:
+                found += [_paired(*key, n, [a[n] - b[n] for a, b in runs]) for n in layers]
+            if runs[0][0] and runs[0][1]:
+                found.append(_paired(*key, None, [fmean(a.values()) - fmean(b.values()) for a, b in runs]))
+    return found, lines
+
+
+def _by_seed(group: Measured) -> dict[int, Measured] | None:
+    """None where two runs have one seed, or one has none."""
+    seeds = {run.subject.seed: run for run in group.members}
+    known = {seed: run for seed, run in seeds.items() if seed is not None}
+    return known if len(known) == len(group.members) else None
+
+
+def _paired(one: str, other: str, measure: str, layer: int | None, gaps: list[float]) -> Paired:
+    from scipy import stats
+
+    mean = fmean(gaps)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
+    return Paired(one, other, measure, layer, len(gaps), mean, mean - half, mean + half)

@@ -1,0 +1,84 @@
+"""What figures are made of: panels that draw themselves on an axis, for paper and for the page alike."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from eit.analysis.measured import Measured
+
+# Okabe & Ito's palette without black and yellow: the colour-blind can tell them, on white and on black paper.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours, so that 42 models differ
+HEAT = "cividis"
+
+
+@dataclass
+class Panel:
+    title: str
+    draw: Callable[[Any], None]
+
+
+@dataclass
+class Figure:
+    """Panels with a caption that says what they show and what would count against the claim."""
+
+    key: str  # of its files
+    title: str
+    caption: str
+    panels: list[Panel]
+    legend: list[Measured]
+    noise: bool = False  # a dotted line stands for white noise
+
+
+Points = list[tuple[float, float]]
+
+
+def curve(axis: Any, one: Measured, value: Callable[[Measured], Points], **style: Any) -> None:
+    """The points of a model, or mean and band of a group's runs."""
+    of_runs = [value(run) for run in one.runs]
+    x = [point[0] for point in of_runs[0]]
+    columns = [[point[1] for point in column] for column in zip(*of_runs, strict=True)]
+    mean = [fmean(column) for column in columns]
+    line = one.style() | style
+    axis.plot(x, mean, **line)
+    if len(of_runs) > 1:
+        band(axis, x, mean, [stdev(column) for column in columns], line["color"])
+
+
+def band(axis: Any, x: list[float], mean: list[float], std: list[float], colour: Any) -> None:
+    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+    axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def ink() -> str:
+    from matplotlib import rcParams
+
+    return rcParams["text.color"]
+
+
+def depth_axis(axis: Any, measured: Sequence[Measured], first: int = 1) -> None:
+    """Layers on the x axis."""
+    depth = max(one.analysis.depth for one in measured)
+    integers(axis.xaxis, range(first, depth + 1))
+    axis.set_xlim(first - 0.5, depth + 0.5)
+    axis.set_xlabel("layer")
+
+
+def from_zero(axis: Any) -> None:
+    """The y axis from 0 to a little above the data: a line at the top is not cut in half."""
+    axis.set_ylim(0, 1.06 * axis.dataLim.y1 or 1)
+
+
+def logarithmic(axis: Any) -> None:
+    """A logarithmic y axis whose labels have no exponents: raised digits are too small to read on a phone."""
+    from matplotlib.ticker import NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def integers(axis: Any, values: Sequence[int]) -> None:
+    step = -(-len(values) // 13)
+    axis.set_ticks([v for v in values if (v - values[0]) % step == 0 or (v == values[-1] and step == 1)])
