@@ -218,7 +218,7 @@ def test_attention_to_both_neighbours_has_the_cosine_of_the_wave():
 
 @pytest.mark.parametrize("grid", [(3, 4), (4, 3), (5, 5)])
 def test_gains_are_the_columns_of_the_attention_in_fourier_space(grid):
-    """|F A F^-1|^2 summed over rows (Wang et al. 2022), by the FFT's own matrix; cos and sin share each wave's."""
+    """|F A F^-1|^2 summed over rows, by the FFT's own matrix; cos and sin share each wave's."""
     h, w = grid
     weights = random_weights(h, w, heads=1, images=1, prefix=0)
     eye = torch.eye(h * w, dtype=torch.complex128)

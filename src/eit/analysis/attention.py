@@ -127,7 +127,7 @@ def mode_gains(weights: Tensor, grid: Grid) -> Tensor:
     """Attention of the grid to itself (B, H, n, n) -> energy gain of each real Fourier mode of the grid, (B, H, h, w).
 
     The gain of a mode m of unit energy is |A m|^2. A wave's cosine and sine have one gain each; their mean is that of
-    the complex mode, the energy of its column of Wang et al.'s F A F^-1 (ICLR 2022, arXiv 2203.05962).
+    the complex mode, the energy of its column of F A F^-1, F the 2-D DFT.
     """
     h, w = grid
     rows, columns = _modes_on(weights.device, h), _modes_on(weights.device, w)

@@ -144,7 +144,7 @@ def attention_filter(measured: Sequence[Measured]) -> Figure | None:
         "filter",
         "Attention as a filter",
         "By what the attention matrix A among the grid's tokens multiplies the energy of the grid's Fourier modes: "
-        "|A m|² for modes m of unit energy, mean over modes, heads and images (columns of Wang et al. 2022's F A F⁻¹); "
+        "|A m|² for modes m of unit energy, mean over modes, heads and images (columns of F A F⁻¹); "
         f"low: 0 < f <= {rho:g}, high: above. Identity would have 1 in all, uniform attention 0; frequency 0 always "
         "passes with 1. Right: high by low, below 1 is a low-pass filter. Dashed: initial values. Against the view of "
         "attention as a low-pass filter would count: lines at 1 in the right panel, where the others are not near 0.",
