@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 help:
 	@echo "make demo       set up, train the digits recipe (under a minute on 2 cores), predict a few"
-	@echo "make test       set up, run the tests (20 to 45 minutes on 2 cores)"
+	@echo "make test       set up, run the tests (about 20 minutes on two fast cores)"
 	@echo "make test-slow  the tests that make test leaves out"
 	@echo "make gpu        on a machine with a GPU: check, measure, train, in 10 minutes; GPU=\"--part check\" and other words"
 	@echo "make lint       formatting, lint and types"
