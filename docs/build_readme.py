@@ -358,7 +358,7 @@ def in_short() -> str:
             word = verdict.word if verdict.p is not None else WAITING
             found.setdefault(word, []).append(claim.says)
     lines = [f"- **{word}**: {'; '.join(found[word])}." for word in (HOLDS, FAILS, UNDECIDED, WAITING) if word in found]
-    return "\n".join(["Of the six primary claims:", "", *lines])
+    return "\n".join(["Of the primary claims:", "", *lines])
 
 
 def forest() -> list[Row]:

@@ -28,11 +28,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
 
 from eit import __version__
-from eit.config import model_arguments
+from eit.config import model_arguments, split_name
 from eit.errors import UserError, first_line
 from eit.images import MAX_PIXELS, View
 from eit.model import EIT, our_names
-from eit.zoo import FAMILIES, MODELS, TIMM, VARIANTS, create_model, head_names, is_model
+from eit.zoo import FAMILIES, TIMM, VARIANTS, create_model, head_names, is_model
 
 StateDict = Mapping[str, Tensor]
 
@@ -73,11 +73,12 @@ class Card(BaseModel):
     def _size_and_family(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        variant, family = MODELS.get(str(values.get("model")), (None, "eit"))
-        arguments = values.get("arguments")
-        if family == "eit" or not isinstance(arguments, dict) or arguments.get("family", family) != family:
+        name, arguments = str(values.get("model")), values.get("arguments")
+        size, family = split_name(name)
+        if family is None or not is_model(name) or not isinstance(arguments, dict):
             return values
-        size = next(name for name, published in VARIANTS.items() if published == variant)
+        if arguments.get("family", family) != family:
+            return values
         return values | dict(model=size, arguments=arguments | dict(family=family))
 
     @model_validator(mode="after")

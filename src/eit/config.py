@@ -35,7 +35,10 @@ def _compile_mode(value: Any) -> Any:
     return {True: "default", False: "off"}[value] if isinstance(value, bool) else value
 
 
-PLUS = "eit_plus_"  # names with it have a family of their own
+def split_name(name: str) -> tuple[str, str | None]:
+    """A model's name -> the name of its size, and its family where the name says one: eit_mini, eit_plus."""
+    size = name.removeprefix("eit_plus_")
+    return (name, None) if size == name else (f"eit_{size}", "eit_plus")
 
 
 class Section(BaseModel):
@@ -112,16 +115,17 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _size_and_family(cls, values: Any) -> Any:
-        name = values.get("name") if isinstance(values, dict) else None
-        if not isinstance(name, str) or not name.startswith(PLUS) or values.get("family", "eit_plus") != "eit_plus":
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
             return values
-        return values | dict(name=f"eit_{name.removeprefix(PLUS)}", family="eit_plus")
+        size, family = split_name(values["name"])
+        return values | dict(name=size, family=family) if family and values.get("family", family) == family else values
 
     @field_validator("family")
     @classmethod
     def _of_the_name(cls, family: str, info: ValidationInfo) -> str:
-        if (name := info.data.get("name", "")).startswith(PLUS):
-            raise ValueError(f"model.name={name} is of the family eit_plus: leave out one of the two")
+        name = info.data.get("name", "")
+        if own := split_name(name)[1]:
+            raise ValueError(f"model.name={name} is of the family {own}: leave out one of the two")
         return family
 
     def arguments(self) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def _config(model: Any, license: str | None) -> dict[str, Any]:
 def _description(card: Card) -> str:
     if card.model.startswith(TIMM):
         return f"`{card.model.removeprefix(TIMM)}` of timm, trained with [eit](https://arxiv.org/abs/2203.07116)."
-    family = card.arguments.get("family") or MODELS[card.model][1]
+    family = card.arguments.get("family", "eit")
     parts = FAMILIES[family]
     own = all(card.arguments.get(key, parts[key]) == parts[key] for key in parts)
     what = dict(

@@ -220,7 +220,7 @@ class Attention:
         return self._gain_in(is_high(self.grid, self.rho))
 
     def _gain_in(self, inside: Tensor) -> list[float]:
-        """NaN where there is no such mode."""
+        """NaN where the grid has no mode inside."""
         return [float(gain[inside].mean()) for gain in self.gain]
 
     def radial_gain(self) -> list[tuple[float, float, float]]:

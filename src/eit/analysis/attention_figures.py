@@ -57,7 +57,7 @@ def distances(measured: Sequence[Measured]) -> Figure | None:
 
 
 def head_diversity(measured: Sequence[Measured]) -> Figure | None:
-    """Diversity and, beside it, whether it can be tested."""
+    """Diversity, and whether it can be tested."""
     shown = [one for one in measured if one.analysis.attention]
     if not shown:
         return None
@@ -179,7 +179,7 @@ def class_mass(measured: Sequence[Measured]) -> Figure | None:
         "attention",
         "Class-token mass",
         f"The part of the patches' attention that goes to the class token (and to registers), {cut}; where it is "
-        "large, they speak of little. Mean over heads; dashed: initial values. It is no claim of the paper; masses "
+        "large, they speak of little. Mean over heads; dashed: initial values. The paper claims nothing of it; masses "
         "that differ widely would count against comparing distances.",
         [Panel("", draw)],
         shown,

@@ -205,10 +205,6 @@ class Cell:
         """Of its folder: cifar10-eit-seed-0."""
         return "-".join(f"{axis}-{level}" if level.isdigit() else level for axis, level in self.levels.items())
 
-    def beside(self, axis: str) -> str:
-        """Its data set and its other levels: what runs share that an axis is compared over."""
-        return " ".join([self.data, *(level for name, level in self.levels.items() if name not in ("data", axis))])
-
     def folder(self, results: Path) -> Path:
         """Where its run folder is."""
         return results / self.experiment / self.budget / self.name

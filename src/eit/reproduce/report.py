@@ -17,7 +17,7 @@ from eit.checkpoint import write_file
 from eit.errors import few
 from eit.reproduce.cells import Result, read_results
 from eit.reproduce.matrix import EXACT, Cell, Claim, Experiment, experiment_names, load, names_of
-from eit.reproduce.verdict import NOT_RUN, Gap, Verdict, contrast, correct, weigh
+from eit.reproduce.verdict import Gap, Verdict, contrast, correct, weigh
 from eit.zoo import VARIANTS, published_results
 
 PAGE, FIGURE = "README.md", "figure.png"
@@ -51,33 +51,24 @@ def missing(experiment: Experiment, budget: str, results: Sequence[Result]) -> l
 
 
 def weighed(experiment: Experiment, budget: str, results: Path) -> dict[str, Verdict]:
-    """The verdict on each claim of an experiment, from the runs of a budget in `results`."""
-    found = weighed_alone(experiment, budget, results)
-    family = primary_verdicts(experiment, budget, results)
-    return {key: family.get((experiment.name, key), verdict) for key, verdict in found.items()}
+    """The verdict on each claim of an experiment, from the runs of a budget in `results`.
 
-
-def weighed_alone(experiment: Experiment, budget: str, results: Path) -> dict[str, Verdict]:
-    """The same, with no correction for the other claims."""
-    runs, planned = read_results(experiment, budget, results), experiment.cells(budget)
-    return {key: weigh(claim, runs, planned, experiment.control) for key, claim in experiment.claims.items()}
-
-
-def primary_verdicts(experiment: Experiment, budget: str, results: Path) -> dict[tuple[str, str], Verdict]:
-    """The primary claims of this package's experiments, or of one's own, corrected together, by experiment and key.
-
-    Each is weighed at this budget; one whose experiment does not have it counts as not yet run.
+    Its primary claims are corrected together with those of this package's other experiments at the same budget; one
+    whose experiment does not have the budget counts as not yet run. An experiment of one's own stands alone.
     """
     names = experiment_names() if experiment.name in experiment_names() else []
     others = [load(name) for name in names if name != experiment.name]
     found: dict[tuple[str, str], Verdict] = {}
     for one in [experiment, *others]:
-        primary = [key for key, claim in one.claims.items() if claim.primary]
-        if not primary:
+        claims = {key: claim for key, claim in one.claims.items() if one is experiment or claim.primary}
+        if not claims:
             continue
-        alone = weighed_alone(one, budget, results) if budget in one.runs.budgets else {}
-        found |= {(one.name, key): alone.get(key, Verdict(NOT_RUN, primary=True)) for key in primary}
-    return correct(found)
+        runs, planned = [], []
+        if budget in one.runs.budgets:
+            runs, planned = read_results(one, budget, results), one.cells(budget)
+        found |= {(one.name, key): weigh(claim, runs, planned, one.control) for key, claim in claims.items()}
+    found |= correct({key: verdict for key, verdict in found.items() if verdict.primary})
+    return {key: found[experiment.name, key] for key in experiment.claims}
 
 
 def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:

@@ -16,13 +16,13 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
+from eit.analysis.attention import NEAR_UNIFORM
 from eit.reproduce.cells import Result
 from eit.reproduce.matrix import EXACT, Cell, Claim
 
 ALPHA = 0.05
 LEAST = 5  # runs of a level on a data set, below which nothing is decided
 MOST = 6  # primary claims
-UNIFORM = 0.95  # of the entropy of uniform attention: heads above it have no distance of their own
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 PARTLY, NOT_RUN, FEW, UNTESTABLE = "partly run", "not yet run", "too few runs", "not testable"
 
@@ -109,7 +109,7 @@ def weigh(claim: Claim, results: Sequence[Result], planned: Iterable[Cell], cont
     """
     if claim.reaches:
         return _reached(claim, results, [cell for cell in planned if cell.levels.get(claim.axis) in claim.levels])
-    values, want = _by_level(claim, results), _count(claim, planned)
+    values, want = _by_level(results, claim.axis, claim.metric), _count(claim, planned)
     data = [name for name in want if set(claim.levels) <= set(want[name])]
     gaps, notes = [], []
     for name in data:
@@ -171,12 +171,12 @@ def correct(primary: Mapping[Key, Verdict]) -> dict[Key, Verdict]:
 Runs = Mapping[str, Sequence[float]]  # of one data set: a metric, by level
 
 
-def _by_level(claim: Claim, results: Sequence[Result]) -> dict[str, dict[str, list[float]]]:
+def _by_level(results: Sequence[Result], axis: str, metric: str) -> dict[str, dict[str, list[float]]]:
     """Data set -> level -> the metric of each run, of all levels: Dunnett's test takes more than the claim's two."""
     found: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        if claim.axis in result.cell.levels and (value := result.value(claim.metric)) is not None:
-            found.setdefault(result.cell.data, {}).setdefault(result.cell.levels[claim.axis], []).append(value)
+        if axis in result.cell.levels and (value := result.value(metric)) is not None:
+            found.setdefault(result.cell.data, {}).setdefault(result.cell.levels[axis], []).append(value)
     return found
 
 
@@ -288,12 +288,11 @@ def _uniform(claim: Claim, results: Sequence[Result], data: Sequence[str]) -> st
     """Which level's heads attend all but uniformly, where the claim is about their diversity."""
     if not claim.metric.endswith(".diversity"):
         return ""
-    entropies = Claim.model_construct(**(claim.model_dump() | dict(metric="trained.entropy")))
-    found = _by_level(entropies, results)
+    found = _by_level(results, claim.axis, "trained.entropy")
     for name in data:
         for level in claim.levels:
             runs = found.get(name, {}).get(level, [])
-            if runs and fmean(runs) > UNIFORM:
+            if runs and fmean(runs) > NEAR_UNIFORM:
                 return f"{level} on {name}: {100 * fmean(runs):.1f}% of uniform attention's entropy"
     return ""
 
