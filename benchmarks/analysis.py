@@ -18,8 +18,8 @@ import torch
 import eit
 from eit.analysis.attention import AttentionMeter
 from eit.analysis.frequency import FrequencyMeter, transform
+from eit.analysis.hooks import watch
 from eit.analysis.measure import analyze
-from eit.analysis.probe import watch
 
 
 def variants(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], object]]:

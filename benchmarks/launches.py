@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import eit.train
+import eit.training.trainer
 from eit import distributed
 from eit.config import load_recipe
 
@@ -73,7 +73,7 @@ def count(recipe: str = "cifar10", *words: str) -> dict[str, Any]:
     marks: list[int] = []
     generator = torch.Generator
     nothing = SimpleNamespace(top1=1.0, top5=1.0, loss=1.0)
-    set_seed = eit.train.set_seed
+    set_seed = eit.training.trainer.set_seed
 
     def step_begins(*counters: int) -> None:  # what a step calls first, for each micro-batch
         if counters[3] == 0:
@@ -94,11 +94,11 @@ def count(recipe: str = "cifar10", *words: str) -> dict[str, Any]:
                     Image.fromarray(pixels).save(root / split / label / f"{i}.png")
         replaced: dict[Any, Any] = {
             "eit.distributed.start": lambda device="auto": META,
-            "eit.train.autocast": lambda *_: nullcontext(),
-            "eit.train.evaluate": lambda *_, **__: nothing,
-            "eit.train.set_seed": step_begins,
-            "eit.state.Writer.submit": lambda *_: None,
-            "eit.train.save_weights": lambda *_: None,
+            "eit.training.trainer.autocast": lambda *_: nullcontext(),
+            "eit.training.trainer.evaluate": lambda *_, **__: nothing,
+            "eit.training.trainer.set_seed": step_begins,
+            "eit.training.checkpoint.Writer.submit": lambda *_: None,
+            "eit.training.trainer.save_weights": lambda *_: None,
             "torch.Generator": lambda device="cpu": generator(),  # ModelEmaV3 makes one on the model's device
             "torch.optim.optimizer._get_fused_kernels_supported_devices": lambda: ["meta", "cpu"],
         }
@@ -106,7 +106,7 @@ def count(recipe: str = "cifar10", *words: str) -> dict[str, Any]:
             patched.enter_context(patch(name, value))
         with watch:
             distributed.start()
-            eit.train.train(read)
+            eit.training.trainer.train(read)
     step = Counter(watch.ops[marks[-2] : marks[-1]])
     waits, copies = step.pop("wait", 0), step.pop("copy", 0)
     return dict(recipe=recipe, words=words, launches=step.total(), waits=waits, copies=copies, operators=dict(step))

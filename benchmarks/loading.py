@@ -37,13 +37,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 import eit
-from eit import shear
 from eit.config import load_recipe
-from eit.crop import ResizedCrop, resized, to_pixels
+from eit.data import shear
+from eit.data.images import Images, View
+from eit.data.loaders import CachedLoader, WorkerLoader
+from eit.data.order import Plan
+from eit.data.random_crop import ResizedCrop, resized, to_pixels
 from eit.environment import environment
-from eit.images import Images, View
-from eit.loader import CachedLoader, WorkerLoader
-from eit.plan import Plan, Stream, seeded
+from eit.randomness import Stream, seeded
 
 PHOTOS = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg"]
 PHOTOS += ["ihc.png", "retina.jpg"]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eit.layers import Linear, MaxPool2d, PatchConv2d
-from eit.model import EIT, ConvAttention
+from eit.models.eit import EIT, ConvAttention
+from eit.models.ops import Linear, MaxPool2d, PatchConv2d
 
 
 class NaiveMixer(ConvAttention):

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
-from eit import draw
-from eit.benchmark import Arm, Options, about, make_step, open_model
+from eit import plots
+from eit.benchmark.bench import Arm, Options, about, make_step, open_model
 
 ROOT = Path(__file__).parents[1]
 ROUNDS, BATCH = 5, 16
@@ -85,7 +85,7 @@ def picture(rows: list[dict]) -> None:
     axis.tick_params(length=0, labelsize=8.5)
     axis.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="lower center", ncols=len(KINDS), frameon=False, fontsize=8.5, handlelength=1, columnspacing=1.2)
-    draw.save(figure, ROOT / "docs" / "images" / "operators.png")
+    plots.save(figure, ROOT / "docs" / "images" / "operators.png")
 
 
 def main(name: str) -> None:

@@ -24,11 +24,11 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from eit.checkpoint import write_file
 from eit.console import track
+from eit.data.images import Images
+from eit.data.layouts import read_folder
 from eit.errors import UserError, first_line, printable
-from eit.images import Images
-from eit.readers import read_folder
+from eit.files import write_file
 
 SPLITS = ("train", "val")
 MAX_SIDE = 16_383  # pixels of a WebP image

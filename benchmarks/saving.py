@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import eit
-from eit.checkpoint import Card, default_class_names, default_mean_std
-from eit.state import Writer, save_step
+from eit.training.checkpoint import Writer, save_step
+from eit.weights.load import Card, default_class_names, default_mean_std
 
 ROUNDS = 5
 

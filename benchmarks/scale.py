@@ -26,13 +26,14 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 
 import eit
-from eit import distributed, draw, peak
-from eit.benchmark import seconds_of, training_step
+from eit import distributed, plots
+from eit.benchmark import matmul_peak
+from eit.benchmark.bench import seconds_of, training_step
 from eit.config import load_recipe
 from eit.environment import environment
-from eit.finetune import build_model
-from eit.macs import training_macs
 from eit.memory import MALLOC, peak_bytes
+from eit.models.complexity import training_macs
+from eit.training.setup import build_model
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "scale.json"
@@ -127,11 +128,11 @@ def curves() -> None:
     steps = {point: step_of(**dict(point)) for point in POINTS}
     seconds: dict[tuple, list[float]] = {point: [] for point in POINTS}
     rates: list[float] = []
-    ways = peak.routes("fp32", CPU)
+    ways = matmul_peak.routes("fp32", CPU)
     for _, _, step in steps.values():
         step()
     for _ in range(ROUNDS):
-        rates.append(max(peak.flops_per_second(way, CPU) for way in ways.values()))
+        rates.append(max(matmul_peak.flops_per_second(way, CPU) for way in ways.values()))
         for point, (_, _, step) in steps.items():
             seconds[point].append(seconds_of(step, 1, CPU))
     rows = []
@@ -180,7 +181,7 @@ def memory_of(point: dict) -> None:
 DRIVER = """
 import json, os, sys, time
 began = float(sys.argv.pop(1))
-import eit.cli, eit.config, eit.train
+import eit.cli, eit.config, eit.training.trainer
 imported = time.time()
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -270,7 +271,7 @@ def figure() -> None:
         f"{about['device'].removeprefix('cpu: ')}",
         fontsize=10,
     )
-    draw.save(shown, ROOT / "docs" / "images" / "scale.png")
+    plots.save(shown, ROOT / "docs" / "images" / "scale.png")
 
 
 PARTS = dict(processes=processes, curves=curves, memory=memory, start=start, digits=digits, figure=figure)

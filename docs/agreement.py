@@ -11,8 +11,8 @@ import torch
 
 import eit
 from eit.config import Data
-from eit.data import DIGITS, open_data
-from eit.loader import evaluation_loader
+from eit.data.datasets import DIGITS, open_data
+from eit.data.loaders import evaluation_loader
 
 ROOT = Path(__file__).parents[1] / "results" / "distillation"
 

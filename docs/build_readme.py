@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import eit
-from eit.reproduce import matrix, report
-from eit.reproduce.cells import Result, read_results
+from eit.models.registry import FAMILIES
+from eit.reproduce import experiment as experiments
+from eit.reproduce import tables as result_tables
 from eit.reproduce.forest import Row, digest, draw_forest
-from eit.reproduce.report import (
+from eit.reproduce.runs import Result, read_results
+from eit.reproduce.tables import (
     FIGURE,
     PAGE,
     disagreement,
@@ -30,7 +32,6 @@ from eit.reproduce.report import (
     weighed,
 )  # fmt: skip
 from eit.reproduce.verdict import FAILS, HOLDS, UNDECIDED, Verdict
-from eit.zoo import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 CONV, ATTENTION, INK = "#0072b2", "#e69f00", "#333333"
@@ -259,31 +260,31 @@ TESTED = [  # claims that need no training: what it says, the versions of the pa
     (
         'EIT has 3.5, 8.9, 16.0, 25.3 M parameters and 1.73, 3.84, 6.52, 10.0 G "FLOPs" as the paper counts',
         "v2",
-        "macs.py, complexity",
+        "models/complexity.py, complexity",
         "test_cost.py",
     ),
     (
         "The share of convolution decreases with depth, down to none",
         "v1, v2, v3",
-        "model.py, decreasing_conv",
+        "models/eit.py, decreasing_conv",
         "test_decreasing_convolution.py",
     ),
     (
         "At 32x32, on the same 8x8 tokens, EIT has fewer parameters and MACs than ViT of equal width",
         "v1, v2",
-        "zoo.py, FAMILIES",
+        "models/registry.py, FAMILIES",
         "test_small_images.py",
     ),
     (
         "At 224x224, on 19x19 tokens against ViT's 14x14, EIT-mini has 2.2 times the MACs of a ViT of its width",
         "ours",
-        "zoo.py, FAMILIES",
+        "models/registry.py, FAMILIES",
         "test_cost.py",
     ),
     (
         "Without a position embedding another input size needs no change of the weights",
         "v1, v2",
-        "model.py, EIT",
+        "models/eit.py, EIT",
         "test_no_position_embedding.py",
     ),
 ]
@@ -291,9 +292,9 @@ BUDGETS = ("full", "medium", "short")  # of evidence, best first
 WAITING = "not yet judged, as runs are missing"
 
 
-def evidence(name: str) -> tuple[matrix.Experiment, str, list[Result]]:
+def evidence(name: str) -> tuple[experiments.Experiment, str, list[Result]]:
     """The best budget of an experiment that is complete, else the one with the most results."""
-    experiment = matrix.load(name)
+    experiment = experiments.load(name)
     budgets = [budget for budget in BUDGETS if budget in experiment.runs.budgets]
     found = {budget: read_results(experiment, budget, ROOT / "results") for budget in budgets}
     whole = [budget for budget in budgets if len(found[budget]) == len(experiment.cells(budget))]
@@ -307,10 +308,10 @@ def code(place: str) -> str:
 
 
 @cache
-def weighed_claims() -> list[tuple[str, str, matrix.Claim, Verdict]]:
+def weighed_claims() -> list[tuple[str, str, experiments.Claim, Verdict]]:
     """Of every experiment: its name, its runs in words, claim, verdict; the primary claims first."""
     rows = []
-    for name in matrix.experiment_names():
+    for name in experiments.experiment_names():
         experiment, budget, found = evidence(name)
         planned = experiment.cells(budget)
         for key, verdict in weighed(experiment, budget, ROOT / "results").items():
@@ -395,15 +396,15 @@ def experiment(name: str) -> str:
 
 def build_results(check: bool) -> None:
     """The page and the figure of each budget that has runs in results/."""
-    for name in matrix.experiment_names():
-        loaded = matrix.load(name)
+    for name in experiments.experiment_names():
+        loaded = experiments.load(name)
         for budget in loaded.runs.budgets:
             if not read_results(loaded, budget, ROOT / "results"):
                 if (page := ROOT / "results" / name / budget / PAGE).exists():
                     sys.exit(f"{page} is of runs that are not in results/: train them, or remove it")
                 continue
             if not check:
-                report.build(loaded, budget, ROOT / "results")
+                result_tables.build(loaded, budget, ROOT / "results")
             elif stale := disagreement(loaded, budget, ROOT / "results"):
                 sys.exit(f"{stale} disagrees with results/: run `make readme`")
 
@@ -464,7 +465,7 @@ def main() -> None:
     build_results("--check" in sys.argv)
     images, found = ROOT / "docs" / "images", evidence("imagenet")[2]
     if "--check" in sys.argv:
-        if not report.shows(images / "results.png", found):
+        if not result_tables.shows(images / "results.png", found):
             sys.exit("docs/images/results.png disagrees with results/: run `make readme`")
         if not has_digest(images / "forest.png", digest(forest())):
             sys.exit("docs/images/forest.png disagrees with results/: run `make readme`")
@@ -472,7 +473,7 @@ def main() -> None:
     images.mkdir(exist_ok=True)
     draw(images / "eit.png")
     draw_forest(forest(), images / "forest.png")
-    report.figure(matrix.load("imagenet"), found, images / "results.png")
+    result_tables.figure(experiments.load("imagenet"), found, images / "results.png")
 
 
 if __name__ == "__main__":

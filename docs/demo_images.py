@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from eit.config import Data
-from eit.data import DIGITS, open_data
+from eit.data.datasets import DIGITS, open_data
 
 _, val = open_data(Data(root=DIGITS))
 for index in range(0, len(val), len(val) // 6):

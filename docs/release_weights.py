@@ -13,9 +13,9 @@ from pathlib import Path
 
 from eit import list_models
 from eit.errors import UserError
-from eit.hub import write_folder
-from eit.reproduce import matrix
-from eit.reproduce.cells import Result, read_results
+from eit.export.hub import write_folder
+from eit.reproduce import experiment as experiments
+from eit.reproduce.runs import Result, read_results
 
 LICENSE = "apache-2.0"
 
@@ -23,8 +23,8 @@ LICENSE = "apache-2.0"
 def chosen(results: Path) -> dict[str, Result]:
     """Name -> the run to release."""
     found: dict[str, Result] = {}
-    for name in matrix.experiment_names():
-        experiment = matrix.load(name)
+    for name in experiments.experiment_names():
+        experiment = experiments.load(name)
         for budget in {} if experiment.of else experiment.budgets:
             by_levels: dict[str, list[Result]] = {}
             for result in read_results(experiment, budget, results):

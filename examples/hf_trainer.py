@@ -19,8 +19,8 @@ from torchvision.datasets import ImageFolder
 from transformers import Trainer, TrainingArguments, set_seed
 
 import eit
-from eit.checkpoint import save_weights
-from eit.images import decode
+from eit.data.images import decode
+from eit.weights.load import save_weights
 
 
 class WithLoss(nn.Module):

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import eit
-from eit.checkpoint import save_weights
-from eit.images import decode
+from eit.data.images import decode
+from eit.weights.load import save_weights
 
 
 class FineTune(lightning.LightningModule):

@@ -25,7 +25,7 @@ shift 3
 said=$("$python" - "$images" "$out/start" <<'EOF'
 import sys
 import torch
-from eit.checkpoint import read_card
+from eit.weights.load import read_card
 from timm.data import create_dataset
 images, start = sys.argv[1:]
 classes = create_dataset("", root=images, split="train").reader.class_to_idx
@@ -45,7 +45,7 @@ read -r classes in_chans device <<<"$said"
 "$python" - "$images" "$out" <<'EOF'
 import sys
 from pathlib import Path
-from eit.checkpoint import read_card, save_weights
+from eit.weights.load import read_card, save_weights
 from timm.data import create_dataset
 from timm.models import load_state_dict
 images, out = sys.argv[1], Path(sys.argv[2])

@@ -73,7 +73,7 @@ def launcher(ranks: int = 0) -> list[str]:
 
 
 class Zygote:
-    """Runs commands in forks of one process, tests/zygote.py."""
+    """Runs commands in forks of one process, tests/helpers/zygote.py."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -81,7 +81,7 @@ class Zygote:
     def run(self, words, cwd, stdin, env, timeout):
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.zygote"],
+                [sys.executable, "-m", "tests.helpers.zygote"],
                 cwd=Path(__file__).parents[1],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdin=subprocess.PIPE,
@@ -97,7 +97,7 @@ class Zygote:
             request = dict(words=words, cwd=str(cwd or os.getcwd()), env=env, **{k: str(v) for k, v in streams.items()})
             print(json.dumps(request), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
-            assert line, f"tests/zygote.py died with status {self.process.wait()}: see its errors above"
+            assert line, f"tests/helpers/zygote.py died with status {self.process.wait()}: see its errors above"
             pid = int(line)
             alarm = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
             alarm.start()

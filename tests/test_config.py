@@ -30,7 +30,7 @@ def test_every_shipped_recipe_is_valid_and_says_command_cost_and_figure():
 
 
 def test_the_model_section_has_every_argument_of_the_model():
-    from eit.zoo import model_arguments
+    from eit.models.registry import model_arguments
 
     of_recipe = set(Model.model_fields) - {"name", "pretrained", "reset_head"}
     assert of_recipe == set(model_arguments()) - {"num_classes", "img_size", "device", "dtype"}

@@ -16,16 +16,16 @@ import eit
 from eit.analysis import pictures, robustness
 from eit.analysis.measure import analyze
 from eit.analysis.moments import Moments
-from eit.checkpoint import digest
 from eit.config import Loss
-from eit.evaluate import evaluate
-from eit.export import export
-from eit.images import Images, View, normalise
-from eit.loader import EvaluationLoader
-from eit.loss import Distillation, make_criterion
+from eit.data.images import Images, View, normalise
+from eit.data.loaders import EvaluationLoader
+from eit.export.exporter import export
+from eit.inference.evaluate import evaluate
+from eit.inference.predict import predict
 from eit.precision import float32_products
-from eit.predict import predict
-from eit.state import Writer
+from eit.training.checkpoint import Writer
+from eit.training.loss import Distillation, make_criterion
+from eit.weights.load import digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # on the pretended device
 

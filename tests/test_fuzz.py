@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import eit
-from eit.checkpoint import load, read_weights
 from eit.config import Recipe, load_recipe, parse_overrides, parse_recipe, parse_yaml, recipe_keys
 from eit.errors import UserError
-from eit.state import load_step, newest_step, save_step
+from eit.training.checkpoint import load_step, newest_step, save_step
+from eit.weights.load import load, read_weights
 
 both = pytest.mark.parametrize(
     "inputs", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
@@ -143,7 +143,7 @@ def good():
     """Small whole files of each kind: (suffix, bytes)."""
     model = eit.create_model("eit_mini", embed_dim=8, depth=1, num_heads=2, num_classes=3, img_size=32)
     state = model.state_dict()
-    ours = eit.checkpoint.find_weights("digits").read_bytes()[:60_000]
+    ours = eit.weights.load.find_weights("digits").read_bytes()[:60_000]
     plain = safetensors.torch.save(
         {k: v.contiguous() for k, v in state.items()}, metadata={"eit": '{"model": "eit_mini"}'}
     )

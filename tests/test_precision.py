@@ -6,9 +6,8 @@ import os
 import pytest
 import torch
 
-from eit import evaluate as evaluate_module
-from eit import train as train_module
 from eit.errors import UserError
+from eit.inference import evaluate as evaluate_module
 from eit.precision import (
     PRECISIONS,
     arithmetic,
@@ -17,10 +16,11 @@ from eit.precision import (
     float32_products,
     resolve_precision,
 )
-from eit.state import load_state, newest_step
-from eit.train import train
+from eit.training import trainer as train_module
+from eit.training.checkpoint import load_state, newest_step
+from eit.training.trainer import train
 from tests.conftest import run_eit
-from tests.test_train import recipe, train_until_killed
+from tests.training.test_trainer import recipe, train_until_killed
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 

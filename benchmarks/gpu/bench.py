@@ -21,15 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import eit.train
+import eit.training.trainer
 from benchmarks.gpu.data import cifar10
 from benchmarks.gpu.record import Item, Session
-from eit import benchmark, layers, peak
-from eit.benchmark import Arm, Step, make_step, open_model, seconds_of, training_step
+from eit.benchmark import bench, matmul_peak
+from eit.benchmark.bench import Arm, Step, make_step, open_model, seconds_of, training_step
 from eit.config import load_recipe
 from eit.memory import is_measurable, peak_bytes
+from eit.models import ops
+from eit.models.registry import create_model
 from eit.precision import Precision, resolve_precision
-from eit.zoo import create_model
 
 MODELS = ("eit_mini", "eit_tiny", "eit_base", "eit_large", "timm/deit_tiny_patch16_224", "timm/deit_small_patch16_224")
 ROUNDS, SECONDS = 3, 0.15  # of each measurement
@@ -72,9 +73,9 @@ class Way:
     def chosen(self) -> Iterator[None]:
         with ExitStack() as stack:
             if self.without == "padded heads":
-                stack.enter_context(patch.object(layers, "PAD_HEADS_ON", set()))
+                stack.enter_context(patch.object(ops, "PAD_HEADS_ON", set()))
             if self.without == "strides of the stem":
-                stack.enter_context(patch.object(layers, "FOLD_STRIDES_ON", {"cuda"}))
+                stack.enter_context(patch.object(ops, "FOLD_STRIDES_ON", {"cuda"}))
             yield
 
 
@@ -90,8 +91,8 @@ def _precisions(session: Session) -> list[Precision]:
 
 
 def _peak(session: Session, precision: Precision, size: int | None) -> float:
-    routes = peak.routes(precision, session.device, size)
-    return max(peak.flops_per_second(product, session.device, precision, size) for product in routes.values())
+    routes = matmul_peak.routes(precision, session.device, size)
+    return max(matmul_peak.flops_per_second(product, session.device, precision, size) for product in routes.values())
 
 
 def speed(
@@ -121,7 +122,7 @@ def speed(
         arm = way.arm
         naive = [other for other in seconds if other.arm.naive and other.arm.model == arm.model]
         ratios = [before / now for before, now in zip(seconds[naive[0]], times, strict=True)] if naive else []
-        macs = benchmark.macs_of(arm, own[arm.model])
+        macs = bench.macs_of(arm, own[arm.model])
         row: dict[str, Any] = dict(model=arm.label, way=f"without {way.without}" if way.without else runtime)
         if way.without == "strides of the stem":
             row["way"] = "strides of the stem as channels"
@@ -157,7 +158,7 @@ def _prepare(session: Session, ways: Sequence[Way], own: dict[str, Any]) -> tupl
                 step = make_step(way.arm, own[way.arm.model], None, session.device)
                 for _ in range(1 if session.dry else 3):
                     step()
-                peak.synchronize(session.device)
+                matmul_peak.synchronize(session.device)
         except torch.OutOfMemoryError:
             left_out.append(f"{way.arm.label}: out of memory")
             gc.collect()
@@ -207,8 +208,8 @@ def real_loop(session: Session, batch: int, compile_mode: str) -> Item:
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("cifar10", [*words, f"out={folder}/run"])
         fixed = fixed_batch(session, batch) if compile_mode == "off" else None
-        with patch.object(eit.train, "open_data", lambda _: (train, val.evenly(1000))):
-            eit.train.train(recipe)
+        with patch.object(eit.training.trainer, "open_data", lambda _: (train, val.evenly(1000))):
+            eit.training.trainer.train(recipe)
         lines = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()
     loop = max(json.loads(line)["images_per_s"] for line in lines)
     item: Item = dict(images_per_s=loop, batch=batch, compile=compile_mode, images=source)
@@ -320,7 +321,7 @@ def trace(session: Session) -> Item:
     with profile(activities=kinds) as found:
         for _ in range(5):
             step()
-        peak.synchronize(session.device)
+        matmul_peak.synchronize(session.device)
     found.export_chrome_trace(str(session.folder / "trace.json.gz"))
     on_device = session.device.type == "cuda"
     key: Callable[[Any], float] = lambda e: e.self_device_time_total if on_device else e.self_cpu_time_total  # noqa: E731

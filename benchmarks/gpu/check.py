@@ -23,19 +23,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import eit
-import eit.train
+import eit.training.trainer
 from benchmarks.gpu.bench import small_words
 from benchmarks.gpu.data import random_images
 from benchmarks.gpu.record import Item, Session
-from eit import distributed, layers
-from eit.checkpoint import read_safetensors
+from eit import distributed
 from eit.config import Data, Recipe, load_recipe
-from eit.data import open_data
-from eit.evaluate import evaluate
-from eit.loader import evaluation_loader
-from eit.plan import Stream
+from eit.data.datasets import open_data
+from eit.data.loaders import evaluation_loader
+from eit.inference.evaluate import evaluate
+from eit.models import ops
 from eit.precision import Precision, arithmetic, autocast, float32_products
-from eit.state import load_step, newest_step
+from eit.randomness import Stream
+from eit.training.checkpoint import load_step, newest_step
+from eit.weights.load import read_safetensors
 
 MODELS = [("eit", name) for name in ("eit_mini", "eit_tiny", "eit_base", "eit_large")]
 MODELS += [("lsra", "eit_mini"), ("vit", "eit_mini")]
@@ -162,9 +163,9 @@ def padded_heads(session: Session) -> Item:
     size = model.img_size[0]
     x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(session.device)
     with float32_products("fp32"):
-        with patch.object(layers, "PAD_HEADS_ON", set()):
+        with patch.object(ops, "PAD_HEADS_ON", set()):
             plain = gradients_of(model, model, x)
-        with patch.object(layers, "PAD_HEADS_ON", {session.device.type}):
+        with patch.object(ops, "PAD_HEADS_ON", {session.device.type}):
             padded = gradients_of(model, model, x)
             model.eval()
             with torch.no_grad():
@@ -214,14 +215,14 @@ def digits(session: Session, folder: str | Path, *words: str) -> Recipe:
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
     """Training dies as it begins a step."""
-    set_seed = eit.train.set_seed
+    set_seed = eit.training.trainer.set_seed
 
     def die(stream: Stream, *counters: int) -> None:
         if stream is Stream.STEP and counters[1] == step:
             raise Killed
         set_seed(stream, *counters)
 
-    with patch.object(eit.train, "set_seed", die):
+    with patch.object(eit.training.trainer, "set_seed", die):
         yield
 
 
@@ -240,10 +241,10 @@ def resumed(session: Session, precision: str, words: list[str], deterministic: b
     words = [*words, f"train.precision={precision}", f"train.deterministic={str(deterministic).lower()}"]
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = (digits(session, f"{folder}/{name}", *words) for name in ("whole", "broken"))
-        eit.train.train(whole)
+        eit.training.trainer.train(whole)
         with killed_at(STOPPED_AT), suppress(Killed):
-            eit.train.train(broken)
-        eit.train.train(broken)
+            eit.training.trainer.train(broken)
+        eit.training.trainer.train(broken)
         one, other = final_weights(whole), final_weights(broken)
         largest = max(float((one[name] - other[name]).abs().max()) for name in one)
     return dict(ok=same(one, other) if deterministic else None, identical=same(one, other), largest_difference=largest)
@@ -254,7 +255,10 @@ def cost_of_determinism(session: Session) -> Item:
     images = random_images(64 if session.dry else 8192)
     rates: dict[str, list[float]] = {"false": [], "true": []}
     for deterministic in ["false", "true"] * (1 if session.dry else 2):
-        with tempfile.TemporaryDirectory() as folder, patch.object(eit.train, "open_data", lambda _: (images, images)):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            patch.object(eit.training.trainer, "open_data", lambda _: (images, images)),
+        ):
             words = [
                 *small_words(session),
                 f"train.deterministic={deterministic}",
@@ -262,7 +266,7 @@ def cost_of_determinism(session: Session) -> Item:
                 f"out={folder}/run",
             ]
             words += ["train.warmup_epochs=1", "data.root=random", *(["data.batch_size=16"] if session.dry else [])]
-            eit.train.train(load_recipe("cifar10", words))
+            eit.training.trainer.train(load_recipe("cifar10", words))
             last = Path(folder, "run", "log.jsonl").read_text().splitlines()[-1]
         rates[deterministic].append(json.loads(last)["images_per_s"])
     off, on = (max(rates[key]) for key in ("false", "true"))
@@ -272,7 +276,7 @@ def cost_of_determinism(session: Session) -> Item:
 def nan_guard(session: Session) -> Item:
     """A loss that is NaN ends the run, and the weights are those before it, though a further step was launched."""
     built: list[nn.Module] = []
-    build, make = eit.train.build_model, eit.train.make_criterion
+    build, make = eit.training.trainer.build_model, eit.training.trainer.make_criterion
 
     def broken(*arguments: Any) -> Callable[[Tensor, Tensor], Tensor]:
         criterion, calls = make(*arguments), []
@@ -286,15 +290,17 @@ def nan_guard(session: Session) -> Item:
     with tempfile.TemporaryDirectory() as folder:
         words = ["train.deterministic=true", "train.save_every=1"]
         sound = digits(session, f"{folder}/sound", *words, "train.max_steps=5")
-        eit.train.train(sound)
+        eit.training.trainer.train(sound)
         bad = digits(session, f"{folder}/bad", *words)
         said = ""
         with (
-            patch.object(eit.train, "build_model", lambda *a, **k: (built.append(build(*a, **k)), built[-1])[1]),
-            patch.object(eit.train, "make_criterion", broken),
+            patch.object(
+                eit.training.trainer, "build_model", lambda *a, **k: (built.append(build(*a, **k)), built[-1])[1]
+            ),
+            patch.object(eit.training.trainer, "make_criterion", broken),
         ):
             try:
-                eit.train.train(bad)
+                eit.training.trainer.train(bad)
             except FloatingPointError as error:
                 said = str(error)
         weights = {name: tensor.cpu() for name, tensor in built[-1].state_dict().items()}
@@ -306,7 +312,7 @@ def nan_guard(session: Session) -> Item:
 
 def distillation(session: Session) -> Item:
     with tempfile.TemporaryDirectory() as folder:
-        done = eit.train.train(digits(session, folder, "loss.teacher=digits", "train.max_steps=30"))
+        done = eit.training.trainer.train(digits(session, folder, "loss.teacher=digits", "train.max_steps=30"))
     return dict(ok=done["last_top1"] > 5, top1=done["last_top1"])
 
 
@@ -315,7 +321,7 @@ def waits(session: Session) -> Item:
     if session.dry:
         return dict(skipped="torch reports waits on CUDA alone; benchmarks/launches.py counts them without a GPU")
     first, last = 10, 20
-    set_seed = eit.train.set_seed
+    set_seed = eit.training.trainer.set_seed
 
     def watch(stream: Stream, *counters: int) -> None:
         if stream is Stream.STEP and counters[1] in (first, last):
@@ -324,8 +330,10 @@ def waits(session: Session) -> Item:
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with patch.object(eit.train, "set_seed", watch):
-            eit.train.train(digits(session, folder, "augment.mixup=0.8", "train.max_steps=22", "optim.clip_grad=1"))
+        with patch.object(eit.training.trainer, "set_seed", watch):
+            eit.training.trainer.train(
+                digits(session, folder, "augment.mixup=0.8", "train.max_steps=22", "optim.clip_grad=1")
+            )
     torch.cuda.set_sync_debug_mode("default")
     where = [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
     return dict(ok=not where, in_steps=last - first, waits=len(where), where=sorted(set(where))[:8])

@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks import pack
 from benchmarks.gpu.record import Session
-from eit.images import Images
+from eit.data.images import Images
 
 CLASSES = [str(i) for i in range(10)]
 

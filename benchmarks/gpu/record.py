@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from eit.checkpoint import write_file
 from eit.environment import environment
 from eit.errors import first_line
+from eit.files import write_file
 
 Item = dict[str, Any]
 LONG = ("rows", "curve", "traceback")  # of an item: not in its line

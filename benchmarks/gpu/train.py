@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import eit.train
+import eit.training.trainer
 from benchmarks.gpu.bench import small_words
 from benchmarks.gpu.data import cifar10
 from benchmarks.gpu.record import Item, Session, read
@@ -61,9 +61,9 @@ def seconds_of_an_epoch(session: Session, family: str, mode: str, train: Any, va
     with tempfile.TemporaryDirectory() as folder:
         steps = 4 if session.dry else PROBE
         probe = recipe(session, family, Path(folder), mode, f"train.max_steps={steps}")
-        with patch.object(eit.train, "open_data", lambda _: (train, val)):
+        with patch.object(eit.training.trainer, "open_data", lambda _: (train, val)):
             began = time.monotonic()
-            done = eit.train.train(probe)
+            done = eit.training.trainer.train(probe)
             took = time.monotonic() - began
         rate = json.loads((Path(folder) / family / "log.jsonl").read_text().splitlines()[-1])["images_per_s"]
     after = max(took - done["seconds"], 0)  # reading, evaluation, checkpoint: most of it once, counted each time
@@ -75,8 +75,8 @@ def trained(session: Session, family: str, epochs: int, mode: str, train: Any, v
     words = [f"train.epochs={epochs}", f"train.warmup_epochs={warmup:g}", "train.save_minutes=10"]
     with tempfile.TemporaryDirectory() as folder:
         chosen = recipe(session, family, Path(folder), mode, *words)
-        with patch.object(eit.train, "open_data", lambda _: (train, val)):
-            done = eit.train.train(chosen)
+        with patch.object(eit.training.trainer, "open_data", lambda _: (train, val)):
+            done = eit.training.trainer.train(chosen)
         run = chosen.run_folder()
         shutil.copy(run / "log.jsonl", session.folder / f"{family}.jsonl")
         shutil.copy(run / "final.safetensors", session.folder / f"{family}.safetensors")

@@ -17,14 +17,14 @@ __version__ = _version("eit")
 
 # Public name -> its module. Imported on first use, so that `eit --version` does not wait for torch.
 _PUBLIC = {
-    "EIT": "model",
+    "EIT": "models.eit",
     "Analysis": "analysis.measure",
     "analyze": "analysis.measure",
-    "complexity": "macs",
-    "create_model": "zoo",
-    "list_models": "zoo",
-    "load": "exported",
-    "load_weights": "checkpoint",
+    "complexity": "models.complexity",
+    "create_model": "models.registry",
+    "list_models": "models.registry",
+    "load": "inference.runtimes",
+    "load_weights": "weights.load",
     "UserError": "errors",
 }
 __all__ = ["__version__", *_PUBLIC]
@@ -32,13 +32,13 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from eit.analysis.measure import Analysis as Analysis
     from eit.analysis.measure import analyze as analyze
-    from eit.checkpoint import load_weights as load_weights
     from eit.errors import UserError as UserError
-    from eit.exported import load as load
-    from eit.macs import complexity as complexity
-    from eit.model import EIT as EIT
-    from eit.zoo import create_model as create_model
-    from eit.zoo import list_models as list_models
+    from eit.inference.runtimes import load as load
+    from eit.models.complexity import complexity as complexity
+    from eit.models.eit import EIT as EIT
+    from eit.models.registry import create_model as create_model
+    from eit.models.registry import list_models as list_models
+    from eit.weights.load import load_weights as load_weights
 
 
 def __getattr__(name: str) -> Any:
@@ -78,10 +78,10 @@ class _RegisterWithTimm(MetaPathFinder, Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        importlib.import_module("eit.zoo")
+        importlib.import_module("eit.models.registry")
 
 
 if "timm" in sys.modules:
-    importlib.import_module("eit.zoo")
+    importlib.import_module("eit.models.registry")
 else:
     sys.meta_path.insert(0, _RegisterWithTimm())

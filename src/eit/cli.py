@@ -21,16 +21,16 @@ from eit.errors import UserError, few, is_out_of_memory, printable
 
 if TYPE_CHECKING:
     from eit.analysis.figures import Measured
-    from eit.benchmark import Measured as Row
-    from eit.benchmark import Record
-    from eit.checkpoint import Card
+    from eit.benchmark.bench import Measured as Row
+    from eit.benchmark.bench import Record
     from eit.config import Data
-    from eit.draw import Panel
-    from eit.evaluate import Metrics
-    from eit.export import Export
-    from eit.images import Images
-    from eit.readers import ImageStream
-    from eit.train import Stopped
+    from eit.data.images import Images
+    from eit.data.layouts import ImageStream
+    from eit.export.exporter import Export
+    from eit.inference.evaluate import Metrics
+    from eit.plots import Panel
+    from eit.training.trainer import Stopped
+    from eit.weights.load import Card
 
 
 class Commands(TyperGroup):
@@ -98,7 +98,7 @@ def _recipe_names(incomplete: str) -> list[str]:
 
 def _experiments(incomplete: str) -> list[str]:
     """For the shell's completion."""
-    from eit.reproduce.matrix import experiment_names
+    from eit.reproduce.experiment import experiment_names
 
     return [name for name in experiment_names() if name.startswith(incomplete)]
 
@@ -112,7 +112,7 @@ def _recipe_keys(incomplete: str) -> list[str]:
 
 def _model_names(incomplete: str) -> list[str]:
     """For the shell's completion: names of the zoo, with a family before them; timm's once `timm/` is typed."""
-    from eit.zoo import FAMILIES, MODELS, TIMM, VARIANTS
+    from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS
 
     names = [*MODELS, *(f"{family}/{name}" for family in FAMILIES for name in VARIANTS), TIMM]
     if incomplete.startswith(TIMM):
@@ -184,8 +184,8 @@ def train(
     resolved = load_recipe(recipe, overrides or ())
     from eit import distributed
     from eit.memory import keep_freed
-    from eit.train import Stopped
-    from eit.train import train as run
+    from eit.training.trainer import Stopped
+    from eit.training.trainer import train as run
 
     keep_freed()
     try:
@@ -251,14 +251,14 @@ def evaluate(
     if matrix and (views := len(set(sizes or [0])) * len(set(crop_ratios or [0]))) > 1:
         raise UserError(f"--confusion {confusion} is of one size and crop ratio; {views} combinations are asked for")
     from eit import distributed
-    from eit.data import open_evaluation
-    from eit.evaluate import evaluate as run
-    from eit.evaluate import make_views
-    from eit.exported import ExportedModel, load
-    from eit.loader import evaluation_batch_size, evaluation_loader
+    from eit.data.datasets import open_evaluation
+    from eit.data.loaders import evaluation_batch_size, evaluation_loader
+    from eit.inference.evaluate import evaluate as run
+    from eit.inference.evaluate import make_views
+    from eit.inference.runtimes import ExportedModel, load
     from eit.memory import keep_freed
+    from eit.models.registry import check_size
     from eit.precision import PRECISIONS, resolve_precision
-    from eit.zoo import check_size
 
     if precision not in (known := ("auto", *PRECISIONS)):
         raise UserError(f"--precision {precision}: one of {', '.join(known)} is expected")
@@ -313,9 +313,9 @@ def predict(
 ) -> None:
     """The most likely classes of images."""
     from eit.distributed import start
-    from eit.exported import load
-    from eit.predict import expand
-    from eit.predict import predict as run
+    from eit.inference.predict import expand
+    from eit.inference.predict import predict as run
+    from eit.inference.runtimes import load
 
     listed = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
     files = expand(listed)
@@ -361,9 +361,9 @@ def export(
     The file is compared with torch before it is kept; eit predict and eit eval take it as they take weights. Batch,
     height and width are dynamic; classes and preprocessing travel in the metadata.
     """
-    from eit import export as exporter
-    from eit.checkpoint import load
-    from eit.data import open_evaluation
+    from eit.data.datasets import open_evaluation
+    from eit.export import exporter
+    from eit.weights.load import load
 
     if data and not int8:
         raise UserError("--data is for --int8, whose accuracy is measured on it")
@@ -402,7 +402,7 @@ def push(
         raise UserError("give --repo USER/NAME, or --to FOLDER")
     if to is not None and private:
         raise UserError("--private is for --repo")
-    from eit import hub
+    from eit.export import hub
 
     if to is not None:
         files = hub.write_folder(checkpoint, _folder_to_write(to, "--to"), name, license_)
@@ -464,8 +464,8 @@ def analyze(
     from eit.analysis.findings import TOKEN_TABLE, faults, summary, token_table
     from eit.analysis.report import write
     from eit.analysis.subjects import check_names, choose_images
+    from eit.data.images import MAX_PIXELS
     from eit.distributed import start, world_size
-    from eit.images import MAX_PIXELS
 
     on = start(device)
     if world_size() > 1:
@@ -543,16 +543,16 @@ def bench(
     picture = _file_to_write(out, "--out") if out else None
     if threads is not None and threads > (cores := os.cpu_count() or 1):
         raise UserError(f"--threads {threads}: this machine has {cores} cores")
-    from eit import benchmark
+    from eit.benchmark import bench
     from eit.distributed import start, world_size
-    from eit.draw import bars
     from eit.memory import keep_freed
+    from eit.plots import bars
     from eit.precision import PRECISIONS as precision_names
 
     given: dict[str, tuple[list[str] | None, tuple[str, ...]]] = dict(
-        mode=(modes, benchmark.MODES),
+        mode=(modes, bench.MODES),
         precision=(precisions, precision_names),
-        runtime=(runtimes, benchmark.RUNTIMES),
+        runtime=(runtimes, bench.RUNTIMES),
     )
     for option, (values, known) in given.items():
         for value in values or ():
@@ -564,19 +564,19 @@ def bench(
     if world_size() > 1:
         raise UserError("eit bench runs in one process: leave torchrun out")
     wanted = {option: list(dict.fromkeys(values)) for option, (values, _) in given.items() if values}
-    options = benchmark.Options(
+    options = bench.Options(
         batch_size,
         size,
         threads,
-        wanted.get("mode", benchmark.MODES),
-        [name for name in precision_names if name in wanted.get("precision", benchmark.DEFAULT_PRECISIONS)],
+        wanted.get("mode", bench.MODES),
+        [name for name in precision_names if name in wanted.get("precision", bench.DEFAULT_PRECISIONS)],
         wanted.get("runtime"),
         rounds,
         naive,
         memory,
         on,
     )
-    record = benchmark.bench(names, options)
+    record = bench.bench(names, options)
     if picture:
         bars(_bench_bars(record), picture)
     if as_json:
@@ -621,7 +621,7 @@ def reproduce(
     Finished runs are kept, a stopped one is continued. Tables, a figure and verdicts are built from RESULTS alone, and
     written to RESULTS/NAME/BUDGET.
     """
-    from eit.reproduce import matrix
+    from eit.reproduce import experiment as experiment_files
 
     options: dict[str, Any] = dict(budget=budget, data=data, only=only, plan=plan, images_per_s=images_per_s)
     options |= dict(tables=tables, again=again, curve=curve, out=out, results=None if results == "results" else results)
@@ -640,7 +640,7 @@ def reproduce(
         raise UserError("--only is of the runs to train, and of --plan")
     if images_per_s is not None and not math.isfinite(images_per_s):
         raise UserError(f"--images-per-s {images_per_s} is no rate")
-    experiment = matrix.load(name)
+    experiment = experiment_files.load(name)
     if curve is not None:
         if name != "imagenet" or used != ["--curve"]:
             others = ", ".join(option for option in used if option != "--curve") or name
@@ -659,7 +659,7 @@ def reproduce(
         raise UserError(f"--only {' '.join(only or ())}: no run of {name} has it; such as {cells[0].name}")
     folder = Path(results)
     if plan:
-        from eit.reproduce.plan import commands, plan_text
+        from eit.reproduce.commands import commands, plan_text
 
         rows = commands(chosen, folder, roots, images_per_s)
         _show(dict(runs=[asdict(row) for row in rows]), as_json, plan_text(rows))
@@ -667,10 +667,10 @@ def reproduce(
 
     from eit import distributed
     from eit.memory import keep_freed
-    from eit.reproduce import cells as runs
-    from eit.reproduce.cells import read_results
-    from eit.reproduce.report import build, verdicts
-    from eit.train import Stopped
+    from eit.reproduce import runs
+    from eit.reproduce.runs import read_results
+    from eit.reproduce.tables import build, verdicts
+    from eit.training.trainer import Stopped
 
     keep_freed()
     distributed.start()
@@ -713,16 +713,16 @@ def models(
     if plot is not None:
         if as_json or markdown:
             raise UserError("--plot draws a picture: --json and --markdown do not apply")
-        from eit.draw import results
-        from eit.zoo import published_results
+        from eit.models.registry import published_results
+        from eit.plots import results
 
         points = [point for point in published_results() if point.params_m <= 100]
         results(points, _file_to_write(plot, "--plot"))
         print(f"{plot}: {len(points)} published models of {len({p.family for p in points})} families, up to 100 M")
         print("parameters; ImageNet-1K alone, 224x224, no teacher. The sources stand in published.csv of the package.")
         return
-    from eit.macs import complexity
-    from eit.zoo import AUTHORS_CODE, MODELS, VARIANTS, create_model
+    from eit.models.complexity import complexity
+    from eit.models.registry import AUTHORS_CODE, MODELS, VARIANTS, create_model
 
     rows: list[dict[str, Any]] = []
     for name, (variant, _) in MODELS.items():
@@ -802,9 +802,9 @@ def _stopped(stop: "Stopped") -> NoReturn:
 
 
 def _list_experiments(as_json: bool) -> None:
-    from eit.reproduce import matrix
+    from eit.reproduce import experiment as experiment_files
 
-    experiments = [matrix.load(name) for name in matrix.experiment_names()]
+    experiments = [experiment_files.load(name) for name in experiment_files.experiment_names()]
     if as_json:
         keys = ("name", "shows", "refuted")
         rows = [
@@ -854,8 +854,8 @@ def convert(
 
     eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3
     """
-    from eit.checkpoint import find_weights, read_weights, recognise, save_weights
     from eit.config import model_arguments, parse_overrides
+    from eit.weights.load import find_weights, read_weights, recognise, save_weights
 
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: the file to write ends in .safetensors")
@@ -893,8 +893,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Read every image; status 1 where training would fail."""
-    from eit.data import check as run
-    from eit.images import MAX_PIXELS
+    from eit.data.datasets import check as run
+    from eit.data.images import MAX_PIXELS
 
     report = run(path, max_pixels or MAX_PIXELS, val_fraction)
     _show(report, as_json, _check_text(report))
@@ -912,8 +912,8 @@ def show_data(
 ) -> None:
     """Draw what the model will see: the first training batch, augmented and mixed, and validation images."""
     from eit.config import load_recipe
-    from eit.draw import grid
-    from eit.show import tiles
+    from eit.plots import grid
+    from eit.training.preview import tiles
 
     file = _file_to_write(out, "--out")
     trained, validated = tiles(load_recipe(recipe, overrides or ()), images, epoch)
@@ -933,7 +933,7 @@ def prepare(
     Wanted are ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz. The same command goes
     on where it was stopped; every class is counted against the devkit.
     """
-    from eit.prepare import prepare_imagenet
+    from eit.data.prepare_imagenet import prepare_imagenet
 
     if name != "imagenet":
         raise UserError(f"{name} cannot be prepared: imagenet can; other data sets are read as they unpack")
@@ -959,8 +959,8 @@ def shard(
     from an object store.
     """
     from eit.config import data_config
-    from eit.data import open_data
-    from eit.shard import write_shards
+    from eit.data.datasets import open_data
+    from eit.data.shards import write_shards
 
     train_images, val_images = open_data(data_config(root=path, val_fraction=val_fraction))
     done = write_shards(train_images, val_images, Path(out).expanduser(), count, val_count)
@@ -969,7 +969,7 @@ def shard(
 
 def _file_to_write(name: str, option: str, also: str | None = None) -> Path:
     """A picture, or what ends in `also`, that has a folder; checked before anything is computed."""
-    from eit.draw import PICTURES
+    from eit.plots import PICTURES
 
     file, known = Path(name).expanduser(), ", ".join(PICTURES)
     if file.suffix.lower() not in (*PICTURES, also):
@@ -997,7 +997,7 @@ def _program() -> str:
 
 def _device_for(checkpoint: str, device: str) -> str:
     """`device`, but the CPU for an exported file."""
-    from eit.exported import is_exported
+    from eit.inference.runtimes import is_exported
 
     if not is_exported(checkpoint):
         return device
@@ -1034,7 +1034,7 @@ def _with_classes_of(card: "Card", images: "Images | ImageStream") -> "Images | 
     from dataclasses import replace
 
     from eit.console import say
-    from eit.readers import ImageStream
+    from eit.data.layouts import ImageStream
 
     unknown = [name for name in images.classes if name not in card.classes]
     if isinstance(images, ImageStream):
@@ -1059,12 +1059,12 @@ def _write_confusion(file: Path, counts: list[list[int]], classes: list[str]) ->
     import csv
     import io
 
-    from eit import draw
-    from eit.checkpoint import write_file
+    from eit import plots
+    from eit.files import write_file
 
     try:
         if file.suffix.lower() != ".csv":
-            draw.confusion(counts, classes, file)
+            plots.confusion(counts, classes, file)
             return
         text = io.StringIO()
         rows = ([name, *row] for name, row in zip(classes, counts, strict=True))
@@ -1077,7 +1077,7 @@ def _write_confusion(file: Path, counts: list[list[int]], classes: list[str]) ->
 def _metrics_text(metrics: "Metrics") -> str:
     from rich.cells import cell_len
 
-    from eit.draw import shorten
+    from eit.plots import shorten
 
     lines = [
         f"top-1 {metrics.top1:.2f}%  ({metrics.correct1} of {metrics.images})",
@@ -1238,7 +1238,7 @@ def _bench_footer(record: "Record") -> str:
 
 
 def _bench_bars(record: "Record") -> list["Panel"]:
-    from eit.draw import Bar, Panel
+    from eit.plots import Bar, Panel
 
     panels = []
     for title, rows in _bench_sections(record).items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import brute_force
+from tests.helpers import brute_force
 
 RESULTS = Path(__file__).parents[2] / "results" / "analysis"
 
@@ -125,5 +125,5 @@ def test_what_is_said_of_these_runs_is_what_was_measured():
 
 
 def test_brute_force_uses_nothing_of_the_analysis():
-    code = "import sys, tests.brute_force; assert not [m for m in sys.modules if m.startswith('eit.analysis')]"
+    code = "import sys, tests.helpers.brute_force; assert not [m for m in sys.modules if m.startswith('eit.analysis')]"
     subprocess.run([sys.executable, "-c", code], cwd=RESULTS.parents[1], check=True)

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from eit.analysis import filters, pictures, robustness
 from eit.analysis.frequency import RHO
+from eit.analysis.hooks import CannotMeasure
 from eit.analysis.measure import analyze
 from eit.analysis.measured import Measured, shape
 from eit.analysis.panels import MARKERS, PALETTE
-from eit.analysis.probe import CannotMeasure
 from eit.analysis.subjects import open_subjects
 from eit.console import say, track
+from eit.data.images import Images, denormalise
+from eit.data.loaders import EvaluationLoader
 from eit.errors import UserError
-from eit.images import Images, denormalise
-from eit.loader import EvaluationLoader
 
 
 @dataclass

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from eit.analysis.frequency import cut
-from eit.analysis.probe import altered, layers_of
-from eit.batch import Batch
+from eit.analysis.hooks import altered, layers_of
 from eit.console import progress
-from eit.loader import EvaluationLoader
+from eit.data.loaders import EvaluationLoader
+from eit.data.workers import Batch
 from eit.precision import float32_products
 
 Kept = Literal["low", "high"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from eit.analysis.attention import Attention, AttentionMeter, together
 from eit.analysis.class_token import PLACES, ClassToken, ClassTokenMeter
 from eit.analysis.frequency import RHO, Frequency, FrequencyMeter, Grid, noise_shares
+from eit.analysis.hooks import CannotMeasure, Heads, Tokens, layers_of, unwrapped, watch
 from eit.analysis.moments import Moments
-from eit.analysis.probe import CannotMeasure, Heads, Tokens, layers_of, unwrapped, watch
 from eit.analysis.smoothing import Smoothing, SmoothingMeter
 from eit.analysis.transfer import Transfer, TransferMeter
 from eit.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eit.analysis.attention import rollout
 from eit.analysis.frequency import Grid
-from eit.analysis.probe import Heads, Tokens, unwrapped, watch
+from eit.analysis.hooks import Heads, Tokens, unwrapped, watch
 from eit.errors import UserError
 from eit.precision import float32_products
 

@@ -22,9 +22,9 @@ from eit.analysis.figures import FIGURES, figures
 from eit.analysis.findings import TABLES, TOKEN_TABLE, faults, mean_diversity, sentences, tables, token_table
 from eit.analysis.measured import Measured, curves
 from eit.analysis.panels import HEAT, Figure
-from eit.checkpoint import write_file
-from eit.draw import save
 from eit.errors import printable
+from eit.files import write_file
+from eit.plots import save
 
 INK = "#010203"  # stands for the page's ink in its figures
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from eit.console import progress
-from eit.images import View
-from eit.loader import EvaluationLoader
+from eit.data.images import View
+from eit.data.loaders import EvaluationLoader
 from eit.precision import float32_products
 
 HALF_WIDTH = 0.1  # of a ring, in units of an axis's Nyquist frequency, pi

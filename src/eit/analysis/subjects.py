@@ -13,18 +13,18 @@ import timm
 import torchvision
 from timm.data import resolve_data_config
 
-from eit.checkpoint import SHIPPED, Card, find_weights, load, names_weights
 from eit.config import data_config, parse_recipe
 from eit.console import say
-from eit.data import DIGITS, AnyImages, open_evaluation
-from eit.draw import shorten
+from eit.data.datasets import DIGITS, AnyImages, open_evaluation
+from eit.data.images import MAX_PIXELS, Images, View
+from eit.data.layouts import ImageStream, read_layout
 from eit.errors import UserError, nearest
-from eit.finetune import build_model
-from eit.images import MAX_PIXELS, Images, View
-from eit.plan import Stream, set_seed
-from eit.predict import expand
-from eit.readers import ImageStream, read_layout
-from eit.zoo import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
+from eit.inference.predict import expand
+from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
+from eit.plots import shorten
+from eit.randomness import Stream, set_seed
+from eit.training.setup import build_model
+from eit.weights.load import SHIPPED, Card, find_weights, load, names_weights
 
 TORCHVISION = "torchvision/"
 

@@ -1,1 +1,1 @@
-"""The paper's claims as experiments: matrices of runs (matrix.py), trained (cells.py), and weighed (verdict.py)."""
+"""The paper's claims as experiments: files of experiments (experiment.py), runs (runs.py), and weighed (verdict.py)."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eit import draw
-from eit.reproduce.matrix import Claim
+from eit import plots
+from eit.reproduce.experiment import Claim
 from eit.reproduce.verdict import FAILS, HOLDS, Gap, Verdict
 
 COLOURS = {HOLDS: "#0057b8", FAILS: "#d55e00"}
@@ -81,4 +81,4 @@ def draw_forest(rows: Sequence[Row], file: Path) -> None:
     figure.subplots_adjust(
         left=0.44, right=0.845, top=1 - 0.42 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
     )
-    draw.save(figure, file, metadata={"Software": None, "Description": digest(rows)})
+    plots.save(figure, file, metadata={"Software": None, "Description": digest(rows)})

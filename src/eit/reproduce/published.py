@@ -10,8 +10,8 @@ from typing import Any
 
 from eit.config import Recipe, differences, load_recipe
 from eit.errors import UserError, few
-from eit.run import read_log, read_recipe
-from eit.zoo import VARIANTS
+from eit.models.registry import VARIANTS
+from eit.training.run_folder import read_log, read_recipe
 
 SHOWN = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 250, 299)
 PUBLISHED_BATCH = dict(eit_mini=1024, eit_tiny=1024, eit_base=512, eit_large=512)
@@ -24,7 +24,7 @@ def published_curve(model: str) -> list[dict[str, float]]:
     Raises:
         UserError: no curve of such a model was published.
     """
-    text = resources.files("eit").joinpath("published_curves.csv").read_text(encoding="utf-8")
+    text = resources.files("eit.reproduce").joinpath("published_curves.csv").read_text(encoding="utf-8")
     rows = [row for row in csv.DictReader(text.splitlines()) if row["model"] == model]
     if not rows:
         raise UserError(f"no training curve of {model} was published (there are {', '.join(VARIANTS)})")

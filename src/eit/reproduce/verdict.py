@@ -17,8 +17,8 @@ import numpy as np
 from scipy import stats
 
 from eit.analysis.attention import NEAR_UNIFORM
-from eit.reproduce.cells import Result
-from eit.reproduce.matrix import EXACT, Cell, Claim
+from eit.reproduce.experiment import EXACT, Cell, Claim
+from eit.reproduce.runs import Result
 
 ALPHA = 0.05
 LEAST = 5  # runs of a level on a data set, below which nothing is decided

@@ -1,0 +1,522 @@
+"""How fast models are, and how much memory they take, by every runtime at hand, beside the machine's own peak.
+
+All that is compared is measured in one run, in turns: each round measures the matrix-multiply peak, then every arm
+once. An arm is a model, run by a runtime, in a precision, on a batch, in inference or in training.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eit.benchmark import matmul_peak
+from eit.config import load_recipe
+from eit.console import progress
+from eit.data.order import Plan
+from eit.environment import environment
+from eit.errors import UserError, few, first_line, nearest
+from eit.export.exporter import export
+from eit.inference import runtimes as exported
+from eit.memory import MALLOC, is_measurable, peak_bytes
+from eit.models.complexity import complexity, training_macs
+from eit.models.eit import EIT
+from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
+from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
+from eit.randomness import Stream, set_seed
+from eit.training.trainer import make_optimizer
+from eit.weights import load as checkpoint
+from eit.weights.load import SHIPPED, Card, default_class_names, default_mean_std, names_weights
+
+MODES = ("infer", "train")
+DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # of eit.export.exporter, that the runtimes read
+SECONDS = 0.3  # of one measurement, at least
+NAIVE = Path(__file__).parents[3] / "benchmarks" / "naive.py"  # of a source checkout
+RECIPE = "imagenet_mini"  # whose optimizer a training step has
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and how."""
+
+    batch_size: int = 16
+    size: int | None = None  # pixels; None: each model's own
+    threads: int | None = None  # None: torch's own choice
+    modes: Sequence[str] = MODES
+    precisions: Sequence[Precision] = DEFAULT_PRECISIONS
+    runtimes: Sequence[str] | None = None  # None: those at hand
+    rounds: int = 5
+    naive: bool = False
+    memory: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to measure. `naive`: the plain implementation of the model."""
+
+    model: str
+    runtime: str
+    precision: Precision
+    mode: str
+    batch: int
+    naive: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"naive {self.model}" if self.naive else self.model
+
+
+@dataclass
+class Measured:
+    """What was measured of an arm.
+
+    Attributes:
+        arm: what it is.
+        macs: multiply-accumulates of an image, in training those of the backward pass too.
+        seconds: of a step, one a round.
+        ratios: how many times as fast as the baseline of the same mode and batch, one a round.
+        share: of the matrix-multiply peak of the arm's precision: MACs x 2 x batch / median seconds / peak.
+        memory: peak bytes of a step beyond model and batch; None where it was not measured.
+    """
+
+    arm: Arm
+    macs: int
+    seconds: list[float]
+    ratios: list[float] = field(default_factory=list)
+    share: float = 0.0
+    memory: int | None = None
+
+    @property
+    def images_per_s(self) -> float:
+        return self.arm.batch / median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of the benchmark.
+
+    Attributes:
+        rows: what was measured, in the order of the arms.
+        peaks: precision -> way through torch -> FLOP/s, one a round.
+        left_out: what was not measured, and why.
+        about: date, machine, versions, options.
+    """
+
+    rows: list[Measured]
+    peaks: dict[str, dict[str, list[float]]]
+    left_out: list[str]
+    about: dict[str, Any]
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of the best way."""
+        return max(map(median, self.peaks[precision].values()))
+
+    @property
+    def baseline(self) -> str:
+        """What ratios are to, as `compare` has it."""
+        if naive := [row.arm for row in self.rows if row.arm.naive]:
+            return f"the naive model, eager {naive[0].precision}, same mode and batch"
+        return "the first row of the same mode and batch"
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [
+            asdict(row.arm)
+            | dict(label=row.arm.label, macs=row.macs, images_per_s=row.images_per_s, share_of_peak=row.share)
+            | dict(median_s=median(row.seconds), min_s=min(row.seconds), max_s=max(row.seconds))
+            | dict(ratio=median(row.ratios), min_ratio=min(row.ratios), max_ratio=max(row.ratios))
+            | dict(peak_memory_bytes=row.memory, seconds=row.seconds)
+            for row in self.rows
+        ]
+        peaks = {
+            precision: dict(flops_per_s=self.peak(precision), routes=routes) for precision, routes in self.peaks.items()
+        }
+        return self.about | dict(baseline=self.baseline, peaks=peaks, rows=rows, left_out=self.left_out)
+
+
+def bench(names: Sequence[str], options: Options) -> Record:
+    """Measure models: of the zoo (NAME or FAMILY/NAME), of timm (timm/NAME), or of a checkpoint.
+
+    Raises:
+        UserError: an unknown name, a runtime that is not there, or options that do not go together.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for precision in options.precisions:
+        resolve_precision(precision, options.device)
+    runtimes, left_out = check_runtimes(options)
+    subjects = open_models(names, options)
+    with tempfile.TemporaryDirectory() as folder, _many_compilations():
+        arms = [arm for name in subjects for arm in arms_of(name, subjects[name], runtimes, options, left_out)]
+        steps, files = prepare(arms, subjects, Path(folder), options.device, left_out)
+        if not steps:
+            raise UserError(f"nothing to measure: {'; '.join(left_out)}")
+        seconds, peaks = interleave(steps, options)
+        rows = [Measured(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
+        if options.memory and is_measurable(options.device):
+            left_out += measure_memory(rows, files, options)
+    record = Record(rows, peaks, left_out, about(options))
+    compare(record)
+    return record
+
+
+def about(options: Options) -> dict[str, Any]:
+    """Date, command, machine and versions of a record."""
+    found = environment(options.device)
+    for runtime in FORMATS:
+        if importlib.util.find_spec(runtime):
+            found["packages"][runtime] = version(runtime)
+    given = dict(batch_size=options.batch_size, size=options.size, rounds=options.rounds, naive=options.naive)
+    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **found, **given)
+
+
+# -- What is measured -------------------------------------------------------------------------------------------------
+
+
+def check_runtimes(options: Options) -> tuple[list[str], list[str]]:
+    """The runtimes to measure, and why others are left out; where they were asked for by name, that is an error."""
+    kept, left_out = [], []
+    for runtime in options.runtimes or RUNTIMES:
+        if runtime in FORMATS and options.runtimes is None and "infer" not in options.modes:
+            continue
+        try:
+            _check_runtime(runtime, options)
+        except UserError as error:
+            if options.runtimes:
+                raise
+            left_out.append(str(error))
+        else:
+            kept.append(runtime)
+    return kept, left_out
+
+
+def _check_runtime(runtime: str, options: Options) -> None:
+    if runtime in FORMATS:
+        if options.device.type != "cpu":
+            raise UserError(f"--runtime {runtime} runs on the CPU, not on {options.device.type}")
+        if "infer" not in options.modes:
+            raise UserError(f"--runtime {runtime} does not train: --mode infer")
+        for module in ("onnx", "onnxscript", "onnxruntime", runtime):
+            exported.need(module, f"--runtime {runtime}")
+    if runtime == "compile" and options.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError("--runtime compile needs a C++ compiler, and there is none: apt-get install g++") from None
+
+
+def open_models(names: Sequence[str], options: Options) -> dict[str, Any]:
+    """Name -> model, in evaluation, with its card.
+
+    Raises:
+        UserError: an unknown name, one that is given twice, or a model that does not take the size.
+    """
+    if double := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(f"{double[0]} is given twice")
+    models = {name: open_model(name, options.size) for name in names}
+    if options.naive:
+        load_naive()
+        if not any(isinstance(model, EIT) for model in models.values()):
+            raise UserError(f"--naive is of this package's models, not of {few(names)}")
+    return models
+
+
+def open_model(name: str, size: int | None) -> Any:
+    """A model with a card, whose `size` is that of its input. Those without weights have initial values."""
+    kind, _, plain = name.partition("/")
+    if exported.is_exported(name):
+        raise UserError(f"{name} is an exported file: give the weights, and the runtimes by --runtime")
+    if names_weights(name):
+        model: Any = checkpoint.load(name)
+        if size is not None:
+            check_size(model, size, model.card.size, name)
+            model.card = model.card.model_copy(update=dict(size=size, resize=size))
+        return model
+    if name in MODELS:
+        family, plain = None, name
+    elif kind in FAMILIES and plain in VARIANTS:
+        family = kind
+    elif name.startswith(TIMM):
+        check_timm_name(name)
+        family, plain = None, name
+    else:
+        raise UserError(
+            f"unknown model {name!r}{nearest(name, [*MODELS, *SHIPPED])} (known: {', '.join(MODELS)}, lsra/eit_mini "
+            f"and so on, timm/NAME, a weights file, a run folder, {', '.join(SHIPPED)})"
+        )
+    set_seed(Stream.INITIAL_VALUES, 0)
+    model = create_model(plain, family, **({} if size is None else dict(img_size=size)))
+    own = size or model.pretrained_cfg["input_size"][-1]
+    mean, std = default_mean_std(3)
+    classes = default_class_names(model.num_classes)
+    arguments = {} if family is None else dict(family=family)
+    look: dict[str, Any] = dict(mean=mean, std=std, size=own, resize=own, interpolation="bicubic")
+    model.card = Card(model=plain, arguments=arguments, classes=classes, **look)
+    return model.eval()
+
+
+def load_naive() -> Callable[[EIT], EIT]:
+    """The function `naive` of benchmarks/naive.py."""
+    if not NAIVE.is_file():
+        raise UserError(f"--naive needs a source checkout of this package: there is no {NAIVE}")
+    spec = importlib.util.spec_from_file_location("naive", NAIVE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.naive
+
+
+def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, left_out: list[str]) -> list[Arm]:
+    """What is measured of a model, the baseline first."""
+    arms = []
+    lacking = {(r, p): reason for r in runtimes for p in options.precisions if (reason := _why_not(r, p))}
+    left_out += [reason for reason in lacking.values() if reason not in left_out]
+    for mode in options.modes:
+        for batch in sorted({1, options.batch_size}) if mode == "infer" else [options.batch_size]:
+            if options.naive and isinstance(model, EIT):
+                arms += [Arm(name, "eager", precision, mode, batch, naive=True) for precision in options.precisions]
+            for runtime in runtimes:
+                if mode == "train" and runtime in FORMATS:
+                    continue
+                arms += [
+                    Arm(name, runtime, precision, mode, batch)
+                    for precision in options.precisions
+                    if (runtime, precision) not in lacking
+                ]
+    return arms
+
+
+def _why_not(runtime: str, precision: Precision) -> str | None:
+    """Why a runtime has no such precision; None where it has."""
+    if runtime not in FORMATS or precision == "fp32":
+        return None
+    if runtime == "onnxruntime" or precision != "bf16":
+        return f"{runtime} {precision}: it has no {precision} on the CPU"
+    has = exported.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return None if "BF16" in has else "openvino bf16: this processor has none"
+
+
+def macs_of(arm: Arm, model: Any) -> int:
+    input_size = (model.card.in_chans, model.card.size, model.card.size)
+    return training_macs(model, input_size) if arm.mode == "train" else complexity(model, input_size).macs
+
+
+# -- Steps ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    arms: Sequence[Arm], models: dict[str, Any], folder: Path, device: torch.device, left_out: list[str]
+) -> tuple[dict[Arm, Step], dict[tuple[str, str], Path]]:
+    """Each arm's step, which has run once, and the exported files, by model and format.
+
+    What cannot be exported or compiled is left out, with the reason.
+    """
+    steps: dict[Arm, Step] = {}
+    files: dict[tuple[str, str], Path] = {}
+    failed: dict[tuple[str, str], str] = {}
+    with progress("preparing", len(arms)) as advance:
+        for arm in arms:
+            if (arm.model, arm.runtime) not in failed:
+                try:
+                    if arm.runtime in FORMATS and (arm.model, arm.runtime) not in files:
+                        files[arm.model, arm.runtime] = _export(models[arm.model], arm.runtime, folder, len(files))
+                    step = make_step(arm, models[arm.model], files.get((arm.model, arm.runtime)), device)
+                    step()
+                    steps[arm] = step
+                except (UserError, FloatingPointError, RuntimeError) as error:
+                    if arm.runtime == "eager":
+                        raise
+                    failed[arm.model, arm.runtime] = f"{arm.runtime} of {arm.model}: {first_line(error)}"
+            advance()
+    left_out += failed.values()
+    return steps, files
+
+
+def _export(model: Any, runtime: str, folder: Path, number: int) -> Path:
+    format = FORMATS[runtime]
+    file = folder / f"{number}{'.onnx' if format == 'onnx' else '.xml'}"
+    export(model, file, format)
+    return file
+
+
+def make_step(arm: Arm, model: Any, file: Path | None, device: torch.device) -> Step:
+    """A function that does what the arm says once, on random images. Exported files are run from `file`."""
+    card = model.card
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(arm.batch, card.in_chans, card.size, card.size, generator=generator).to(device)
+    if arm.runtime in FORMATS:
+        assert file is not None
+        run = exported.open_onnx(file) if arm.runtime == "onnxruntime" else _open_openvino(file, arm.precision)
+        return lambda: run(x)
+    if arm.naive:
+        network: nn.Module = load_naive()(model).to(device)
+    else:
+        network = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
+    called: Any = torch.compile(network, dynamic=False) if arm.runtime == "compile" else network
+    if arm.mode == "infer":
+        return inference_step(called, x, arm.precision)
+    y = torch.randint(len(card.classes), (arm.batch,), generator=generator).to(device)
+    return training_step(network.train(), called, x, y, arm.precision)
+
+
+def _open_openvino(file: Path, precision: str) -> exported.ExportedModel:
+    return exported.open_openvino(file, {"fp32": "f32", "bf16": "bf16"}[precision])
+
+
+def inference_step(network: Any, x: Tensor, precision: Precision) -> Step:
+    """A forward pass, as `eit.inference.evaluate` does it."""
+
+    @torch.no_grad()
+    def step() -> None:
+        with arithmetic(x.device, precision):
+            network(x)
+
+    return step
+
+
+def training_step(model: nn.Module, network: Any, x: Tensor, y: Tensor, precision: Precision) -> Step:
+    """Forward, cross-entropy, backward, and a step of the optimizer of the recipes. `network` is what calls `model`."""
+    plan = Plan(images=len(x), batch_size=len(x), accumulate=1, world=1, repeats=1, seed=0)
+    optimizer = make_optimizer(load_recipe(RECIPE), model, plan)
+
+    def step() -> None:
+        with float32_products(precision):
+            with autocast(x.device, precision):
+                loss = F.cross_entropy(network(x).float(), y)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _many_compilations() -> Any:
+    """torch.compile keeps at most eight variants of a function, and then runs it uncompiled; the arms are more."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
+
+
+# -- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    steps: dict[Arm, Step], options: Options
+) -> tuple[dict[Arm, list[float]], dict[str, dict[str, list[float]]]]:
+    """Seconds of each arm's step and FLOP/s of each way of the peaks, one a round.
+
+    Every other round goes through the arms backwards, so that none has always the same one before it.
+    """
+    device = options.device
+    products = {precision: matmul_peak.routes(precision, device) for precision in options.precisions}
+    rates: dict[str, dict[str, list[float]]] = {p: {name: [] for name in routes} for p, routes in products.items()}
+    calls = {arm: max(1, math.ceil(SECONDS / seconds_of(step, 1, device))) for arm, step in steps.items()}
+    seconds: dict[Arm, list[float]] = {arm: [] for arm in steps}
+    with progress("measuring", options.rounds * len(steps)) as advance:
+        for turn in range(options.rounds):
+            for precision, routes in products.items():
+                for name, product in routes.items():
+                    rates[precision][name].append(matmul_peak.flops_per_second(product, device, precision))
+            for arm in list(steps)[:: 1 if turn % 2 == 0 else -1]:
+                if calls[arm] > 1:
+                    steps[arm]()  # the caches are the other arms'
+                seconds[arm].append(seconds_of(steps[arm], calls[arm], device))
+                advance()
+    return seconds, rates
+
+
+def seconds_of(step: Step, calls: int, device: torch.device) -> float:
+    """Of one of `calls` calls."""
+    matmul_peak.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        step()
+    matmul_peak.synchronize(device)
+    return (time.perf_counter() - began) / calls
+
+
+def compare(record: Record) -> None:
+    """Fill in each row's ratios to its baseline, and its share of the peak.
+
+    The baseline is the naive model in the first precision, or without one the first row, of the same mode and batch;
+    another model's naive one where it has none.
+    """
+    for row in record.rows:
+        same = [other for other in record.rows if (other.arm.mode, other.arm.batch) == (row.arm.mode, row.arm.batch)]
+        naive = [other for other in same if other.arm.naive]
+        own = [other for other in naive if other.arm.model == row.arm.model]
+        base = (own or naive or same)[0]
+        row.ratios = [before / now for before, now in zip(base.seconds, row.seconds, strict=True)]
+        flops = 2 * row.macs * row.arm.batch
+        row.share = flops / median(row.seconds) / record.peak(row.arm.precision)
+
+
+def measure_memory(rows: Sequence[Measured], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
+    """Fill in the peak memory of rows of the whole batch, each in a process of its own; what could not be measured.
+
+    Not of compiled ones: what the compiler leaves behind would count.
+    """
+    failed = []
+    chosen = [row for row in rows if row.arm.batch == options.batch_size and row.arm.runtime != "compile"]
+    with progress("memory", len(chosen)) as advance:
+        for row in chosen:
+            try:
+                row.memory = memory_of(row.arm, files.get((row.arm.model, row.arm.runtime)), options)
+            except RuntimeError as error:
+                failed.append(str(error))
+            advance()
+    return failed
+
+
+def memory_of(arm: Arm, file: Path | None, options: Options) -> int:
+    """Peak bytes of the arm's step, from a fresh process. It runs this file, which ends in `_memory_here`."""
+    told = dict(size=options.size, threads=torch.get_num_threads(), device=str(options.device))
+    request = dict(arm=asdict(arm), file=None if file is None else str(file), **told)
+    done = subprocess.run(
+        [sys.executable, "-m", "eit.benchmark.bench", json.dumps(request)],
+        env=os.environ | MALLOC,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise RuntimeError(f"the memory of {arm.label}, {arm.runtime} {arm.precision}: {said[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def _memory_here(request: dict[str, Any]) -> int:
+    torch.set_num_threads(request["threads"])
+    arm, device = Arm(**request["arm"]), torch.device(request["device"])
+    file = None if request["file"] is None else Path(request["file"])
+    model = open_model(arm.model, request["size"])
+    if arm.runtime not in FORMATS:  # what torch loads at its first step is no part of the measured one
+        first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 8)).to(device)
+        x, y = torch.randn(2, 3, 8, 8, device=device), torch.zeros(2, dtype=torch.long, device=device)
+        training_step(first, first, x, y, arm.precision)()
+    return peak_bytes(make_step(arm, model, file, device), device)
+
+
+if __name__ == "__main__":
+    print(_memory_here(json.loads(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""Images on disk -> batches on the device."""

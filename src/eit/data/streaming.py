@@ -1,0 +1,259 @@
+"""Images that come in turn, from shards behind a reader of timm -> batches."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from eit import distributed
+from eit.config import Augment, Data
+from eit.data.augment import ImageTransform, image_transform
+from eit.data.images import View, normalise, to_mode
+from eit.data.layouts import ImageStream, one_shard, shard_names
+from eit.data.order import Plan
+from eit.data.prefetch import Prefetcher, to_device
+from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_count, worker_options
+from eit.errors import UserError
+from eit.randomness import Stream, generator, seed_of, seeded
+
+
+class StreamLoader:
+    """Images of a reader of timm, which shuffles them and gives each rank and worker a part of the shards.
+
+    The order is a function of (seed, epoch, ranks, workers). A continued run reads again, and drops, what it has seen.
+    """
+
+    def __init__(
+        self, images: ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+    ) -> None:
+        self.images, self.view, self.plan, self.device = images, view, plan, device
+        self.prefetched = Prefetcher(view, augment, plan.seed, device)
+        self.augmented = _Augmented(image_transform(view, augment), view.channels)
+        self.bad = BadImages(images, config.bad_image_budget)
+        self.workers = worker_count(config.workers)
+        # Readers with unequal numbers of shards would leave out a part of them, and repeat others.
+        fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * plan.world) == 0]
+        if config.workers is None and fit:
+            self.workers = fit[0]
+        if images.shards % (max(self.workers, 1) * plan.world):
+            parts = f"{plan.world} x {max(self.workers, 1)} processes x data.workers"
+            advice = (
+                f"set data.workers={fit[0]}" if fit else f"write a multiple of {plan.world} (eit data shard --count)"
+            )
+            raise UserError(f"{images.shards} shards cannot be shared by {parts}: {advice}")
+
+    def prepare(self) -> None:
+        """Nothing: the workers start with each epoch."""
+
+    def _open(self, epoch: int) -> Any:
+        seed = seed_of(Stream.ORDER, self.plan.seed, epoch) % 2**31
+        dataset = self.images.open(True, self.plan.batch_size, seed)
+        dataset.set_loader_cfg(num_workers=self.workers)
+        return dataset
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        yield from self.prefetched(self._host_batches(epoch, first_step), epoch)
+
+    def _host_batches(self, epoch: int, first_step: int) -> Iterator[HostBatch]:
+        """The batches of an epoch from `first_step` on, as the workers made them.
+
+        Raises:
+            UserError: a lost shard, a label that is no class, or an epoch that ends too early.
+        """
+        plan = self.plan
+        counters = plan.seed, epoch, distributed.rank()
+        self.bad.seen.clear()  # they have no names, and would count anew each epoch
+        loader = DataLoader(
+            _Turn(self.images, self._open(epoch), self.view.channels, self.augmented, *counters),
+            batch_size=plan.batch_size,
+            collate_fn=collate,
+            generator=generator(Stream.ORDER, *counters),
+            **worker_options(self.workers, self.device),
+        )
+        batches = iter(loader)
+        for number in range(plan.steps * plan.accumulate):
+            if (batch := next(batches, None)) is None:
+                of = f"{number} of {plan.steps * plan.accumulate} batches"
+                raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
+            _, labels, faults, _ = batch
+            if not len(labels):
+                raise UserError(faults[0])
+            self.bad.add(faults)
+            if number >= first_step * plan.accumulate:
+                yield batch
+
+
+@dataclass
+class _Augmented:
+    """A decoded image -> augmented pixels and the box to erase. A class, for worker processes to be sent no loader."""
+
+    transform: ImageTransform
+    channels: int
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
+        return self.transform(self.transform.crop(image, self.channels, {}))
+
+
+@dataclass
+class StreamEvaluationLoader:
+    """Each shard is read and decoded by one worker of one rank, so that every image counts once.
+
+    A batch never crosses the end of a shard. So the batches are the same on any number of ranks and workers; only a
+    rank's part of them, and their order, differ.
+
+    Where a reader names no shards (`hfids/`, `tfds/`), every rank reads and decodes the whole stream and keeps each
+    `world`-th batch. There the batches depend on the number of workers.
+    """
+
+    images: ImageStream
+    view: View
+    batch_size: int
+    workers: int | None
+    device: torch.device
+
+    @property
+    def own_blocks(self) -> range:
+        """As many numbers as this rank has batches: exact for shards of equal length, else an estimate."""
+        rank, world = distributed.rank(), distributed.world_size()
+        if shards := self.images.shards:
+            return range(len(range(rank, shards, world)) * -(-len(self.images) // (shards * self.batch_size)))
+        return range(rank, -(-len(self.images) // self.batch_size), world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches. Every rank must iterate to the end, for there they add up what they have seen.
+
+        Raises:
+            UserError: an image or a shard cannot be read, or the stream has another number of images than it says.
+        """
+        seen = 0
+        for pixels, labels, faults, _ in self._host_batches():
+            if faults:
+                raise UserError(faults[0])
+            seen += len(labels)
+            images = normalise(to_device(pixels, self.device), self.view.mean, self.view.std)
+            yield Batch(images, to_device(labels, self.device), len(labels))
+        total = sum(distributed.gather(seen))
+        if total != len(self.images):
+            says = f"it says that it has {len(self.images)}"
+            raise distributed.same_everywhere(f"{self.images.config.dataset}: {total} images were read, {says}")
+
+    def _host_batches(self) -> Iterator[HostBatch]:
+        rank, world = distributed.rank(), distributed.world_size()
+        dataset = self.images.open(False, self.batch_size, 0)
+        workers = worker_count(self.workers)
+        channels, prepare = self.view.channels, partial(_plain, self.view)
+        if names := shard_names(dataset.reader)[rank::world]:
+            shards = _Shards(self.images, dataset, names, self.batch_size, channels, prepare)
+            yield from DataLoader(shards, batch_size=None, **worker_options(min(workers, len(names)), self.device))
+        elif not self.images.shards:
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # it leaves nothing out
+            dataset.set_loader_cfg(num_workers=workers)
+            turn = _Turn(self.images, dataset, channels, prepare)
+            loader = DataLoader(turn, self.batch_size, collate_fn=collate, **worker_options(workers, self.device))
+            for block, batch in enumerate(loader):
+                if block % world == rank or batch[2]:  # any rank that meets a fault tells it
+                    yield batch
+
+
+def _plain(view: View, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
+    """A decoded image -> the pixels that evaluation sees, and no box to erase."""
+    return view.pixels(image), ()
+
+
+class _Turn(IterableDataset):
+    """The images of a stream in turn, augmented, or as evaluation sees them. Used in worker processes."""
+
+    def __init__(
+        self, images: ImageStream, dataset: Any, channels: int, prepare: Any, *counters: int, shard: str = ""
+    ) -> None:
+        self.dataset, self.channels, self.prepare, self.counters = dataset, channels, prepare, counters
+        self.name, self.classes, self.shard = images.config.dataset, len(images.classes), shard
+        self.max_pixels = images.config.max_pixels
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Samples, each with what could not be read before it, or no pixels and a fault, with which it ends."""
+        worker = info.id if (info := get_worker_info()) else 0
+        part = f"shard {self.shard}" if self.shard else f"worker {worker}"
+        turn = -1
+        with _skipped(self.dataset.reader, self.max_pixels) as (faults, lost):
+            last = ""
+            for turn, (image, label) in enumerate(self.dataset):
+                if not 0 <= int(label) < self.classes:
+                    last = f"{self.name} has label {label}, of {self.classes} classes"
+                if last or lost:
+                    break
+                try:
+                    image = to_mode(ImageOps.exif_transpose(image), self.channels)
+                except Exception as error:  # as in `eit.data.images.decode`
+                    faults.append(repr(error))
+                    continue
+                with seeded(Stream.TURN, *self.counters, worker, turn):
+                    pixels, box = self.prepare(image)
+                where = f"{self.name}, before image {turn + 1} of {part}"
+                yield Sample(pixels, int(label), [f"{where}: {fault}" for fault in faults], box)
+                faults.clear()
+            if lost:
+                last = f"{self.name}: shard {lost[0]}"
+            elif faults:
+                last = f"{self.name}, after image {turn + 1} of {part}: {faults[0]}"
+            if last:
+                yield Sample(torch.empty(0), -1, [last])
+
+
+class _Shards(IterableDataset):
+    """Batches of shards, each shard read whole by one worker."""
+
+    def __init__(
+        self, images: ImageStream, dataset: Any, names: list[str], batch_size: int, channels: int, prepare: Any
+    ) -> None:
+        self.images, self.dataset, self.names, self.batch_size = images, dataset, names, batch_size
+        self.channels, self.prepare = channels, prepare
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        info = get_worker_info()
+        for name in self.names[info.id :: info.num_workers] if info else self.names:
+            shard = one_shard(self.dataset, name)
+            samples = iter(_Turn(self.images, shard, self.channels, self.prepare, shard=name))
+            while batch := list(islice(samples, self.batch_size)):
+                yield collate(batch)
+
+
+@contextmanager
+def _skipped(reader: Any, max_pixels: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Images, and shards, that a reader of timm cannot read: it passes over both with a line in its log.
+
+    Images of more than `max_pixels` are among them.
+    """
+    shards = {os.path.join(reader.root, name) for name in shard_names(reader)}
+    faults: list[str] = []
+    lost: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = sys.exc_info()[1]  # the line is written where it is handled
+            arguments = [str(argument) for argument in error.args] if error else []
+            if found := shards.intersection(arguments):  # webdataset adds it to an error of the file itself
+                lost.append(f"{found.pop()} cannot be read: {type(error).__name__}: {arguments[0]}")
+            else:
+                faults.append(repr(error) if error else record.getMessage())
+
+    log, collect = logging.getLogger("timm.data.readers.reader_wds"), Collect()
+    log.addHandler(collect)
+    propagate, log.propagate = log.propagate, False
+    cap, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, -(-max_pixels // 2)  # Pillow refuses more than twice as many
+    try:
+        yield faults, lost
+    finally:
+        Image.MAX_IMAGE_PIXELS = cap
+        log.removeHandler(collect)
+        log.propagate = propagate

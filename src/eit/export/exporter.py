@@ -1,0 +1,320 @@
+"""Weights -> ONNX, OpenVINO or torch.export files. Each is run by its runtime and compared with torch before it counts.
+
+The batch is dynamic, and for this package's models height and width are; the card (classes, preprocessing) travels in
+the file's metadata.
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from eit.analysis.subjects import choose_images
+from eit.config import data_config
+from eit.data.datasets import DIGITS, AnyImages, open_data
+from eit.data.images import Images, View, normalise, to_mode, to_uint8
+from eit.data.layouts import read_layout
+from eit.data.loaders import evaluation_loader
+from eit.errors import UserError, first_line
+from eit.files import write_file
+from eit.inference.evaluate import evaluate
+from eit.inference.runtimes import INPUT, KEY, OUTPUT, RUNTIMES, need
+from eit.models.eit import EIT
+from eit.weights.load import Card, card_text, find_weights
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of the formats
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
+NEEDED["openvino"] = (*NEEDED["onnx"], "openvino")  # which reads what the exporter to ONNX wrote
+AXES = dict(batch=0, height=2, width=3)  # of the images, that may be dynamic
+TOLERANCE = 1e-4  # of the largest logit: single precision, sums in another order
+ROUNDING = 1e-6  # allowed however small the logits are
+INT8_OPERATORS = ["Conv", "MatMul", "Gemm"]  # norms, softmax and sums stay in fp32
+PHOTOS = 8  # of each size, to compare with
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported file compares with torch, on `images` photos of each of `sizes` (height, width)."""
+
+    sizes: list[tuple[int, int]]
+    images: int
+    max_error: float  # of a logit
+    ties: int  # photos whose two best classes are nearer to each other than that, and change places
+
+
+@dataclass(frozen=True)
+class Int8:
+    """What quantisation cost: top-1 in percent of `images` labelled images, and the size of the file without it."""
+
+    images: int
+    top1: float
+    fp32_top1: float
+    fp32_bytes: int
+    calibrated_on: int
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that was written and found equal to the model."""
+
+    file: Path
+    bytes: int
+    dynamic: list[str]  # of batch, height, width
+    runtime: str  # that ran it, with its version
+    parity: Parity  # of the fp32 file
+    int8: Int8 | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images to choose the ranges of int8 with, and labelled ones, with the model's class numbers, to judge it by."""
+
+    images: Images
+    labelled: AnyImages
+
+
+def default_file(checkpoint: str, format: str) -> Path:
+    """Beside the weights, with their name; for those that ship or are on the hub, in the working folder."""
+    if Path(checkpoint).exists():
+        return find_weights(checkpoint).with_suffix(_suffix(format))
+    return Path(Path(checkpoint.partition("@")[0]).name + _suffix(format))
+
+
+def check_request(format: str, file: Path, int8: bool) -> None:
+    """Raise a UserError where `export` could not write `file`, before anything is computed."""
+    if file.suffix != _suffix(format):
+        raise UserError(f"--out {file}: a file of --format {format} ends in {_suffix(format)}")
+    if not file.parent.is_dir():
+        raise UserError(f"--out {file}: there is no folder {file.parent}")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--out {file}: {'it is a folder' if file.is_dir() else f'{file.parent} is read-only'}")
+    if not file.exists() and any(part.exists() for part in _parts(file)):
+        raise UserError(f"--out {file}: {_parts(file)[1].name} beside it is of something else; give another name")
+    if int8 and format == "torch":
+        raise UserError("--int8 is for --format onnx and openvino")
+    for module in NEEDED[format]:
+        need(module, f"--format {format}")
+
+
+def export(model: Any, file: Path, format: str, calibration: Calibration | None = None) -> Export:
+    """Write `model`, one of `eit.load`, on any device, to `file`, in the format `format`; with `calibration`
+    in int8.
+
+    The file appears only when its runtime has run it and no logit was found farther from torch's than 1e-4 of the
+    largest, which leaves top-1 equal, but for ties.
+
+    Raises:
+        UserError: a missing runtime, or an architecture that cannot be exported.
+        FloatingPointError: the file's logits differ from torch's.
+    """
+    check_request(format, file, calibration is not None)
+    model = copy.deepcopy(model).cpu().eval()  # the given one stays on its device
+    dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        written = Path(folder) / file.name
+        graph = Path(folder) / "graph.onnx"  # what the formats but torch's are made of
+        program = _program(model, dynamic)
+        if format == "torch":
+            torch.export.save(program, written, extra_files={KEY: card_text(model.state_dict(), model.card)})
+            run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
+        else:
+            _write_onnx(program, graph, model.card, dynamic)
+            run = _convert(graph, written, model.card)
+        parity = compare(model, run, "height" in dynamic)
+        int8 = None
+        if calibration is not None:
+            fp32_bytes = _size(written)
+            quantised = Path(folder) / "int8.onnx"
+            _quantise(graph, quantised, calibration.images, model.card.view)
+            run = _convert(quantised, written, model.card)
+            int8 = _judge(model, run, calibration, fp32_bytes)
+        size = _size(written)
+        for part in _parts(written)[::-1]:  # what the file refers to comes first
+            write_file(file.with_suffix(part.suffix), part.read_bytes())
+    return Export(file, size, dynamic, _runtime(format), parity, int8)
+
+
+def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Parity:
+    """Logits of photos by torch and by `run`, at the model's own size and, with `any_size`, at another, not square.
+
+    Raises:
+        FloatingPointError: they differ.
+    """
+    view = model.card.view
+    pitch = model.patch_embed.pitch if isinstance(model, EIT) else 1
+    sizes = [(view.size, view.size)] + ([(view.size + 2 * pitch + 1, view.size + 5 * pitch)] if any_size else [])
+    largest, ties = 0.0, 0
+    for size in sizes:
+        x = photos(view, size)
+        with torch.no_grad():
+            expected, actual = model(x), torch.cat((run(x[:1]), run(x[1:])))
+        error = float((actual - expected).abs().max())
+        differ = int((actual.argmax(1) != expected.argmax(1)).sum())
+        bound = TOLERANCE * float(expected.abs().max()) + ROUNDING
+        if not error <= bound < math.inf:  # NaN is no less
+            raise FloatingPointError(
+                f"the exported file is not kept: at {size[0]}x{size[1]} its logits differ from torch's by up to "
+                f"{error:.3g}, and top-1 in {differ} of {len(x)} photos"
+            )
+        largest, ties = max(largest, error), ties + differ
+    return Parity(sizes, PHOTOS, largest, ties)
+
+
+def photos(view: View, size: tuple[int, int]) -> Tensor:
+    """Eight parts of scikit-learn's two photos -> (8, channels, height, width), normalised as the model wants them."""
+    found = []
+    whole = [Image.fromarray(photo) for photo in load_sample_images().images]
+    for i in range(PHOTOS):
+        photo = whole[i % 2]
+        left, top = 60 * (i // 2), 35 * (i // 2)
+        part = photo.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + 400, top + 300))
+        found.append(to_uint8(to_mode(part, view.channels)))
+    return normalise(torch.stack(found), view.mean, view.std)
+
+
+def calibration_images(path: str, count: int, max_pixels: int, val_fraction: float | None = None) -> Images:
+    """At most `count` images, evenly spaced: of a data set its training images, else all below the folder.
+
+    Raises:
+        UserError: no such path, or no images there.
+    """
+    root = Path(path).expanduser()
+    if path == DIGITS or (root / "train").is_dir() or (root.is_dir() and read_layout(root, max_pixels)):
+        images, _ = open_data(data_config(root=path, max_pixels=max_pixels, val_fraction=val_fraction or 0.2))
+        if not isinstance(images, Images):
+            raise UserError(f"--int8 {path}: these images come in turn; a folder of images is expected")
+        return images.evenly(count)
+    return choose_images(path, count, labelled=False, max_pixels=max_pixels)
+
+
+def _suffix(format: str) -> str:
+    if format not in SUFFIXES:
+        raise UserError(f"--format {format} is not one of {', '.join(SUFFIXES)}")
+    return SUFFIXES[format]
+
+
+def _takes_any_size(model: Any, format: str) -> bool:
+    if not isinstance(model, EIT) or min(model.grid_size) < 2:  # a grid of one token would be taken for a constant
+        return False
+    return format != "openvino" or model.pos_embed is None  # OpenVINO interpolates position tables otherwise
+
+
+def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
+    card = model.card
+    x = torch.zeros(2, card.in_chans, card.size, card.size)
+    try:
+        return torch.export.export(model, (x,), dynamic_shapes=({AXES[name]: Dim.DYNAMIC for name in dynamic},))
+    except Exception as error:  # each architecture fails in its own way
+        raise UserError(f"{card.model} cannot be exported: {first_line(error)}") from None
+
+
+def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[str]) -> None:
+    import onnx
+
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False, optimize=True
+    )
+    assert exported is not None
+    proto = exported.model_proto
+    view = card.view
+    proto.doc_string = (
+        f"{card.model}: images (batch, {card.in_chans}, height, width) -> logits of {len(card.classes)} classes. "
+        f"{'RGB' if card.in_chans == 3 else 'Grey'} images in 0..1, shorter side {view.interpolation} to {view.resize} "
+        f"pixels, centre {view.size}x{view.size}, minus {card.mean}, divided by {card.std}."
+    )
+    proto.producer_name, proto.producer_version = "eit", card.version
+    onnx.helper.set_model_props(proto, {KEY: _card_json(card)})
+    shape = proto.graph.input[0].type.tensor_type.shape.dim
+    names = {shape[axis].dim_param: name for name, axis in AXES.items()}
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = names[dim.dim_param]
+    del proto.graph.value_info[:]  # these hold the exporter's names
+    assert [d.dim_param for d in shape if d.dim_param] == dynamic
+    onnx.save(proto, file)
+
+
+def _card_json(card: Card) -> str:
+    """In ASCII: names of folders need not be valid text."""
+    return json.dumps(card.model_dump(mode="json"))
+
+
+def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
+    """The file of an ONNX graph, in the format that its suffix asks for, opened as users will."""
+    if file.suffix == ".onnx":
+        file.write_bytes(graph.read_bytes())
+    else:
+        import openvino as ov
+
+        model = ov.convert_model(graph)
+        model.set_rt_info(_card_json(card), KEY)
+        ov.save_model(model, file, compress_to_fp16=False)
+    return RUNTIMES[file.suffix](file)
+
+
+def _quantise(graph: Path, file: Path, images: Images, view: View) -> None:
+    """Static quantisation: ranges of activations from `images`, weights by channel."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    loader = evaluation_loader(images, view, 32, 0, torch.device("cpu"))
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(loader)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            found = next(self.batches, None)
+            return None if found is None else {INPUT: found.images[: found.valid].numpy()}
+
+    quantize_static(graph, file, Reader(), op_types_to_quantize=INT8_OPERATORS, per_channel=True)
+
+
+def _judge(model: Any, run: Callable[[Tensor], Tensor], calibration: Calibration, fp32_bytes: int) -> Int8:
+    loader = evaluation_loader(calibration.labelled, model.card.view, 64, None, torch.device("cpu"))
+    before, after = evaluate(model, loader), evaluate(run, loader)
+    return Int8(after.images, after.top1, before.top1, fp32_bytes, len(calibration.images))
+
+
+def _parts(file: Path) -> list[Path]:
+    """The file, and the one with the weights that OpenVINO puts beside it."""
+    return [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
+
+
+def _size(file: Path) -> int:
+    return sum(part.stat().st_size for part in _parts(file))
+
+
+def _runtime(format: str) -> str:
+    if format == "torch":
+        return f"torch.export {torch.__version__.partition('+')[0]}"
+    name, module = dict(onnx=("ONNX Runtime", "onnxruntime"), openvino=("OpenVINO", "openvino"))[format]
+    return f"{name} {need(module, '').__version__.partition('-')[0]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' warnings, which are about what a user cannot change."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

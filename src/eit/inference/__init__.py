@@ -1,0 +1,1 @@
+"""Trained models at work: accuracy, predictions, and exported files as models."""

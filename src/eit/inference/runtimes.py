@@ -1,0 +1,161 @@
+"""Exported files as models: what `eit export` writes, run by ONNX Runtime or OpenVINO.
+
+A .pt2 file is a program that torch.export would run on loading, whatever it holds. So only its weights are read, by
+`eit.weights.load`, and the model is built from its card.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eit.errors import UserError, first_line
+from eit.models.registry import check_size
+from eit.weights import load as checkpoint
+from eit.weights.load import Card
+
+KEY = "eit"  # of the metadata that holds the card
+INPUT, OUTPUT = "images", "logits"
+Run = Callable[[np.ndarray], np.ndarray]
+Port = tuple[str, list[Any]]  # name and shape of an input or output; a dynamic axis is no int
+
+
+class ExportedModel(nn.Module):
+    """An exported file in evaluation: images (B, in_chans, height, width) -> logits (B, num_classes), on the CPU.
+
+    `card` is what the file says about classes and preprocessing. `fixed_size`: height and width are those of the card.
+    """
+
+    def __init__(self, file: Path, card: Card, run: Run, fixed_size: bool) -> None:
+        super().__init__()
+        self.file, self.card, self.fixed_size, self._run = file, card, fixed_size, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self._run(np.ascontiguousarray(x.numpy(force=True)))).to(x.device)
+
+    def check_size(self, size: int) -> None:
+        """Raise a UserError where images of `size` pixels are not taken."""
+        if self.fixed_size and size != self.card.size:
+            raise UserError(f"--size {size}: {self.file} was exported for {self.card.size} pixels alone")
+        with torch.device("meta"):
+            check_size(self.card.create_model(), size, self.card.size, str(self.file))
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """A self-describing checkpoint (a file or a run folder), the authors' .pth, or an exported file -> its model.
+
+    The model is in evaluation mode; its `card` says which model it is, its classes and its preprocessing. A .onnx file
+    needs ONNX Runtime, a .xml file OpenVINO (the extra `export`); both give an `ExportedModel`. All else gives an
+    `eit.EIT`, or a model of timm.
+
+    Raises:
+        UserError: no such file, damaged, untrusted, or one that does not say which model it is.
+    """
+    file = Path(path)
+    if not is_exported(path):
+        return checkpoint.load(path)
+    if not file.is_file():
+        raise UserError(f"no exported model at {file}")
+    return RUNTIMES[file.suffix.lower()](file)
+
+
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether `load` gives an `ExportedModel`, by the name."""
+    return Path(path).suffix.lower() in RUNTIMES and not Path(path).is_dir()
+
+
+def need(module: str, what: str) -> ModuleType:
+    """The module of a runtime.
+
+    Raises:
+        UserError: it is not installed, or broken; the line names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise UserError(f"{what} needs {module}, which is not installed: pip install 'eit[export]'") from None
+    except ImportError as error:
+        raise UserError(f"{what} needs {module}, which cannot be imported: {first_line(error)}") from None
+
+
+def open_onnx(file: Path) -> ExportedModel:
+    """A .onnx file, run by ONNX Runtime on as many threads as torch has."""
+    ort = need("onnxruntime", f"running {file}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors, which are raised as well
+    try:
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of its own kinds, which have no common base
+        raise UserError(f"{file} is not a readable ONNX file: {_line(error)}") from None
+    ports = [(port.name, list(port.shape)) for port in (*session.get_inputs(), *session.get_outputs())]
+    card = session.get_modelmeta().custom_metadata_map.get(KEY)
+    return _model(file, card, ports, lambda x: session.run([OUTPUT], {INPUT: x})[0])
+
+
+@cache
+def openvino_core() -> Any:
+    """The one of this process. Its plugin gives the main thread a stack for signals, and takes its memory back with the
+    last core: the next signal would then end the process."""
+    return importlib.import_module("openvino").Core()
+
+
+def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
+    """A .xml file, run by OpenVINO on as many threads as torch has, in `f32` or `bf16`."""
+    need("openvino", f"running {file}")
+    try:
+        core = openvino_core()
+        model = core.read_model(file)
+        card = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
+        ports = [
+            (port.any_name, [dim.get_length() if dim.is_static else None for dim in port.partial_shape])
+            for port in (*model.inputs, *model.outputs)
+        ]
+        settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
+        compiled = core.compile_model(model, "CPU", settings)
+    except Exception as error:  # RuntimeError in most cases, of several lines
+        raise UserError(f"{file} is not a readable OpenVINO model: {_line(error)}") from None
+    return _model(file, card, ports, lambda x: compiled([x])[0])
+
+
+RUNTIMES = {".onnx": open_onnx, ".xml": open_openvino}
+
+
+def _model(file: Path, card_text: str | None, ports: list[Port], run: Run) -> ExportedModel:
+    card = _read_card(file, card_text)
+    _check_signature(file, card, ports)
+    return ExportedModel(file, card, run, fixed_size=isinstance(ports[0][1][2], int))
+
+
+def _read_card(file: Path, text: str | None) -> Card:
+    if text is None:
+        raise UserError(f"{file} was not written by eit export: it lacks the metadata {KEY!r} (classes, preprocessing)")
+    try:
+        return checkpoint.known_card(json.loads(text), str(file))
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: its metadata {KEY!r} is damaged") from None
+
+
+def _check_signature(file: Path, card: Card, ports: list[Port]) -> None:
+    """Raise a UserError where inputs and outputs are not those of the card's model."""
+    if [name for name, _ in ports] != [INPUT, OUTPUT]:
+        raise UserError(f"{file} has {', '.join(name for name, _ in ports)}, instead of {INPUT} and {OUTPUT}")
+    images, logits = (shape for _, shape in ports)
+    wanted = ["batch", card.in_chans, "height", "width"], ["batch", len(card.classes)]
+    if (len(images), len(logits)) != (4, 2) or (images[1], logits[1]) != (card.in_chans, len(card.classes)):
+        raise UserError(f"{file} takes {images} and gives {logits}, but its card says {wanted[0]} and {wanted[1]}")
+
+
+def _line(error: Exception) -> str:
+    """What an error of several lines says: the last one that is not empty."""
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]

@@ -1,0 +1,313 @@
+"""Experiments as data: experiments/*.yaml say what is trained, what is measured of it, and what is claimed."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_recipe, parse_yaml
+from eit.errors import UserError, nearest
+
+LAYERS = ("share", "share_with_dc", "diversity", "distance", "entropy", "class_token")  # one value per layer
+EXACT = ("params", "macs", "published_macs")  # counted
+RUN = (*EXACT, "last_top1", "best_top1", "last_top5", "seconds")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a folder, or of a part of it
+ORDER = ["small_data", "ablation", "pooling", "frequency", "diversity", "imagenet"]
+
+
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
+class Level(Section):
+    """One value of an axis: another recipe to begin with, what it sets, and how many processes its batch is for."""
+
+    recipe: str | None = None
+    processes: Count | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Budget(Section):
+    """How much is trained."""
+
+    cost: str
+    levels: dict[str, list[str]] = Field(default_factory=dict)
+    """of each axis; all of one that is not named"""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """for every run"""
+    adjust: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """for the runs of a level, after what the level itself sets"""
+
+
+class Measure(Section):
+    """What is measured of each trained model beside its accuracy."""
+
+    analysis: Count | None = None
+    """of so many validation images: high-frequency shares and head diversity, trained and at initial values"""
+    sizes: tuple[Count, ...] = ()
+    """percent of the training size: top-1 there too"""
+
+    def has(self, metric: str) -> bool:
+        """Whether `eit.reproduce.runs.Result.value` knows it."""
+        kind, _, rest = metric.partition(".")
+        if kind in ("trained", "initial", "gain"):
+            return bool(self.analysis) and rest in LAYERS
+        if kind in ("size", "kept"):
+            return rest in map(str, self.sizes)
+        return metric in RUN
+
+
+class Claim(Section):
+    """That `metric` is higher at one level of `axis` than at another, or equal within a margin, or reaches a value."""
+
+    says: str
+    code: str
+    """the file of this package, and the name in it"""
+    paper: str = ""
+    """the versions of the paper that say so; none: ours"""
+    primary: bool = False
+    """one of at most six that are corrected together; the others are exploratory"""
+    metric: str
+    """see `eit.reproduce.runs.Result.value`"""
+    axis: str
+    rises: Pair | None = None
+    """lower and higher level"""
+    equal: Pair | None = None
+    """two levels that differ by less than `within`"""
+    reaches: dict[str, float] | None = None
+    within: NotNegative = 0.0
+    """the margin of `equal`; what may be missing of values to reach"""
+
+    @model_validator(mode="after")
+    def _one(self) -> "Claim":
+        if sum(kind is not None for kind in (self.rises, self.equal, self.reaches)) != 1:
+            raise ValueError("a claim has one of rises, equal and reaches")
+        if (self.equal and not self.within) or (self.rises and self.within):
+            raise ValueError("within is the margin of equal, or of reaches")
+        return self
+
+    @property
+    def levels(self) -> list[str]:
+        """Of the axis, that it speaks of; of two, the lower one first."""
+        return list(self.rises or self.equal or self.reaches or ())
+
+
+class Experiment(Section):
+    name: str
+    shows: str
+    refuted: str
+    of: str | None = None
+    """another experiment, whose runs it looks at"""
+    control: str | None = None
+    """the level that Dunnett's test compares the others with"""
+    recipe: str = "cifar10"
+    axes: dict[str, dict[str, Level]] = Field(default_factory=dict)
+    budgets: dict[str, Budget] = Field(default_factory=dict)
+    measure: Measure = Measure()
+    claims: dict[str, Claim] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _together(self) -> "Experiment":
+        names = [self.name, *self.budgets, *(level for levels in self.axes.values() for level in levels)]
+        if wrong := [name for name in names if not NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]!r} is no name: letters, digits and _ . + - make one")
+        set_by = [*(budget.set for budget in self.budgets.values()), *(level.set for level in self.levels)]
+        if any("out" in values for values in set_by):
+            raise ValueError("out is not to be set: --results says where runs are")
+        if bare := [axis for axis, levels in self.axes.items() if not levels]:
+            raise ValueError(f"axes.{bare[0]} has no levels")
+        for budget in self.budgets.values():
+            for axis, levels in budget.levels.items():
+                if not levels:
+                    raise ValueError(f"a budget has no levels of {axis}")
+                if unknown := set(levels) - set(self.axes.get(axis, ())):
+                    raise ValueError(f"a budget names {axis}={min(unknown)}, which the axes do not have")
+            if unknown := set(budget.adjust) - {level for levels in self.axes.values() for level in levels}:
+                raise ValueError(f"a budget adjusts {min(unknown)}, which the axes do not have")
+        return self
+
+    @property
+    def levels(self) -> list[Level]:
+        """Of all axes."""
+        return [level for levels in self.axes.values() for level in levels.values()]
+
+    @property
+    def runs(self) -> "Experiment":
+        """The experiment whose runs these are."""
+        return read(self.of) if self.of else self
+
+    def check(self) -> None:
+        """Raise a ValueError where it has no runs, or a claim speaks of what they do not have."""
+        if self.of and not self.claims:
+            raise ValueError("claims are needed of runs of another experiment")
+        runs = self.runs
+        if runs.of or not runs.axes or not runs.budgets:
+            raise ValueError("axes and budgets are needed, or of: an experiment that has them")
+        for budget in runs.budgets:
+            cells = [cell.name for cell in runs.cells(budget)]
+            if twice := [cell for cell in cells if cells.count(cell) > 1]:
+                raise ValueError(f"two runs of the budget {budget} are called {twice[0]}")
+        for name, claim in self.claims.items():
+            if claim.axis not in runs.axes:
+                raise ValueError(f"claims.{name}.axis={claim.axis}: the axes are {', '.join(runs.axes)}")
+            if unknown := set(claim.levels) - set(runs.axes[claim.axis]):
+                raise ValueError(f"claims.{name}: {claim.axis} has no {min(unknown)}")
+            if not runs.measure.has(claim.metric):
+                raise ValueError(f"claims.{name}.metric={claim.metric} is not measured")
+            if self.control is not None and self.control not in runs.axes[claim.axis]:
+                raise ValueError(f"control={self.control}: {claim.axis} has no such level")
+
+    def budget(self, name: str) -> Budget:
+        """
+        Raises:
+            UserError: it has no such budget.
+        """
+        budgets = self.runs.budgets
+        if name not in budgets:
+            raise UserError(f"--budget {name}: {self.name} has {', '.join(budgets)}")
+        return budgets[name]
+
+    def cells(self, budget: str) -> list["Cell"]:
+        """The runs of a budget, in the order in which they are trained."""
+        runs, chosen = self.runs, self.budget(budget)
+        axes = [chosen.levels.get(axis, list(levels)) for axis, levels in runs.axes.items()]
+        cells, bases = [], {}
+        for names in itertools.product(*axes):
+            levels = [runs.axes[axis][name] for axis, name in zip(runs.axes, names, strict=True)]
+            recipe = next((level.recipe for level in levels if level.recipe), runs.recipe)
+            if recipe not in bases:
+                bases[recipe] = load_recipe(recipe).model_dump()
+            values = bases[recipe]
+            processes = next((level.processes for level in levels if level.processes), 1)
+            for more in (chosen.set, *(level.set for level in levels), *(chosen.adjust.get(n, {}) for n in names)):
+                values = merged(values, more)
+            cells.append(Cell(runs.name, budget, dict(zip(runs.axes, names, strict=True)), recipe, values, processes))
+        return cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of an experiment."""
+
+    experiment: str
+    budget: str
+    levels: dict[str, str]  # of each axis
+    base: str  # the recipe that it begins with
+    values: dict[str, Any]  # of the recipe
+    processes: int = 1  # that its batch size is for
+
+    @property
+    def name(self) -> str:
+        """Of its folder: cifar10-eit-seed-0."""
+        return "-".join(f"{axis}-{level}" if level.isdigit() else level for axis, level in self.levels.items())
+
+    def folder(self, results: Path) -> Path:
+        """Where its run folder is."""
+        return results / self.experiment / self.budget / self.name
+
+    def recipe(self, results: Path, roots: Mapping[str, str], processes: int | None = None) -> Recipe:
+        """Checked, with its run folder, and the data in `roots` (by name) instead of where the experiment has them.
+
+        On another number of processes than it is for, the batch is cut so that the global one stays.
+
+        Raises:
+            UserError: as `eit.config.parse_recipe`; a batch that cannot be cut so.
+        """
+        recipe = parse_recipe(merged(self.values, dict(out=str(self.folder(results)))))
+        world = processes or self.processes
+        images, micros = recipe.data.batch_size, recipe.train.accumulate * self.processes
+        if micros % world == 0:
+            micros //= world
+        elif images * micros % world == 0:
+            images, micros = images * micros // world, 1
+        else:
+            raise UserError(f"{self.name}: a global batch of {images * micros} is no multiple of {world} processes")
+        data = dict(batch_size=images) | (dict(root=roots[self.data]) if self.data in roots else {})
+        return recipe.model_copy(
+            update=dict(
+                data=recipe.data.model_copy(update=data),
+                train=recipe.train.model_copy(update=dict(accumulate=micros)),
+            )
+        )
+
+    @property
+    def global_batch(self) -> int:
+        """Images a step, of all processes."""
+        recipe = self.recipe(Path(), {})
+        return recipe.data.batch_size * recipe.train.accumulate * self.processes
+
+    @property
+    def data(self) -> str:
+        """The name of its data set."""
+        return self.levels.get("data") or self.values["name"]
+
+
+def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `more`, section by section."""
+    result = dict(values)
+    for key, value in more.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def experiment_names() -> list[str]:
+    """The experiments that ship."""
+    found = {p.name.removesuffix(".yaml") for p in resources.files("eit.reproduce.experiments").iterdir()}
+    return [name for name in ORDER if name in found] + sorted(found.difference(ORDER))
+
+
+def load(name: str) -> Experiment:
+    """An experiment that ships, or one of your own: PATH.yaml.
+
+    Raises:
+        UserError: there is none, or it is no experiment, in one line.
+    """
+    experiment = read(name)
+    try:
+        experiment.check()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{name} is no experiment: {error}") from None
+    return experiment
+
+
+def read(name: str) -> Experiment:
+    """As `load`, without a look at what it says of runs that may be another's."""
+    if name in experiment_names():
+        text = resources.files("eit.reproduce.experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    elif name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {name}: {error}") from None
+    else:
+        known = ", ".join(experiment_names())
+        raise UserError(
+            f"unknown experiment {name!r}{nearest(name, experiment_names())} (known: {known}, or a PATH.yaml)"
+        )
+    values = parse_yaml(text, name, "an experiment: axes:, budgets: and claims:")
+    axes = values.get("axes")
+    for axis, levels in axes.items() if isinstance(axes, dict) else ():
+        if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
+            values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
+    try:
+        found = Experiment.model_validate(dict(name=Path(name).stem) | values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{name} is no experiment: {f'{where}: ' if where else ''}{message}") from None
+    if found.name != name and found.name in experiment_names():
+        raise UserError(f"{name}: an experiment called {found.name} ships with the package: give yours another name")
+    return found
+
+
+def names_of(cells: Iterable[Cell], axis: str) -> list[str]:
+    """The levels of an axis, in their order."""
+    return list(dict.fromkeys(cell.levels[axis] for cell in cells))

@@ -1,0 +1,383 @@
+"""The runs of an experiment: trained one after the other, measured, and read again from their folders."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from torch import Tensor
+
+from eit import distributed
+from eit.analysis.measure import Analysis, CannotMeasure, analyze
+from eit.config import Recipe, differences
+from eit.console import say, track
+from eit.data.datasets import open_data, open_evaluation
+from eit.data.images import Images, View, normalise
+from eit.environment import environment
+from eit.errors import UserError, few
+from eit.files import write_file
+from eit.inference.evaluate import make_views
+from eit.models.complexity import complexity
+from eit.models.registry import TIMM
+from eit.precision import arithmetic, resolve_precision
+from eit.reproduce.experiment import Cell, Experiment, Measure
+from eit.training.run_folder import read_log, read_recipe
+from eit.training.setup import build_model, settle
+from eit.training.trainer import train
+from eit.weights.load import load
+
+MEASURED, WEIGHTS = "measured.json", "final.safetensors"
+BATCH = 64  # of what is measured
+
+
+class File(BaseModel):
+    """Of a finished run; what tables are made of is checked."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Summary(File):
+    params: int
+    last_top1: FiniteFloat
+    last_top5: FiniteFloat
+    best_top1: FiniteFloat
+    epochs: int
+    seconds: FiniteFloat
+
+
+class Measured(File):
+    macs: int
+    published_macs: int
+    size: dict[str, FiniteFloat] = {}
+    trained: dict[str, list[FiniteFloat] | FiniteFloat | str] = {}
+    initial: dict[str, list[FiniteFloat] | FiniteFloat | str] = {}
+
+
+class Environment(File):
+    world_size: int
+    threads: int
+    device: str
+    packages: dict[str, str]
+    commit: str | None
+
+
+FILES: dict[str, type[File]] = {"summary.json": Summary, MEASURED: Measured, "environment.json": Environment}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    cell: Cell
+    summary: dict[str, Any]  # of the run
+    measured: dict[str, Any]  # beside its accuracy
+    environment: dict[str, Any]  # of its training
+
+    def value(self, metric: str) -> float | None:
+        """`last_top1` and the like of summary.json, or a path in measured.json: trained.share, size.150. Lists: mean.
+
+        `gain.X` is trained.X less initial.X, `kept.X` size.X less last_top1, to the four decimals of a percentage that
+        measured.json has. None where it was not measured.
+        """
+        kind, _, rest = metric.partition(".")
+        pair = dict(gain=(f"trained.{rest}", f"initial.{rest}"), kept=(f"size.{rest}", "last_top1")).get(kind)
+        if pair:
+            after, before = map(self.value, pair)
+            if after is None or before is None:
+                return None
+            return round(after, 4) - round(before, 4) if kind == "kept" else after - before
+        found: Any = self.summary | self.measured
+        for key in metric.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        return (fmean(found) if found else None) if isinstance(found, list) else found
+
+
+def read_result(cell: Cell, results: Path) -> Result | None:
+    """What is known of a run, from its folder alone; None where it is not finished.
+
+    Raises:
+        UserError: the folder holds a run of another recipe (an experiment was changed since), or is damaged.
+    """
+    folder = cell.folder(results)
+    if (recipe := recorded_recipe(cell, folder)) is None:
+        return None
+    found = {}
+    for name, kind in FILES.items():
+        try:
+            found[name] = json.loads((folder / name).read_text())
+            kind.model_validate(found[name])
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{folder / name} is damaged: {where or 'all of it'}: {first['msg']}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / name} is damaged: {error}") from None
+    result = Result(cell, *found.values())
+    log, summary = read_log(folder), result.summary
+    if len(log) != summary["epochs"] or log[-1].get("val_top1") != summary["last_top1"]:
+        raise UserError(f"{folder / 'log.jsonl'} is not of {summary['epochs']} epochs to {summary['last_top1']}%")
+    images = recipe.data.batch_size * recipe.train.accumulate * result.environment["world_size"]
+    if images != (planned := cell.global_batch):
+        raise UserError(f"{folder} holds a run of a global batch of {images}, not {planned}: give another --results")
+    return result
+
+
+def read_results(experiment: Experiment, budget: str, results: Path) -> list[Result]:
+    """The finished runs of a budget."""
+    found = (read_result(cell, results) for cell in experiment.cells(budget))
+    return [result for result in found if result is not None]
+
+
+def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[str, str]) -> list[str]:
+    """Train and measure what is not done yet. A stopped run is continued; a folder of another recipe is refused.
+
+    Returns:
+        The runs that ended because their loss or its gradient was not finite, which does not keep the others waiting.
+
+    Raises:
+        UserError: missing data, before anything is trained; as `eit.training.trainer.train`.
+        Stopped: as `eit.training.trainer.train`; the same command goes on.
+    """
+    device = distributed.start(cells[0].values["train"]["device"])
+    recipes = [settle(cell.recipe(results, roots, distributed.world_size())) for cell in cells]
+    left = distributed.on_main(lambda: [i for i, cell in enumerate(cells) if not is_done(cell, measure, results)])
+    if not left:
+        say(f"finished: all {len(cells)} runs are in {recipes[0].run_folder().parent}; another --results trains anew")
+    seen: set[str] = set()
+    for i in left:
+        if cells[i].data not in seen:
+            seen.add(cells[i].data)
+            try:
+                images, _ = open_data(recipes[i].data)
+            except UserError as error:
+                raise UserError(f"{error}; --data {cells[i].data}=PATH says where it is") from None
+            if not isinstance(images, Images):
+                raise UserError(f"{cells[i].data}: images that come in turn cannot be measured; make a folder of them")
+    diverged = []
+    for number, i in enumerate(left, start=1):
+        folder = recipes[i].run_folder()
+        say(f"run {number} of {len(left)}: {folder}")
+        if not distributed.on_main(partial(adopt, recipes[i], results)):
+            try:
+                train(recipes[i])
+            except FloatingPointError as error:  # on every rank
+                say(f"{cells[i].name}: {error}")
+                diverged.append(cells[i].name)
+                continue
+        distributed.on_main(partial(measure_run, recipes[i], measure, device))
+    return diverged
+
+
+def is_done(cell: Cell, measure: Measure, results: Path) -> bool:
+    """Whether a run is finished, and all of `measure` measured."""
+    result = read_result(cell, results)
+    return result is not None and result.measured.get("measure") == measure.model_dump(mode="json")
+
+
+def recorded_recipe(cell: Cell, folder: Path) -> Recipe | None:
+    """The recipe of the run in a folder, where there is one.
+
+    Raises:
+        UserError: it is another than the cell's.
+    """
+    if not (folder / "recipe.yaml").exists():
+        return None
+    recipe = read_recipe(folder)
+    different = differences(recipe, cell.recipe(folder.parents[2], {}))
+    if cell.values["model"]["name"].startswith(TIMM):  # whose recipe a run notes without what the model does not have
+        different = [line for line in different if not line.startswith("model.")]
+    if different:
+        raise UserError(f"{folder} holds a run of another recipe ({few(different)}): give another --results")
+    return recipe
+
+
+def adopt(recipe: Recipe, results: Path) -> bool:
+    """Whether the run is finished, or its like in another experiment was copied: the same recipe, data and batch."""
+    folder = recipe.run_folder()
+    if folder.exists():
+        return (folder / "summary.json").exists() and (folder / WEIGHTS).exists()
+    own = recipe.model_dump(exclude={"out"})
+    for file in sorted(results.glob(f"*/*/*/{WEIGHTS}")):
+        other = file.parent
+        if other.name.startswith("."):  # half of a copy
+            continue
+        try:
+            like = (other / "summary.json").exists() and read_recipe(other).model_dump(exclude={"out"}) == own
+        except UserError:  # of another version
+            continue
+        if like:
+            say(f"{other} has the same recipe: copied")
+            temporary = folder.with_name(f".{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(other, temporary, ignore=shutil.ignore_patterns(".lock*", MEASURED, "checkpoints"))
+            temporary.rename(folder)
+            return True
+    return False
+
+
+def measure_run(recipe: Recipe, measure: Measure, device: torch.device) -> None:
+    """Write what is measured of a finished run beside it."""
+    found = measurements(recipe, measure, device)
+    write_file(recipe.run_folder() / MEASURED, as_text(found))
+
+
+@torch.no_grad()
+def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict[str, Any]:
+    """Of a finished run, from its final weights, on one process."""
+    folder = recipe.run_folder()
+    trained = load(folder / WEIGHTS).to(device)
+    images, view = open_evaluation(recipe.data), trained.card.view
+    assert isinstance(images, Images)
+    initial = build_model(recipe, len(images.classes)).to(device).eval()
+    cost = complexity(initial, (view.channels, view.size, view.size))
+    found: dict[str, Any] = dict(macs=cost.macs, published_macs=cost.published_macs)
+    if measure.analysis:
+        some = images.evenly(measure.analysis)
+        found["images"] = len(some)
+        for state, model in (("trained", trained), ("initial", initial)):
+            try:
+                found[state] = layers(analyze(model, batches(some, view, device, f"{folder.name}, {state}")))
+            except CannotMeasure as error:
+                found[state] = dict(missing=str(error))
+    if measure.sizes:
+        found["size"] = {}
+        for percent in measure.sizes:
+            (seen,) = make_views(view, [view.size * percent // 100]).values()
+            right = count = 0
+            for start in range(0, len(images), BATCH):
+                chosen = images.subset(range(start, min(start + BATCH, len(images))))
+                (batch,) = batches(chosen, seen, device)
+                with arithmetic(device, resolve_precision(recipe.train.precision, device)):
+                    ranked = trained(batch).argmax(dim=1)
+                right += int((ranked.cpu() == torch.tensor(chosen.labels)).sum())
+                count += len(chosen)
+            found["size"][str(percent)] = 100 * right / count
+    return found | dict(measure=measure.model_dump(mode="json"), environment=environment(device))
+
+
+def batches(images: Images, view: View, device: torch.device, title: str = "") -> Iterator[Tensor]:
+    """Normalised, each image once: unlike those of `eit.data.loaders`, not divided among processes."""
+    starts = range(0, len(images), BATCH)
+    for start in track(starts, title, len(starts)) if title else starts:
+        some = range(start, min(start + BATCH, len(images)))
+        pixels = torch.stack([view.pixels(images.read(i, view.channels)) for i in some]).to(device)
+        yield normalise(pixels, view.mean, view.std)
+
+
+def layers(analysis: Analysis) -> dict[str, Any]:
+    """One value per layer: its high-frequency shares; diversity and distance of its heads, in pixels, and their entropy
+    relative to uniform attention; the share of the class token that depends on the image. And the logits' spread."""
+    blocks, heads = analysis.at("block"), analysis.attention
+    found: dict[str, list[float]] = {
+        key: [getattr(block, key) for block in blocks] for key in ("share", "share_se", "share_with_dc")
+    }
+    return found | dict(
+        noise_share=blocks[0].noise_share,
+        noise_share_with_dc=blocks[0].noise_share_with_dc,
+        diversity=[layer.std for layer in heads],
+        distance=[fmean(layer.distance) for layer in heads],
+        entropy=analysis.relative_entropy,
+        class_token=analysis.class_token_share,
+        logit_spread=analysis.logit_spread,
+    )
+
+
+def as_text(values: dict[str, Any]) -> str:
+    """JSON, with floats of six digits, and lists of numbers in a line each."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        if isinstance(value, dict):
+            return {key: short(inner) for key, inner in value.items()}
+        return [short(inner) for inner in value] if isinstance(value, list) else value
+
+    parts = ",\n".join(f' "{key}": {json.dumps(short(value))}' for key, value in values.items())
+    return f"{{\n{parts}\n}}\n"
+
+
+# -- A cell, once more ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Again:
+    """A run that was trained a second time, against the first."""
+
+    identical: bool  # every epoch's losses and accuracies
+    top1: float
+    recorded_top1: float
+    limit: float | None  # points: three standard deviations over seeds; None where there are fewer than two
+    changed: list[str]  # of the environment: "torch: 2.13 -> 2.14"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it is the same, or within the limit."""
+        return self.identical or (self.limit is not None and abs(self.top1 - self.recorded_top1) <= self.limit)
+
+    def __str__(self) -> str:
+        """For the terminal."""
+        if self.identical:
+            return f"top-1 {self.top1:.2f}%: identical in every epoch"
+        limit = "one seed has no spread" if self.limit is None else f"limit {self.limit:.2f}: 3 deviations over seeds"
+        word = "agrees" if self.agrees else "does not agree"
+        changed = f"\nchanged: {'; '.join(self.changed)}" if self.changed else ""
+        return f"top-1 {self.top1:.2f}%, recorded {self.recorded_top1:.2f}% ({limit}): {word}{changed}"
+
+
+def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str, str], out: Path) -> Again:
+    """Train the recorded recipe of a finished run anew in `out`, and compare. The global batch stays, as in `run`.
+
+    Raises:
+        UserError: the run is not there; `out` is its folder, or holds a run of another recipe.
+    """
+    if (recorded := read_result(cell, results)) is None:
+        raise UserError(f"{cell.folder(results)} is no finished run: there is nothing to compare with")
+    folder = cell.folder(results)
+    if out.resolve() == folder.resolve():
+        raise UserError(f"--out {out} is the recorded run itself: give another one")
+    seeds = [r for r in read_results(experiment, cell.budget, results) if same_but_seed(r.cell, cell)]
+    top1s = [float(r.summary["last_top1"]) for r in seeds]
+    distributed.start(cell.values["train"]["device"])
+    recipe, batch = read_recipe(folder), cell.recipe(results, roots, distributed.world_size())
+    data = dict(root=roots.get(cell.data, recipe.data.root), batch_size=batch.data.batch_size)
+    recipe = recipe.model_copy(
+        update=dict(
+            out=str(out),
+            data=recipe.data.model_copy(update=data),
+            train=recipe.train.model_copy(update=dict(accumulate=batch.train.accumulate)),
+        )
+    )
+    summary = train(recipe)
+    old, new = read_log(folder), read_log(out)
+    before, after = flat(recorded.environment), flat(json.loads((out / "environment.json").read_text()))
+    timed = {"images_per_s"}
+    return Again(
+        identical=[{k: v for k, v in line.items() if k not in timed} for line in old]
+        == [{k: v for k, v in line.items() if k not in timed} for line in new],
+        top1=summary["last_top1"],
+        recorded_top1=recorded.summary["last_top1"],
+        limit=3 * stdev(top1s) if len(top1s) > 1 else None,
+        changed=[f"{k}: {before.get(k, 'not recorded')} -> {v}" for k, v in after.items() if before.get(k) != v],
+    )
+
+
+def same_but_seed(one: Cell, other: Cell) -> bool:
+    """Whether two runs differ in nothing but their seed."""
+    return all(level == other.levels[axis] for axis, level in one.levels.items() if axis != "seed")
+
+
+def flat(values: dict[str, Any]) -> dict[str, str]:
+    """The environment but for the command, with the properties of its parts by their names."""
+    parts = ("gpu", "settings")  # whose names alone would not do: both gpu and cpu have a capability
+    found = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu", *parts)}
+    found |= values["packages"] | values.get("cpu", {})
+    found |= {f"{part} {key}": value for part in parts for key, value in values.get(part, {}).items()}
+    return {key: str(value) for key, value in found.items()}

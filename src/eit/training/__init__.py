@@ -1,0 +1,1 @@
+"""Training: one loop, its checkpoints and the folder of a run."""

@@ -1,0 +1,116 @@
+"""Imports go one way: from the ground floor up, package by package, and inside each package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import eit
+
+SOURCE = Path(eit.__file__).parent
+# The floors of the house, lowest first; a module or package imports from lower floors only.
+FLOORS = [
+    {"errors", "files"},
+    {"config", "distributed", "memory", "plots", "precision", "randomness"},
+    {"console", "environment"},
+    {"models"},
+    {"data"},
+    {"weights"},
+    {"inference"},
+    {"training"},
+    {"analysis"},
+    {"export", "reproduce"},
+    {"benchmark"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+# The same inside each package.
+ROOMS = {
+    "models": [{"__init__", "ops"}, {"eit"}, {"registry", "complexity"}],
+    "data": [
+        {"__init__", "shear", "images", "order"},
+        {"layouts", "random_crop"},
+        {"augment", "workers"},
+        {"prefetch"},
+        {"streaming"},
+        {"datasets", "loaders", "prepare_imagenet"},
+        {"shards"},
+    ],
+    "weights": [{"__init__", "load"}],
+    "inference": [{"__init__", "predict", "runtimes", "evaluate"}],
+    "training": [
+        {"__init__", "step_reports", "loss", "checkpoint", "folder_lock"},
+        {"run_folder"},
+        {"setup"},
+        {"trainer"},
+        {"preview"},
+    ],
+    "analysis": [
+        {"__init__", "moments"},
+        {"frequency", "class_token"},
+        {"attention", "smoothing", "transfer"},
+        {"hooks"},
+        {"measure", "pictures", "filters"},
+        {"subjects", "robustness"},
+        {"measured"},
+        {"groups", "panels"},
+        {"accuracy_figures", "attention_figures", "frequency_figures", "token_figures"},
+        {"figures"},
+        {"compare", "findings"},
+        {"report"},
+    ],
+    "export": [{"__init__", "exporter", "hub"}],
+    "benchmark": [{"__init__", "matmul_peak"}, {"bench"}],
+    "reproduce": [
+        {"__init__", "experiment", "published"},
+        {"runs", "commands"},
+        {"verdict"},
+        {"tables", "forest"},
+    ],
+}
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+
+
+def imported(file, top_level_only):
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{a.name}" for a in node.names) if node.module == "eit" else [node.module]
+
+
+def test_every_module_has_its_layer():
+    packages = {folder.parent.name for folder in SOURCE.glob("*/__init__.py")}
+    assert {file.stem for file in SOURCE.glob("*.py")} | packages == set(LEVEL)
+    assert packages == set(ROOMS)
+    for package, layers in ROOMS.items():
+        assert {file.stem for file in (SOURCE / package).glob("*.py")} == set().union(*layers)
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_go_down(file):
+    within = file.parent.name if file.parent != SOURCE else None
+    own = LEVEL[within or file.stem]
+    inner = {name: level for level, names in enumerate(ROOMS.get(within, ())) for name in names}
+    for name in imported(file, top_level_only=False):
+        package, module, *part = (*name.split("."), "")[:3]
+        if package != "eit" or module not in LEVEL or file == SOURCE / "__init__.py":
+            continue
+        if module == within:
+            if part != [""]:
+                assert inner[part[0]] < inner[file.stem], f"{file.stem} imports {name}"
+        else:
+            assert LEVEL[module] < own, f"{file.stem} imports {module}"
+
+
+def test_the_model_needs_torch_and_timm_layers_alone():
+    allowed = ("torch", "timm.layers", "collections.abc", "typing", "eit.models")
+    for file in ("models/eit.py", "models/ops.py"):
+        assert not [n for n in imported(SOURCE / file, top_level_only=False) if not n.startswith(allowed)]
+
+
+def test_the_command_is_quick_to_start():
+    heavy = ("torch", "timm", "numpy", "PIL", "matplotlib", "sklearn", "pydantic", "eit.models.eit", "eit.config")
+    assert not [n for n in imported(SOURCE / "cli.py", top_level_only=True) if n.startswith(heavy)]
