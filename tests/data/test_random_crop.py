@@ -14,8 +14,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from eit.config import Augment, Data
-from eit.data.augment import erase_at_once, erase_boxes, erase_one_by_one, erasing_box, image_transform, noise_fields
 from eit.data import shear
+from eit.data.augment import erase_at_once, erase_boxes, erase_one_by_one, erasing_box, image_transform, noise_fields
 from eit.data.datasets import open_data
 from eit.data.images import Images, Normaliser, UnreadableImage, View, normalise
 from eit.data.loaders import train_loader
