@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from eit.inference.evaluate import Metrics
     from eit.plots import Panel
     from eit.training.trainer import Stopped
-    from eit.weights.load import Card
+    from eit.weights.card import Card
 
 
 class Commands(TyperGroup):
@@ -855,7 +855,9 @@ def convert(
     eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3
     """
     from eit.config import model_arguments, parse_overrides
-    from eit.weights.load import find_weights, read_weights, recognise, save_weights
+    from eit.weights.convert import recognise
+    from eit.weights.formats import read_weights, save_weights
+    from eit.weights.load import find_weights
 
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: the file to write ends in .safetensors")

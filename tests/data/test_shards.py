@@ -30,7 +30,8 @@ from eit.data.streaming import StreamLoader
 from eit.errors import UserError
 from eit.inference.evaluate import evaluate
 from eit.training.trainer import train
-from eit.weights.load import read_card, save_weights
+from eit.weights.formats import save_weights
+from eit.weights.load import read_card
 from tests.conftest import TINY, require, run_eit, save_digits
 from tests.training.test_trainer import log, same, train_until_killed, weights
 

@@ -36,7 +36,7 @@ ROOMS = {
         {"datasets", "loaders", "prepare_imagenet"},
         {"shards"},
     ],
-    "weights": [{"__init__", "load"}],
+    "weights": [{"__init__", "card"}, {"formats"}, {"fit"}, {"convert"}, {"load"}],
     "inference": [{"__init__", "predict", "runtimes", "evaluate"}],
     "training": [
         {"__init__", "step_reports", "loss", "checkpoint", "folder_lock"},

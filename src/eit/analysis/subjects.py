@@ -24,7 +24,8 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.plots import shorten
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
-from eit.weights.load import SHIPPED, Card, find_weights, load, names_weights
+from eit.weights.card import Card
+from eit.weights.load import SHIPPED, find_weights, load, names_weights
 
 TORCHVISION = "torchvision/"
 

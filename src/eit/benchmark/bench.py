@@ -40,8 +40,9 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.trainer import make_optimizer
-from eit.weights import load as checkpoint
-from eit.weights.load import SHIPPED, Card, default_class_names, default_mean_std, names_weights
+from eit.weights.card import Card
+from eit.weights.convert import default_class_names, default_mean_std
+from eit.weights.load import SHIPPED, load, names_weights
 
 MODES = ("infer", "train")
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -249,7 +250,7 @@ def open_model(name: str, size: int | None) -> Any:
     if exported.is_exported(name):
         raise UserError(f"{name} is an exported file: give the weights, and the runtimes by --runtime")
     if names_weights(name):
-        model: Any = checkpoint.load(name)
+        model: Any = load(name)
         if size is not None:
             check_size(model, size, model.card.size, name)
             model.card = model.card.model_copy(update=dict(size=size, resize=size))

@@ -35,7 +35,9 @@ from eit.files import write_file
 from eit.inference.evaluate import evaluate
 from eit.inference.runtimes import INPUT, KEY, OUTPUT, RUNTIMES, need
 from eit.models.eit import EIT
-from eit.weights.load import Card, card_text, find_weights
+from eit.weights.card import Card, card_text
+from eit.weights.formats import digest
+from eit.weights.load import find_weights
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of the formats
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
@@ -130,7 +132,7 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
         graph = Path(folder) / "graph.onnx"  # what the formats but torch's are made of
         program = _program(model, dynamic)
         if format == "torch":
-            torch.export.save(program, written, extra_files={KEY: card_text(model.state_dict(), model.card)})
+            torch.export.save(program, written, extra_files={KEY: card_text(model.card, digest(model.state_dict()))})
             run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
         else:
             _write_onnx(program, graph, model.card, dynamic)
