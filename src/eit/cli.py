@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from eit.benchmark.bench import Record
     from eit.config import Data
     from eit.data.images import Images
-    from eit.data.layouts import ImageStream
+    from eit.data.timm_datasets import ImageStream
     from eit.export.exporter import Export
     from eit.inference.evaluate import Metrics
     from eit.plots import Panel
@@ -1036,7 +1036,7 @@ def _with_classes_of(card: "Card", images: "Images | ImageStream") -> "Images | 
     from dataclasses import replace
 
     from eit.console import say
-    from eit.data.layouts import ImageStream
+    from eit.data.timm_datasets import ImageStream
 
     unknown = [name for name in images.classes if name not in card.classes]
     if isinstance(images, ImageStream):

@@ -22,11 +22,12 @@ from eit import distributed
 from eit.config import Augment, Data, load_recipe
 from eit.data.datasets import open_data, open_evaluation, streaming
 from eit.data.images import View
-from eit.data.layouts import INFO, ImageStream, shard_names
+from eit.data.layouts import INFO
 from eit.data.loaders import evaluation_loader, train_loader
 from eit.data.order import Plan
 from eit.data.shards import write_shards
 from eit.data.streaming import StreamLoader
+from eit.data.timm_datasets import ImageStream, shard_names
 from eit.errors import UserError
 from eit.inference.evaluate import evaluate
 from eit.training.trainer import train

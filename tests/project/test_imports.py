@@ -29,8 +29,10 @@ ROOMS = {
     "models": [{"__init__", "ops"}, {"eit"}, {"registry", "complexity"}],
     "data": [
         {"__init__", "shear", "images", "order"},
-        {"layouts", "random_crop"},
-        {"augment", "workers"},
+        {"folders", "random_crop"},
+        {"layouts", "augment"},
+        {"timm_datasets"},
+        {"workers"},
         {"prefetch"},
         {"streaming"},
         {"datasets", "loaders", "prepare_imagenet"},

@@ -16,7 +16,7 @@ import eit
 from eit import cli
 from eit.config import load_recipe
 from eit.data.datasets import open_data
-from eit.data.layouts import image_files
+from eit.data.folders import image_files
 from eit.weights.formats import save_weights
 from eit.weights.load import load
 from tests.conftest import TINY, run_eit, save_digits

@@ -17,7 +17,8 @@ from eit.config import data_config, parse_recipe
 from eit.console import say
 from eit.data.datasets import DIGITS, AnyImages, open_evaluation
 from eit.data.images import MAX_PIXELS, Images, View
-from eit.data.layouts import ImageStream, read_layout
+from eit.data.layouts import read_layout
+from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, nearest
 from eit.inference.predict import expand
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model

@@ -13,7 +13,7 @@ from torch import Tensor
 from eit import distributed
 from eit.console import say
 from eit.data.images import Images
-from eit.data.layouts import ImageStream
+from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError
 from eit.memory import keep_freed
 

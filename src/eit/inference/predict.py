@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from eit.data.folders import EXTENSIONS
 from eit.data.images import UnreadableImage, decode, normalise
-from eit.data.layouts import EXTENSIONS
 from eit.errors import UserError
 from eit.precision import float32_products
 
