@@ -20,7 +20,8 @@ from PIL import Image
 import eit
 from eit import distributed
 from eit.config import Augment, Data, load_recipe
-from eit.data.datasets import open_data, open_evaluation, streaming
+from eit.data import streaming
+from eit.data.datasets import open_data, open_evaluation
 from eit.data.images import View
 from eit.data.layouts import INFO
 from eit.data.loaders import evaluation_loader, train_loader
