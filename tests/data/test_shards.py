@@ -382,7 +382,7 @@ def test_a_webdataset_run_over_two_processes_sees_every_sample(streamed, tmp_pat
     (watch / "sitecustomize.py").write_text(
         "import os, builtins\n"
         "if 'RANK' in os.environ:\n"
-        "    import eit.data.streaming as streams, json\n"
+        "    import eit.data.streaming as streaming, json\n"
         "    original = streaming.StreamLoader.epoch\n"
         "    def epoch(self, epoch, first_step=0):\n"
         "        for batch in original(self, epoch, first_step):\n"
