@@ -20,8 +20,8 @@ import eit
 from eit.errors import UserError, few, is_out_of_memory, printable
 
 if TYPE_CHECKING:
-    from eit.analysis.figures import Measured
-    from eit.benchmark.bench import Measured as Row
+    from eit.analysis.figures import AnalyzedModel
+    from eit.benchmark.bench import Measurement as Row
     from eit.benchmark.bench import Record
     from eit.config import Data
     from eit.data.images import Images
@@ -1140,7 +1140,7 @@ def _views_table(views: Sequence[dict[str, Any]]) -> None:
     _table(list(columns), [[text(view) for text in columns.values()] for view in views])
 
 
-def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list[list[str]]]:
+def _analysis_table(measured: Sequence["AnalyzedModel"]) -> tuple[Sequence[str], list[list[str]]]:
     """A row a model, with means over its layers."""
     from rich.markup import escape
 
@@ -1149,7 +1149,7 @@ def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list
     head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
     rows = []
     for one in measured:
-        layers, heads = one.analysis.at("block"), one.analysis.attention
+        layers, heads = one.analysis.layers_at("block"), one.analysis.attention
         rows.append(
             [
                 escape(one.name),

@@ -54,7 +54,7 @@ ROOMS = {
         {"hooks"},
         {"measure", "pictures", "filters"},
         {"subjects", "robustness"},
-        {"measured"},
+        {"analyzed_model"},
         {"groups", "panels"},
         {"accuracy_figures", "attention_figures", "frequency_figures", "token_figures"},
         {"figures"},

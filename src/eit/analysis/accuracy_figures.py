@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.groups import CONFIDENCE, pairs
-from eit.analysis.measured import Measured
 from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, curve, ink, integers
 
 
-def uses(measured: Sequence[Measured]) -> Figure | None:
+def uses(measured: Sequence[AnalyzedModel]) -> Figure | None:
     """What the answer uses, against what the layers hold."""
     shown = [one for one in measured if one.runs[0].filters]
     if not shown:
         return None
 
     def panel(kept: str, title: str) -> Panel:
-        def points(run: Measured) -> Points:
+        def points(run: AnalyzedModel) -> Points:
             return [(f.layer, -f.cost) for f in run.filters or [] if f.kept == kept]
 
         def draw(axis: Any) -> None:
@@ -51,7 +51,7 @@ def uses(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def paired(measured: Sequence[Measured]) -> Figure | None:
+def paired(measured: Sequence[AnalyzedModel]) -> Figure | None:
     """Model less model, seed by seed."""
     found, _ = pairs(measured)
     names = list(dict.fromkeys((p.one, p.other) for p in found if p.layer is not None))
@@ -96,12 +96,12 @@ def paired(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def band_noise_cost(measured: Sequence[Measured]) -> Figure | None:
+def band_noise_cost(measured: Sequence[AnalyzedModel]) -> Figure | None:
     shown = [one for one in measured if one.runs[0].bands]
     if not shown:
         return None
 
-    def points(run: Measured) -> Points:
+    def points(run: AnalyzedModel) -> Points:
         clean, *noisy = run.bands or []
         return [(((band.low or 0) + (band.high or 0)) / 2, band.top1 - clean.top1) for band in noisy]
 

@@ -5,25 +5,25 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.attention import NEAR_UNIFORM, Attention
-from eit.analysis.measured import Measured
 from eit.analysis.panels import Figure, Panel, Points, curve, depth_axis, from_zero, ink, logarithmic
 
 
-def distances(measured: Sequence[Measured]) -> Figure | None:
+def distances(measured: Sequence[AnalyzedModel]) -> Figure | None:
     shown = [one for one in measured if one.analysis.attention and not one.is_initial]
     if not shown:
         return None
     same_size = len({one.analysis.image_size for one in shown}) == 1
 
-    def span(ones: Sequence[Measured]) -> tuple[float, float]:
+    def span(ones: Sequence[AnalyzedModel]) -> tuple[float, float]:
         """Pixels between which all dots and dotted lines lie."""
         layers = [layer for one in ones for run in one.runs for layer in run.analysis.attention]
         values = [value for layer in layers for value in (*layer.distance, layer.uniform)]
         margin = 0.08 * (max(values) - min(values))
         return min(values) - margin, max(values) + margin
 
-    def panel(one: Measured) -> Panel:
+    def panel(one: AnalyzedModel) -> Panel:
         twin = one.twin(measured)
 
         def draw(axis: Any) -> None:
@@ -56,7 +56,7 @@ def distances(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def head_diversity(measured: Sequence[Measured]) -> Figure | None:
+def head_diversity(measured: Sequence[AnalyzedModel]) -> Figure | None:
     """Diversity, and whether it can be tested."""
     shown = [one for one in measured if one.analysis.attention]
     if not shown:
@@ -64,10 +64,10 @@ def head_diversity(measured: Sequence[Measured]) -> Figure | None:
     marked = any(layer.near_uniform for one in shown for run in one.runs for layer in run.analysis.attention)
 
     def panel(title: str, label: str, value: Callable[[Attention], float], limit: float | None = None) -> Panel:
-        def points(run: Measured) -> Points:
+        def points(run: AnalyzedModel) -> Points:
             return [(layer.layer, value(layer)) for layer in run.analysis.attention]
 
-        def crosses(run: Measured) -> Points:
+        def crosses(run: AnalyzedModel) -> Points:
             return [(x, y) for (x, y), a in zip(points(run), run.analysis.attention, strict=True) if a.near_uniform]
 
         def draw(axis: Any) -> None:
@@ -117,14 +117,14 @@ def head_diversity(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def attention_filter(measured: Sequence[Measured]) -> Figure | None:
+def attention_filter(measured: Sequence[AnalyzedModel]) -> Figure | None:
     """Attention as a filter of the grid's frequencies."""
     shown = [one for one in measured if one.analysis.attention]
     if not shown or not all(math.isfinite(v) for one in shown for a in one.analysis.attention for v in _gains(a)):
         return None
 
     def panel(title: str, label: str, value: Callable[[tuple[float, float]], float], log: bool) -> Panel:
-        def points(run: Measured) -> Points:
+        def points(run: AnalyzedModel) -> Points:
             return [(layer.layer, value(_gains(layer))) for layer in run.analysis.attention]
 
         def draw(axis: Any) -> None:
@@ -162,7 +162,7 @@ def _gains(layer: Attention) -> tuple[float, float]:
     return fmean(layer.low_gain), fmean(layer.high_gain)
 
 
-def class_mass(measured: Sequence[Measured]) -> Figure | None:
+def class_mass(measured: Sequence[AnalyzedModel]) -> Figure | None:
     shown = [one for one in measured if one.analysis.attention]
     if not shown:
         return None

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from eit.analysis import filters, pictures, robustness
+from eit.analysis.analyzed_model import AnalyzedModel, shape
 from eit.analysis.frequency import RHO
 from eit.analysis.hooks import CannotMeasure
 from eit.analysis.measure import analyze
-from eit.analysis.measured import Measured, shape
 from eit.analysis.panels import MARKERS, PALETTE
 from eit.analysis.subjects import open_subjects
 from eit.console import say, track
@@ -41,7 +41,7 @@ class Options:
 class Comparison:
     """What was measured of each model, which models could not be and why, and on which images."""
 
-    measured: list[Measured]
+    measured: list[AnalyzedModel]
     left_out: list[str]
     images: list[str]  # names
 
@@ -81,7 +81,7 @@ def compare(
                 f"{subject.group}: {like.subject.source} and {subject.source} differ in layers, heads or tokens, so "
                 "they have no mean: name them one by one"
             )
-        one = Measured(subject, analysis, colour, marker, list(analysis.missing))
+        one = AnalyzedModel(subject, analysis, colour, marker, list(analysis.missing))
         if (options.bands or options.filters) and subject.state == "trained":
             _accuracy(one, images, device, options, with_classes_of)
         if len(shown) and subject.state != "initial" and like is None:  # of a group's runs one is enough
@@ -109,7 +109,7 @@ def _watched(loader: EvaluationLoader, title: str) -> Iterator[Tensor]:
 
 
 def _accuracy(
-    one: Measured,
+    one: AnalyzedModel,
     images: Images,
     device: torch.device,
     options: Options,

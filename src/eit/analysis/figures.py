@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from eit.analysis import accuracy_figures, attention_figures, frequency_figures, token_figures
-from eit.analysis.measured import Measured as Measured
-from eit.analysis.measured import curves
+from eit.analysis.analyzed_model import AnalyzedModel as AnalyzedModel
+from eit.analysis.analyzed_model import curves
 from eit.analysis.panels import Figure
 
 FIGURES = (  # their keys
@@ -26,7 +26,7 @@ FIGURES = (  # their keys
 )
 
 
-def figures(measured: Sequence[Measured]) -> list[Figure]:
+def figures(measured: Sequence[AnalyzedModel]) -> list[Figure]:
     """All that the measurements have something to say to.
 
     Runs of one group are one curve, with a band of ± one standard deviation over the runs.

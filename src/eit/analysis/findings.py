@@ -7,11 +7,11 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.attention import NEAR_UNIFORM
 from eit.analysis.class_token import HARDLY
 from eit.analysis.frequency import RHOS, diagonal_frequencies, noise_shares
 from eit.analysis.groups import MEASURES, pairs, spreads
-from eit.analysis.measured import Measured, curves
 
 TABLES = (
     "models",
@@ -33,7 +33,7 @@ TABLES = (
 )
 
 
-def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
+def tables(measured: Sequence[AnalyzedModel], images: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
     """The numbers as tidy tables, a row a measurement: what is written as csv/NAME.csv."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
     found["images"] = [dict(image=name) for name in images]
@@ -168,11 +168,11 @@ def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str
     return {name: rows for name, rows in found.items() if rows}
 
 
-def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def summary(measured: Sequence[AnalyzedModel]) -> list[dict[str, Any]]:
     """The figures of each model that a table of a few columns has room for."""
     rows = []
     for one in measured:
-        analysis, blocks = one.analysis, one.analysis.at("block")
+        analysis, blocks = one.analysis, one.analysis.layers_at("block")
         heads = analysis.attention
         rows.append(
             dict(
@@ -206,7 +206,7 @@ def _known(values: Iterable[float]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-def faults(measured: Sequence[Measured]) -> list[str]:
+def faults(measured: Sequence[AnalyzedModel]) -> list[str]:
     """What makes a model, or a comparison, worth little, in plain words; none where all is well.
 
     A class token after the last layer of which less than `HARDLY` depends on the image, where the head reads it; layers
@@ -230,7 +230,7 @@ def faults(measured: Sequence[Measured]) -> list[str]:
     return lines
 
 
-def _is_near_uniform(one: Measured, layer: int) -> bool:
+def _is_near_uniform(one: AnalyzedModel, layer: int) -> bool:
     return any(a.layer == layer and a.near_uniform for a in one.analysis.attention)
 
 
@@ -238,7 +238,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _hardly(one: Measured, share: float) -> str:
+def _hardly(one: AnalyzedModel, share: float) -> str:
     text = (
         f"{one.name}: the class token hardly depends on the image. {percent(share)} of its energy differs between "
         f"images after layer {one.analysis.depth}, the last; its norm there is "
@@ -265,15 +265,15 @@ def percent(share: float) -> str:
     return f"{value:.1f}%" if value >= 1 or not value else f"{value:.2g}%" if value >= 1e-4 else f"{value:.1e}%"
 
 
-def sentences(measured: Sequence[Measured]) -> list[str]:
+def sentences(measured: Sequence[AnalyzedModel]) -> list[str]:
     """The paper's two claims in the numbers of this report, a sentence a comparison; none where nothing was trained.
 
     Each model whose convolution decreases with depth stands against each other trained one, or, where there is none,
     each that convolves. A difference of shares counts where it is more than two standard errors.
     """
     trained = [one for one in measured if one.subject.state == "trained" and not one.subject.group]
-    mixed = [one for one in trained if one.analysis.at("conv")]
-    decreasing = [one for one in mixed if _decreases([f.channels for f in one.analysis.at("conv")])]
+    mixed = [one for one in trained if one.analysis.layers_at("conv")]
+    decreasing = [one for one in mixed if _decreases([f.channels for f in one.analysis.layers_at("conv")])]
     lines = []
     for one in decreasing or mixed:
         others = [other for other in trained if other is not one]
@@ -292,7 +292,8 @@ def sentences(measured: Sequence[Measured]) -> list[str]:
         twin = one.twin(measured)
         if twin:
             rise = [
-                100 * (a.share - b.share) for a, b in _same_layers(one.analysis.at("block"), twin.analysis.at("block"))
+                100 * (a.share - b.share)
+                for a, b in _same_layers(one.analysis.layers_at("block"), twin.analysis.layers_at("block"))
             ]
             text = f"Training moves the share of {one.name} by {min(rise):+.1f} to {max(rise):+.1f} points"
             if one.analysis.attention:
@@ -302,7 +303,7 @@ def sentences(measured: Sequence[Measured]) -> list[str]:
     return lines + _paired(measured)
 
 
-def _paired(measured: Sequence[Measured]) -> list[str]:
+def _paired(measured: Sequence[AnalyzedModel]) -> list[str]:
     """Groups of runs against each other, in the mean of the layers."""
     found, lines = pairs(measured)
     words = dict(share="share", share_with_dc="share with DC", relative_std="head diversity")
@@ -330,12 +331,12 @@ def _same_layers(these: Iterable[Any], those: Iterable[Any]) -> list[tuple[Any, 
     return [(found, by_layer[found.layer]) for found in these if found.layer in by_layer]
 
 
-def mean_diversity(one: Measured) -> float:
+def mean_diversity(one: AnalyzedModel) -> float:
     """Percent of the distance of uniform attention; of a group its runs' mean."""
     return 100 * one.mean(lambda a: fmean(layer.relative_std for layer in a.attention))
 
 
-def token_table(measured: Sequence[Measured]) -> tuple[tuple[str, ...], list[list[str]]]:
+def token_table(measured: Sequence[AnalyzedModel]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Head and rows of a table of what else matters, a row a curve: means of the layers, or after the last one."""
     head = ("model", "class token", "logit spread", "entropy", "divergence", "mixer gain", "MLP gain", "cosine", "rank")
     rows = []
@@ -369,13 +370,13 @@ TOKEN_TABLE = (
 )
 
 
-def _against(one: Measured, other: Measured) -> list[str]:
+def _against(one: AnalyzedModel, other: AnalyzedModel) -> list[str]:
     a, b = one.analysis, other.analysis
     if a.images < 2:
         return [f"{one.name} and {other.name}: one image has no standard error, so they are not compared."]
     lines = []
     for kind, word in (("share", "share"), ("share_with_dc", "share with DC")):
-        pairs = _same_layers(a.at("block"), b.at("block"))
+        pairs = _same_layers(a.layers_at("block"), b.layers_at("block"))
         gaps = [getattr(x, kind) - getattr(y, kind) for x, y in pairs]
         errors = [math.hypot(getattr(x, kind + "_se"), getattr(y, kind + "_se")) for x, y in pairs]
         more = sum(gap > 2 * error for gap, error in zip(gaps, errors, strict=True))

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.frequency import RHOS, Frequency, diagonal_frequencies, noise_shares
 from eit.analysis.measure import Analysis
-from eit.analysis.measured import Measured
 from eit.analysis.panels import HEAT, PALETTE, Figure, Panel, Points, curve, depth_axis, from_zero, ink, integers
 
 
-def _line(axis: Any, one: Measured, with_dc: bool) -> None:
+def _line(axis: Any, one: AnalyzedModel, with_dc: bool) -> None:
     if one.members:
         curve(axis, one, lambda run: [(f.layer, 100 * _kind(f, with_dc)) for f in _after_layers(run.analysis)])
         return
@@ -35,7 +35,7 @@ def _noise(axis: Any, places: Sequence[Frequency], with_dc: bool) -> None:
         axis.axhline(100 * level, linestyle=":", linewidth=1.2, color=ink(), zorder=1)
 
 
-def share(measured: Sequence[Measured]) -> Figure:
+def share(measured: Sequence[AnalyzedModel]) -> Figure:
     def panel(with_dc: bool) -> Panel:
         def draw(axis: Any) -> None:
             for one in measured:
@@ -63,25 +63,25 @@ def share(measured: Sequence[Measured]) -> Figure:
     )
 
 
-def sweep(measured: Sequence[Measured]) -> Figure:
+def sweep(measured: Sequence[AnalyzedModel]) -> Figure:
     """The share for every cut, by layer."""
     shown = [one for one in measured if not one.is_initial]
 
-    def panel(one: Measured) -> Panel:
+    def panel(one: AnalyzedModel) -> Panel:
         def draw(axis: Any) -> None:
             from matplotlib import colormaps
 
             last = one.analysis.depth
             for number, f in enumerate(_after_layers(one.analysis)):
 
-                def points(run: Measured, number: int = number) -> Points:
+                def points(run: AnalyzedModel, number: int = number) -> Points:
                     sweep = _after_layers(run.analysis)[number].sweep
                     return [(rho, 100 * share) for rho, share in zip(RHOS, sweep, strict=True)]
 
                 colour = colormaps[HEAT](f.layer / last)
                 named = dict(label="stem" if f.layer == 0 else f"layer {f.layer}") if f.layer in (0, 1, last) else {}
                 curve(axis, one, points, color=colour, marker="", linewidth=1.3, **named)
-            grid = one.analysis.at("block")[-1].grid
+            grid = one.analysis.layers_at("block")[-1].grid
             axis.plot(RHOS, [100 * noise_shares(grid, rho)[0] for rho in RHOS], ":", linewidth=1.2, color=ink())
             axis.axvline(one.analysis.rho, linewidth=0.8, color=ink(), alpha=0.4)
             axis.set(xlabel="cut rho", ylabel="share above rho (%)")
@@ -102,7 +102,7 @@ def sweep(measured: Sequence[Measured]) -> Figure:
     )
 
 
-def transfer(measured: Sequence[Measured]) -> Figure | None:
+def transfer(measured: Sequence[AnalyzedModel]) -> Figure | None:
     """What sub-blocks add by what they take."""
     names = dict(
         mixer="token mixer", mlp="MLP", conv="mixer: convolved channels", attention="mixer: attending channels"
@@ -113,7 +113,7 @@ def transfer(measured: Sequence[Measured]) -> Figure | None:
     if not having["conv"]:  # all mixers attend: it would be the same panel twice
         having["attention"] = []
 
-    def panel(where: str, ones: Sequence[Measured]) -> Panel:
+    def panel(where: str, ones: Sequence[AnalyzedModel]) -> Panel:
         def draw(axis: Any) -> None:
             for one in ones:
                 curve(axis, one, lambda run: [(t.layer, t.gain) for t in run.analysis.transfers(where)])
@@ -135,13 +135,13 @@ def transfer(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def parts(measured: Sequence[Measured]) -> Figure | None:
+def parts(measured: Sequence[AnalyzedModel]) -> Figure | None:
     """Convolution's channels against attention's."""
-    mixed = [one for one in measured if one.analysis.at("conv") and not one.is_initial]
+    mixed = [one for one in measured if one.analysis.layers_at("conv") and not one.is_initial]
     if not mixed:
         return None
 
-    def panel(one: Measured) -> Panel:
+    def panel(one: AnalyzedModel) -> Panel:
         twin = one.twin(measured)
 
         def draw(axis: Any) -> None:
@@ -153,11 +153,11 @@ def parts(measured: Sequence[Measured]) -> Figure | None:
                         else dict(markersize=4.5, linewidth=1.8, label=where)
                     )
 
-                    def points(run: Measured, where: str = where) -> Points:
-                        return [(f.layer, 100 * f.share) for f in run.analysis.at(where)]
+                    def points(run: AnalyzedModel, where: str = where) -> Points:
+                        return [(f.layer, 100 * f.share) for f in run.analysis.layers_at(where)]
 
                     curve(axis, source, points, **line)
-            _noise(axis, one.analysis.at("attention"), with_dc=False)
+            _noise(axis, one.analysis.layers_at("attention"), with_dc=False)
             depth_axis(axis, [one])
             axis.set_ylabel("high-frequency share (%)")
             from_zero(axis)
@@ -178,8 +178,8 @@ def parts(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def amplitude(measured: Sequence[Measured]) -> Figure | None:
-    trained = [one for one in measured if one.analysis.at("mixer") and not one.is_initial]
+def amplitude(measured: Sequence[AnalyzedModel]) -> Figure | None:
+    trained = [one for one in measured if one.analysis.layers_at("mixer") and not one.is_initial]
     if not trained:
         return None
     places = ("stem", "mixer", "block")
@@ -187,11 +187,11 @@ def amplitude(measured: Sequence[Measured]) -> Figure | None:
     values = [f.log_amplitude[-1] for run in runs for f in run.analysis.frequency if f.where in places]
     lowest, highest = min(values), max(values)
 
-    def points(run: Measured) -> Points:
+    def points(run: AnalyzedModel) -> Points:
         along = [f for f in run.analysis.frequency if f.where in places]
         return [(f.layer - (0.5 if f.where == "mixer" else 0.0), f.log_amplitude[-1]) for f in along]
 
-    def panel(one: Measured) -> Panel:
+    def panel(one: AnalyzedModel) -> Panel:
         twin = one.twin(measured)
 
         def draw(axis: Any) -> None:
@@ -217,11 +217,11 @@ def amplitude(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def spectra(measured: Sequence[Measured]) -> Figure:
+def spectra(measured: Sequence[AnalyzedModel]) -> Figure:
     """Heat maps of layer x frequency: energy per coefficient against that of white noise, in decibels."""
     shown = [one for one in measured if not one.is_initial]
 
-    def panel(one: Measured) -> Panel:
+    def panel(one: AnalyzedModel) -> Panel:
         def draw(axis: Any) -> None:
             import numpy as np
 

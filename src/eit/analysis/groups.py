@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.measure import Analysis
-from eit.analysis.measured import Measured, curves
 
 CONFIDENCE = 0.95
 
 # What is compared: name -> (layer, value) of each layer that has it.
 MEASURES: dict[str, Callable[[Analysis], list[tuple[int, float]]]] = {
-    "share": lambda a: [(f.layer, f.share) for f in a.at("block")],
-    "share_with_dc": lambda a: [(f.layer, f.share_with_dc) for f in a.at("block")],
+    "share": lambda a: [(f.layer, f.share) for f in a.layers_at("block")],
+    "share_with_dc": lambda a: [(f.layer, f.share_with_dc) for f in a.layers_at("block")],
     "mixer_gain": lambda a: [(t.layer, t.gain) for t in a.transfers("mixer")],
     "mlp_gain": lambda a: [(t.layer, t.gain) for t in a.transfers("mlp")],
     "relative_std": lambda a: [(h.layer, h.relative_std) for h in a.attention],
@@ -67,7 +67,7 @@ class Paired:
         return self.low > 0 or self.high < 0
 
 
-def spreads(measured: Sequence[Measured]) -> list[Spread]:
+def spreads(measured: Sequence[AnalyzedModel]) -> list[Spread]:
     """Of each group, measure and layer."""
     found = []
     for group in (one for one in curves(measured) if one.members):
@@ -80,7 +80,7 @@ def spreads(measured: Sequence[Measured]) -> list[Spread]:
     return found
 
 
-def pairs(measured: Sequence[Measured]) -> tuple[list[Paired], list[str]]:
+def pairs(measured: Sequence[AnalyzedModel]) -> tuple[list[Paired], list[str]]:
     """Differences of each two trained groups, and lines for those that cannot be paired."""
     groups = [one for one in curves(measured) if one.members and one.subject.state == "trained"]
     found: list[Paired] = []
@@ -106,7 +106,7 @@ def pairs(measured: Sequence[Measured]) -> tuple[list[Paired], list[str]]:
     return found, lines
 
 
-def _by_seed(group: Measured) -> dict[int, Measured] | None:
+def _by_seed(group: AnalyzedModel) -> dict[int, AnalyzedModel] | None:
     """None where two runs have one seed, or one has none."""
     seeds = {run.subject.seed: run for run in group.members}
     known = {seed: run for seed, run in seeds.items() if seed is not None}

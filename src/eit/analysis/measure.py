@@ -57,9 +57,9 @@ class Analysis:
     transfer: list[Transfer]
     smoothing: list[Smoothing]
 
-    def at(self, where: str) -> list[Frequency]:
-        """The frequencies at `where` (stem, mixer, block, conv, attention), by layer."""
-        return [f for f in self.frequency if f.where == where]
+    def layers_at(self, place: str) -> list[Frequency]:
+        """The frequencies at `place` (stem, mixer, block, conv, attention), by layer."""
+        return [f for f in self.frequency if f.where == place]
 
     @property
     def grid(self) -> Grid:
@@ -116,11 +116,12 @@ def analyze(
 
     Examples:
         >>> from eit import create_model
-        >>> found = analyze(create_model("eit_mini", num_classes=10), torch.randn(2, 3, 224, 224))
-        >>> shares, diversities = [layer.share for layer in found.at("block")], [layer.std for layer in found.attention]
+        >>> analysis = analyze(create_model("eit_mini", num_classes=10), torch.randn(2, 3, 224, 224))
+        >>> shares = [layer.share for layer in analysis.layers_at("block")]
+        >>> diversities = [layer.std for layer in analysis.attention]
         >>> len(shares), len(diversities)
         (5, 5)
-        >>> len(found.class_token_share), len(found.transfers("mlp")), len(found.smoothing)  # after the stem as well
+        >>> len(analysis.class_token_share), len(analysis.transfers("mlp")), len(analysis.smoothing)  # after the stem as well
         (5, 5, 6)
     """
     if not 0 < rho < math.sqrt(2):

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.class_token import HARDLY, ClassToken
-from eit.analysis.measured import Measured
 from eit.analysis.panels import Figure, Panel, Points, curve, depth_axis, from_zero, ink, logarithmic
 from eit.analysis.smoothing import Smoothing
 
@@ -16,13 +16,15 @@ def _is_known(tokens: Sequence[ClassToken]) -> bool:
     return any(math.isfinite(token.share) for token in tokens)
 
 
-def class_token(measured: Sequence[Measured]) -> Figure | None:
+def class_token(measured: Sequence[AnalyzedModel]) -> Figure | None:
     shown = [one for one in measured if one.analysis.class_token]
     if not shown or all(one.analysis.images < 2 for one in shown):
         return None
 
-    def panel(title: str, where: str, part: str, norm: bool, ones: Sequence[Measured], limit: bool = False) -> Panel:
-        def points(run: Measured) -> Points:
+    def panel(
+        title: str, where: str, part: str, norm: bool, ones: Sequence[AnalyzedModel], limit: bool = False
+    ) -> Panel:
+        def points(run: AnalyzedModel) -> Points:
             tokens = run.analysis.class_tokens(where, part)
             shares = [t.share if math.isnan(t.share) else max(t.share, FLOOR) for t in tokens]
             return [(t.layer, t.norm if norm else 100 * share) for t, share in zip(tokens, shares, strict=True)]
@@ -67,7 +69,7 @@ def class_token(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def smoothing(measured: Sequence[Measured]) -> Figure | None:
+def smoothing(measured: Sequence[AnalyzedModel]) -> Figure | None:
     shown = [one for one in measured if one.analysis.smoothing]
     if not shown:
         return None

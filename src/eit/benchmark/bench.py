@@ -88,7 +88,7 @@ class Arm:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What was measured of an arm.
 
     Attributes:
@@ -123,7 +123,7 @@ class Record:
         about: date, machine, versions, options.
     """
 
-    rows: list[Measured]
+    rows: list[Measurement]
     peaks: dict[str, dict[str, list[float]]]
     left_out: list[str]
     about: dict[str, Any]
@@ -172,7 +172,7 @@ def bench(names: Sequence[str], options: Options) -> Record:
         if not steps:
             raise UserError(f"nothing to measure: {'; '.join(left_out)}")
         seconds, peaks = interleave(steps, options)
-        rows = [Measured(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
+        rows = [Measurement(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
         if options.memory and is_measurable(options.device):
             left_out += measure_memory(rows, files, options)
     record = Record(rows, peaks, left_out, about(options))
@@ -474,7 +474,7 @@ def compare(record: Record) -> None:
         row.share = flops / median(row.seconds) / record.peak(row.arm.precision)
 
 
-def measure_memory(rows: Sequence[Measured], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
+def measure_memory(rows: Sequence[Measurement], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
     """Fill in the peak memory of rows of the whole batch, each in a process of its own; what could not be measured.
 
     Not of compiled ones: what the compiler leaves behind would count.

@@ -159,7 +159,7 @@ class ImageTransform:
         return to_pixels(image), erasing_box(self.erasing, self.size, self.size)
 
 
-def quicken(step: Any) -> None:
+def speed_up_shears(step: Any) -> None:
     """Put faster ways of computing the same into a policy of timm; what it draws stays as it is."""
     nested = getattr(step, "policy", [getattr(step, "ops", [])])
     for op in (op for ops in nested for op in ops):
@@ -196,7 +196,7 @@ def image_transform(view: View, augment: Augment, backend: str = "pillow") -> Im
         raise UserError(f"augment.{key}={policy}: timm does not know this policy ({error}), such as {such}") from None
     _, *steps, _ = transform.transforms  # without timm's random resized crop, and its own way to a tensor
     for step in steps:
-        quicken(step)
+        speed_up_shears(step)
     crop: Whole | ResizedCrop
     if augment.crop_scale:
         crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect, backend)

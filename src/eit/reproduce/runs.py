@@ -51,7 +51,7 @@ class Summary(File):
     seconds: FiniteFloat
 
 
-class Measured(File):
+class Measurements(File):
     macs: int
     published_macs: int
     size: dict[str, FiniteFloat] = {}
@@ -67,7 +67,7 @@ class Environment(File):
     commit: str | None
 
 
-FILES: dict[str, type[File]] = {"summary.json": Summary, MEASURED: Measured, "environment.json": Environment}
+FILES: dict[str, type[File]] = {"summary.json": Summary, MEASURED: Measurements, "environment.json": Environment}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
     for number, i in enumerate(left, start=1):
         folder = recipes[i].run_folder()
         say(f"run {number} of {len(left)}: {folder}")
-        if not distributed.on_main(partial(adopt, recipes[i], results)):
+        if not distributed.on_main(partial(reuse_identical_run, recipes[i], results)):
             try:
                 train(recipes[i])
             except FloatingPointError as error:  # on every rank
@@ -199,7 +199,7 @@ def recorded_recipe(cell: Cell, folder: Path) -> Recipe | None:
     return recipe
 
 
-def adopt(recipe: Recipe, results: Path) -> bool:
+def reuse_identical_run(recipe: Recipe, results: Path) -> bool:
     """Whether the run is finished, or its like in another experiment was copied: the same recipe, data and batch."""
     folder = recipe.run_folder()
     if folder.exists():
@@ -244,7 +244,7 @@ def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict
         found["images"] = len(some)
         for state, model in (("trained", trained), ("initial", initial)):
             try:
-                found[state] = layers(analyze(model, batches(some, view, device, f"{folder.name}, {state}")))
+                found[state] = layer_measures(analyze(model, batches(some, view, device, f"{folder.name}, {state}")))
             except CannotMeasure as error:
                 found[state] = dict(missing=str(error))
     if measure.sizes:
@@ -272,10 +272,10 @@ def batches(images: Images, view: View, device: torch.device, title: str = "") -
         yield normalise(pixels, view.mean, view.std)
 
 
-def layers(analysis: Analysis) -> dict[str, Any]:
+def layer_measures(analysis: Analysis) -> dict[str, Any]:
     """One value per layer: its high-frequency shares; diversity and distance of its heads, in pixels, and their entropy
     relative to uniform attention; the share of the class token that depends on the image. And the logits' spread."""
-    blocks, heads = analysis.at("block"), analysis.attention
+    blocks, heads = analysis.layers_at("block"), analysis.attention
     found: dict[str, list[float]] = {
         key: [getattr(block, key) for block in blocks] for key in ("share", "share_se", "share_with_dc")
     }
@@ -343,7 +343,7 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
     folder = cell.folder(results)
     if out.resolve() == folder.resolve():
         raise UserError(f"--out {out} is the recorded run itself: give another one")
-    seeds = [r for r in read_results(experiment, cell.budget, results) if same_but_seed(r.cell, cell)]
+    seeds = [r for r in read_results(experiment, cell.budget, results) if differ_only_in_seed(r.cell, cell)]
     top1s = [float(r.summary["last_top1"]) for r in seeds]
     distributed.start(cell.values["train"]["device"])
     recipe, batch = read_recipe(folder), cell.recipe(results, roots, distributed.world_size())
@@ -369,7 +369,7 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
     )
 
 
-def same_but_seed(one: Cell, other: Cell) -> bool:
+def differ_only_in_seed(one: Cell, other: Cell) -> bool:
     """Whether two runs differ in nothing but their seed."""
     return all(level == other.levels[axis] for axis, level in one.levels.items() if axis != "seed")
 
