@@ -58,20 +58,20 @@ class AnalyzedModel:
         return dict(color=self.colour, linestyle="-", linewidth=1.8, marker=self.marker, markersize=4.5)
 
 
-def curves(measured: Sequence[AnalyzedModel]) -> list[AnalyzedModel]:
+def curves(models: Sequence[AnalyzedModel]) -> list[AnalyzedModel]:
     """One entry for each curve: runs of one group, apart by state, are one, in the place of the first."""
     groups: dict[tuple[str, str], list[AnalyzedModel]] = {}
-    for one in measured:
-        subject = one.subject
-        groups.setdefault((subject.group or f"\0{subject.label}", subject.state), []).append(one)
+    for model in models:
+        subject = model.subject
+        groups.setdefault((subject.group or f"\0{subject.label}", subject.state), []).append(model)
     return [_together(runs) if runs[0].subject.group else runs[0] for runs in groups.values()]
 
 
 def _together(runs: list[AnalyzedModel]) -> AnalyzedModel:
     first = runs[0]
-    source = ", ".join(one.subject.source for one in runs)
+    source = ", ".join(run.subject.source for run in runs)
     subject = replace(first.subject, label=f"{first.subject.group}, n = {len(runs)}", source=source, sha256="")
-    missing = list(dict.fromkeys(text for one in runs for text in one.missing))
+    missing = list(dict.fromkeys(text for run in runs for text in run.missing))
     return AnalyzedModel(subject, first.analysis, first.colour, first.marker, missing, members=runs)
 
 

@@ -32,7 +32,7 @@ def figures(measured: Sequence[AnalyzedModel]) -> list[Figure]:
     Runs of one group are one curve, with a band of ± one standard deviation over the runs.
     """
     shown = curves(measured)
-    found = [
+    chosen = [
         token_figures.class_token(shown),
         frequency_figures.share(shown),
         frequency_figures.sweep(shown),
@@ -49,8 +49,8 @@ def figures(measured: Sequence[AnalyzedModel]) -> list[Figure]:
         accuracy_figures.band_noise_cost(shown),
         accuracy_figures.paired(measured),
     ]
-    drawn = [figure for figure in found if figure is not None]
-    if any(one.members for one in shown):
+    drawn = [figure for figure in chosen if figure is not None]
+    if any(model.members for model in shown):
         for figure in drawn:
             if figure.key not in ("paired", "distances", "spectra"):
                 figure.caption += " Several runs as one: mean, and a band of ± one standard deviation over the runs."

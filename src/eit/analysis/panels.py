@@ -34,13 +34,13 @@ class Figure:
 Points = list[tuple[float, float]]
 
 
-def curve(axis: Any, one: AnalyzedModel, value: Callable[[AnalyzedModel], Points], **style: Any) -> None:
+def curve(axis: Any, model: AnalyzedModel, value: Callable[[AnalyzedModel], Points], **style: Any) -> None:
     """The points of a model, or mean and band of a group's runs."""
-    of_runs = [value(run) for run in one.runs]
+    of_runs = [value(run) for run in model.runs]
     x = [point[0] for point in of_runs[0]]
     columns = [[point[1] for point in column] for column in zip(*of_runs, strict=True)]
     mean = [fmean(column) for column in columns]
-    line = one.style() | style
+    line = model.style() | style
     axis.plot(x, mean, **line)
     if len(of_runs) > 1:
         band(axis, x, mean, [stdev(column) for column in columns], line["color"])
@@ -57,9 +57,9 @@ def ink() -> str:
     return rcParams["text.color"]
 
 
-def depth_axis(axis: Any, measured: Sequence[AnalyzedModel], first: int = 1) -> None:
+def depth_axis(axis: Any, models: Sequence[AnalyzedModel], first: int = 1) -> None:
     """Layers on the x axis."""
-    depth = max(one.analysis.depth for one in measured)
+    depth = max(model.analysis.depth for model in models)
     integers(axis.xaxis, range(first, depth + 1))
     axis.set_xlim(first - 0.5, depth + 0.5)
     axis.set_xlabel("layer")

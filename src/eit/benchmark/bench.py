@@ -182,12 +182,12 @@ def bench(names: Sequence[str], options: Options) -> Record:
 
 def about(options: Options) -> dict[str, Any]:
     """Date, command, machine and versions of a record."""
-    found = environment(options.device)
+    facts = environment(options.device)
     for runtime in FORMATS:
         if importlib.util.find_spec(runtime):
-            found["packages"][runtime] = version(runtime)
+            facts["packages"][runtime] = version(runtime)
     given = dict(batch_size=options.batch_size, size=options.size, rounds=options.rounds, naive=options.naive)
-    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **found, **given)
+    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **facts, **given)
 
 
 # -- What is measured -------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def shift_and_flip(x: Tensor, pad: int, hflip: float, dy: Tensor, dx: Tensor, fl
     rows = torch.arange(height, device=x.device) + (dy * (2 * pad + 1)).long()[:, None]  # (B, H)
     columns = torch.arange(width, device=x.device).expand(batch, -1)
     columns = torch.where(flip[:, None] < hflip, columns.flip(1), columns) + (dx * (2 * pad + 1)).long()[:, None]
-    one = torch.arange(batch, device=x.device)[:, None, None]
-    return x.permute(0, 2, 3, 1)[one, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 NOISE_FIELDS = 64  # of erasing, in each epoch

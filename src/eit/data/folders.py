@@ -17,12 +17,12 @@ def read_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Images:
         raise UserError(f"{folder} has no class folders (CLASS/image.png is expected)")
     labels, names, sources, empty = [], [], [], []
     for label, name in enumerate(classes):
-        found = image_files(folder / name)
-        if not found:
+        files = image_files(folder / name)
+        if not files:
             empty.append(name)
-        labels += [label] * len(found)
-        names += [os.path.relpath(file, folder) for file in found]
-        sources += found
+        labels += [label] * len(files)
+        names += [os.path.relpath(file, folder) for file in files]
+        sources += files
     if empty:
         raise UserError(f"{folder}: no images in class {few(empty)} (read are {' '.join(EXTENSIONS)})")
     return Images(classes, labels, names, sources, max_pixels)
@@ -33,7 +33,7 @@ def image_files(folder: Path) -> list[str]:
 
     def walk(here: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.join(os.path.realpath(here), "")
-        if any(one.startswith(real) for one in above):
+        if any(ancestor.startswith(real) for ancestor in above):
             return
         folders = []
         for entry in sorted(os.scandir(here), key=lambda entry: entry.name):

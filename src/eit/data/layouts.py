@@ -71,9 +71,9 @@ def _read_cifar(folder: Path, max_pixels: int) -> Pair:
                 raise UserError(f"{file} is damaged, or not of {kind.__name__}: its checksum is not the published one")
     parts = []
     for name, train in (("train", True), ("val", False)):
-        found = kind(folder.parent, train=train)
-        names = [f"{name}-{i:05d}" for i in range(len(found.targets))]
-        parts.append(Images(list(found.classes), list(found.targets), names, list(found.data), max_pixels))
+        dataset = kind(folder.parent, train=train)
+        names = [f"{name}-{i:05d}" for i in range(len(dataset.targets))]
+        parts.append(Images(list(dataset.classes), list(dataset.targets), names, list(dataset.data), max_pixels))
     return parts[0], parts[1]
 
 
@@ -109,11 +109,11 @@ def _read_idx(folder: Path, max_pixels: int) -> Pair:
         classes = FASHION
     else:
         classes = [str(i) for i in range(int(max(y.max(), parts["train"][1].max())) + 1)]
-    found = [
+    arrays = [
         Images(classes, y.tolist(), [f"{part}-{i:05d}" for i in range(len(x))], list(x), max_pixels)
         for part, (x, y) in parts.items()
     ]
-    return found[0], found[1]
+    return arrays[0], arrays[1]
 
 
 def read_idx(file: Path, axes: int) -> Any:
@@ -243,7 +243,7 @@ def _read_shards(root: Path, max_pixels: int) -> Pair:
             f"{file} does not describe train and validation shards with classes, as eit data shard does ({error!r}); "
             "other shards are read with data.dataset=wds/NAME"
         ) from None
-    found = []
+    pairs = []
     for name, files in splits.items():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(track(pool.map(index_shard, [root / f for f in files]), f"indexing {name} shards", len(files)))
@@ -253,12 +253,12 @@ def _read_shards(root: Path, max_pixels: int) -> Pair:
         samples = sorted(sample for part in parts for sample in part)
         if wrong := next((s for s in samples if s.label >= len(classes)), None):
             raise UserError(f"{wrong.member.tar}: {wrong.key} is of class {wrong.label}, {INFO} has {len(classes)}")
-        found.append(
+        pairs.append(
             Images(
                 classes, [s.label for s in samples], [s.name for s in samples], [s.member for s in samples], max_pixels
             )
         )
-    return found[0], found[1]
+    return pairs[0], pairs[1]
 
 
 class Sample(NamedTuple):
@@ -275,21 +275,21 @@ def index_shard(file: Path) -> list[Sample]:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 key, _, kind = os.path.basename(member.name).partition(".")
-                one = parts.setdefault(os.path.join(os.path.dirname(member.name), key), {})
+                sample = parts.setdefault(os.path.join(os.path.dirname(member.name), key), {})
                 if kind in ("cls", "json"):
                     content = tar.extractfile(member)
-                    one[kind] = json.loads(content.read()) if content else None
+                    sample[kind] = json.loads(content.read()) if content else None
                 elif f".{kind}" in EXTENSIONS:
-                    one["image"] = Member(str(file), member.offset_data, member.size)
+                    sample["image"] = Member(str(file), member.offset_data, member.size)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"shard {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     samples = []
-    for key, one in parts.items():
-        if "image" not in one or not isinstance(one.get("cls"), int) or one["cls"] < 0:
+    for key, sample in parts.items():
+        if "image" not in sample or not isinstance(sample.get("cls"), int) or sample["cls"] < 0:
             raise UserError(f"shard {file}: sample {key} has no image, or no class number in {key}.cls")
-        note = one.get("json")
+        note = sample.get("json")
         name = note.get("name", key) if isinstance(note, dict) else key
-        samples.append(Sample(key, one["cls"], str(name), one["image"]))
+        samples.append(Sample(key, sample["cls"], str(name), sample["image"]))
     return samples
 
 
@@ -322,12 +322,12 @@ def read_layout(root: Path, max_pixels: int, dataset: str | None = None) -> Pair
         raise UserError(
             f"data.dataset={dataset}{nearest(dataset, LAYOUTS)} (known: {', '.join(LAYOUTS)}, and timm's wds/NAME, ...)"
         )
-    found = {name: folder for name, (find, _) in LAYOUTS.items() if (folder := find(root)) is not None}
-    if len(found) > 1 and dataset not in found:
-        raise UserError(f"{root} holds several data sets: say which with data.dataset={' or '.join(found)}")
-    if found:
-        name = dataset if dataset in found else next(iter(found))
-        return LAYOUTS[name][1](found[name], max_pixels)
+    folders = {name: folder for name, (find, _) in LAYOUTS.items() if (folder := find(root)) is not None}
+    if len(folders) > 1 and dataset not in folders:
+        raise UserError(f"{root} holds several data sets: say which with data.dataset={' or '.join(folders)}")
+    if folders:
+        name = dataset if dataset in folders else next(iter(folders))
+        return LAYOUTS[name][1](folders[name], max_pixels)
     for archive, command in ARCHIVES.items():
         if (root / archive).is_file() and not (root / "train").is_dir():
             what = f"{root} FOLDER" if command.startswith("eit") else archive

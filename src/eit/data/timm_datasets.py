@@ -95,13 +95,13 @@ def shard_names(reader: Any) -> list[str]:
 def one_shard(dataset: Any, name: str) -> Any:
     """A copy of a timm data set of webdataset shards, not read yet, that reads shard `name` alone in this process."""
     info = get_worker_info()
-    one = copy(dataset)
-    one.reader = copy(dataset.reader)
-    one.reader.dist_rank, one.reader.dist_num_replicas = 0, 1
+    reading = copy(dataset)
+    reading.reader = copy(dataset.reader)
+    reading.reader.dist_rank, reading.reader.dist_num_replicas = 0, 1
     # timm gives worker i the files i, i + workers, ...: with as many as there are workers, each has one.
     names = (name,) * (info.num_workers if info else 1)
-    one.reader.split_info = replace(dataset.reader.split_info, filenames=names)
-    return one
+    reading.reader.split_info = replace(dataset.reader.split_info, filenames=names)
+    return reading
 
 
 def _check_shards(reader: Any, config: Data) -> int:
@@ -190,6 +190,6 @@ def _timm_labels(dataset: Any) -> list[int]:
         return [int(y) for y in track(reader.iter_targets(), "reading labels", len(dataset))]
     for holder in (dataset, reader):
         for name in ("targets", "labels", "_labels"):
-            if (found := getattr(holder, name, None)) is not None:
-                return [int(y) for y in found]
+            if (labels := getattr(holder, name, None)) is not None:
+                return [int(y) for y in labels]
     return [int(dataset[i][1]) for i in track(range(len(dataset)), "reading labels", len(dataset))]

@@ -179,14 +179,14 @@ def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Pari
 
 def photos(view: View, size: tuple[int, int]) -> Tensor:
     """Eight parts of scikit-learn's two photos -> (8, channels, height, width), normalised as the model wants them."""
-    found = []
+    images = []
     whole = [Image.fromarray(photo) for photo in load_sample_images().images]
     for i in range(PHOTOS):
         photo = whole[i % 2]
         left, top = 60 * (i // 2), 35 * (i // 2)
         part = photo.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + 400, top + 300))
-        found.append(to_uint8(to_mode(part, view.channels)))
-    return normalise(torch.stack(found), view.mean, view.std)
+        images.append(to_uint8(to_mode(part, view.channels)))
+    return normalise(torch.stack(images), view.mean, view.std)
 
 
 def calibration_images(path: str, count: int, max_pixels: int, val_fraction: float | None = None) -> Images:
@@ -281,8 +281,8 @@ def _quantise(graph: Path, file: Path, images: Images, view: View) -> None:
             self.batches = iter(loader)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            found = next(self.batches, None)
-            return None if found is None else {INPUT: found.images[: found.valid].numpy()}
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch.images[: batch.valid].numpy()}
 
     quantize_static(graph, file, Reader(), op_types_to_quantize=INT8_OPERATORS, per_channel=True)
 
