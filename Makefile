@@ -39,7 +39,7 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed
 	@rm -rf runs/demo
 	@$(BIN)/eit train digits out=runs/demo
-	@$(BIN)/python docs/demo_images.py runs/demo/images
+	@$(BIN)/python tools/demo_images.py runs/demo/images
 	@echo "predictions for a few scanned digits that were held out (the folder is the truth):"
 	@$(BIN)/eit predict runs/demo runs/demo/images --top 3
 	@echo "try next: $(BIN)/eit train digits model.family=vit out=runs/vit"
@@ -64,7 +64,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 
 readme: $(VENV)/installed
-	$(BIN)/python docs/build_readme.py
+	$(BIN)/python tools/build_readme.py
 
 # The variable silences an advertisement of another tool, which would be the one warning.
 docs: $(VENV)/installed-test
