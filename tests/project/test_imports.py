@@ -58,7 +58,7 @@ ROOMS = {
         {"groups", "panels"},
         {"accuracy_figures", "attention_figures", "frequency_figures", "token_figures"},
         {"figures"},
-        {"compare", "findings"},
+        {"compare", "findings", "tables"},
         {"report"},
     ],
     "export": [{"__init__", "exporter", "hub"}],
