@@ -11,6 +11,7 @@ import pytest
 from eit.config import load_recipe, recipe_names
 from eit.models.registry import published_results
 
+pytestmark = pytest.mark.results
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
