@@ -54,7 +54,7 @@ def main() -> None:
 
     set_seed(0)
     model = eit.load(given.weights)
-    look = partial(create_transform, **resolve_data_config(model=model))  # size and normalisation that the weights expect
+    look = partial(create_transform, **resolve_data_config(model=model))  # size, normalisation of the weights
     augmented = look(is_training=True, scale=(0.6, 1), hflip=0)  # a mirrored digit is not a digit
     read = partial(decode, channels=model.card.in_chans)
     train = ImageFolder(given.images / "train", augmented, loader=read)

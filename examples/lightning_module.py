@@ -55,7 +55,7 @@ def main() -> None:
 
     lightning.seed_everything(0)
     model = eit.load(given.weights).train()  # Lightning does not change the mode of a model
-    look = partial(create_transform, **resolve_data_config(model=model))  # size and normalisation that the weights expect
+    look = partial(create_transform, **resolve_data_config(model=model))  # size, normalisation of the weights
     augmented = look(is_training=True, scale=(0.6, 1), hflip=0)  # a mirrored digit is not a digit
     read = partial(decode, channels=model.card.in_chans)
     train = ImageFolder(given.images / "train", augmented, loader=read)

@@ -3,8 +3,8 @@
     python examples/segmentation.py --out segmentation        # about 10 minutes on 2 cores
 
 The scenes are made of real images that come with scikit-learn: scanned digits on parts of two photos. The strokes of
-the digits are the masks. Training and testing use different digits and different parts of the photos. Training uses only
-64x64 scenes. The unchanged model is then tested on scenes of 64x64 and 96x160, with digits of the same size.
+the digits are the masks. Training and testing use different digits and different parts of the photos. Training uses
+only 64x64 scenes. The unchanged model is then tested on scenes of 64x64 and 96x160, with digits of the same size.
 """
 
 import argparse
