@@ -100,7 +100,7 @@ def load(folder: Path) -> dict[str, Images]:
 
 
 def deal(labels: Sequence[int], parts: int) -> np.ndarray:
-    """Image -> part, shuffled with a fixed seed. Per class, the numbers of images in the parts differ by at most one."""
+    """Image -> part, shuffled with a fixed seed. Per class, the image counts of the parts differ by at most one."""
     part_of = np.empty(len(labels), int)
     for label in range(max(labels) + 1):
         shuffled = np.random.default_rng((0, label)).permutation(np.flatnonzero(np.asarray(labels) == label))
