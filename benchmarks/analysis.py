@@ -1,9 +1,9 @@
-"""What `eit.analyze` costs beside a plain forward pass, in time and in memory.
+"""The cost of `eit.analyze` relative to a plain forward pass, in time and in memory.
 
     python benchmarks/analysis.py [--model eit_mini] [--size 224] [--batch 16] [--threads 2] [--rounds 7]
 
-The rounds of all variants are interleaved; a ratio is that of one round to the plain pass of the same round, and the
-median and the range over the rounds are printed. Memory is the largest resident set of a process of its own.
+The rounds of all variants are interleaved. A ratio compares one round with the plain pass of the same round; the median
+and the range over the rounds are printed. Memory is the largest resident set of a separate process.
 """
 
 import argparse

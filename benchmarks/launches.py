@@ -1,12 +1,12 @@
-"""Operators that a training step hands to the device, and how often the host waits for it: counted, without a GPU.
+"""Count the operators that a training step launches and how often the host waits for the device, without a GPU.
 
-    python benchmarks/launches.py [RECIPE [key=value ...]]     # cifar10 without arguments
+    python benchmarks/launches.py [RECIPE [key=value ...]]     # default: cifar10
 
-`eit train` runs on torch's device `meta`, which computes nothing. What stands for a launch is an operator that is not a
-view; what stands for a wait is a read of a value from the device. Copies to the device are named apart: from pinned
-memory nothing waits for them. Tensors that `torch.tensor(..., device=)` makes are not seen. Images are made; the last
-of `STEPS` steps is counted, when nothing is set up any more. CUDA has fused operators where `meta` has several
-(attention, dropout, norms of a list), so the counts are for comparing, not for adding up.
+`eit train` runs on torch's device `meta`, which computes nothing. Each operator that is not a view counts as a launch.
+Each read of a value from the device counts as a wait. Copies to the device are counted separately, because nothing
+waits for copies from pinned memory. Tensors made by `torch.tensor(..., device=)` are not counted. The images are
+synthetic. Only the last of `STEPS` steps is counted, when set-up is over. CUDA has fused operators where `meta` has
+several (attention, dropout, norms of a list), so compare the counts, but do not use them as totals.
 """
 
 import argparse
@@ -33,7 +33,7 @@ STEPS = 4
 
 
 class Watch(TorchDispatchMode):
-    """Notes each operator on the device `meta` in the list `ops`."""
+    """Records each operator on the device `meta` in the list `ops`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Watch(TorchDispatchMode):
 
 
 def is_view(func: Any) -> bool:
-    """Whether an operator computes nothing: its result is a view, or memory that is not yet written."""
+    """Whether an operator computes nothing: its result is a view, or uninitialised memory."""
     aliases = [result.alias_info for result in func._schema.returns]
     view = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
     return view or func._schema.name in ("aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::new_empty")
@@ -75,7 +75,7 @@ def count(recipe: str = "cifar10", *words: str) -> dict[str, Any]:
     nothing = SimpleNamespace(top1=1.0, top5=1.0, loss=1.0)
     set_seed = eit.training.trainer.set_seed
 
-    def step_begins(*counters: int) -> None:  # what a step calls first, for each micro-batch
+    def step_begins(*counters: int) -> None:  # a step calls this first, for each micro-batch
         if counters[3] == 0:
             marks.append(len(watch.ops))
         set_seed(*counters)

@@ -1,15 +1,16 @@
-"""How fast training images are loaded, against timm: `python benchmarks/loading.py [ROUNDS] [OUT.json]`.
+"""Measure how fast training images are loaded, compared with timm: `python benchmarks/loading.py [ROUNDS] [OUT.json]`.
 
 The policy of the ImageNet recipes (random resized crop, flip, RandAugment, erasing 0.25; 224 px, bicubic) on the same
-JPEGs: photographs of scikit-image at 500x375 (quality 90), and mosaics of them at 1000x750 and 2000x1500, which have
-the detail of small photographs and so the dearest entropy coding. In turn, ROUNDS times (5): `timm.data.create_loader`
-with and without its prefetcher (which normalises and erases on the device, here the CPU), and this package's loader,
-whole epochs up to normalised batches of 64: all in one process with one thread, then with one worker process that lives
-on, beside which the main process normalises on a core of its own. Medians, spread, and the ratio to timm with its
-prefetcher, its default. `repeats=3`: repeated augmentation as in the recipe, on one process.
+JPEGs: photographs of scikit-image at 500x375 (quality 90), and mosaics of them at 1000x750 and 2000x1500. The mosaics
+have the detail of small photographs, and so the most expensive entropy coding. Three loaders run in turn, ROUNDS times
+(5): `timm.data.create_loader` with and without its prefetcher (which normalises and erases on the device, here the
+CPU), and this package's loader. Each loads whole epochs up to normalised batches of 64. First everything runs in one
+process with one thread. Then one persistent worker process loads, and the main process normalises on its own core. The
+results are medians, spread, and the ratio to timm with its prefetcher, which is timm's default. `repeats=3`: repeated
+augmentation as in the recipe, on one process.
 
-Beside it: the milliseconds of each stage, how far the pixels of the crops are from timm's, and the share of a training
-step of the cifar10 recipe (32x32, batch 128, all cores) that its loader takes.
+Also measured: the milliseconds of each stage, how far the pixels of the crops are from timm's, and the share of a
+training step of the cifar10 recipe (32x32, batch 128, all cores) that its loader takes.
 
 Needs: pip install scikit-image simplejpeg
 """
@@ -115,7 +116,7 @@ def summary(values: list[float], digits: int = 1) -> dict[str, float]:
 
 
 def throughput(root: Path, size: str, rounds: int, workers: int) -> dict[str, Any]:
-    """images/s of each pipeline; each once before, so that caches are warm."""
+    """images/s of each pipeline. Each runs once before, to warm the caches."""
     count = IMAGES[size] * (1 + workers)
     pipelines = {
         "timm create_loader": of_timm(root / size, count, True, workers),
@@ -150,7 +151,7 @@ def milliseconds(work: Callable[[], Any], rounds: int, inner: int) -> dict[str, 
 
 
 def stages(root: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds of the stages at 500x375, the crop of 300x300."""
+    """Milliseconds of the stages at 500x375, with a crop of 300x300."""
     import simplejpeg
 
     file = str(root / "500x375" / "train" / "photo" / "1.jpg")
@@ -181,7 +182,7 @@ def stages(root: Path, rounds: int) -> dict[str, Any]:
 
 
 def distances(root: Path) -> dict[str, Any]:
-    """Mean difference of crops from timm's, in levels of 0 to 255, and what half a pixel's shift would make."""
+    """Mean difference of crops from timm's, in levels of 0 to 255, and what a shift of half a pixel makes."""
     table: dict[str, Any] = {}
     for size in SIZES:
         for backend in ("pillow", "simplejpeg"):

@@ -1,7 +1,8 @@
-"""Where the time of a step goes, by kind of operator: `python benchmarks/operators.py [MODEL]`.
+"""Measure where the time of a step goes, by kind of operator: `python benchmarks/operators.py [MODEL]`.
 
-The naive implementation and ours, inference and training, fp32 and bf16, batch 16 at the model's own size; each the
-median of five profiled steps in turns. Draws docs/images/operators.png and writes benchmarks/results/operators.json.
+It compares the naive implementation with ours, in inference and training, in fp32 and bf16, with batch 16 at the
+model's own size. Each figure is the median of five profiled steps; the variants take turns. It draws
+docs/images/operators.png and writes benchmarks/results/operators.json.
 """
 
 import json
@@ -20,7 +21,7 @@ from eit.benchmark.bench import Arm, Options, about, make_step, open_model
 
 ROOT = Path(__file__).parents[1]
 ROUNDS, BATCH = 5, 16
-KINDS = {  # of operators, with their colours
+KINDS = {  # kinds of operators, with their colours
     "stem": "#56b4e9",
     "linear layers": "#0072b2",
     "attention": "#e69f00",
@@ -58,7 +59,7 @@ def kind(event: FunctionEventAvg) -> str:
 
 
 def milliseconds(step) -> Counter:
-    """Of each kind, an image."""
+    """Milliseconds per image, of each kind of operator."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
         step()
     times: Counter = Counter()
@@ -98,7 +99,7 @@ def main(name: str) -> None:
     for turn in range(ROUNDS + 1):
         for arm, step in steps.items():
             times = milliseconds(step)
-            if turn:  # the first warms up
+            if turn:  # the first turn is a warm-up
                 found[arm].append(times)
     rows = []
     for arm, turns in found.items():

@@ -1,10 +1,10 @@
-"""Small images -> a few files without loss, each of which can be trained on alone.
+"""Pack small images losslessly into a few files; each file alone can be used for training.
 
-    python benchmarks/pack.py pack FOLDER OUT [--part-mib 46]   of FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png
+    python benchmarks/pack.py pack FOLDER OUT [--part-mib 46]   pack FOLDER/train/CLASS/*.png and FOLDER/val/CLASS/*.png
     python benchmarks/pack.py check OUT                         decode all, compare checksums, count
     python benchmarks/pack.py unpack OUT FOLDER                 write the images as PNG again, pixel-identical
 
-A part is a zip file of `index.json` and lossless WebP mosaics, `0.webp` and so on, whose tiles stand in one column.
+A part is a zip file with `index.json` and lossless WebP mosaics, `0.webp` and so on. Their tiles are in one column.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from eit.errors import UserError, first_line, printable
 from eit.files import write_file
 
 SPLITS = ("train", "val")
-MAX_SIDE = 16_383  # pixels of a WebP image
-# Blocks of 8x8 pixels of a mosaic, with which CIFAR-10 has 162 tiles. With more, libwebp chooses its codes for larger
-# blocks: 400 tiles are 1.8% larger. Fewer decode more slowly.
+MAX_SIDE = 16_383  # largest side of a WebP image, in pixels
+# Blocks of 8x8 pixels per mosaic; a mosaic of CIFAR-10 then has 162 tiles. With more blocks, libwebp chooses its codes
+# for larger blocks: mosaics of 400 tiles are 1.8% larger. Mosaics with fewer tiles decode more slowly.
 MAX_BLOCKS = 2600
-MAX_INDEX_BYTES, MAX_PART_PIXELS = 2**26, 2**28  # of a part that is read; whole CIFAR-10 would have 2**21 and 2**26
+MAX_INDEX_BYTES, MAX_PART_PIXELS = 2**26, 2**28  # limits when a part is read; all of CIFAR-10 has 2**21 and 2**26
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Whole = Annotated[int, Field(ge=0)]
 
@@ -50,12 +50,12 @@ class Mosaic(Strict):
     columns: Literal[1]
     labels: list[Whole]
     names: list[str]
-    sha256: str  # of the decoded pixels, uint8: tiles x height x width x channels
+    sha256: str  # sha256 of the decoded pixels, uint8: tiles x height x width x channels
 
 
 class Index(Strict):
     format: Literal[1]
-    set: str  # a hash of all names, labels and pixels of the set, the same in each of its parts
+    set: str  # a hash of all names, labels and pixels of the set, equal in all parts
     part: Whole
     parts: Whole
     size: tuple[Side, Side]  # height, width
@@ -65,7 +65,7 @@ class Index(Strict):
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file or folder of this name lies in the folder that it is put into."""
+    """Whether a file or folder with this name stays inside the folder that it is written to."""
     return name.isprintable() and 0 < len(name.encode()) < 256 and name[0] != "." and not set(name) & set("/\\:")
 
 
@@ -73,7 +73,7 @@ def is_plain(name: str) -> bool:
 
 
 def load(folder: Path) -> dict[str, Images]:
-    """Split -> images with pixels as sources. Refused is what is not CLASS/NAME.png, 8 bits, of one size and mode."""
+    """Split -> images with pixels as sources. Refuses all but CLASS/NAME.png, in 8 bits, of one size and mode."""
     for split in SPLITS:
         if not (folder / split).is_dir():
             raise UserError(f"{folder} has no {split}/ folder (train/CLASS/*.png and val/CLASS/*.png are expected)")
@@ -100,7 +100,7 @@ def load(folder: Path) -> dict[str, Images]:
 
 
 def deal(labels: Sequence[int], parts: int) -> np.ndarray:
-    """Image -> part, shuffled by a fixed seed: of each class every part has the same number of images, up to one."""
+    """Image -> part, shuffled with a fixed seed. Per class, the image counts of the parts differ by at most one."""
     part_of = np.empty(len(labels), int)
     for label in range(max(labels) + 1):
         shuffled = np.random.default_rng((0, label)).permutation(np.flatnonzero(np.asarray(labels) == label))
@@ -109,14 +109,14 @@ def deal(labels: Sequence[int], parts: int) -> np.ndarray:
 
 
 def cut(images: Images) -> list[Images]:
-    """Images in their order, as many together as a mosaic takes."""
+    """Split the images, in order, into groups that fill one mosaic each."""
     height, width = images.sources[0].shape[:2]
     tiles = max(1, min(MAX_BLOCKS * 8 * 8 // (height * width), MAX_SIDE // height))
     return [images.subset(range(i, min(i + tiles, len(images)))) for i in range(0, len(images), tiles)]
 
 
 def encode(images: Images) -> bytes:
-    """A mosaic, as WebP. Quality 100 saves 0.2% more and takes 30 times as long."""
+    """Encode a mosaic as WebP. Quality 100 saves 0.2% more and takes 30 times as long."""
     pixels = np.concatenate(images.sources)
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert("RGB").save(buffer, "webp", lossless=True, quality=75, method=6)
@@ -124,7 +124,7 @@ def encode(images: Images) -> bytes:
 
 
 def encode_all(mosaics: list[Images], title: str) -> list[bytes]:
-    with ThreadPoolExecutor() as pool:  # Pillow encodes without Python's lock
+    with ThreadPoolExecutor() as pool:  # Pillow releases Python's lock while it encodes
         return list(track(pool.map(encode, mosaics), title, len(mosaics)))
 
 
@@ -140,7 +140,7 @@ def make_part(splits: dict[str, Images], identity: str, part: int, parts: int) -
     fields = dict(format=1, set=identity, part=part, parts=parts, size=shape[:2], channels=3 if len(shape) == 3 else 1)
     index = Index.model_validate(fields | dict(classes=mosaics[0].classes, mosaics=described))
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:  # entries have ZipInfo's fixed date: the same images, the same bytes
+    with zipfile.ZipFile(buffer, "w") as archive:  # ZipInfo's date is fixed, so equal images give equal bytes
         archive.writestr(zipfile.ZipInfo("index.json"), index.model_dump_json(), zipfile.ZIP_DEFLATED, 9)
         for i, content in enumerate(encode_all(mosaics, f"packing part {part} of {parts}")):
             archive.writestr(zipfile.ZipInfo(f"{i}.webp"), content)
@@ -148,7 +148,7 @@ def make_part(splits: dict[str, Images], identity: str, part: int, parts: int) -
 
 
 def pack(folder: Path, out: Path, part_mib: float) -> None:
-    """Write the images into as few parts of equal shares as the limit allows; their number is estimated first."""
+    """Write the images into as few equal parts as the limit allows. Their number is estimated first."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: give a new folder")
     splits = load(folder)
@@ -175,7 +175,7 @@ def pack(folder: Path, out: Path, part_mib: float) -> None:
         write_file(out / f"part-{part}.zip", content)
 
 
-# -- Reading: a part is untrusted, so that its index is checked before anything is decoded ----------------------------
+# -- Reading: a part is untrusted, so its index is checked before anything is decoded ---------------------------------
 
 
 def read_index(archive: zipfile.ZipFile) -> Index:
@@ -208,7 +208,7 @@ def decode(content: bytes, mosaic: Mosaic, index: Index) -> np.ndarray:
     """-> (N, H, W, 3) uint8, or (N, H, W) of grey images."""
     height, width = index.size
     riff, _, kind, _, signature, bits = struct.unpack_from("<4sI8sIBI", content)
-    size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1  # of the only form of WebP that is written here
+    size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1  # only this form of WebP is written here
     if (riff, kind, signature) != (b"RIFF", b"WEBPVP8L", 0x2F) or size != (width, mosaic.tiles * height):
         raise ValueError("a mosaic is not as index.json describes it")
     with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
@@ -220,7 +220,7 @@ def decode(content: bytes, mosaic: Mosaic, index: Index) -> np.ndarray:
 
 
 def read_part(file: Path) -> tuple[Index, list[np.ndarray]]:
-    """-> index, and the decoded images of each of its mosaics."""
+    """Return the index, and the decoded images of each mosaic."""
     try:
         with zipfile.ZipFile(file) as archive, ThreadPoolExecutor() as pool:
             index = read_index(archive)
@@ -238,7 +238,7 @@ def read_part(file: Path) -> tuple[Index, list[np.ndarray]]:
 
 
 def read_parts(where: Path) -> dict[Path, tuple[Index, list[np.ndarray]]]:
-    """The part `where`, or all parts of the folder `where`, which must be of one set."""
+    """Read the part `where`, or all parts in the folder `where`. All must be of the same set."""
     files = sorted(where.glob("part-*.zip")) if where.is_dir() else [where]
     if not files or not files[0].is_file():
         raise UserError(f"{where} has no parts of packed images: part-0.zip or the like is expected")
@@ -254,10 +254,10 @@ def read_parts(where: Path) -> dict[Path, tuple[Index, list[np.ndarray]]]:
 
 
 def read(where: str | Path) -> tuple[Images, Images]:
-    """Training and validation images of one part, or of the parts in a folder; in the order of the packed folder.
+    """Training and validation images of one part, or of all parts in a folder, in the order of the packed folder.
 
     Raises:
-        UserError: no part, a damaged one, or parts of different sets.
+        UserError: there is no part, a part is damaged, or the parts are of different sets.
     """
     return join(read_parts(Path(where)))
 

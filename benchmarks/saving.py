@@ -1,7 +1,8 @@
-"""How long a checkpoint stops training: `python benchmarks/saving.py [MODEL]`.
+"""Measure how long a checkpoint stops training: `python benchmarks/saving.py [MODEL]`.
 
-In turn, five times each: `Writer.submit`, which is all that the training loop waits for, and the whole of `save_step`.
-Medians, spread, and their ratio; weights, moving average and AdamW's two moments of the model.
+Two calls are timed in turn, five times each: `Writer.submit`, the only call that the training loop waits for, and all
+of `save_step`. Prints medians, spread, and their ratio. The checkpoint has the weights, their moving average and
+AdamW's two moments.
 """
 
 import statistics

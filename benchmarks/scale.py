@@ -1,14 +1,14 @@
-"""How training scales: `python benchmarks/scale.py [processes] [curves] [memory] [start] [digits] [figure]`, or all.
+"""Measure how training scales: `python benchmarks/scale.py [processes] [curves] [memory] [start] [digits] [figure]`.
 
-processes  two processes on one core each, through DDP and gloo, against one process on one core
+processes  two processes on one core each, with DDP and gloo, compared with one process on one core
 curves     time of a training step against batch, resolution and depth
-memory     peak memory of the same steps, each in a process of its own
-start      from the start of `eit train digits` to its first optimizer step, in parts
-digits     the whole of `eit train digits`, as `make demo` runs it
-figure     docs/images/scale.png, from what is saved
+memory     peak memory of the same steps, each in a separate process
+start      time from the start of `eit train digits` to its first optimizer step, by phase
+digits     time of all of `eit train digits`, as `make demo` runs it
+figure     draw docs/images/scale.png from the saved results
 
-All in turns, in five rounds; medians and spread. Each part is saved in benchmarks/results/scale.json as it ends, with
-date, machine and versions.
+Without arguments, all parts run. Measurements take turns, in five rounds; medians and spread are printed. Each part is
+saved in benchmarks/results/scale.json when it ends, with date, machine and versions.
 """
 
 import json
@@ -39,13 +39,13 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "scale.json"
 CPU = torch.device("cpu")
 ROUNDS = 5
-MIDDLE = dict(batch=8, size=224, depth=5)  # what the curves have in common
+MIDDLE = dict(batch=8, size=224, depth=5)  # the point that all curves share
 AXES = dict(batch=(1, 2, 4, 8, 16, 32), size=(96, 160, 224, 288, 384), depth=(2, 5, 8, 12))
 POINTS = list(dict.fromkeys(tuple((MIDDLE | {a: v}).items()) for a, values in AXES.items() for v in values))
 
 
 def save(part: str, **found: object) -> None:
-    """Put a part into the result, with what its figures depend on."""
+    """Add a part to the results file, with machine, versions and command."""
     whole = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     about = environment(CPU) | dict(command=f"python benchmarks/scale.py {part}")
     whole[part] = dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **about, **found)
@@ -61,7 +61,7 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 
 def small_models() -> dict[str, tuple[torch.nn.Module, int, int]]:
-    """Name -> model, pixels, images a process."""
+    """Name -> model, pixels, images per process."""
     return {
         "eit_mini at 224": (eit.create_model("eit_mini"), 224, 8),
         "cifar10 recipe": (build_model(load_recipe("cifar10"), 10), 32, 32),
@@ -83,7 +83,7 @@ def processes() -> None:
 
 
 def rank() -> None:
-    """A rank: each round times a step of rank 0 alone, then one of both together. Times are rank 0's."""
+    """Run one rank. Each round times a step of rank 0 alone, then a step of both ranks. Times are those of rank 0."""
     distributed.start("cpu")
     torch.set_num_threads(1)
     found: dict[str, dict] = {}
@@ -96,14 +96,14 @@ def rank() -> None:
 
         def together(local=local) -> None:
             local()
-            distributed.sum_over_ranks(torch.zeros(7))  # as the training loop does once a step
+            distributed.sum_over_ranks(torch.zeros(7))  # as the training loop does once per step
 
         alone(), together()
         calls = max(1, round(3 / seconds_of(alone, 1, CPU)))
         calls = distributed.gather(calls)[0]
         times: dict[str, list[float]] = dict(one=[], two=[])
         for _ in range(ROUNDS):
-            torch.distributed.barrier()  # gloo waits without spinning: the core of the other rank is idle
+            torch.distributed.barrier()  # gloo waits without spinning, so the other rank's core is idle
             if distributed.is_main():
                 times["one"].append(seconds_of(alone, calls, CPU))
             torch.distributed.barrier()
@@ -155,8 +155,8 @@ def memory() -> None:
 
 
 def memory_of(point: dict) -> None:
-    """Print the peak of a step, what the backward pass keeps of the forward pass, and the optimizer's state."""
-    _, _, first = step_of(1, 96, 2)  # what torch loads at its first step is no part of the measured one
+    """Print the peak memory of a step, the activations kept for the backward pass, and the optimizer's state."""
+    _, _, first = step_of(1, 96, 2)  # excludes what torch loads at its first step from the measured step
     first()
     model, x, step = step_of(**point)
     peak_of_step = peak_bytes(step, CPU)
@@ -200,7 +200,7 @@ eit.cli.main()
 
 def start() -> None:
     found: dict[str, list[float]] = {}
-    for _ in range(ROUNDS + 1):  # the first one fills the file cache
+    for _ in range(ROUNDS + 1):  # the first round fills the file cache
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", DRIVER, str(time.time()), "train", "digits", f"out={folder}/run"]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -229,7 +229,7 @@ def digits() -> None:
 
 
 def figure() -> None:
-    """Time and memory against each axis, with what theory says: points and lines."""
+    """Draw time and memory against each axis: points are measured, lines are theory."""
     whole = json.loads(RESULT.read_text())
     shown = Figure(figsize=(10, 5.4), dpi=110, layout="constrained")
     axes = shown.subplots(2, 3, sharex="col")

@@ -1,10 +1,10 @@
 """Fine-tune weights of this package with Hugging Face's Trainer, on images/train/CLASS/... and images/val/CLASS/...
 
-    $ python examples/hf_trainer.py images tuned     # here 160 scanned digits of four classes
+    $ python examples/hf_trainer.py images tuned     # here: 160 scanned digits of four classes
     ...
     top-1 98.33% of 60 images; next: eit predict tuned IMAGE...
 
-It starts from the digits that ship; `--weights` takes a run folder or a file. Needs transformers and accelerate.
+It starts from the included digits weights; `--weights` takes a run folder or a file. Needs transformers and accelerate.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from eit.weights.formats import save_weights
 
 
 class WithLoss(nn.Module):
-    """The Trainer looks for the loss in what a model returns, and for labels among its arguments."""
+    """The Trainer expects the loss in the model's output, and the labels among its arguments."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ def main() -> None:
 
     set_seed(0)
     model = eit.load(given.weights)
-    look = partial(create_transform, **resolve_data_config(model=model))  # size and colours as the weights know them
-    augmented = look(is_training=True, scale=(0.6, 1), hflip=0)  # a mirrored digit is none
+    look = partial(create_transform, **resolve_data_config(model=model))  # size, normalisation of the weights
+    augmented = look(is_training=True, scale=(0.6, 1), hflip=0)  # a mirrored digit is not a digit
     read = partial(decode, channels=model.card.in_chans)
     train = ImageFolder(given.images / "train", augmented, loader=read)
     val = ImageFolder(given.images / "val", look(), loader=read)

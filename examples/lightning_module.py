@@ -1,10 +1,10 @@
 """Fine-tune weights of this package with Lightning, on images/train/CLASS/... and images/val/CLASS/...
 
-    $ python examples/lightning_module.py images tuned     # here 160 scanned digits of four classes
+    $ python examples/lightning_module.py images tuned     # here: 160 scanned digits of four classes
     ...
     top-1 96.67% of 60 images; next: eit predict tuned IMAGE...
 
-It starts from the digits that ship; `--weights` takes a run folder or a file. Needs lightning.
+It starts from the included digits weights; `--weights` takes a run folder or a file. Needs lightning.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class FineTune(lightning.LightningModule):
     def configure_optimizers(self):
         optimizer = create_optimizer_v2(self.model, opt="adamw", lr=3e-3, weight_decay=0.05, layer_decay=0.75)
         for group in optimizer.param_groups:
-            group["lr"] *= group["lr_scale"]  # timm's own schedulers do so, other ones do not
+            group["lr"] *= group["lr_scale"]  # timm's schedulers apply lr_scale, other schedulers do not
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
 
 
@@ -54,9 +54,9 @@ def main() -> None:
     given = parser.parse_args()
 
     lightning.seed_everything(0)
-    model = eit.load(given.weights).train()  # Lightning leaves a model in the mode in which it comes
-    look = partial(create_transform, **resolve_data_config(model=model))  # size and colours as the weights know them
-    augmented = look(is_training=True, scale=(0.6, 1), hflip=0)  # a mirrored digit is none
+    model = eit.load(given.weights).train()  # Lightning does not change the mode of a model
+    look = partial(create_transform, **resolve_data_config(model=model))  # size, normalisation of the weights
+    augmented = look(is_training=True, scale=(0.6, 1), hflip=0)  # a mirrored digit is not a digit
     read = partial(decode, channels=model.card.in_chans)
     train = ImageFolder(given.images / "train", augmented, loader=read)
     val = ImageFolder(given.images / "val", look(), loader=read)

@@ -2,9 +2,9 @@
 
     python examples/segmentation.py --out segmentation        # about 10 minutes on 2 cores
 
-The scenes are made of real images that come with scikit-learn: scanned digits on parts of two photos, and their strokes
-are the masks. Digits and parts of the photos that are trained on are not tested on. Training sees 64x64 scenes alone;
-then the unchanged model is given 64x64 and 96x160 ones with digits of the same size.
+The scenes are made of real images that come with scikit-learn: scanned digits on parts of two photos. The strokes of
+the digits are the masks. Training and testing use different digits and different parts of the photos. Training uses
+only 64x64 scenes. The unchanged model is then tested on scenes of 64x64 and 96x160, with digits of the same size.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def scene(rng: np.random.Generator, size: tuple[int, int], test: bool) -> tuple[
     """A photo with digits on it (height, width, 3) uint8 and the class of each pixel (height, width) uint8."""
     height, width = size
     photo = PHOTOS[rng.integers(2)]
-    half = photo.shape[1] // 2  # training sees the left halves
+    half = photo.shape[1] // 2  # training uses the left halves
     left = rng.integers(half if test else 0, photo.shape[1] - width if test else half - width)
     top = rng.integers(photo.shape[0] - height)
     image = photo[top : top + height, left : left + width].astype(float)
@@ -48,7 +48,7 @@ def scene(rng: np.random.Generator, size: tuple[int, int], test: bool) -> tuple[
         if mask[part].any():  # digits do not cover each other
             continue
         colour = rng.integers(0, 256, 3)
-        while abs(colour - image[part].mean((0, 1))).sum() < 200:  # to be seen
+        while abs(colour - image[part].mean((0, 1))).sum() < 200:  # contrast enough to be visible
             colour = rng.integers(0, 256, 3)
         image[part] = image[part] * (1 - alpha) + alpha * colour
         mask[part] = np.where(alpha[..., 0] > 0.4, DIGITS.target[index] + 1, 0)
@@ -64,7 +64,7 @@ def batch(seed: int, count: int, size: tuple[int, int], test: bool) -> tuple[Ten
 
 
 class Segmenter(nn.Module):
-    """(B, 3, height, width) -> logits (B, classes, height, width): a linear classifier of each token, made larger."""
+    """(B, 3, height, width) -> logits (B, classes, height, width): a linear classifier of each token, upsampled."""
 
     def __init__(self, family: str) -> None:
         super().__init__()
@@ -96,19 +96,19 @@ def train(family: str, steps: int, seed: int) -> Segmenter:
 
 @torch.no_grad()
 def mean_iou(model: Segmenter, size: tuple[int, int], scenes: int) -> float:
-    """Mean over the classes of intersection over union, each summed over all pixels of the test scenes; in percent."""
+    """Mean intersection over union of the classes, in percent. Each is summed over all pixels of the test scenes."""
     counts = torch.zeros(len(CLASSES), len(CLASSES))  # truth x prediction
     for start in range(0, scenes, 25):
         x, y = batch(start, min(25, scenes - start), size, test=True)
         pairs = y * len(CLASSES) + model(x).argmax(1)
         counts += pairs.flatten().bincount(minlength=len(CLASSES) ** 2).view_as(counts)
     right = counts.diag()
-    return 100 * float((right / (counts.sum(0) + counts.sum(1) - right)).nanmean())  # of the classes that occur
+    return 100 * float((right / (counts.sum(0) + counts.sum(1) - right)).nanmean())  # only classes that occur
 
 
 @torch.no_grad()
 def draw(models: dict[str, Segmenter], file: Path) -> None:
-    """Scenes of both sizes with their masks, as they are and as each model sees them."""
+    """Scenes of both sizes with the true masks and the masks that each model predicts."""
     sizes = [TRAINED, TRAINED, LARGER, LARGER]
     figure = Figure(figsize=(9, 7.3), layout="constrained")
     axes = figure.subplots(4, 2 + len(models), height_ratios=[height / width for height, width in sizes])
@@ -125,8 +125,8 @@ def draw(models: dict[str, Segmenter], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="of training, with 16 scenes each")
-    parser.add_argument("--scenes", type=int, default=500, help="to test on, at each resolution")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps, with 16 scenes each")
+    parser.add_argument("--scenes", type=int, default=500, help="test scenes at each resolution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("segmentation"), help="folder for results.json, scenes.png")
     args = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
         print(f"{family}: {parameters:,} parameters, mean IoU", ", ".join(f"{v:.1f}% at {k}" for k, v in found.items()))
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(models, args.out / "scenes.png")
-    print(f"{args.out / 'scenes.png'}: scenes, masks, and what the models make of them")
+    print(f"{args.out / 'scenes.png'}: scenes, masks, and the predictions of the models")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,25 @@
 # Fine-tune weights of this package with timm's own training script, on images/train/CLASS/... and images/val/CLASS/...
 #
 #   $ curl -O https://raw.githubusercontent.com/huggingface/pytorch-image-models/v1.0.31/train.py
-#   $ examples/timm_train.sh train.py images tuned --epochs 5     # here 160 scanned digits of four classes
+#   $ examples/timm_train.sh train.py images tuned --epochs 5     # here: 160 scanned digits of four classes
 #   ...
 #   *** Best metric: 100.0 (epoch 1)
 #   next: eit predict tuned IMAGE...
 #
-# It starts from the digits that ship; WEIGHTS=runs/pets names a run folder or a file. What follows the output folder
-# goes to train.py. That is in timm's repository alone: take it at the tag of the timm that is installed. Tried is the
-# one of August 2026 (its 1.0.29.dev0), with timm 1.0.29 and 1.0.31.
+# It starts from the included digits weights; WEIGHTS=runs/pets names a run folder or a file. Options after the output
+# folder go to train.py. train.py is only in timm's repository: download it at the tag of the installed timm. It was
+# tested with the train.py of August 2026 (its 1.0.29.dev0), with timm 1.0.29 and 1.0.31.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: [WEIGHTS=digits] [PYTHON=python] $0 TRAIN_PY IMAGES OUT [OPTION...]" >&2; exit 2; }
 train_py=$1 images=$2 out=$3 weights=${WEIGHTS:-digits} python=${PYTHON:-python}
 shift 3
 
-# Weights, architecture and preprocessing as a folder of timm's format; for as many classes the head is kept.
-# A file alone needs the rest as options,
+# Write weights, architecture and preprocessing as a folder in timm's format. If the number of classes is the same, the
+# head is kept. A weights file alone needs the rest as options,
 #   --model eit_mini --model-kwargs img_size=8 embed_dim=64 ... --input-size 3 8 8 --mean 0.5 0.5 0.5 --std ...
 # and one of
 #   --pretrained --pretrained-path best.safetensors   # a new head, whatever the classes
-#   --initial-checkpoint best.safetensors             # with its head: as many classes, in the same order
+#   --initial-checkpoint best.safetensors             # keeps the head: same number of classes, in the same order
 "$python" -m eit push "$weights" --to "$out/start" > /dev/null
 said=$("$python" - "$images" "$out/start" <<'EOF'
 import sys
@@ -34,14 +34,14 @@ EOF
 )
 read -r classes in_chans device <<<"$said"
 
-# What --device-modules names is imported before the model is made; importing eit registers its models.
+# The modules in --device-modules are imported before the model is made; importing eit registers its models.
 "$python" "$train_py" --data-dir "$images" --device "$device" --device-modules eit \
   --model "local-dir:$out/start" --pretrained --num-classes "$classes" --in-chans "$in_chans" \
   --opt adamw --lr 1e-3 --weight-decay 0.05 --layer-decay 0.75 --epochs 5 --warmup-epochs 1 \
   --batch-size 32 --workers 2 --scale 0.6 1 --hflip 0 \
   --output "$(dirname "$out")" --experiment "$(basename "$out")" "$@"
 
-# The best epoch's weights as a file of this package. timm's order of classes is the natural one, 2 before 10.
+# Save the weights of the best epoch as a file of this package. timm sorts classes in natural order, 2 before 10.
 "$python" - "$images" "$out" <<'EOF'
 import sys
 from pathlib import Path

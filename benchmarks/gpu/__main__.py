@@ -1,12 +1,12 @@
 """Check, measure and train on a GPU, in ten minutes.
 
     make gpu                                                  # all parts
-    python -m benchmarks.gpu --part check --part bench        # some
-    python -m benchmarks.gpu --data packed --minutes 60       # CIFAR-10, packed by benchmarks/pack.py; 300 epochs
-    python -m benchmarks.gpu --dry-run --out /tmp/dry         # tiny sizes on the CPU, to try the program itself
+    python -m benchmarks.gpu --part check --part bench        # some parts
+    python -m benchmarks.gpu --data packed --minutes 60       # CIFAR-10 packed by benchmarks/pack.py, 300 epochs
+    python -m benchmarks.gpu --dry-run --out /tmp/dry         # tiny sizes on the CPU, to test the program itself
 
-Results go to OUT/CARD/ (results/gpu/CARD/): gpu.json and gpu.md, rewritten after each item, and what a part adds.
-Each part runs in a process of its own within its time; what does not fit is named.
+Results go to OUT/CARD/ (results/gpu/CARD/): gpu.json and gpu.md, rewritten after each item, and the files of each part.
+Each part runs in a separate process with a time limit. Items that do not fit into it are listed as skipped.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; default: all")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of parts that benchmarks/pack.py wrote")
-    parser.add_argument("--minutes", type=float, default=10, help="of everything; training gets what is left (10)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of parts written by benchmarks/pack.py")
+    parser.add_argument("--minutes", type=float, default=10, help="time for everything; training gets the rest (10)")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", metavar="FOLDER", help="(results/gpu)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
@@ -39,7 +39,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def budgets(minutes: float) -> dict[str, float]:
-    """Seconds of each part: checks and measurements take what they need, training has the rest."""
+    """Seconds for each part: checks and measurements have fixed times, training gets the rest."""
     rest = 60 * minutes - sum(PARTS.values())
     return {part: seconds + (rest if part == "train" else 0) for part, seconds in PARTS.items()}
 
@@ -80,9 +80,9 @@ def main(words: list[str]) -> int:
 
 
 def start(part: str, seconds: float, words: list[str]) -> int:
-    """Run a part in a process of its own, which may take a little longer than it has, for what it cannot cut short."""
+    """Run a part in a separate process. It may overrun its time a little, because some steps cannot be cut short."""
     began = time.monotonic()
-    # CUDA reads its variable at the start. The checks need it; measurements are made without.
+    # CUDA reads this variable at the start. The checks need it; the measurements run without it.
     environment = os.environ | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if part == "check" else {})
     paths = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)

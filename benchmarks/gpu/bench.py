@@ -1,7 +1,7 @@
-"""How fast this device is, with the package's models, and what each choice is worth: measured in turns.
+"""Measure how fast this device is with the package's models, and how much each implementation choice gains.
 
-Each group of arms is prepared, then measured in rounds, every other one backwards; medians are shown. Groups come in
-the order in which they matter, until the time is used up.
+Each group of arms is prepared, then measured in rounds. Every other round runs in reverse order; medians are shown. The
+most important groups come first, until the time is used up.
 """
 
 import gc
@@ -33,11 +33,11 @@ from eit.models.registry import create_model
 from eit.precision import Precision, resolve_precision
 
 MODELS = ("eit_mini", "eit_tiny", "eit_base", "eit_large", "timm/deit_tiny_patch16_224", "timm/deit_small_patch16_224")
-ROUNDS, SECONDS = 3, 0.15  # of each measurement
-COMPILING = 40  # seconds of a model
-DRY = [("train", 128, "bf16", False), ("infer", 256, "fp32", False)]  # what a dry run tries
+ROUNDS, SECONDS = 3, 0.15  # rounds, and seconds of each measurement
+COMPILING = 40  # seconds per model
+DRY = [("train", 128, "bf16", False), ("infer", 256, "fp32", False)]  # groups that a dry run measures
 GOALS = dict(naive=2.5, peak=0.4, loop=0.8)
-IMAGES = 1_281_167 * 300  # of the ImageNet recipes
+IMAGES = 1_281_167 * 300  # training images in 300 epochs of ImageNet
 
 
 def run(session: Session) -> None:
@@ -64,7 +64,7 @@ def run(session: Session) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """An arm, and what is computed in another way in it."""
+    """An arm, and the optimisation that is switched in it."""
 
     arm: Arm
     without: str = ""
@@ -80,7 +80,7 @@ class Way:
 
 
 def peaks(session: Session) -> Item:
-    """FLOP/s of the best way through torch, in each precision."""
+    """FLOP/s of torch's fastest matrix product, in each precision."""
     size = 256 if session.dry else None
     found = {p: _peak(session, p, size) for p in _precisions(session)}
     return {f"tflops_{precision}": rate / 1e12 for precision, rate in found.items()}
@@ -98,7 +98,7 @@ def _peak(session: Session, precision: Precision, size: int | None) -> float:
 def speed(
     session: Session, mode: str, batch: int, precision: Precision, variants: bool = False, compiled: bool = False
 ) -> Item:
-    """Images/s of the models, and of the naive form of ours; ratio to that, share of the peak, memory of a step."""
+    """Images/s of the models and of the naive form of ours; ratio to the naive form, share of peak, step memory."""
     if session.dry and (mode, batch, precision, compiled) not in DRY:
         return dict(skipped="as other items" if precision != "tf32" else "tf32 is of CUDA")
     resolve_precision(precision, session.device)
@@ -146,7 +146,7 @@ def speed(
 
 
 def _prepare(session: Session, ways: Sequence[Way], own: dict[str, Any]) -> tuple[dict[Way, Step], list[str]]:
-    """Each way's step, run until it is warm; what has no room or no time is named."""
+    """The step of each way, after warm-up. Ways that do not fit in memory or time are named."""
     steps: dict[Way, Step] = {}
     left_out = []
     for way in ways:
@@ -169,7 +169,7 @@ def _prepare(session: Session, ways: Sequence[Way], own: dict[str, Any]) -> tupl
 
 
 def _in_turns(session: Session, steps: dict[Way, Step]) -> dict[Way, list[float]]:
-    """Seconds of a step of each way, in each round."""
+    """Seconds per step of each way, in each round."""
     seconds: dict[Way, list[float]] = {way: [] for way in steps}
     for turn in range(2 if session.dry else ROUNDS):
         for way in list(steps)[:: 1 if turn % 2 == 0 else -1]:
@@ -196,7 +196,7 @@ def small_words(session: Session) -> list[str]:
 
 
 def real_loop(session: Session, batch: int, compile_mode: str) -> Item:
-    """Images/s that `eit train` itself has, against a loop of steps over one batch that lies on the device."""
+    """Images/s of `eit train` itself, compared with a loop of steps over one batch that stays on the device."""
     if session.dry and (batch > 128 or compile_mode != "off"):
         return dict(skipped="as batch 128")
     batch = 16 if session.dry else batch
@@ -245,7 +245,7 @@ def _small_batch(session: Session, batch: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def graphed(session: Session, batch: int) -> Item:
-    """Images/s of a step recorded once and replayed: the most that taking launches away can give."""
+    """Images/s of a step recorded once and replayed: an upper bound for what removing launches can gain."""
     if session.dry:
         return dict(skipped="CUDA graphs are of CUDA")
     model = _small_model(session)
@@ -277,7 +277,7 @@ def graphed(session: Session, batch: int) -> Item:
 
 
 def attention(session: Session) -> Item:
-    """Milliseconds of each backend for the head widths of the models, as they are and padded to a multiple of 8."""
+    """Milliseconds of each backend for the head widths of the models, unpadded and padded to a multiple of 8."""
     if session.dry:
         return dict(skipped="its backends are of CUDA")
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
@@ -308,7 +308,7 @@ def attention(session: Session) -> Item:
 
 
 def trace(session: Session) -> Item:
-    """A profiler's trace, to open in a browser (chrome://tracing, Perfetto), and the operators that take longest."""
+    """A profiler trace to open in a browser (chrome://tracing, Perfetto), and the slowest operators."""
     from torch.profiler import ProfilerActivity, profile
 
     batch, size = (2, 32) if session.dry else (128, None)

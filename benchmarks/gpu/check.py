@@ -1,4 +1,4 @@
-"""Whether the package is right on this device: each check compares with the CPU in float64, or with itself."""
+"""Check that the package is correct on this device: each check compares it with the CPU in float64, or with itself."""
 
 import copy
 import importlib.util
@@ -40,7 +40,7 @@ from eit.weights.formats import read_safetensors
 
 MODELS = [("eit", name) for name in ("eit_mini", "eit_tiny", "eit_base", "eit_large")]
 MODELS += [("lsra", "eit_mini"), ("vit", "eit_mini")]
-LIMITS: dict[Precision, float] = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 2e-2}  # of a relative error
+LIMITS: dict[Precision, float] = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 2e-2}  # limits of the relative error
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, patch_size=4, num_classes=10)
 Gradients = dict[str, Tensor]
 
@@ -67,7 +67,7 @@ def run(session: Session) -> None:
 
 
 def spread_out(model: nn.Module, seed: int = 0) -> nn.Module:
-    """`model` with values that make every part count: at initial values the logits of two images hardly differ."""
+    """Give `model` values with which every part matters; at initial values the logits of two images hardly differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -82,7 +82,7 @@ def spread_out(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class ChosenPool(nn.Module):
-    """A max-pool that takes the places it is told, for rounding decides which of two nearly equal pixels is larger."""
+    """A max-pool with given places, because rounding decides which of two nearly equal pixels is larger."""
 
     def __init__(self, places: Tensor) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class ChosenPool(nn.Module):
 
 
 def accuracy(session: Session, family: str, name: str) -> Item:
-    """Logits and all gradients against float64 on the CPU, in each precision."""
+    """Compare logits and all gradients with float64 on the CPU, in each precision."""
     small = dict(SMALL, embed_dim=40, depth=2, num_heads=4) if session.dry else {}
     reference = spread_out(eit.create_model(name, family=family, **small)).double()
     size = reference.img_size[0]
@@ -131,9 +131,9 @@ def accuracy(session: Session, family: str, name: str) -> Item:
 
 
 def relative(found: Tensor | None, expected: Tensor | None) -> float:
-    """The norm of the difference over that of what is expected; NaN never passes, and 0 is to be 0.
+    """Norm of the difference / norm of the expected value. NaN never passes; an expected 0 must be exactly 0.
 
-    LSRA's last convolution has no gradient: the head reads the class token, which passes it unchanged.
+    LSRA's last convolution has no gradient: the head reads the class token, which bypasses it unchanged.
     """
     assert found is not None and expected is not None
     if not expected.any():
@@ -151,13 +151,13 @@ def gradients_of(model: nn.Module, call: Any, x: Tensor) -> tuple[Tensor, Gradie
 
 
 def largest_difference(one: tuple[Tensor, Gradients], other: tuple[Tensor, Gradients]) -> float:
-    """Of logits and gradients, relative."""
+    """Largest relative difference of logits and gradients."""
     pairs = [(one[0], other[0]), *((one[1][name], other[1][name]) for name in one[1])]
     return max(relative(a, b.double().cpu()) for a, b in pairs)
 
 
 def padded_heads(session: Session) -> Item:
-    """Heads padded to a multiple of 8 channels by zeros in the weights, against heads as they are, in float32."""
+    """Compare heads padded to a multiple of 8 channels (zeros in the weights) with unpadded heads, in float32."""
     small = dict(SMALL, embed_dim=40, depth=2, num_heads=4) if session.dry else {}
     model: Any = spread_out(eit.create_model("eit_mini", **small)).float().to(session.device)
     size = model.img_size[0]
@@ -175,8 +175,8 @@ def padded_heads(session: Session) -> Item:
 
 
 def compiled(session: Session) -> Item:
-    """torch.compile against eager, forward and backward, in float32."""
-    backend = "aot_eager" if session.dry else "inductor"  # Inductor on the CPU needs a compiler, and takes its time
+    """Compare torch.compile with eager, forward and backward, in float32."""
+    backend = "aot_eager" if session.dry else "inductor"  # Inductor on the CPU needs a compiler, and is slow
     model: Any = (
         spread_out(eit.create_model("eit_mini", **dict(SMALL, embed_dim=80, depth=2))).float().to(session.device)
     )
@@ -214,7 +214,7 @@ def digits(session: Session, folder: str | Path, *words: str) -> Recipe:
 
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """Training dies as it begins a step."""
+    """Training is killed at the start of a step."""
     set_seed = eit.training.trainer.set_seed
 
     def die(stream: Stream, *counters: int) -> None:
@@ -235,7 +235,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def resumed(session: Session, precision: str, words: list[str], deterministic: bool) -> Item:
-    """A run that dies in its second epoch and is continued, against one that nobody disturbed."""
+    """Compare a run that is killed in its second epoch and resumed with an undisturbed run."""
     if session.dry and (words or precision != "fp32"):
         return dict(skipped="as fp32")
     words = [*words, f"train.precision={precision}", f"train.deterministic={str(deterministic).lower()}"]
@@ -251,7 +251,7 @@ def resumed(session: Session, precision: str, words: list[str], deterministic: b
 
 
 def cost_of_determinism(session: Session) -> Item:
-    """Images/s of the CIFAR-10 recipe in bf16 with and without, in turns, on random pixels."""
+    """Images/s of the CIFAR-10 recipe in bf16 with and without train.deterministic, in turns, on random pixels."""
     images = random_images(64 if session.dry else 8192)
     rates: dict[str, list[float]] = {"false": [], "true": []}
     for deterministic in ["false", "true"] * (1 if session.dry else 2):
@@ -274,7 +274,7 @@ def cost_of_determinism(session: Session) -> Item:
 
 
 def nan_guard(session: Session) -> Item:
-    """A loss that is NaN ends the run, and the weights are those before it, though a further step was launched."""
+    """A NaN loss ends the run and leaves the weights unchanged, although one more step was launched."""
     built: list[nn.Module] = []
     build, make = eit.training.trainer.build_model, eit.training.trainer.make_criterion
 
@@ -317,7 +317,7 @@ def distillation(session: Session) -> Item:
 
 
 def waits(session: Session) -> Item:
-    """How often torch reports that a step waits for the GPU; the one read, a step late, is not counted by it."""
+    """How often torch reports that a step waits for the GPU. torch does not count the one read of the previous step."""
     if session.dry:
         return dict(skipped="torch reports waits on CUDA alone; benchmarks/launches.py counts them without a GPU")
     first, last = 10, 20
@@ -351,7 +351,7 @@ def evaluation(session: Session) -> Item:
 
 
 def group_of_one(session: Session) -> Item:
-    """The process groups of NCCL and gloo as under torchrun; a step of DDP, compiled; a sum; an object."""
+    """Start NCCL and gloo groups as under torchrun; run a compiled DDP step, a sum, and the exchange of an object."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -381,10 +381,10 @@ def group_of_one(session: Session) -> Item:
 
 
 def marked_tests(session: Session) -> Item:
-    """Tests of the suite that need a GPU."""
+    """Run the tests of the suite that need a GPU."""
     if session.dry or importlib.util.find_spec("pytest") is None:
         return dict(skipped="they need a GPU" if session.dry else "pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=max(session.left, 10))
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
-    return dict(ok=done.returncode in (0, 5), said=last)  # 5: none is marked
+    return dict(ok=done.returncode in (0, 5), said=last)  # 5: no test is marked

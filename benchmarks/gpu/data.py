@@ -1,4 +1,4 @@
-"""CIFAR-10 for `make gpu`: packed, or random pixels where only speed is asked."""
+"""CIFAR-10 for `make gpu`: packed, or random pixels if only speed is measured."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ CLASSES = [str(i) for i in range(10)]
 
 
 def cifar10(session: Session) -> tuple[tuple[Images, Images], str]:
-    """(training, validation) images, and what they are."""
+    """(training, validation) images, and a description of them."""
     if session.data is not None:
         train, val = pack.read(session.data)
         return (train, val), f"{len(train):,} + {len(val):,} of {session.data.name}"

@@ -1,4 +1,4 @@
-"""What `make gpu` found: gpu.json, rewritten after each item, and gpu.md, which is made from it."""
+"""The results of `make gpu`: gpu.json, rewritten after each item, and gpu.md, which is made from it."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from eit.errors import first_line
 from eit.files import write_file
 
 Item = dict[str, Any]
-LONG = ("rows", "curve", "traceback")  # of an item: not in its line
+LONG = ("rows", "curve", "traceback")  # keys of an item that are not shown in its line
 
 
 def card_folder(out: Path, dry_run: bool) -> Path:
@@ -28,17 +28,17 @@ def card_folder(out: Path, dry_run: bool) -> Path:
 
 @dataclass
 class Session:
-    """One part of `make gpu`, with its time.
+    """One part of `make gpu`, with its time limit.
 
     Attributes:
         part: check, bench or train.
-        device: what it runs on.
-        folder: where results go, those of all parts.
+        device: the device that it runs on.
+        folder: where the results of all parts go.
         data: packed images, or None.
-        dry: whether it only tries the program, on the CPU.
-        ends: on the clock of `time.monotonic`.
+        dry: whether it only tests the program, on the CPU.
+        ends: time limit, on the clock of `time.monotonic`.
         about: date, command, machine and versions.
-        items: what was found, in order.
+        items: results, in order.
     """
 
     part: str
@@ -62,7 +62,7 @@ class Session:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return self.ends - time.monotonic()
 
     @property
@@ -70,7 +70,7 @@ class Session:
         return any(item.get("ok") is False for item in self.items)
 
     def run(self, name: str, call: Callable[[], Item], seconds: float = 0) -> Item:
-        """Note what `call` returns, or why there is nothing: it raised, or the `seconds` that it needs are not left."""
+        """Record the result of `call`, or why there is none: it raised, or less than `seconds` are left."""
         began = time.monotonic()
         if self.left < seconds:
             item: Item = dict(skipped=f"{self.left:.0f} s were left, about {seconds:.0f} s are needed")
@@ -80,7 +80,7 @@ class Session:
             except Exception as error:
                 traceback.print_exc()
                 item = dict(ok=False, error=f"{type(error).__name__}: {first_line(error)}")
-                item["traceback"] = traceback.format_exc()[-4000:]  # what is printed may be out of reach
+                item["traceback"] = traceback.format_exc()[-4000:]  # the printed output may be lost
         item = dict(name=name, **item, seconds=round(time.monotonic() - began, 1))
         self.items.append(item)
         self.save()

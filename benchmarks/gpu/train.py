@@ -1,4 +1,4 @@
-"""EIT and ViT on CIFAR-10 by one recipe, for as many epochs as the time allows: the same number for both."""
+"""Train EIT and ViT on CIFAR-10 with one recipe, both for the same number of epochs: as many as the time allows."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ from benchmarks.gpu.record import Item, Session, read
 from eit.config import Recipe, load_recipe
 
 FAMILIES = ("eit", "vit")
-MOST, PROBE = 300, 120  # epochs; steps to measure the rate with
-RESERVE = 1.25  # of the measured time: checkpoints, curves, a slower hour
+MOST, PROBE = 300, 120  # epochs; steps for measuring the speed
+RESERVE = 1.25  # times the measured time: checkpoints, curves, slower phases
 GOAL = 95.0  # percent, after 300 epochs
 
 
@@ -42,7 +42,7 @@ def run(session: Session) -> None:
 
 
 def compile_mode(session: Session) -> str:
-    """What was faster in the part bench, if that ran."""
+    """The mode that was faster in the part bench, if bench ran."""
     items = {item["name"]: item for item in read(session.folder).get("bench", {}).get("items", [])}
     eager = items.get("real loop at 32x32, batch 128", {}).get("images_per_s", 0)
     graphs = items.get("real loop with train.compile=reduce-overhead", {}).get("images_per_s", 0)
@@ -57,7 +57,7 @@ def recipe(session: Session, family: str, folder: Path, mode: str, *words: str) 
 
 
 def seconds_of_an_epoch(session: Session, family: str, mode: str, train: Any, val: Any) -> float:
-    """Measured before the schedule starts, for the rate falls to its end with the last epoch."""
+    """Measured before training, because the length of the schedule depends on it."""
     with tempfile.TemporaryDirectory() as folder:
         steps = 4 if session.dry else PROBE
         probe = recipe(session, family, Path(folder), mode, f"train.max_steps={steps}")
@@ -66,7 +66,7 @@ def seconds_of_an_epoch(session: Session, family: str, mode: str, train: Any, va
             done = eit.training.trainer.train(probe)
             took = time.monotonic() - began
         rate = json.loads((Path(folder) / family / "log.jsonl").read_text().splitlines()[-1])["images_per_s"]
-    after = max(took - done["seconds"], 0)  # reading, evaluation, checkpoint: most of it once, counted each time
+    after = max(took - done["seconds"], 0)  # reading, evaluation, checkpoint: mostly once, but counted per epoch
     return len(train) / rate + min(after, 0.2 * len(train) / rate)
 
 
