@@ -186,7 +186,7 @@ def test_any_name_makes_a_card_that_is_read_as_it_was_meant(tmp_path):
 
 
 def test_text_of_others_breaks_neither_yaml_nor_markdown(tmp_path):
-    """A parser of Markdown finds each text as it was given: none is markup, ends a cell or a code block, or is a title."""
+    """A parser of Markdown finds each text as given: none is markup, ends a cell or a code block, or is a title."""
     evil = "<script>x</script> | `a` *b* [c](d) &lt; # ~~e~~ $f$ _g_ \\"
     model = eit.load("digits")
     recipe = {"name": "a\n---\n```\n~~~~\n# Broken\n</details>", "````": ["```"], "data": {"dataset": f"hfds/{evil}"}}
