@@ -35,7 +35,7 @@ INK = "#010203"  # placeholder in the SVG, replaced by currentColor
 
 
 def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
-    """Write report.html, csv/ and figures/ into `folder`, replace those of an earlier report, and return the page's path.
+    """Write report.html, csv/ and figures/ into `folder`, over an earlier report, and return the page's path.
 
     Everything is written to a hidden folder first, so an interruption leaves the earlier report whole.
     """
