@@ -47,7 +47,7 @@ VARIANTS = {
 
 _EIT = dict(schedule="eit", cls_conv="identity", conv_branch="depthwise", stem="conv_pool", pos_embed="none")
 
-# The paper's vision configuration of LSRA is not known. `lsra` and `lite` are two readings. `lsra`: half of the channels
+# The paper's vision configuration of LSRA is not known. `lsra` and `lite` are two readings. `lsra`: half the channels
 # in each layer, and no channel bypasses the mixer. `lite`: the branch and the positions of the Lite Transformer's code.
 FAMILIES: dict[str, dict[str, str]] = {
     "eit": _EIT,
@@ -57,7 +57,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "vit": _EIT | dict(schedule="vit", stem="patch", pos_embed="learned"),
 }
 
-# Every name that `create_model` takes: its size and its default family. Those of the family eit are the published models.
+# Every name that `create_model` takes: its size and its default family. The models of the family eit are published.
 MODELS = {
     name.replace("eit", family): (variant, family)
     for family in ("eit", "eit_plus")
