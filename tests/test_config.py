@@ -102,6 +102,7 @@ def test_overrides_and_files(tmp_path):
         ("lr=1", "unknown recipe key 'lr'; did you mean 'optim.lr'?"),
         ("model.num_classes=3", "unknown recipe key 'model.num_classes': the class count comes from the data"),
         ("model.img_size=3", "unknown recipe key 'model.img_size': set data.image_size"),
+        ("data.backend=pillow", "unknown recipe key 'data.backend': Pillow decodes all images"),
         ("train.epochs=many", "train.epochs=many: should be a valid integer"),
         ("train.epochs=0", "train.epochs=0: should be greater than or equal to 1"),
         ("train.epochs=2.5", "train.epochs=2.5: should be a valid integer"),
@@ -269,3 +270,15 @@ def test_precision_and_determinism_change_the_result():
     plain, other = load_recipe("digits"), load_recipe("digits", ["train.precision=tf32", "train.deterministic=true"])
     assert (plain.train.precision, plain.train.deterministic) == ("fp32", False)
     assert differences(plain, other) == ["train.precision: fp32 -> tf32", "train.deterministic: False -> True"]
+
+
+@pytest.mark.parametrize("backend", ["pillow", "simplejpeg"])
+def test_an_older_recipe_that_names_a_decoder_is_read(tmp_path, backend):
+    values = yaml.safe_load(load_recipe("digits").to_yaml())
+    values["data"]["backend"] = backend
+    assert parse_recipe(values) == load_recipe("digits")  # as weights record it
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe("digits")
+    values["data"]["backend"] = "cv2"
+    with pytest.raises(UserError, match=r"unknown recipe key 'data\.backend': Pillow"):
+        parse_recipe(values)

@@ -164,8 +164,6 @@ class Data(Section):
     """evaluation: centre crop's share of the resized image"""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """of resizing"""
-    backend: Literal["pillow", "simplejpeg"] = "pillow"
-    """decoder of JPEGs in training; simplejpeg needs: pip install 'eit[jpeg]'"""
     mean: tuple[float, ...] | None = None
     """of pixels in 0..1, a value a channel or one for all; null: ImageNet's, or 0.5 for grey images"""
     std: tuple[Positive, ...] | None = None
@@ -174,6 +172,14 @@ class Data(Section):
     """share of training images that may be unreadable"""
     max_pixels: Count = 89_478_485
     """an image with more is refused before it is decoded"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_backend(cls, values: Any) -> Any:
+        """Drop a key of older recipes: the decoder of JPEGs, which gave the same pixels."""
+        if isinstance(values, dict) and values.get("backend") in ("pillow", "simplejpeg"):
+            return {key: value for key, value in values.items() if key != "backend"}
+        return values
 
 
 class Augment(Section):
@@ -387,6 +393,7 @@ _HINTS = {
     "model.num_classes": "the class count comes from the data",
     "model.img_size": "set data.image_size",
     "data.num_classes": "the class count comes from the data",
+    "data.backend": "Pillow decodes all images",
 }
 
 
@@ -517,6 +524,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not key=value, such as train.epochs=10")
+    if key == "data.backend":  # read from older recipes only
+        raise UserError(f"unknown recipe key {key!r}: {_HINTS[key]}")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):

@@ -434,11 +434,6 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
     for augment, config, message in (
         (Augment(repeats=3), streamed, "augment.repeats=3 needs images with random access"),
         (Augment(), streamed.model_copy(update=dict(cache=True)), "data.cache=true needs images with random access"),
-        (
-            Augment(crop_scale=(0.08, 1)),
-            streamed.model_copy(update=dict(backend="simplejpeg")),
-            "data.backend=simplejpeg .* of image files: data.dataset=wds/colours comes in turn",
-        ),
     ):
         with pytest.raises(UserError, match=message):
             train_loader(images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, augment, CPU)

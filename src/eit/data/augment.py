@@ -167,11 +167,11 @@ def quicken(step: Any) -> None:
             op.aug_fn = FASTER.get(op.name, op.aug_fn)
 
 
-def image_transform(view: View, augment: Augment, backend: str = "pillow") -> ImageTransform:
+def image_transform(view: View, augment: Augment) -> ImageTransform:
     """The recipe's augmentation of single images, all but normalising and the filling of erased boxes.
 
     Raises:
-        UserError: a policy that timm does not know, or that needs colour; a backend that is not installed.
+        UserError: a policy that timm does not know, or that needs colour.
     """
     key, policy = augment.policy or ("", None)
     if policy and view.channels != 3:
@@ -199,7 +199,7 @@ def image_transform(view: View, augment: Augment, backend: str = "pillow") -> Im
         quicken(step)
     crop: Whole | ResizedCrop
     if augment.crop_scale:
-        crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect, backend)
+        crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect)
     else:
         crop = Whole(simple_crop(view) if augment.simple_crop else PadCrop(view, augment.pad_crop))
     return ImageTransform(view, augment, crop, steps)

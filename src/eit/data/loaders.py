@@ -46,10 +46,6 @@ def train_loader(
     if config.cache and augment.by_image:
         key = augment.policy[0] if augment.policy else "crop_scale, simple_crop or color_jitter"
         raise UserError(f"data.cache=true augments whole batches: it has no {key}")
-    if config.backend != "pillow" and (isinstance(images, ImageStream) or not augment.crop_scale):
-        in_turn = f"data.dataset={config.dataset} comes in turn"
-        why = in_turn if isinstance(images, ImageStream) else "augment.crop_scale is not set"
-        raise UserError(f"data.backend={config.backend} decodes for augment.crop_scale of image files: {why}")
     if isinstance(images, ImageStream):
         if config.cache or augment.repeats > 1:
             key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"
@@ -176,7 +172,7 @@ class WorkerLoader:
         self.prefetched = Prefetcher(view, augment, plan.seed, device)
         self.bad = BadImages(images, config.bad_image_budget)
         self.batches = _Batches(plan)
-        samples = _Samples(images, view, image_transform(view, augment, config.backend), plan.seed)
+        samples = _Samples(images, view, image_transform(view, augment), plan.seed)
         self.loader = DataLoader(
             samples,
             batch_sampler=self.batches,

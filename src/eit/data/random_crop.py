@@ -1,17 +1,15 @@
 """The random resized crop of a training image that is not decoded yet, so that only what is needed is decoded."""
 
-import importlib
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile
+from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
 from eit.data.images import View, to_mode, whole
-from eit.errors import UserError
 
 Kept = dict[int, Any]  # what was decoded of the last file, whole or scaled: by its scale
 
@@ -26,18 +24,10 @@ class ResizedCrop:
     as Pillow does on its 8-bit images, several times as fast. Scaling decodes with other filters than resizing, of
     about the same sharpness; a shift of half a pixel changes more. An image that its EXIF data turn or mirror is never
     scaled: the size is rounded up at the right and the bottom of what is stored, which would move the upright box.
-
-    Raises:
-        UserError: `backend` is not installed.
     """
 
-    def __init__(
-        self, view: View, scale: tuple[float, float], ratio: tuple[float, float], backend: str = "pillow"
-    ) -> None:
+    def __init__(self, view: View, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
         self.size, self.interpolation, self.scale, self.ratio = view.size, view.interpolation, scale, ratio
-        self.backend = backend
-        if backend != "pillow":
-            _simplejpeg()
 
     def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:
         """An opened file, or a decoded image -> (size, size), of mode RGB or L.
@@ -54,42 +44,21 @@ class ResizedCrop:
         factor = max(k for k in (1, 2, 4, 8) if k == 1 or min(h, w) >= k * self.size) if scales else 1
         if scales:
             if factor not in kept:
-                kept[factor] = self._decode(image, channels, factor)
+                if factor > 1:
+                    image.draft(None, (width // factor, height // factor))
+                image.load()
+                kept[factor] = image
             image = kept[factor]
         # The smallest box of whole pixels around the crop, and where the crop lies in it
         x, y = left // factor, top // factor
         outer = (x, y, -(-(left + w) // factor), -(-(top + h) // factor))
         inner = (left / factor - x, top / factor - y, (left + w) / factor - x, (top + h) / factor - y)
-        if isinstance(image, np.ndarray):
-            pixels = image[outer[1] : outer[3], outer[0] : outer[2]]
-            if factor == 1:
-                return resized(torch.from_numpy(pixels), self.size, self.interpolation)
-            image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-        else:
-            image = image.crop(outer)
-            if image.mode != {1: "L", 3: "RGB"}[channels]:
-                image = to_mode(image, channels)
+        image = image.crop(outer)
+        if image.mode != {1: "L", 3: "RGB"}[channels]:
+            image = to_mode(image, channels)
         if factor > 1:  # the crop begins and ends within pixels, which torch has no argument for
             return image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], inner)
         return resized(to_pixels(image), self.size, self.interpolation)
-
-    def _decode(self, image: Image.Image, channels: int, factor: int) -> Image.Image | np.ndarray:
-        """An upright JPEG at 1 / factor of its size, rounded up."""
-        # libjpeg's grey of a colour image is not Pillow's
-        if self.backend == "simplejpeg" and (image.mode, channels) in (("RGB", 3), ("L", 1)):
-            width, height = (-(-side // factor) for side in image.size)
-            file = cast(ImageFile.ImageFile, image).fp
-            assert file is not None
-            file.seek(0)
-            colours = "RGB" if channels == 3 else "GRAY"
-            try:
-                return _simplejpeg().decode_jpeg(file.read(), colours, min_height=height, min_width=width)
-            except ValueError:  # damaged, if only a little: Pillow says whether it can be read
-                file.seek(0)
-        if factor > 1:
-            image.draft(None, (image.width // factor, image.height // factor))
-        image.load()
-        return image
 
 
 def decoded(image: Image.Image, channels: int, kept: Kept) -> Image.Image:
@@ -112,10 +81,3 @@ def to_pixels(image: Image.Image) -> Tensor:
     """PIL image of mode RGB or L -> (height, width, channels) uint8, as it lies in memory."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def _simplejpeg() -> Any:
-    try:
-        return importlib.import_module("simplejpeg")
-    except ImportError as error:
-        raise UserError(f"data.backend=simplejpeg: {error}: pip install 'eit[jpeg]'") from None
