@@ -480,7 +480,7 @@ def test_wrong_numbers_in_the_description_are_one_line(streamed):
     info["splits"]["validation"]["num_samples"] = 2
     Path(streamed.root, INFO).write_text(json.dumps(info))
     for workers in (0, 1):
-        with pytest.raises(UserError, match="wds/colours: 10 images were read, it says that it has 2") as error:
+        with pytest.raises(UserError, match="wds/colours: 10 images were read, but it declares 2") as error:
             list(evaluation_loader(open_evaluation(streamed), VIEW, 2, workers, CPU))
         assert error.value.__notes__ == [distributed.ON_MAIN]  # all ranks raise it
     Path(streamed.root, "train-00001.tar").unlink()
