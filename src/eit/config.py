@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from eit.errors import UserError, nearest
+from eit.errors import UserError, nearest, shorten
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -461,7 +461,7 @@ def parse_yaml(text: str, source: str, kind: str = "a recipe: sections such as m
     try:
         values = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise UserError(f"{source} is not plain YAML: {_one_line(error)}") from None
+        raise UserError(f"{source} is not plain YAML: {shorten(str(error), 60)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source} is not {kind} are expected")
     sections = {key.partition(".")[0] for key in recipe_keys() if "." in key}
@@ -560,7 +560,7 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
         return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
     message += f", such as {_SUCH[key]}" if key in _SUCH else ""
-    return f"{key}={_short(first['input'])}: {message}" if key else message
+    return f"{key}={shorten(str(first['input']), 60)}: {message}" if key else message
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -579,14 +579,5 @@ def _leaves(section: BaseModel, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: Exception) -> str:
-    return _short(str(error))
-
-
 def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else _one_line(error)
+    return error.strerror or str(error) if isinstance(error, OSError) else shorten(str(error), 60)

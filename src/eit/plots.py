@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eit.errors import UserError, printable
+from eit.errors import UserError, shorten
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -226,12 +226,6 @@ def bars(panels: Sequence[Panel], file: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(panel.title, loc="left", fontsize=10, pad=3)
     save(figure, file)
-
-
-def shorten(name: str, width: int) -> str:
-    """`name` in one line of at most `width` characters, all of which can be shown."""
-    line = printable(" ".join(name.split()))
-    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def save(figure: Any, file: Path, **options: Any) -> None:

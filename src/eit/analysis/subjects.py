@@ -18,10 +18,9 @@ from eit.console import say
 from eit.data.datasets import DIGITS, AnyImages, open_evaluation
 from eit.data.images import MAX_PIXELS, Images, View
 from eit.data.layouts import ImageStream, read_layout
-from eit.errors import UserError, nearest
+from eit.errors import UserError, nearest, shorten
 from eit.inference.predict import expand
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
-from eit.plots import shorten
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
 from eit.weights.load import SHIPPED, Card, find_weights, load, names_weights

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from eit.config import Data
 from eit.console import track
 from eit.data.images import MAX_PIXELS, Images
-from eit.errors import UserError, few, nearest
+from eit.errors import UserError, few, first_line, nearest
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 Pair = tuple[Images, Images]  # training, validation
@@ -536,12 +536,12 @@ def _create_timm(config: Data, split: str, training: bool = False, batch_size: i
             **({} if prefix == "torch" else given),
         )
     except Exception as error:  # readers of many libraries, each with errors of its own
-        line = (str(error).splitlines() or [""])[0]
+        line = first_line(error)
         need = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}.get(prefix)
         missing = isinstance(error, ImportError) or "Please install" in line
         hint = f"; it needs: pip install {need}" if missing and need else ""
         where = f"data.dataset={config.dataset}, split {split}" + (f", data.root={config.root}" if config.root else "")
-        raise UserError(f"{where} cannot be opened: {line or type(error).__name__}{hint}") from None
+        raise UserError(f"{where} cannot be opened: {line}{hint}") from None
 
 
 def _timm_classes(dataset: Any, config: Data) -> list[str]:

@@ -189,10 +189,7 @@ class WorkerLoader:
 
     def _host_batches(self) -> Iterator[HostBatch]:
         for batch in self.loader:
-            _, labels, faults, _ = batch
-            if not len(labels):
-                raise UserError(faults[0])
-            self.bad.add(faults)
+            self.bad.add_from(batch)
             yield batch
 
 

@@ -86,10 +86,7 @@ class StreamLoader:
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {plan.steps * plan.accumulate} batches"
                 raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
-            _, labels, faults, _ = batch
-            if not len(labels):
-                raise UserError(faults[0])
-            self.bad.add(faults)
+            self.bad.add_from(batch)
             if number >= first_step * plan.accumulate:
                 yield batch
 

@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 from eit import __version__
 from eit.data.datasets import DIGITS
-from eit.errors import UserError, first_line, printable
+from eit.errors import UserError, few, first_line, printable
 from eit.files import write_file
 from eit.models.complexity import complexity
 from eit.models.eit import EIT
@@ -184,6 +184,7 @@ def model_card(
         head,
         template_str=resources.files("eit.export").joinpath("model_card.md.j2").read_text(encoding="utf-8"),
         md=escape_markdown,
+        few=few,
         numbers=lambda values: ", ".join(f"{value:g}" for value in values),
         name=name,
         repo=repo,
