@@ -401,8 +401,8 @@ def recipe_names() -> list[str]:
     """Shipped recipes, smallest first."""
     order = ["digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"]
     order += [f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")]
-    found = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
-    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+    names = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def recipe_header(name: str) -> str:

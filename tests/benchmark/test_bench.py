@@ -15,7 +15,7 @@ from PIL import Image
 import eit
 from eit import cli, memory
 from eit.benchmark import bench, matmul_peak
-from eit.benchmark.bench import Arm, Measured, Options, Record
+from eit.benchmark.bench import Arm, Measurement, Options, Record
 from eit.errors import UserError
 from eit.models.complexity import complexity, training_macs
 from tests.conftest import require, run_eit
@@ -40,11 +40,11 @@ def record_of(*rows, **peaks):
 
 
 ROWS = (
-    Measured(Arm("a", "eager", "fp32", "train", 4, naive=True), 10**9, [2.0, 4.0]),
-    Measured(Arm("a", "eager", "fp32", "train", 4), 10**9, [1.0, 0.5], memory=3 * 2**20),
-    Measured(Arm("b", "eager", "bf16", "train", 4), 5 * 10**8, [1.0, 1.0]),
-    Measured(Arm("a", "eager", "fp32", "infer", 1), 10**8, [0.01, 0.03]),
-    Measured(Arm("b", "eager", "fp32", "infer", 1), 10**8, [0.02, 0.02]),
+    Measurement(Arm("a", "eager", "fp32", "train", 4, naive=True), 10**9, [2.0, 4.0]),
+    Measurement(Arm("a", "eager", "fp32", "train", 4), 10**9, [1.0, 0.5], memory=3 * 2**20),
+    Measurement(Arm("b", "eager", "bf16", "train", 4), 5 * 10**8, [1.0, 1.0]),
+    Measurement(Arm("a", "eager", "fp32", "infer", 1), 10**8, [0.01, 0.03]),
+    Measurement(Arm("b", "eager", "fp32", "infer", 1), 10**8, [0.02, 0.02]),
 )
 
 

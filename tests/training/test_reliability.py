@@ -26,7 +26,7 @@ from eit.training import checkpoint as state_module
 from eit.training import trainer as train_module
 from eit.training.checkpoint import load_step, newest_step, saved_steps
 from eit.training.trainer import train
-from eit.weights.load import read_safetensors
+from eit.weights.formats import read_safetensors
 from tests.conftest import TINY, launcher, require, run_eit, save_digits
 from tests.test_distributed import DETERMINISTIC
 from tests.training.test_trainer import recipe, same, train_until_killed, weights

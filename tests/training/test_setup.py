@@ -13,7 +13,9 @@ from eit.data.order import Plan
 from eit.training import trainer as train_module
 from eit.training.setup import build_model, choose_trainable, settle
 from eit.training.trainer import make_optimizer, make_schedule, out_of_memory, train
-from eit.weights.load import Card, read_card, save_weights
+from eit.weights.card import Card
+from eit.weights.formats import save_weights
+from eit.weights.load import read_card
 from tests.conftest import TINY
 from tests.training.test_trainer import recipe, same, train_until_killed, weights
 

@@ -19,10 +19,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eit import __version__
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.compare import Comparison
 from eit.analysis.figures import FIGURES, figures
 from eit.analysis.findings import TABLES, TOKEN_TABLE, faults, mean_diversity, sentences, tables, token_table
-from eit.analysis.measured import Measured, curves
 from eit.analysis.panels import HEAT, Figure
 from eit.errors import printable
 from eit.files import write_file
@@ -188,19 +188,19 @@ def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str
     )
 
 
-def _names(measured: Sequence[Measured]) -> str:
+def _names(measured: Sequence[AnalyzedModel]) -> str:
     names = [one.name for one in curves(measured) if not one.is_initial]
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
-def _summary(one: Measured) -> list[str]:
+def _summary(one: AnalyzedModel) -> list[str]:
     """A row of the table of shares and diversities."""
-    blocks, heads = one.analysis.at("block"), one.analysis.attention
+    blocks, heads = one.analysis.layers_at("block"), one.analysis.attention
     return [
         one.name,
         f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
-        f"{100 * one.mean(lambda a: fmean(f.share for f in a.at('block'))):.1f}%",
-        f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.at('block'))):.1f}%",
+        f"{100 * one.mean(lambda a: fmean(f.share for f in a.layers_at('block'))):.1f}%",
+        f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.layers_at('block'))):.1f}%",
         f"{100 * blocks[0].noise_share:.1f}%",
         f"{one.mean(lambda a: fmean(layer.std for layer in a.attention)):.2f} px" if heads else "\N{EN DASH}",
         f"{mean_diversity(one):.2f}%" if heads else "\N{EN DASH}",
@@ -227,7 +227,7 @@ class _ImageRows:
     rows: list[tuple[str, list[_Tile]]]
 
 
-def _gallery(measured: Sequence[Measured]) -> list[_ImageRows]:
+def _gallery(measured: Sequence[AnalyzedModel]) -> list[_ImageRows]:
     """The images of models that all have pictures."""
     images = []
     largest = max(measured, key=lambda one: one.analysis.image_size, default=None)

@@ -40,8 +40,9 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.trainer import make_optimizer
-from eit.weights import load as checkpoint
-from eit.weights.load import SHIPPED, Card, default_class_names, default_mean_std, names_weights
+from eit.weights.card import Card
+from eit.weights.convert import default_class_names, default_mean_std
+from eit.weights.load import SHIPPED, load, names_weights
 
 MODES = ("infer", "train")
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -87,7 +88,7 @@ class Arm:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What was measured of an arm.
 
     Attributes:
@@ -122,7 +123,7 @@ class Record:
         about: date, machine, versions, options.
     """
 
-    rows: list[Measured]
+    rows: list[Measurement]
     peaks: dict[str, dict[str, list[float]]]
     left_out: list[str]
     about: dict[str, Any]
@@ -171,7 +172,7 @@ def bench(names: Sequence[str], options: Options) -> Record:
         if not steps:
             raise UserError(f"nothing to measure: {'; '.join(left_out)}")
         seconds, peaks = interleave(steps, options)
-        rows = [Measured(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
+        rows = [Measurement(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
         if options.memory and is_measurable(options.device):
             left_out += measure_memory(rows, files, options)
     record = Record(rows, peaks, left_out, about(options))
@@ -181,12 +182,12 @@ def bench(names: Sequence[str], options: Options) -> Record:
 
 def about(options: Options) -> dict[str, Any]:
     """Date, command, machine and versions of a record."""
-    found = environment(options.device)
+    facts = environment(options.device)
     for runtime in FORMATS:
         if importlib.util.find_spec(runtime):
-            found["packages"][runtime] = version(runtime)
+            facts["packages"][runtime] = version(runtime)
     given = dict(batch_size=options.batch_size, size=options.size, rounds=options.rounds, naive=options.naive)
-    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **found, **given)
+    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **facts, **given)
 
 
 # -- What is measured -------------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def open_model(name: str, size: int | None) -> Any:
     if exported.is_exported(name):
         raise UserError(f"{name} is an exported file: give the weights, and the runtimes by --runtime")
     if names_weights(name):
-        model: Any = checkpoint.load(name)
+        model: Any = load(name)
         if size is not None:
             check_size(model, size, model.card.size, name)
             model.card = model.card.model_copy(update=dict(size=size, resize=size))
@@ -473,7 +474,7 @@ def compare(record: Record) -> None:
         row.share = flops / median(row.seconds) / record.peak(row.arm.precision)
 
 
-def measure_memory(rows: Sequence[Measured], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
+def measure_memory(rows: Sequence[Measurement], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
     """Fill in the peak memory of rows of the whole batch, each in a process of its own; what could not be measured.
 
     Not of compiled ones: what the compiler leaves behind would count.

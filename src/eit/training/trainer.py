@@ -43,7 +43,9 @@ from eit.training.loss import Distillation, class_weights, make_criterion
 from eit.training.run_folder import Run, read_recipe, read_summary
 from eit.training.setup import build_model, choose_trainable, model_of_begun, settle
 from eit.training.step_reports import StepReports, from_host
-from eit.weights.load import Card, StateDict, default_mean_std, save_weights
+from eit.weights.card import Card
+from eit.weights.convert import default_mean_std
+from eit.weights.formats import StateDict, save_weights
 
 EARLY_SAVE = 60  # seconds: a longer epoch is saved before it is evaluated
 COMPILED_STEPS = 3  # of a process: torch.compile takes its time in them, and CUDA graphs are recorded
