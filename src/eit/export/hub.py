@@ -27,8 +27,8 @@ from eit.weights.formats import weights_bytes
 from eit.weights.load import HUB, SHIPPED, load, read_card
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
-BEST, FINAL = "best.safetensors", "final.safetensors"  # of a run folder
-PATHS = (  # keys of a recipe
+BEST, FINAL = "best.safetensors", "final.safetensors"  # in a run folder
+PATHS = (  # recipe keys
     "data.root",
     "data.train_split",
     "data.val_split",
@@ -126,7 +126,7 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
             api.upload_folder(repo_id=repo, folder_path=staging, commit_message=f"Upload by eit {__version__}")
         except UserError:
             raise
-        except Exception as error:  # of the hub, of its HTTP library, of the network
+        except Exception as error:  # from the hub, its HTTP library or the network
             raise UserError(f"--repo {repo}: {_line(error)}") from None
     return str(address)
 
@@ -214,7 +214,7 @@ def escape_markdown(text: object) -> str:
 
 
 def _data_name(data: dict[str, Any]) -> str | None:
-    """A data set of timm by its name; else the folder's, for what lies in it may be anyone's own."""
+    """The name of a data set of timm, otherwise that of the folder, whose content may be anything."""
     name = data.get("dataset") if "/" in str(data.get("dataset")) else data.get("root")
     return printable(str(name)) if name else None
 
