@@ -58,11 +58,11 @@ ROOMS = {
         {"groups", "panels"},
         {"accuracy_figures", "attention_figures", "frequency_figures", "token_figures"},
         {"figures"},
-        {"compare", "findings"},
+        {"compare", "findings", "tables"},
         {"report"},
     ],
     "export": [{"__init__", "exporter", "hub"}],
-    "benchmark": [{"__init__", "matmul_peak"}, {"bench"}],
+    "benchmark": [{"__init__", "matmul_peak", "naive"}, {"bench"}],
     "reproduce": [
         {"__init__", "experiment", "published"},
         {"runs", "commands"},

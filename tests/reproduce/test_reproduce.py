@@ -767,7 +767,7 @@ def test_weights_are_prepared_for_a_release(ran, tmp_path, monkeypatch):
     for cell, name in zip(first, ("digits-eit-seed-0", "digits-eit-seed-1", "digits-vit-seed-0"), strict=True):
         shutil.copytree(ran / "results" / "tiny" / "tiny" / name, cell.folder(results))
         (cell.folder(results) / "recipe.yaml").write_text(cell.recipe(results, {}).to_yaml())
-    command = [sys.executable, str(ROOT / "docs" / "release_weights.py"), str(tmp_path / "out"), str(results)]
+    command = [sys.executable, str(ROOT / "tools" / "release_weights.py"), str(tmp_path / "out"), str(results)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     name = "small-data-smoke-digits-eit"

@@ -22,8 +22,9 @@ from eit import __version__
 from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.compare import Comparison
 from eit.analysis.figures import FIGURES, figures
-from eit.analysis.findings import TABLES, TOKEN_TABLE, faults, mean_diversity, sentences, tables, token_table
+from eit.analysis.findings import TOKEN_TABLE, faults, mean_diversity, sentences, token_table
 from eit.analysis.panels import HEAT, Figure
+from eit.analysis.tables import TABLES, tables
 from eit.errors import printable
 from eit.files import write_file
 from eit.plots import save

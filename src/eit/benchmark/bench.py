@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eit.benchmark import matmul_peak
+from eit.benchmark.naive import make_naive
 from eit.config import load_recipe
 from eit.console import progress
 from eit.data.order import Plan
@@ -49,7 +50,6 @@ DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # of eit.export.exporter, that the runtimes read
 SECONDS = 0.3  # of one measurement, at least
-NAIVE = Path(__file__).parents[3] / "benchmarks" / "naive.py"  # of a source checkout
 RECIPE = "imagenet_mini"  # whose optimizer a training step has
 
 Step = Callable[[], Any]
@@ -237,10 +237,8 @@ def open_models(names: Sequence[str], options: Options) -> dict[str, Any]:
     if double := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"{double[0]} is given twice")
     models = {name: open_model(name, options.size) for name in names}
-    if options.naive:
-        load_naive()
-        if not any(isinstance(model, EIT) for model in models.values()):
-            raise UserError(f"--naive is of this package's models, not of {few(names)}")
+    if options.naive and not any(isinstance(model, EIT) for model in models.values()):
+        raise UserError(f"--naive is of this package's models, not of {few(names)}")
     return models
 
 
@@ -276,17 +274,6 @@ def open_model(name: str, size: int | None) -> Any:
     look: dict[str, Any] = dict(mean=mean, std=std, size=own, resize=own, interpolation="bicubic")
     model.card = Card(model=plain, arguments=arguments, classes=classes, **look)
     return model.eval()
-
-
-def load_naive() -> Callable[[EIT], EIT]:
-    """The function `naive` of benchmarks/naive.py."""
-    if not NAIVE.is_file():
-        raise UserError(f"--naive needs a source checkout of this package: there is no {NAIVE}")
-    spec = importlib.util.spec_from_file_location("naive", NAIVE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.naive
 
 
 def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, left_out: list[str]) -> list[Arm]:
@@ -372,7 +359,7 @@ def make_step(arm: Arm, model: Any, file: Path | None, device: torch.device) -> 
         run = exported.open_onnx(file) if arm.runtime == "onnxruntime" else _open_openvino(file, arm.precision)
         return lambda: run(x)
     if arm.naive:
-        network: nn.Module = load_naive()(model).to(device)
+        network: nn.Module = make_naive(model).to(device)
     else:
         network = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
     called: Any = torch.compile(network, dynamic=False) if arm.runtime == "compile" else network
