@@ -390,10 +390,7 @@ PUBLIC = {f"eit.{name}": f"eit.{module}.{name}" for name, module in eit._PUBLIC.
 PUBLIC |= {
     name: name
     for name in (
-        "eit.weights.card.Card",
-        "eit.inference.predict.predict",
         "eit.inference.predict.Prediction",
-        "eit.inference.evaluate.evaluate",
         "eit.inference.evaluate.Metrics",
     )
 }
