@@ -12,7 +12,7 @@ augmentation as in the recipe, on one process.
 Also measured: the milliseconds of each stage, how far the pixels of the crops are from timm's, and the share of a
 training step of the cifar10 recipe (32x32, batch 128, all cores) that its loader takes.
 
-Needs: pip install scikit-image simplejpeg
+Needs: pip install scikit-image
 """
 
 import json
@@ -28,6 +28,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -94,10 +95,10 @@ def of_timm(root: Path, count: int, prefetcher: bool, workers: int) -> Callable[
     return lambda epoch: iter(loader)
 
 
-def of_eit(root: Path, count: int, backend: str, repeats: int, workers: int) -> Callable[[int], Iterator[Any]]:
+def of_eit(root: Path, count: int, repeats: int, workers: int) -> Callable[[int], Iterator[Any]]:
     files = sorted(map(str, (root / "train").rglob("*.jpg")))
     files *= count // len(files)
-    words = [f"data.backend={backend}", f"data.workers={workers}", f"augment.repeats={repeats}"]
+    words = [f"data.workers={workers}", f"augment.repeats={repeats}"]
     recipe = load_recipe("imagenet_mini", words)
     plan = Plan(count, BATCH, 1, 1, repeats, 0)
     images = Images(["photo"], [0] * count, files, files)
@@ -121,11 +122,12 @@ def throughput(root: Path, size: str, rounds: int, workers: int) -> dict[str, An
     pipelines = {
         "timm create_loader": of_timm(root / size, count, True, workers),
         "timm create_loader, no prefetcher": of_timm(root / size, count, False, workers),
-        "eit, pillow": of_eit(root / size, count, "pillow", 1, workers),
-        "eit, simplejpeg": of_eit(root / size, count, "simplejpeg", 1, workers),
-        "eit, pillow, repeats=3": of_eit(root / size, count, "pillow", 3, workers),
-        "eit, simplejpeg, repeats=3": of_eit(root / size, count, "simplejpeg", 3, workers),
+        "eit, pillow": of_eit(root / size, count, 1, workers),
+        "eit, pillow, repeats=3": of_eit(root / size, count, 3, workers),
     }
+    with patch.dict(shear.FASTER, clear=True):
+        pipelines["eit, Pillow's shears"] = of_eit(root / size, count, 1, workers)
+        pipelines["eit, Pillow's shears, repeats=3"] = of_eit(root / size, count, 3, workers)
     found: dict[str, list[float]] = {name: [] for name in pipelines}
     for epoch in range(rounds + 1):
         for name, begin in pipelines.items():
@@ -152,17 +154,13 @@ def milliseconds(work: Callable[[], Any], rounds: int, inner: int) -> dict[str, 
 
 def stages(root: Path, rounds: int) -> dict[str, Any]:
     """Milliseconds of the stages at 500x375, with a crop of 300x300."""
-    import simplejpeg
-
     file = str(root / "500x375" / "train" / "photo" / "1.jpg")
-    data = Path(file).read_bytes()
     with Image.open(file) as image:
         crop = image.convert("RGB").crop((50, 20, 350, 320))
     pixels, small = to_pixels(crop), crop.resize((224, 224))
     given = dict(fillcolor=(124, 116, 104), resample=Image.Resampling.BICUBIC)
     works: dict[str, Callable[[], Any]] = {
         "decode, pillow": lambda: Image.open(file).load(),
-        "decode, simplejpeg": lambda: simplejpeg.decode_jpeg(data),
         "resize 300 to 224, pillow": lambda: crop.resize((224, 224), Image.Resampling.BICUBIC),
         "resize 300 to 224, torch": lambda: resized(pixels, 224, "bicubic"),
         "shear, pillow": lambda: auto_augment.shear_x(small, 0.27, **given),
@@ -185,24 +183,23 @@ def distances(root: Path) -> dict[str, Any]:
     """Mean difference of crops from timm's, in levels of 0 to 255, and what a shift of half a pixel makes."""
     table: dict[str, Any] = {}
     for size in SIZES:
-        for backend in ("pillow", "simplejpeg"):
-            crop = ResizedCrop(VIEW, (0.08, 1.0), (3 / 4, 4 / 3), backend)
-            mine, shifted = [], []
-            for seed in range(16):
-                file = str(root / size / "train" / "photo" / f"{seed % 8}.jpg")
-                with seeded(Stream.SAMPLE, seed):
-                    ours = Images([""], [0], [""], [file]).read(0, 3, lambda image, n, crop=crop: crop(image, n, {}))
-                with seeded(Stream.SAMPLE, seed), Image.open(file) as image:
-                    image = image.convert("RGB")
-                    box = RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-                    theirs = TF.resized_crop(image, *box, [224, 224], InterpolationMode.BICUBIC)
-                    top, left, h, w = box
-                    half = -w / 448 if left + w + w / 448 > image.width else w / 448
-                    moved = (max(left + half, 0), top, min(left + w + half, image.width), top + h)
-                    near = image.resize((224, 224), Image.Resampling.BICUBIC, moved)
-                for found, other in ((mine, ours), (shifted, near)):
-                    found.append(float(np.abs(np.asarray(other, dtype=float) - np.asarray(theirs)).mean()))
-            table[f"{size}, {backend}"] = dict(mean=round(np.mean(mine), 3), half_a_pixel=round(np.mean(shifted), 3))
+        crop = ResizedCrop(VIEW, (0.08, 1.0), (3 / 4, 4 / 3))
+        mine, shifted = [], []
+        for seed in range(16):
+            file = str(root / size / "train" / "photo" / f"{seed % 8}.jpg")
+            with seeded(Stream.SAMPLE, seed):
+                ours = Images([""], [0], [""], [file]).read(0, 3, lambda image, n, crop=crop: crop(image, n, {}))
+            with seeded(Stream.SAMPLE, seed), Image.open(file) as image:
+                image = image.convert("RGB")
+                box = RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+                theirs = TF.resized_crop(image, *box, [224, 224], InterpolationMode.BICUBIC)
+                top, left, h, w = box
+                half = -w / 448 if left + w + w / 448 > image.width else w / 448
+                moved = (max(left + half, 0), top, min(left + w + half, image.width), top + h)
+                near = image.resize((224, 224), Image.Resampling.BICUBIC, moved)
+            for found, other in ((mine, ours), (shifted, near)):
+                found.append(float(np.abs(np.asarray(other, dtype=float) - np.asarray(theirs)).mean()))
+        table[f"{size}, pillow"] = dict(mean=round(np.mean(mine), 3), half_a_pixel=round(np.mean(shifted), 3))
     print("\nmean difference of crops from timm's, levels of 255 (half a pixel's shift)")
     for name, row in table.items():
         print(f"  {name:36} {row['mean']:.3f} ({row['half_a_pixel']:.3f})")
@@ -254,7 +251,7 @@ def main(rounds: str = "5", out: str = "") -> None:
     random.seed(0)
     record = dict(date=str(date.today())) | environment(torch.device("cpu"))
     record["command"] = f"python benchmarks/loading.py {rounds} {out}".strip()
-    record["packages"] |= {name: version(name) for name in ("simplejpeg", "scikit-image")}
+    record["packages"]["scikit-image"] = version("scikit-image")
     record["figures"] = measure(int(rounds))
     if out:
         Path(out).write_text(json.dumps(record, indent=1) + "\n")

@@ -102,6 +102,7 @@ def test_overrides_and_files(tmp_path):
         ("lr=1", "unknown recipe key 'lr'; did you mean 'optim.lr'?"),
         ("model.num_classes=3", "unknown recipe key 'model.num_classes': the class count comes from the data"),
         ("model.img_size=3", "unknown recipe key 'model.img_size': set data.image_size"),
+        ("data.backend=pillow", "unknown recipe key 'data.backend': Pillow decodes all images"),
         ("train.epochs=many", "train.epochs=many: should be a valid integer"),
         ("train.epochs=0", "train.epochs=0: should be greater than or equal to 1"),
         ("train.epochs=2.5", "train.epochs=2.5: should be a valid integer"),
@@ -118,13 +119,13 @@ def test_overrides_and_files(tmp_path):
         ("train.deterministic=maybe", "train.deterministic=maybe: should be a valid boolean"),
         ("augment.hflip=2", "augment.hflip=2: should be less than or equal to 1"),
         ("train.warmup_epochs=60", "train.warmup_epochs=60 is not less than train.epochs=60"),
-        ("data.mean=[0.5,0.5]", "data.mean has 2 values: one for each of 3 channels, or one for all"),
+        ("data.mean=[0.5,0.5]", "data.mean has 2 values: give one for each of 3 channels"),
         ("name=../up", "name=../up: "),
         ("train.epochs=true", "train.epochs=True: should be a valid integer"),
         ("augment.crop_scale=[1.0,0.5]", "augment.crop_scale=[1.0, 0.5] is not a range from low to high"),
         ("augment.crop_scale=[0.5,30]", "augment.crop_scale=[0.5, 30.0] is not a range from low to high, at most 1"),
-        ("augment.crop_scale=[0.5,1]", "augment.pad_crop=1 has no part beside augment.crop_scale"),
-        ("augment.simple_crop=true", "augment.pad_crop=1 has no part beside augment.simple_crop"),
+        ("augment.crop_scale=[0.5,1]", "augment.pad_crop=1 cannot be combined with augment.crop_scale"),
+        ("augment.simple_crop=true", "augment.pad_crop=1 cannot be combined with augment.simple_crop"),
         ("loss.name=focal", "loss.name=focal: should be 'cross_entropy' or 'bce'"),
         ("loss.class_weights=even", "loss.class_weights=even: "),
         (
@@ -136,13 +137,13 @@ def test_overrides_and_files(tmp_path):
             "optim.freeze=patch_embed",
             "optim.freeze=patch_embed: should be a valid tuple, such as [patch_embed, blocks.0]",
         ),
-        ("loss.teacher_size=32", "loss.teacher_size has no part without loss.teacher"),
-        ("loss.tau=2", "loss.tau has no part without loss.teacher"),
-        ("model.reset_head=true", "model.reset_head=true has no part without model.pretrained"),
+        ("loss.teacher_size=32", "loss.teacher_size needs loss.teacher"),
+        ("loss.tau=2", "loss.tau needs loss.teacher"),
+        ("model.reset_head=true", "model.reset_head=true needs model.pretrained"),
         ("loss.alpha=2", "loss.alpha=2: should be less than or equal to 1"),
         ("optim.layer_decay=0", "optim.layer_decay=0: should be greater than 0"),
         ("optim.trainable=mlp", "optim.trainable=mlp: should be 'all', 'attention' or 'head'"),
-        ("data.download=true", "data.download=true needs data.dataset, what to fetch"),
+        ("data.download=true", "data.download=true needs data.dataset, the data set to download"),
         ("data.crop_ratio=0.01", "data.crop_ratio=0.01: should be greater than or equal to 0.1"),
         ("optim.lr=1e38", "optim.lr=1e38: should be less than or equal to 1000000"),
         ("model.depth=1000000000", "model.depth=1000000000: should be less than or equal to 1000"),
@@ -186,7 +187,7 @@ def test_policies_exclude_each_other():
         with pytest.raises(UserError, match="exclude each other"):
             load_recipe("digits", [f"augment.{one}", f"augment.{other}"])
         if "three" not in one:
-            with pytest.raises(UserError, match="augment.color_jitter has no part beside augment."):
+            with pytest.raises(UserError, match="augment.color_jitter cannot be combined with augment."):
                 load_recipe("digits", [f"augment.{one}", "augment.color_jitter=0.3"])
     assert load_recipe("digits", ["augment.three_augment=true", "augment.color_jitter=0.3"]).augment.policy
 
@@ -269,3 +270,15 @@ def test_precision_and_determinism_change_the_result():
     plain, other = load_recipe("digits"), load_recipe("digits", ["train.precision=tf32", "train.deterministic=true"])
     assert (plain.train.precision, plain.train.deterministic) == ("fp32", False)
     assert differences(plain, other) == ["train.precision: fp32 -> tf32", "train.deterministic: False -> True"]
+
+
+@pytest.mark.parametrize("backend", ["pillow", "simplejpeg"])
+def test_an_older_recipe_that_names_a_decoder_is_read(tmp_path, backend):
+    values = yaml.safe_load(load_recipe("digits").to_yaml())
+    values["data"]["backend"] = backend
+    assert parse_recipe(values) == load_recipe("digits")  # as weights record it
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe("digits")
+    values["data"]["backend"] = "cv2"
+    with pytest.raises(UserError, match=r"unknown recipe key 'data\.backend': Pillow"):
+        parse_recipe(values)

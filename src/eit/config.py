@@ -1,4 +1,4 @@
-"""Recipes: what a run is, as data. A YAML file (a shipped name or a path) plus `key=value` overrides."""
+"""Recipes: the settings of a run, from an included recipe or a YAML file, plus `key=value` overrides."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from eit.errors import UserError, nearest
+from eit.errors import UserError, nearest, shorten
 
 try:
     from yaml import CSafeLoader as SafeLoader  # ten times as fast, where libyaml is there
@@ -27,7 +27,7 @@ except ImportError:
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Whole = Annotated[int, Field(strict=True)]  # strict: true is not 1
+Whole = Annotated[int, Field(strict=True)]  # strict: `true` is not 1
 Count = Annotated[Whole, Field(ge=1, le=2**31)]
 Channels = Annotated[Whole, Field(ge=1, le=65536)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -41,7 +41,7 @@ def _compile_mode(value: Any) -> Any:
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """A model's name -> the name of its size, and its family where the name says one: eit_mini, eit_plus."""
+    """A model's name -> the name of its size, and the family if the name has one: eit_mini, eit_plus."""
     size = name.removeprefix("eit_plus_")
     return (name, None) if size == name else (f"eit_{size}", "eit_plus")
 
@@ -52,60 +52,60 @@ class Section(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         coerce_numbers_to_str=True,
-        use_attribute_docstrings=True,  # the line below a key is what `eit recipes show` says of it
+        use_attribute_docstrings=True,  # `eit recipes show` prints the line below a key
     )
 
 
 class Model(Section):
-    """A name of the zoo, a family, and any argument of `eit.EIT`; null keeps the variant's or the family's own.
+    """A registered model, a family, and any argument of `eit.EIT`; null: the default of the model or the family.
 
-    The name eit_plus_mini is short for eit_mini with family=eit_plus, which the section then has.
+    The name eit_plus_mini is short for eit_mini with family=eit_plus, and is stored like that.
     """
 
     name: str = "eit_mini"
     """a model of `eit models`, or timm/NAME"""
     family: Literal["eit", "eit_plus", "lsra", "lite", "vit"] = "eit"
-    """preset of schedule, convolution's branch, class-token path, stem and position embedding"""
+    """preset of schedule, convolution branch, class-token path, stem and position embedding"""
     pretrained: bool | str | None = None
-    """weights to start from: a file, a run folder, a shipped name; true: those that timm downloads for timm/NAME"""
+    """weights to start from: a file, a run folder or an included name; true: timm's download for timm/NAME"""
     reset_head: bool = False
-    """a new head, where the weights are of other classes"""
+    """use a new head, for weights that were trained on other classes"""
     kernel_size: Channels | None = None
-    """stem: of the convolution"""
+    """kernel size of the stem's convolution"""
     stride: Channels | None = None
-    """stem: of the convolution"""
+    """stride of the stem's convolution"""
     pool_size: Channels | None = None
-    """stem: of the max-pool"""
+    """kernel size and stride of the stem's max-pool"""
     in_chans: Channels | None = None
-    """1 reads images as grey; null: 3"""
+    """input channels; 1: images are read as grey; null: 3"""
     embed_dim: Channels | None = None
-    """width"""
+    """embedding width"""
     depth: Annotated[Whole, Field(ge=1, le=1000)] | None = None
-    """layers"""
+    """number of layers"""
     num_heads: Channels | None = None
     """attention heads of each layer"""
     schedule: str | tuple[Whole, ...] | None = None
     """attention channels of each layer: eit, increasing, lsra, vit, or a list of ints"""
     cls_conv: Literal["identity", "zero", "mean"] | None = None
-    """what the class token has in place of the convolution: its own channels (the paper), zero, or the grid's mean"""
+    """the class token's update in place of the convolution: its own channels (the paper), zero, or the grid's mean"""
     conv_branch: Literal["depthwise", "gated"] | None = None
     """a 3x3 convolution alone (the paper), or one between linear layers with a GLU (Lite Transformer)"""
     stem: Literal["conv_pool", "patch"] | None = None
     """overlapping patches of EIT, or patches of ViT"""
     patch_size: Channels | None = None
-    """of the stem `patch`"""
+    """patch size of the stem `patch`"""
     pos_embed: Literal["none", "learned"] | None = None
     """position embedding"""
     representation_size: Channels | None = None
     """width of a Linear + tanh before the head; null: none"""
     mlp_ratio: Positive | None = None
-    """hidden channels of the MLP, in widths"""
+    """hidden width of the MLP, relative to embed_dim"""
     qkv_bias: bool | None = None
     """whether queries, keys and values have a bias"""
     init_std: Positive | None = None
     """standard deviation of the linear layers' initial values; null: 0.01, as published"""
     global_pool: Literal["token", "avg", "max", "avgmax"] | None = None
-    """what the head reads: the class token, or the mean, the maximum, or the mean of both, over the grid"""
+    """input of the head: the class token, or the grid's mean, maximum, or the mean of both"""
     drop_rate: Rate | None = None
     """dropout before the head"""
     pos_drop_rate: Rate | None = None
@@ -144,41 +144,47 @@ class Data(Section):
     dataset: str | None = None
     """a name of timm.data.create_dataset (wds/, hfds/, tfds/, torch/ ...), or what data.download fetches"""
     download: bool = False
-    """fetch data.dataset into data.root first, where it is not there"""
+    """download data.dataset into data.root if it is not there"""
     train_split: str = "train"
-    """of a data set of timm"""
+    """training split of a data set of timm"""
     val_split: str = "validation"
-    """of a data set of timm"""
+    """validation split of a data set of timm"""
     input_key: str | None = None
     """column of the images in a data set of timm; null: image (jpg, png or webp in shards)"""
     target_key: str | None = None
     """column of the labels in a data set of timm; null: label (cls in shards)"""
     classes: Count | str | None = None
-    """number of classes, or a file with a name a line, for a data set of timm that does not say"""
+    """number of classes, or a file with one class name per line, for a data set of timm that has none"""
     image_size: Count = 224
     """pixels of the model's square input"""
     batch_size: Count = 64
-    """images of a process and micro-batch"""
+    """images per process and micro-batch"""
     workers: Annotated[Whole, Field(ge=0)] | None = None
-    """loader processes; null: one for each core that the process may use, at most 16"""
+    """loader processes; null: one per core that the process may use, at most 16"""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """of train/ to hold out when there is no val/"""
+    """share of train/ held out for validation if there is no val/"""
     cache: bool | None = None
     """hold images as uint8 in memory and augment in batches; null: up to 64x64, if they fit"""
     crop_ratio: Annotated[float, Field(ge=0.1, le=1)] = 1.0
-    """evaluation: centre crop's share of the resized image"""
+    """evaluation: size of the centre crop relative to the resized image"""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """of resizing"""
-    backend: Literal["pillow", "simplejpeg"] = "pillow"
-    """decoder of JPEGs in training; simplejpeg needs: pip install 'eit[jpeg]'"""
+    """interpolation of resizing"""
     mean: tuple[float, ...] | None = None
-    """of pixels in 0..1, a value a channel or one for all; null: ImageNet's, or 0.5 for grey images"""
+    """mean of pixels in 0..1, one value per channel or one for all; null: ImageNet's, or 0.5 for grey images"""
     std: tuple[Positive, ...] | None = None
-    """of pixels in 0..1, a value a channel or one for all; null: ImageNet's, or 0.5 for grey images"""
+    """standard deviation of pixels in 0..1, like data.mean"""
     bad_image_budget: Probability = 0.001
     """share of training images that may be unreadable"""
     max_pixels: Count = 89_478_485
-    """an image with more is refused before it is decoded"""
+    """images with more pixels are refused before they are decoded"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_backend(cls, values: Any) -> Any:
+        """Drop a key of older recipes: the decoder of JPEGs, which gave the same pixels."""
+        if isinstance(values, dict) and values.get("backend") in ("pillow", "simplejpeg"):
+            return {key: value for key, value in values.items() if key != "backend"}
+        return values
 
 
 class Augment(Section):
@@ -191,7 +197,7 @@ class Augment(Section):
     pad_crop: Annotated[Whole, Field(ge=0)] = 0
     """pixels of zero padding before a random crop"""
     hflip: Probability = 0.0
-    """probability of a mirror image"""
+    """probability of a horizontal flip"""
     rand_augment: str | None = None
     """RandAugment, a policy of timm such as rand-m9-mstd0.5-inc1"""
     auto_augment: str | None = None
@@ -199,7 +205,7 @@ class Augment(Section):
     augmix: str | None = None
     """AugMix, a policy of timm such as augmix-m5-w4-d2"""
     three_augment: bool = False
-    """3-Augment (DeiT III): grey, solarised or blurred; with color_jitter=0.3 and hflip=0.5 there"""
+    """3-Augment (DeiT III): grey, solarised or blurred; DeiT III adds color_jitter=0.3 and hflip=0.5"""
     color_jitter: NotNegative = 0.0
     """range of brightness, contrast and saturation"""
     erasing: Probability = 0.0
@@ -211,15 +217,15 @@ class Augment(Section):
     mixup_prob: Probability = 1.0
     """share of batches that are mixed"""
     mixup_switch_prob: Probability = 0.5
-    """share of cutmix where both are on"""
+    """share of cutmix if both are on"""
     smoothing: Rate = 0.0
     """label smoothing"""
     repeats: Count = 1
-    """repeated augmentation: copies of an image in a global batch"""
+    """repeated augmentation: copies of each image in a global batch"""
 
     @property
     def policy(self) -> tuple[str, str] | None:
-        """(key, policy of timm) of what is on."""
+        """(key, policy of timm) of the policy that is on."""
         chosen = [(k, getattr(self, k)) for k in ("rand_augment", "auto_augment", "augmix") if getattr(self, k)]
         chosen += [("three_augment", "3a")] if self.three_augment else []
         if len(chosen) > 1:
@@ -228,7 +234,7 @@ class Augment(Section):
 
     @property
     def by_image(self) -> bool:
-        """Whether something works image by image, so that batches cannot be augmented as a whole."""
+        """Whether a setting needs single images, so that whole batches cannot be augmented at once."""
         return bool(self.crop_scale or self.simple_crop or self.policy or self.color_jitter)
 
 
@@ -244,36 +250,36 @@ class Optim(Section):
     warmup_lr: NotNegative = 1e-6
     """rate at the start of the warm-up"""
     weight_decay: NotNegative = 0.05
-    """of all but norms, biases, class token and position embedding"""
+    """weight decay, of all parameters but norms, biases, class token and position embedding"""
     betas: tuple[Rate, Rate] = (0.9, 0.999)
-    """of Adam's moving averages"""
+    """decay rates of Adam's moving averages"""
     eps: Positive = 1e-8
-    """of Adam's denominator"""
+    """constant in Adam's denominator"""
     clip_grad: Positive | None = None
     """largest norm of the gradient"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """fine-tuning: each layer's rate is this times the next one's; null: one rate"""
+    """fine-tuning: each layer's rate is that of the next layer times this; null: one rate"""
     trainable: Literal["all", "attention", "head"] = "all"
-    """what learns: all, attention layers (with head and position embedding), or the head alone"""
+    """parameters to train: all, attention (with head and position embedding), or only the head"""
     freeze: tuple[str, ...] = ()
-    """parts that do not learn, by the start of their names: [patch_embed, blocks.0]"""
+    """parameters not to train, by the start of their names: [patch_embed, blocks.0]"""
 
 
 class Loss(Section):
     name: Literal["cross_entropy", "bce"] = "cross_entropy"
-    """bce: a binary cross-entropy for each class, 1 for the image's classes and 0 for all others"""
+    """bce: a binary cross-entropy per class, with target 1 for the image's classes and 0 for the others"""
     class_weights: Literal["balanced"] | dict[str, NotNegative] | None = None
-    """weight of a class by its name, or balanced: images / (classes * images of the class)"""
+    """weight of each class by its name, or balanced: images / (classes * images of the class)"""
     teacher: str | None = None
-    """distillation: weights of this package (a file, a run folder, a shipped name), or timm/NAME"""
+    """distillation: weights of this package (a file, a run folder or an included name), or timm/NAME"""
     teacher_weights: str | None = None
-    """weights file of a teacher timm/NAME; null: those that timm downloads"""
+    """weights file of a teacher timm/NAME; null: timm's download"""
     teacher_size: Count | None = None
-    """pixels of the teacher's input; null: its own"""
+    """pixels of the teacher's input; null: the teacher's default"""
     distillation: Literal["soft", "hard"] = "soft"
-    """the student follows the teacher's probabilities, or its first class"""
+    """the student's target: the teacher's probabilities, or its most likely class"""
     alpha: Probability = 0.5
-    """share of the teacher in the loss"""
+    """weight of the teacher in the loss"""
     tau: Positive = 1.0
     """temperature of soft distillation"""
 
@@ -282,34 +288,34 @@ class Train(Section):
     epochs: Count = 300
     """passes over the training images"""
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
-    """in which the rate rises linearly"""
+    """epochs in which the learning rate rises linearly"""
     device: str = "auto"
     """auto, cpu, mps, cuda or cuda:N"""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; weights stay fp32. auto: bf16 on a GPU that has it, else fp32"""
+    """precision of the forward pass; weights stay fp32; auto: bf16 on a GPU that has it, otherwise fp32"""
     accumulate: Count = 1
-    """micro-batches a step"""
+    """micro-batches per step"""
     ema_decay: Rate | None = None
-    """moving average of the weights, evaluated too; null: off"""
+    """decay of the moving average of the weights, which is evaluated too; null: off"""
     save_every: Annotated[Whole, Field(ge=0)] = 0
-    """steps between checkpoints inside an epoch; 0: each epoch only"""
+    """steps between checkpoints within an epoch; 0: only after each epoch"""
     save_minutes: Positive | None = None
-    """minutes between checkpoints inside an epoch; null: by steps and epochs alone"""
+    """minutes between checkpoints within an epoch; null: no limit in time"""
     compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)] = (
         "off"
     )
     """mode of torch.compile; true: default"""
     deterministic: bool = False
-    """on CUDA, the same weights to the bit each time, at some cost in speed; on the CPU they always are"""
+    """bit-identical results on CUDA, at some cost in speed; on the CPU results always are"""
     max_steps: Count | None = None
-    """end there, whatever the epochs say"""
+    """stop after this many steps; null: after the last epoch"""
 
 
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "custom"
-    """of the run folder"""
+    """name of the run folder"""
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
-    """of everything random"""
+    """seed of all random numbers"""
     out: str | None = None
     """run folder; null: runs/NAME"""
     model: Model = Model()
@@ -328,7 +334,7 @@ class Recipe(Section):
         for key in ("mean", "std"):
             given = getattr(self.data, key)
             if given is not None and len(given) not in (1, 3):
-                raise ValueError(f"data.{key} has {len(given)} values: one for each of 3 channels, or one for all")
+                raise ValueError(f"data.{key} has {len(given)} values: give one for each of 3 channels, or one for all")
         a = self.augment
         for key, most in (("crop_scale", 1.0), ("crop_aspect", 1e6)):
             pair = getattr(a, key)
@@ -337,19 +343,19 @@ class Recipe(Section):
         crops = [key for key in ("crop_scale", "simple_crop", "pad_crop") if getattr(a, key)]
         if len(crops) > 1:
             last = f"augment.{crops[1]}={getattr(a, crops[1])}"
-            raise ValueError(f"{last} has no part beside augment.{crops[0]}: set one of them to 0 or null")
+            raise ValueError(f"{last} cannot be combined with augment.{crops[0]}: set one of them to 0 or null")
         if a.policy and a.color_jitter and not a.three_augment:
             raise ValueError(
-                f"augment.color_jitter has no part beside augment.{a.policy[0]}: set one of them to 0 or null"
+                f"augment.color_jitter cannot be combined with augment.{a.policy[0]}: set one of them to 0 or null"
             )
         for key, field in Loss.model_fields.items():
             of_teacher = key not in ("name", "class_weights", "teacher")
             if of_teacher and self.loss.teacher is None and getattr(self.loss, key) != field.default:
-                raise ValueError(f"loss.{key} has no part without loss.teacher")
+                raise ValueError(f"loss.{key} needs loss.teacher")
         if self.model.reset_head and not self.model.pretrained:
-            raise ValueError("model.reset_head=true has no part without model.pretrained: the head is new anyway")
+            raise ValueError("model.reset_head=true needs model.pretrained: without it the head is new anyway")
         if self.data.download and self.data.dataset is None:
-            raise ValueError("data.download=true needs data.dataset, what to fetch, such as cifar10")
+            raise ValueError("data.download=true needs data.dataset, the data set to download, such as cifar10")
         return self
 
     def run_folder(self) -> Path:
@@ -359,7 +365,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=False)
 
     def explained(self) -> str:
-        """The resolved recipe as YAML, with a line on each key."""
+        """The resolved recipe as YAML, with a comment on each key."""
         return "\n".join(_explained(self))
 
 
@@ -373,7 +379,7 @@ def _explained(section: Section, indent: str = "") -> Iterable[str]:
             yield f"{indent}{name}: {_flow(value)}".ljust(42) + f"  # {field.description}"
 
 
-# A run may be continued with other values of these: they change no result. The cut of the global batch into processes
+# A run may be resumed with other values of these keys: they change no result. Splitting the global batch into processes
 # and micro-batches changes rounding, mixup's pairs and dropout, but neither the batch nor the order of the images.
 FREE_KEYS = {
     *("out", "data.root", "data.download", "data.workers", "data.bad_image_budget"),
@@ -392,11 +398,12 @@ _HINTS = {
     "model.num_classes": "the class count comes from the data",
     "model.img_size": "set data.image_size",
     "data.num_classes": "the class count comes from the data",
+    "data.backend": "Pillow decodes all images",
 }
 
 
 def recipe_names() -> list[str]:
-    """Shipped recipes, smallest first."""
+    """Included recipes, smallest first."""
     order = ["digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"]
     order += [f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")]
     names = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
@@ -404,7 +411,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_header(name: str) -> str:
-    """The comment at the top of a shipped recipe: command, cost, expected figure."""
+    """The comment at the top of an included recipe: command, cost, expected accuracy."""
     lines = []
     for line in _shipped(name).splitlines():
         if not line.startswith("#"):
@@ -418,7 +425,7 @@ def _shipped(name: str) -> str:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe or a YAML file, with `key=value` overrides.
+    """An included recipe or a YAML file, with `key=value` overrides.
 
     Raises:
         UserError: no such recipe, unknown key, wrong type or impossible value, in one line.
@@ -436,7 +443,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(f"cannot read recipe {name_or_path}: {_reason(error)}") from None
     else:
         if Path(name_or_path).is_file():
-            raise UserError(f"{name_or_path} is no recipe: a recipe file ends in .yaml")
+            raise UserError(f"{name_or_path} is not a recipe: the name of a recipe file ends in .yaml")
         known = ", ".join(recipe_names())
         raise UserError(
             f"unknown recipe {name_or_path!r}{nearest(name_or_path, recipe_names())} (known: {known}, or a PATH.yaml)"
@@ -445,7 +452,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _UniqueKeys(SafeLoader):
-    """A safe loader that refuses a key given twice, of which YAML would silently drop one."""
+    """A safe loader that refuses duplicate keys, of which YAML would silently drop one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -455,11 +462,11 @@ class _UniqueKeys(SafeLoader):
 
 
 def parse_yaml(text: str, source: str, kind: str = "a recipe: sections such as model: and data:") -> dict[str, Any]:
-    """The mapping in a file that is `kind`: what it is, and what is expected in it."""
+    """The mapping in a YAML file. `kind` completes the error message: what the file is, and what it should contain."""
     try:
         values = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise UserError(f"{source} is not plain YAML: {_one_line(error)}") from None
+        raise UserError(f"{source} is not plain YAML: {shorten(str(error), 60)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source} is not {kind} are expected")
     sections = {key.partition(".")[0] for key in recipe_keys() if "." in key}
@@ -467,7 +474,7 @@ def parse_yaml(text: str, source: str, kind: str = "a recipe: sections such as m
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
-    """Checked values, or one line that names the key, what was given and what is allowed."""
+    """A recipe from unchecked values; a UserError names the key, the value and what is allowed."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -475,7 +482,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def parse_overrides(words: Sequence[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`key=value` words, put into `values` if given."""
+    """Parse `key=value` words, into `values` if given."""
     values = {} if values is None else values
     for word in words:
         _apply(values, word)
@@ -507,13 +514,13 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
-    """The `key=value` words, as a shell takes them, that make `new` of `old`."""
+    """The `key=value` words, quoted for a shell, that turn `old` into `new`."""
     before = dict(_leaves(old))
     return [shlex.quote(f"{k}={_flow(v)}") for k, v in _leaves(new) if before[k] != v]
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML in a line."""
+    """A value as YAML in one line."""
     plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump([plain], default_flow_style=True, width=10**6).strip()[1:-1]
 
@@ -522,6 +529,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not key=value, such as train.epochs=10")
+    if key == "data.backend":  # allowed only in older recipe files
+        raise UserError(f"unknown recipe key {key!r}: {_HINTS[key]}")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
@@ -535,7 +544,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
-    """All keys that a recipe can have: name, model.depth ..."""
+    """All keys that a recipe can have: name, model.depth and so on."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from recipe_keys(field.annotation, f"{name}.")
@@ -545,7 +554,7 @@ def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable
 
 def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     errors = error.errors()
-    # Of the members of a union, the one that went deepest: {cat: -1} is no "balanced", but a dictionary nearly
+    # Of a union's members, report the deepest error: {cat: -1} is meant as a dictionary, not as "balanced"
     first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(e["loc"]))
     known = list(recipe_keys(section))
     # A union reports its members one by one: (..., "int"), (..., "tuple[int, ...]"); the key is the longest known part.
@@ -556,11 +565,11 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
         return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
     message += f", such as {_SUCH[key]}" if key in _SUCH else ""
-    return f"{key}={_short(first['input'])}: {message}" if key else message
+    return f"{key}={shorten(str(first['input']), 60)}: {message}" if key else message
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """The known key that is meant: by its whole name, or by its last part."""
+    """A hint at the known key with the same last part, or with a similar name."""
     by_last = {k.rpartition(".")[2]: k for k in known}
     last = key.rpartition(".")[2]
     return f"; did you mean {by_last[last]!r}?" if last in by_last else nearest(key, known)
@@ -575,14 +584,5 @@ def _leaves(section: BaseModel, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: Exception) -> str:
-    return _short(str(error))
-
-
 def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else _one_line(error)
+    return error.strerror or str(error) if isinstance(error, OSError) else shorten(str(error), 60)

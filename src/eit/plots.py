@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eit.errors import UserError, printable
+from eit.errors import UserError, shorten
 
 PICTURES = (".png", ".pdf", ".svg")
 
 
 def curves(lines: Sequence[dict[str, Any]], file: Path) -> None:
-    """Loss and top-1 over the epochs, from the lines of a run's log."""
+    """Loss and top-1 by epoch, from the lines of a run's log."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), dpi=100)
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.14, top=0.9, wspace=0.15)  # a solver costs 0.1 s an epoch
+    figure.subplots_adjust(
+        left=0.06, right=0.98, bottom=0.14, top=0.9, wspace=0.15
+    )  # a layout solver would cost 0.1 s per epoch
     left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] + 1 for line in lines]
     series = [
@@ -53,9 +55,11 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Pat
     shares = table / np.maximum(totals, 1)
     n = len(classes)
     inches = max(2.4, 0.5 * n) if n <= 20 else max(8, 0.24 * n) if n <= 40 else 7.5
-    figure = Figure(figsize=(inches + 2.4, inches + 1.6), dpi=min(max(100, n // 6), 400))  # a pixel a class or more
+    figure = Figure(
+        figsize=(inches + 2.4, inches + 1.6), dpi=min(max(100, n // 6), 400)
+    )  # at least one pixel per class
     axis = figure.subplots()
-    # With the root, confusions of a few percent can be told from none.
+    # The square root makes confusions of a few percent visible.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="none" if n <= 40 else "nearest")
     axis.set_xlabel("prediction")
     axis.set_ylabel("truth")
@@ -72,7 +76,7 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Pat
         axis.set_yticks(range(n), names, parse_math=False)
         axis.tick_params(length=0, labelsize="small")
     if n <= 20:
-        size = min(9.0, 36 / (0.65 * len(str(table.max()))))  # points: 36 wide is a cell
+        size = min(9.0, 36 / (0.65 * len(str(table.max()))))  # points; a cell is 36 wide
         for (row, column), count in np.ndenumerate(table):
             colour = "white" if shares[row, column] > 0.4 else "black" if count else "#bbbbbb"
             axis.text(column, row, str(count), ha="center", va="center", fontsize=size, color=colour)
@@ -87,7 +91,7 @@ class Tile(NamedTuple):
 
 
 def grid(sections: Sequence[tuple[str, Sequence[Tile]]], file: Path, columns: int = 8) -> None:
-    """Images in rows, each section under its title."""
+    """Images in rows, in sections with titles."""
     from matplotlib.figure import Figure
 
     rows = [-(-len(tiles) // columns) for _, tiles in sections]
@@ -196,14 +200,16 @@ class Panel(NamedTuple):
 
 
 def bars(panels: Sequence[Panel], file: Path) -> None:
-    """Horizontal bars, a panel below the other: whiskers from least to most, a note behind each."""
+    """Horizontal bars in panels, one below another, with whiskers from least to most and a note for each bar."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     every = [bar for panel in panels for bar in panel.bars]
     groups = list(dict.fromkeys(bar.group for bar in every))
     colours = {group: colormaps["tab10"](i % 10) for i, group in enumerate(groups)}
-    rows = sum(len(panel.bars) + 2.2 for panel in panels)  # the title and the axis of each take as much as two bars
+    rows = sum(
+        len(panel.bars) + 2.2 for panel in panels
+    )  # the title and the axis of a panel need the height of two bars
     names = {bar: shorten(f"{bar.group}  {bar.label}", 48) for bar in every}
     width, margin = 10.0, 0.2 + 0.066 * max(map(len, names.values()))  # inches
     figure = Figure(figsize=(width, 0.27 * rows), dpi=110)
@@ -228,20 +234,14 @@ def bars(panels: Sequence[Panel], file: Path) -> None:
     save(figure, file)
 
 
-def shorten(name: str, width: int) -> str:
-    """`name` in one line of at most `width` characters, all of which can be shown."""
-    line = printable(" ".join(name.split()))
-    return line if len(line) <= width else line[: width - 3] + "..."
-
-
 def save(figure: Any, file: Path, **options: Any) -> None:
-    """Write the picture whole or not at all; the name's ending says what it is."""
+    """Write the picture whole or not at all; the suffix chooses the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     temporary = file.with_name(f".{file.name}")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box is drawn instead
         try:
             figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
             os.replace(temporary, file)

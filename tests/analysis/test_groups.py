@@ -201,7 +201,7 @@ def test_the_numbers_as_json_say_what_is_wrong(world):
     ]
     assert [float(r["image_share"]) for r in rows] == model["class_token_share"]
     page = (world / "one" / "report.html").read_text()
-    assert page.index("First of all") < page.index("In words") and "the class token hardly depends" in page
+    assert page.index("Warnings") < page.index("Findings") and "the class token hardly depends" in page
     assert "paired" not in {file.stem for file in (world / "one" / "csv").iterdir()}
 
 

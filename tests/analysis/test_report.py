@@ -184,7 +184,7 @@ def test_families_of_the_zoo_are_analysed_at_initial_values():
 def test_the_views_of_other_libraries_are_theirs():
     (subject,) = open_subjects(["timm/vit_tiny_patch16_224"])
     assert (subject.view.size, subject.view.resize, subject.view.mean[0]) == (224, 248, 0.5)
-    with pytest.raises(UserError, match="takes 224 pixels alone"):
+    with pytest.raises(UserError, match="takes only 224 pixels"):
         list(open_subjects(["timm/vit_tiny_patch16_224"], size=64))
 
 

@@ -231,14 +231,6 @@ def test_a_cache_cannot_have_policies_that_work_image_by_image(folder):
         train_loader(images, VIEW, plan(), Data(cache=True), STREAMED, CPU)
 
 
-@pytest.mark.parametrize("augment", [Augment(pad_crop=1), Augment(simple_crop=True)])
-@pytest.mark.parametrize("cache", [None, False])
-def test_a_backend_that_would_not_be_used_is_one_line(folder, augment, cache):
-    images, _ = open_data(Data(root=str(folder)))
-    with pytest.raises(UserError, match="data.backend=simplejpeg .* of image files: augment.crop_scale is not set"):
-        train_loader(images, VIEW, plan(), Data(cache=cache, backend="simplejpeg"), augment, CPU)
-
-
 @pytest.mark.parametrize("cache", [True, False])
 def test_unreadable_training_images_are_named_and_budgeted(folder, capsys, cache):
     (folder / "train" / "digit1" / "003.png").write_bytes(b"nothing")

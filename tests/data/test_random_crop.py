@@ -1,8 +1,5 @@
 """The training pipeline against timm's: same draws, same boxes, pixels within rounding."""
 
-import sys
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
@@ -21,9 +18,7 @@ from eit.data.images import Images, Normaliser, UnreadableImage, View, normalise
 from eit.data.loaders import train_loader
 from eit.data.order import Plan
 from eit.data.random_crop import ResizedCrop
-from eit.errors import UserError
 from eit.randomness import Stream, seeded
-from tests.conftest import require
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEW = View(64, 64, "bicubic", MEAN, STD)
@@ -40,13 +35,8 @@ def photo(tmp_path_factory):
     return file
 
 
-def require_backend(name):
-    there = name == "pillow" or find_spec(name) is not None
-    require(there, f"{name} is not installed: pip install 'eit[jpeg]'")
-
-
-def opened(file, view=VIEW, backend="pillow", channels=3, ranges=RANGES, seed=0):
-    crop = ResizedCrop(view, *ranges, backend)
+def opened(file, view=VIEW, channels=3, ranges=RANGES, seed=0):
+    crop = ResizedCrop(view, *ranges)
     images = Images(["a"], [0], ["china"], [str(file)])
     with seeded(Stream.SAMPLE, seed):
         return images.read(0, channels, lambda image, channels: crop(image, channels, {}))
@@ -112,10 +102,8 @@ def test_a_scaled_jpeg_gives_the_same_crop_and_is_never_smaller_than_the_output(
     assert np.mean(apart) < np.mean(shifted) / 2 and np.mean(apart) < 2.5
 
 
-@pytest.mark.parametrize("backend", ["pillow", "simplejpeg"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_an_image_on_its_side_is_cropped_upright_and_as_timm_crops_it(tmp_path, orientation, backend):
-    require_backend(backend)
+def test_an_image_on_its_side_is_cropped_upright_and_as_timm_crops_it(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     PHOTO.save(tmp_path / "a.jpg", quality=95, exif=exif)
@@ -124,30 +112,26 @@ def test_an_image_on_its_side_is_cropped_upright_and_as_timm_crops_it(tmp_path, 
     upright.save(tmp_path / "a.png")
     for seed in range(3):
         expected = of_timm(tmp_path / "a.png", seed=seed)
-        assert distance(opened(tmp_path / "a.jpg", backend=backend, seed=seed), expected).max() <= 2
+        assert distance(opened(tmp_path / "a.jpg", seed=seed), expected).max() <= 2
         assert distance(opened(tmp_path / "a.png", seed=seed), expected).max() <= 2
 
 
-@pytest.mark.parametrize("backend", ["pillow", "simplejpeg"])
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_other_modes_of_a_jpeg_are_converted_as_ever(tmp_path, mode, channels, backend):
-    require_backend(backend)
+def test_other_modes_of_a_jpeg_are_converted_as_ever(tmp_path, mode, channels):
     PHOTO.convert(mode).save(tmp_path / "a.jpg", quality=95)
     for size in (64, 300):  # scaled and not
         view = View(size, size, "bicubic", MEAN[:channels], STD[:channels])
-        mine = opened(tmp_path / "a.jpg", view, backend, channels, seed=1)
+        mine = opened(tmp_path / "a.jpg", view, channels, seed=1)
         assert mine.mode == ("L" if channels == 1 else "RGB")
         assert distance(mine, of_timm(tmp_path / "a.jpg", view, 1, mine.mode)).mean() < 5
 
 
-@pytest.mark.parametrize("backend", ["pillow", "simplejpeg"])
-def test_a_cut_file_is_unreadable_however_little_of_it_the_crop_needs(tmp_path, photo, backend):
-    require_backend(backend)
+def test_a_cut_file_is_unreadable_however_little_of_it_the_crop_needs(tmp_path, photo):
     (tmp_path / "cut.jpg").write_bytes(photo.read_bytes()[:-3000])
     for seed in range(5):
         with pytest.raises(UnreadableImage, match=r"cut\.jpg: image file is truncated"):
-            opened(tmp_path / "cut.jpg", backend=backend, seed=seed)
+            opened(tmp_path / "cut.jpg", seed=seed)
 
 
 def test_the_policy_draws_as_timm_draws_and_gives_the_same_pixels():
@@ -246,16 +230,3 @@ def test_samples_do_not_depend_on_batch_size_workers_or_where_the_epoch_begins(f
     whole = torch.cat(batches(folder))
     assert torch.equal(whole, torch.cat(batches(folder, batch_size=4)))  # other copies decoded together
     assert torch.equal(whole[12:], torch.cat(batches(folder, first_step=2, workers=2)))
-
-
-def test_a_backend_that_is_missing_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    with pytest.raises(UserError, match=r"data.backend=simplejpeg.*pip install 'eit\[jpeg\]'"):
-        image_transform(VIEW, RECIPE, "simplejpeg")
-
-
-def test_simplejpeg_agrees_with_pillow(photo):
-    require_backend("simplejpeg")
-    for seed in range(12):
-        apart = distance(opened(photo, backend="simplejpeg", seed=seed), opened(photo, seed=seed))
-        assert apart.mean() < 0.5, seed

@@ -272,7 +272,7 @@ def test_the_file_lies_beside_the_weights(tmp_path):
         (["digits", "--data", "images"], "--data is for --int8"),
         (["digits.onnx", "--out", "y.onnx"], "is an exported model"),
         (["digits", "--out", "folder.onnx"], "--out folder.onnx: it is a folder"),
-        (["digits", "--format", "openvino", "--out", "other.xml"], "other.bin beside it is of something else"),
+        (["digits", "--format", "openvino", "--out", "other.xml"], "other.bin next to it belongs to another file"),
         (["nope"], "no weights at nope"),
     ],
 )

@@ -15,6 +15,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 
 import eit
@@ -98,7 +99,7 @@ def test_the_card_says_which_paths_the_recipe_lacks(home):
     recipe = json.loads(json.dumps(model.card.recipe))
     recipe["model"]["pretrained"], recipe["loss"]["teacher"] = "/home/me/w.pth", "timm/resnet18"
     model.card = without_paths(model.card.model_copy(update=dict(recipe=recipe)))
-    assert "`eit train recipe.yaml data.root=PATH model.pretrained=PATH` with this" in model_card(model, "x", "me/x")
+    assert "`eit train recipe.yaml data.root=PATH model.pretrained=PATH`" in model_card(model, "x", "me/x")
     model.card.metrics["val_loss"] = model.card.metrics["val_top5"] = math.nan
     text = model_card(model, "x", "me/x")
     assert "nan" not in text and "| top-1 |" in text
@@ -119,9 +120,9 @@ def test_a_variant_is_not_described_as_its_family(home):
         (dict(family="eit_plus"), ["EIT+: EIT (a vision transformer", "`eit_plus_mini` with `embed_dim=16`"]),
         (
             dict(family="lsra"),
-            ["LSRA: ", "It is a reading: the paper's own configuration is not known", "`eit_mini` w"],
+            ["LSRA: ", "one reading: the paper's own configuration is not known", "`eit_mini` w"],
         ),
-        (dict(family="lite"), ["LSRA after the Lite Transformer's code: ", "It is a reading: the paper's own"]),
+        (dict(family="lite"), ["LSRA after the Lite Transformer's code: ", "one reading: the paper's own"]),
         (dict(family="lsra", cls_conv="identity"), ["A variant of LSRA (", "`cls_conv=identity`"]),
         (dict(conv_branch="gated"), ["A variant of EIT (", "`conv_branch=gated`"]),
     ],
@@ -163,7 +164,7 @@ def test_weights_that_no_run_made_have_a_card_too(tmp_path):
     assert [Path(f).name for f in json.loads(done.stdout)["files"]] == ["config.json", "model.safetensors", "README.md"]
     head, body = front_matter((tmp_path / "out" / "deep" / "README.md").read_text())
     assert "license" not in head and "model-index" not in head and body.startswith("# Two letters\n")
-    assert "not stated by who trained them" in body and "These weights say nothing of their accuracy" in body
+    assert "licence of the weights | not stated" in body and "record no accuracy" in body
     assert "A plain vision transformer" in body and "must be made grey first" in body
     config = json.loads((tmp_path / "out" / "deep" / "config.json").read_text())
     assert config["pretrained_cfg"]["input_size"] == [1, 32, 32] and "license" not in config["pretrained_cfg"]
@@ -183,6 +184,38 @@ def test_any_name_makes_a_card_that_is_read_as_it_was_meant(tmp_path):
     assert 'create_model("hf-hub:USER/Title-1-odd", pretrained' in body
     model = timm.create_model(f"local-dir:{tmp_path / 'a b' / 'ç'}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == card.classes
+
+
+def test_text_of_others_breaks_neither_yaml_nor_markdown(tmp_path):
+    """A parser of Markdown finds each text as given: none is markup, ends a cell or a code block, or is a title."""
+    evil = "<script>x</script> | `a` *b* [c](d) &lt; # ~~e~~ $f$ _g_ \\"
+    model = eit.load("digits")
+    recipe = {"name": "a\n---\n```\n~~~~\n# Broken\n</details>", "````": ["```"], "data": {"dataset": f"hfds/{evil}"}}
+    names = [evil, "b", *model.card.classes[2:]]
+    model.card = model.card.model_copy(update=dict(classes=names, recipe=recipe))
+    (tmp_path / "environment.json").write_text(json.dumps(dict(eit=evil, device=evil, packages=dict(torch=evil))))
+    text = model_card(model, evil, "me/x", license=evil, run=tmp_path)
+    head, body = front_matter(text)
+    assert head["license"] == head["model-index"][0]["name"] == evil
+    assert head["model-index"][0]["results"][0]["dataset"]["name"] == f"hfds/{evil}"
+    tokens = MarkdownIt("gfm-like", dict(linkify=False)).parse(body)
+    titles = [tokens[i + 1] for i, token in enumerate(tokens) if token.type == "heading_open"]
+    sections = ["Figures", "Use", "Recipe", "Limits"]
+    assert [plain(title) for title in titles] == [evil, *sections]
+    rows = [plain(token) for token in tokens if token.type == "inline" and evil in plain(token)]
+    assert len(rows) == 6  # title, class names, licence, data, environment, limits
+    assert rows[1:4] == [f"10: {evil}, b, 2, 3, 4, 5, 6, 7, 8, 9", evil, f"Data: hfds/{evil}."]
+    (block,) = [token for token in tokens if token.type == "fence" and token.info == "yaml"]
+    assert yaml.safe_load(block.content) == recipe
+    html = [token.content for token in tokens if token.type == "html_block"]
+    assert html == ["<details><summary>recipe.yaml</summary>\n", "</details>\n"]
+
+
+def plain(token):
+    """The text of a parsed line, in which nothing may be markup but code and the links of the package."""
+    allowed = {"text", "text_special", "code_inline", "link_open", "link_close", "softbreak"}
+    assert {child.type for child in token.children} <= allowed
+    return "".join(child.content or "\n" * (child.type == "softbreak") for child in token.children)
 
 
 def image_and_logits(home):

@@ -123,10 +123,10 @@ def test_arguments_win_over_the_family():
         ("eit_mni", {}, "unknown model 'eit_mni'; did you mean 'eit_mini'?"),
         ("eit_plus_mni", {}, "unknown model 'eit_plus_mni'; did you mean 'eit_plus_mini'?"),
         ("eit_mini", dict(family="swin"), "unknown family 'swin'"),
-        ("eit_plus_mini", dict(family="eit"), "eit_plus_mini: family=eit is not eit_plus, which the name says"),
+        ("eit_plus_mini", dict(family="eit"), "eit_plus_mini: family=eit is not eit_plus"),
         ("eit_mini", dict(famly="lsra"), "eit_mini has no argument 'famly'; did you mean 'family'?"),
         ("eit_mini", dict(embed_dims=3), "eit_mini has no argument 'embed_dims'; did you mean 'embed_dim'?"),
-        ("eit_mini", dict(pretrained=True), "no weights of eit_mini ship: use eit.load(PATH)"),
+        ("eit_mini", dict(pretrained=True), "weights of eit_mini are included: use eit.load(PATH)"),
         ("eit_mini", dict(embed_dim=251), "eit_mini: embed_dim=251 is not a multiple of num_heads=10"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_model_of_timm_by_its_name():
     assert eit.create_model("timm/resnet18", num_classes=3).fc.weight.shape == (3, 512)
     for name, more, message in (
         ("timm/resnet17", {}, "timm has no model 'resnet17'; did you mean"),
-        ("timm/resnet18", dict(family="vit"), "family=vit is of this package's models"),
+        ("timm/resnet18", dict(family="vit"), "family=vit is for this package's models"),
         ("timm/resnet18", dict(depth=3), "timm/resnet18: "),
         ("timm/hf-hub:someone/model", {}, "timm has no model"),
     ):

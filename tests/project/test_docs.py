@@ -56,17 +56,17 @@ NOT_RUN = {
     "python examples/segmentation.py": "minutes; test_dense.py::test_the_example_trains_and_draws",
     "python tests/helpers/chaos.py": "20 minutes; a short form: "
     "test_reliability.py::test_runs_killed_at_random_come_back_identical",
-    "eit bench eit_mini": "minutes; test_benchmark.py::test_runtimes_batches_and_modes_are_measured",
+    "eit bench eit_mini": "minutes; test_bench.py::test_runtimes_batches_and_modes_are_measured",
     "python benchmarks/scale.py": "10 minutes, of measuring",
     "eit reproduce small_data --budget s": "minutes to hours; test_reproduce.py::test_finished_runs_are_kept",
     "eit reproduce frequency": "after hours; test_reproduce.py::test_tables_come_from_results_alone_without_weights",
     "eit reproduce imagenet --curve": "after days; test_reproduce.py::test_a_run_is_compared_epoch_by_epoch",
     "python tools/release_weights.py": "after hours; test_reproduce.py::test_weights_are_prepared_for_a_release",
     "eit train cifar100 data.root=data data.download=true": "downloads; "
-    "test_readers.py::test_downloads_go_to_torchvision",
-    "eit train cifar10 data.dataset=hfds/": "downloads; test_readers.py::test_a_hugging_face_set_through_timm",
+    "test_layouts.py::test_downloads_go_to_torchvision",
+    "eit train cifar10 data.dataset=hfds/": "downloads; test_layouts.py::test_a_hugging_face_set_through_timm",
     "eit train cifar10 data.dataset=torch/": "wants CIFAR's own files; "
-    "test_readers.py::test_a_torchvision_set_through_timm",
+    "test_layouts.py::test_a_torchvision_set_through_timm",
     "eit train cifar10 data.dataset=tfds/": "tensorflow-datasets is no dependency",
     "eit train imagenet_mini data.root=imagenet name=student loss.teacher=timm/regnety_160": "downloads 320 MB; "
     "test_loss.py::test_a_timm_teacher_with_a_file_of_weights",

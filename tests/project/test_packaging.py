@@ -42,7 +42,12 @@ def test_the_wheel_is_whole(built):
     wanted = {str(f.relative_to(source)) for f in (source / "eit").rglob("*") if f.is_file()}
     wanted = {name for name in wanted if "__pycache__" not in name}
     assert {n for n in names if n.startswith("eit/")} == wanted
-    assert {"eit/py.typed", "eit/models/published.csv", "eit/analysis/report.html"} <= names
+    assert {
+        "eit/py.typed",
+        "eit/models/published.csv",
+        "eit/analysis/report.html.j2",
+        "eit/export/model_card.md.j2",
+    } <= names
     assert {f"eit/recipes/{name}.yaml" for name in recipe_names()} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert all(name.startswith(("eit/", "eit-")) for name in names)  # no tests, no examples at the top

@@ -1,8 +1,7 @@
-"""A report: one HTML page that needs nothing else, its figures as PNG and SVG, its numbers as CSV."""
+"""Write the report: one HTML page that needs no other file, its figures as PNG and SVG, its numbers as CSV."""
 
 import base64
 import csv
-import html
 import io
 import math
 import os
@@ -10,11 +9,14 @@ import re
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
-from string import Template
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from eit import __version__
 from eit.analysis.analyzed_model import AnalyzedModel, curves
@@ -27,16 +29,16 @@ from eit.errors import printable
 from eit.files import write_file
 from eit.plots import save
 
-INK = "#010203"  # stands for the page's ink in its figures
+INK = "#010203"  # placeholder in the SVG, replaced by currentColor
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
-    """Write report.html, csv/ and figures/ into `folder`, in place of those of an earlier report; the page's path.
+    """Write report.html, csv/ and figures/ into `folder`, over an earlier report, and return the page's path.
 
-    All is made aside first, so that an interruption leaves the earlier report whole.
+    Everything is written to a hidden folder first, so an interruption leaves the earlier report whole.
     """
     aside = folder / ".unfinished"
     shutil.rmtree(aside, ignore_errors=True)
@@ -59,7 +61,7 @@ def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         if (aside / name).exists():
             os.replace(aside / name, folder / name)
-        else:  # of an earlier report alone
+        else:  # only the earlier report has it
             (folder / name).unlink(missing_ok=True)
     shutil.rmtree(aside)
     return folder / "report.html"
@@ -70,7 +72,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def _settings(ink: str) -> dict[str, Any]:
-    """matplotlib's, for figures of `ink` on no background."""
+    """matplotlib's settings for figures in `ink` on no background."""
     colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     return dict.fromkeys(colours, ink) | {
         "axes.facecolor": "none",
@@ -122,8 +124,16 @@ def publish(figure: Figure, folder: Path) -> None:
 # -- The page ---------------------------------------------------------------------------------------------------------
 
 
-def _inline(figure: Figure, number: int) -> str:
-    """A panel as SVG whose ink is the page's."""
+@dataclass(frozen=True)
+class _Panel:
+    """A panel as inline SVG whose ink is the page's."""
+
+    label: str
+    view_box: str
+    svg: Markup  # matplotlib's, which escapes all text
+
+
+def _panel(figure: Figure, number: int) -> _Panel:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
@@ -140,88 +150,43 @@ def _inline(figure: Figure, number: int) -> str:
         text = io.StringIO()
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the page's own fonts have it
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    parts = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
+    assert parts
+    view_box, svg = parts.groups()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", svg)
     svg = svg.replace(INK, "currentColor")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px sans-serif", svg)
-    title = html.escape(f"{figure.title}: {panel.title}".removesuffix(": "))
-    return re.sub(
-        r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1
-    )
-
-
-# matplotlib's markers, in a box of 30 x 10
-SHAPES = {
-    "o": "M11.5 5a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0Z",
-    "s": "M11.5 1.5h7v7h-7Z",
-    "^": "M15 1l4 7.5h-8Z",
-    "D": "M15 0.5l4.5 4.5l-4.5 4.5l-4.5 -4.5Z",
-    "v": "M15 9l4 -7.5h-8Z",
-    "P": "M13.5 1.5h3v2h2v3h-2v2h-3v-2h-2v-3h2Z",
-    "X": "M12 1l3 2.5l3 -2.5l1 1.5l-2.5 2.5l2.5 2.5l-1 1.5l-3 -2.5l-3 2.5l-1 -1.5l2.5 -2.5l-2.5 -2.5Z",
-}
-
-
-def _swatch(stroke: str, dash: str = "", shape: str = "", fill: str = "none") -> str:
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    marker = f'<path d="{shape}" fill="{fill}" stroke="{stroke}"/>' if shape else ""
-    line = f'<path d="M0 5H30" stroke="{stroke}" stroke-width="2"{dashed}/>'
-    return f'<svg class="swatch" viewBox="0 0 30 10" aria-hidden="true">{line}{marker}</svg>'
-
-
-def _key(figure: Figure) -> str:
-    """The legend in HTML, above the panels."""
-    items = []
-    for one in figure.legend:
-        fill, dash = ("var(--paper)", "5 3") if one.is_initial else (one.colour, "")
-        items.append(_swatch(one.colour, dash, SHAPES[one.marker], fill) + html.escape(one.name))
-    if figure.noise:
-        items.append(_swatch("currentColor", "2 3") + "white noise")
-    return f'<ul class="key">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
-
-
-def _figure(figure: Figure, number: int, origin: str) -> str:
-    panels = "".join(f'<div class="panel">{_inline(figure, i)}</div>' for i in range(len(figure.panels)))
-    columns = "panels pairs" if len(figure.panels) == 4 else "panels"
-    return (
-        f'<figure id="{figure.key}"><h2>{html.escape(figure.title)}</h2>{_key(figure)}'
-        f'<div class="{columns}">{panels}</div>'
-        f"<figcaption><b>Figure {number}.</b> {html.escape(figure.caption)} <small>{html.escape(origin)}</small>"
-        "</figcaption></figure>"
-    )
+    return _Panel(f"{figure.title}: {panel.title}".removesuffix(": "), view_box, Markup(svg))
 
 
 def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str) -> str:
     measured = compared.measured
-    sources = "; ".join(one.subject.provenance for one in measured)
-    origin = f"{measured[0].analysis.images:,} images of {data}. {printable(sources)}."
-    body = "".join(_figure(figure, number, origin) for number, figure in enumerate(drawn, start=1))
-    if any(one.pictures for one in measured):
-        body += _gallery(measured, len(drawn) + 1, printable(sources))
-    wrong = list(map(printable, faults(measured)))
+    sources = printable("; ".join(one.subject.provenance for one in measured))
     missing = [f"{one.name}: no {text}" for one in measured if not one.is_initial for text in one.missing]
-    missing = list(map(printable, [*compared.left_out, *missing]))
-    template = resources.files("eit.analysis").joinpath("report.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        names=html.escape(_names(measured)),
-        origin=html.escape(origin),
-        faults=f'<div class="faults"><h2>First of all</h2>{_list(wrong)}</div>' if wrong else "",
-        words=_list(
-            sentences(measured) or ["No trained model is here: nothing below speaks for or against the paper."]
-        ),
-        table=_summary_table(curves(measured)) + _token_table(measured),
-        missing=f"<h2>What cannot be measured</h2>{_list(missing)}" if missing else "",
-        figures=body,
-        version=html.escape(__version__),
-        command=html.escape(command),
+    pictures = [picture for one in measured for picture in one.pictures]
+    token_head, token_rows = token_table(measured)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("eit.analysis").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        names=_names(measured),
+        origin=f"{measured[0].analysis.images:,} images of {data}. {sources}.",
+        faults=[printable(fault) for fault in faults(measured)],
+        findings=sentences(measured),
+        summary=[_summary(one) for one in curves(measured)],
+        token_head=token_head,
+        token_rows=token_rows,
+        token_note=TOKEN_TABLE,
+        missing=[printable(text) for text in (*compared.left_out, *missing)],
+        figures=[(figure, [_panel(figure, i) for i in range(len(figure.panels))]) for figure in drawn],
+        images=_gallery([one for one in measured if one.pictures]),
+        has_rollout=any(picture.rollout is not None for picture in pictures),
+        has_grad_cam=any(picture.grad_cam is not None for picture in pictures),
+        sources=sources,
+        version=__version__,
+        command=command,
     )
-
-
-def _list(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
 def _names(measured: Sequence[AnalyzedModel]) -> str:
@@ -229,51 +194,47 @@ def _names(measured: Sequence[AnalyzedModel]) -> str:
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
-def _summary_table(measured: Sequence[AnalyzedModel]) -> str:
-    rows = []
-    for one in measured:
-        blocks, heads = one.analysis.layers_at("block"), one.analysis.attention
-        cells = [
-            html.escape(one.name),
-            f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
-            f"{100 * one.mean(lambda a: fmean(f.share for f in a.layers_at('block'))):.1f}%",
-            f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.layers_at('block'))):.1f}%",
-            f"{100 * blocks[0].noise_share:.1f}%",
-            f"{one.mean(lambda a: fmean(layer.std for layer in a.attention)):.2f} px" if heads else "&ndash;",
-            f"{mean_diversity(one):.2f}%" if heads else "&ndash;",
-        ]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
-    return (
-        '<div class="scroll" tabindex="0"><table><thead><tr>'
-        + "".join(f'<th scope="col">{cell}</th>' for cell in head)
-        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p><small>Means of the layers. share: energy of high frequencies, without and with DC; noise: the share of "
-        "white noise on as many tokens; diversity: standard deviation of the heads' attention distances, in pixels "
-        "and relative to the distance of uniform attention.</small></p>"
-    )
-
-
-def _token_table(measured: Sequence[AnalyzedModel]) -> str:
-    head, rows = token_table(measured)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        '<div class="scroll" tabindex="0"><table><thead><tr>'
-        + "".join(f'<th scope="col">{cell}</th>' for cell in head)
-        + f"</tr></thead><tbody>{body}</tbody></table></div><p><small>{html.escape(TOKEN_TABLE)}</small></p>"
-    )
+def _summary(one: AnalyzedModel) -> list[str]:
+    """A row of the table of shares and diversities."""
+    blocks, heads = one.analysis.layers_at("block"), one.analysis.attention
+    return [
+        one.name,
+        f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
+        f"{100 * one.mean(lambda a: fmean(f.share for f in a.layers_at('block'))):.1f}%",
+        f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.layers_at('block'))):.1f}%",
+        f"{100 * blocks[0].noise_share:.1f}%",
+        f"{one.mean(lambda a: fmean(layer.std for layer in a.attention)):.2f} px" if heads else "\N{EN DASH}",
+        f"{mean_diversity(one):.2f}%" if heads else "\N{EN DASH}",
+    ]
 
 
 # -- Single images ----------------------------------------------------------------------------------------------------
 
 
-def _gallery(measured: Sequence[AnalyzedModel], number: int, sources: str) -> str:
-    parts = []
-    having = [one for one in measured if one.pictures]
-    largest = max(having, key=lambda one: one.analysis.image_size)
-    for i, (name, image, spectrum) in enumerate(largest.examples):
-        rows = [_tile("input", name, image) + _tile("its spectrum", name, _heat(spectrum))]
-        for one in having:
+@dataclass(frozen=True)
+class _Tile:
+    """A small picture with a line of text below it; `alt` says more, for readers who cannot see it."""
+
+    text: str
+    alt: str
+    png: str  # base64
+
+
+@dataclass(frozen=True)
+class _ImageRows:
+    """Tiles of one image: first without a model's name, then a row for each model."""
+
+    name: str
+    rows: list[tuple[str, list[_Tile]]]
+
+
+def _gallery(measured: Sequence[AnalyzedModel]) -> list[_ImageRows]:
+    """The images of models that all have pictures."""
+    images = []
+    largest = max(measured, key=lambda one: one.analysis.image_size, default=None)
+    for i, (name, image, spectrum) in enumerate(largest.examples if largest else []):
+        rows = [("", [_tile("input", name, image), _tile("its spectrum", name, _heat(spectrum))])]
+        for one in measured:
             own, picture, about = one.examples[i].image, one.pictures[i], f"{name}, {one.name}"
             tiles = [_tile("its input", about, own)] if own.shape != image.shape else []
             tiles += [_tile(f"energy {n}", about, _heat(e.numpy())) for n, e in enumerate(picture.energy, start=1)]
@@ -283,37 +244,19 @@ def _gallery(measured: Sequence[AnalyzedModel], number: int, sources: str) -> st
                 ("Grad-CAM", picture.grad_cam),
             )
             tiles += [_tile(text, about, _over(own, found.numpy())) for text, found in maps if found is not None]
-            rows.append("".join(tiles))
-        names = ["", *(f"<h4>{html.escape(one.name)}</h4>" for one in having)]
-        body = "".join(f'{head}<div class="tiles">{row}</div>' for head, row in zip(names, rows, strict=True))
-        parts.append(f"<section><h3>{html.escape(printable(name))}</h3>{body}</section>")
-    caption = (
-        "Single images: the input and its Fourier amplitude (logarithm, frequency 0 in the middle); the energy of each "
-        "layer's tokens after taking out their mean; what the class token attends to in the last layer that has one, "
-        "over the image (mean of the heads, scaled to the brightest place)."
-    )
-    shown_maps = [picture for one in having for picture in one.pictures]
-    if any(picture.rollout is not None for picture in shown_maps):
-        caption += " Rollout: attention multiplied over the layers, without the channels that are convolved."
-    if any(picture.grad_cam is not None for picture in shown_maps):
-        caption += " Grad-CAM: where tokens before the last mixer speak for the likeliest class."
-    caption += " Examples, not evidence: no single image would count for or against a claim."
-    return (
-        f'<figure id="pictures"><h2>Single images</h2>{"".join(parts)}<figcaption><b>Figure {number}.</b> {caption} '
-        f"<small>{len(parts)} images. {html.escape(sources)}.</small></figcaption></figure>"
-    )
+            rows.append((one.name, tiles))
+        images.append(_ImageRows(printable(name), rows))
+    return images
 
 
-def _tile(text: str, about: str, pixels: Any) -> str:
-    """(H, W, 3) in 0..1 as an image with a line below it; `about` says more to those who cannot see it."""
+def _tile(text: str, about: str, pixels: Any) -> _Tile:
+    """(H, W, 3) in 0..1 as a tile."""
     import numpy as np
     from PIL import Image
 
     png = io.BytesIO()
     Image.fromarray((np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)).save(png, "png")
-    data = base64.b64encode(png.getvalue()).decode()
-    alt = html.escape(f"{text}: {about}")
-    return f'<div class="tile"><img alt="{alt}" src="data:image/png;base64,{data}"><span>{text}</span></div>'
+    return _Tile(text, printable(f"{text}: {about}"), base64.b64encode(png.getvalue()).decode())
 
 
 def _heat(values: Any) -> Any:

@@ -19,10 +19,9 @@ from eit.data.datasets import DIGITS, AnyImages, open_evaluation
 from eit.data.images import MAX_PIXELS, Images, View
 from eit.data.layouts import read_layout
 from eit.data.timm_datasets import ImageStream
-from eit.errors import UserError, nearest
+from eit.errors import UserError, nearest, shorten
 from eit.inference.predict import expand
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
-from eit.plots import shorten
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
 from eit.weights.card import Card

@@ -1,4 +1,4 @@
-"""Augmentation: of whole batches on the device, and of single images with the transforms of timm."""
+"""Augmentation of whole batches on the device, and of single images with timm's transforms."""
 
 import math
 import random
@@ -23,7 +23,7 @@ from eit.randomness import Stream, generator
 
 
 def shift_and_flip(x: Tensor, pad: int, hflip: float, dy: Tensor, dx: Tensor, flip: Tensor) -> Tensor:
-    """Crop each (B, C, H, W) image out of its zero-padded self, and mirror some; draws are (B,) in [0, 1)."""
+    """Pad each (B, C, H, W) image with zeros, crop it at random, and flip some; draws are (B,) in [0, 1)."""
     batch, _, height, width = x.shape
     x = F.pad(x, (pad,) * 4)
     rows = torch.arange(height, device=x.device) + (dy * (2 * pad + 1)).long()[:, None]  # (B, H)
@@ -33,7 +33,7 @@ def shift_and_flip(x: Tensor, pad: int, hflip: float, dy: Tensor, dx: Tensor, fl
     return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-NOISE_FIELDS = 64  # of erasing, in each epoch
+NOISE_FIELDS = 64  # noise images per epoch, for erasing
 
 
 def noise_fields(shape: tuple[int, ...], seed: int, epoch: int, device: torch.device) -> Tensor:
@@ -42,13 +42,13 @@ def noise_fields(shape: tuple[int, ...], seed: int, epoch: int, device: torch.de
 
 
 def erase(x: Tensor, probability: float, noise: Tensor, *draws: Tensor) -> Tensor:
-    """Random erasing (Zhong et al. 2020) of (B, C, H, W): a box of 2 to 33% of the area becomes noise.
+    """Random erasing (Zhong et al. 2020) of (B, C, H, W): noise replaces a box of 2 to 33% of the area.
 
     `noise` is (fields, C, H, W), of which each image uses one; `draws` are five (B,) tensors in [0, 1).
     """
     height, width = x.shape[2:]
     chosen, area, aspect, top, left = draws
-    field_ = (chosen / probability * len(noise)).long().clamp(max=len(noise) - 1)  # uniform where it matters
+    field_ = (chosen / probability * len(noise)).long().clamp(max=len(noise) - 1)  # uniform among the chosen images
     area = (0.02 + area * (1 / 3 - 0.02)) * height * width
     aspect = torch.exp((2 * aspect - 1) * math.log(1 / 0.3))
     h = (area * aspect).sqrt().round().clamp(1, height - 1)
@@ -59,7 +59,7 @@ def erase(x: Tensor, probability: float, noise: Tensor, *draws: Tensor) -> Tenso
 
 
 def _inside(top: Tensor, left: Tensor, h: Tensor, w: Tensor, height: int, width: int) -> Tensor:
-    """(B, height, width): whether a pixel is inside its image's box; the box's numbers are (B,) each."""
+    """(B, height, width): whether a pixel is inside its image's box, given as four (B,) tensors."""
     y, x = (torch.arange(n, device=top.device) for n in (height, width))
     inside_y = (y >= top[:, None]) & (y < (top + h)[:, None])
     inside_x = (x >= left[:, None]) & (x < (left + w)[:, None])
@@ -67,7 +67,7 @@ def _inside(top: Tensor, left: Tensor, h: Tensor, w: Tensor, height: int, width:
 
 
 def erasing_box(probability: float, height: int, width: int) -> list[int]:
-    """top, left, height, width and a seed of the noise, drawn from `random` as timm's RandomErasing draws; else zeros.
+    """Top, left, height, width and a noise seed, drawn from `random` as in timm's RandomErasing; zeros for no box.
 
     For images that are too large for `erase`, whose mask is as large as the batch.
     """
@@ -91,7 +91,7 @@ def erase_boxes(x: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
 
 
 def erase_one_by_one(x: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
-    """`erase_boxes` where work is what costs time: three quarters of the images have no box."""
+    """`erase_boxes` for the CPU, where skipping the three quarters of images without a box saves time."""
     for image, (top, left, h, w, seed) in zip(x, boxes.tolist(), strict=True):
         if h:
             box = noise[seed % len(noise), top : top + h, left : left + w]
@@ -100,18 +100,18 @@ def erase_one_by_one(x: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
 
 
 def erase_at_once(x: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
-    """`erase_boxes` where launches are what costs time: a few for the whole batch, and the host reads nothing."""
+    """`erase_boxes` for GPUs: a few kernel launches for the whole batch, and no wait for the device."""
     height, width = x.shape[2:]
     top, left, h, w, seed = boxes.unbind(1)
     box = _inside(top, left, h, w, height, width)
     filled = torch.where(
         box[..., None], noise[seed % len(noise)], x.permute(0, 2, 3, 1)
-    )  # channels last, as images lie
+    )  # channels last, as the images are
     return filled.permute(0, 3, 1, 2)
 
 
 class PadCrop:
-    """PIL image -> its evaluation view, padded and cropped at random. A class, for worker processes to be sent it."""
+    """PIL image -> its evaluation view, padded and cropped at random. A class, so that it can be sent to workers."""
 
     def __init__(self, view: View, pad: int) -> None:
         self.view, self.pad = view, pad
@@ -126,52 +126,52 @@ class PadCrop:
 
 
 def simple_crop(view: View) -> Compose:
-    """DeiT III's simple random crop: the shorter side to the size, 4 pixels reflected around, a random square."""
+    """DeiT III's simple random crop: resize the shorter side, pad 4 pixels by reflection, crop a random square."""
     mode = InterpolationMode(view.interpolation)
     crop = RandomCrop(view.size, padding=4, padding_mode="reflect")
     return Compose([not_a_thread, Resize(view.size, mode), crop])
 
 
 class Whole:
-    """A crop of images that must be decoded whole. A class, for worker processes to be sent it."""
+    """A crop that needs the whole image decoded. A class, so that it can be sent to workers."""
 
     def __init__(self, crop: Callable[[Image.Image], Image.Image]) -> None:
         self.crop = crop
 
     def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:
-        """As `eit.data.random_crop.ResizedCrop`."""
+        """See `eit.data.random_crop.ResizedCrop`."""
         return self.crop(decoded(image, channels, kept))
 
 
 class ImageTransform:
     """An image -> augmented pixels (size, size, channels) uint8, and the box of `erasing_box`.
 
-    `crop` is apart: it takes an opened file, and decodes no more of it than it needs.
+    `crop` is a step of its own: it takes an opened file and decodes only what it needs.
     """
 
     def __init__(self, view: View, augment: Augment, crop: Whole | ResizedCrop, steps: list[Any]) -> None:
         self.crop, self.steps, self.size, self.erasing = crop, steps, view.size, augment.erasing
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, list[int]]:
-        """What `crop` gave -> (pixels, box)."""
+        """The result of `crop` -> (pixels, box)."""
         for step in self.steps:
             image = step(image)
         return to_pixels(image), erasing_box(self.erasing, self.size, self.size)
 
 
 def speed_up_shears(step: Any) -> None:
-    """Put faster ways of computing the same into a policy of timm; what it draws stays as it is."""
+    """Replace operations of a timm policy by faster ones with the same result; the random draws stay the same."""
     nested = getattr(step, "policy", [getattr(step, "ops", [])])
     for op in (op for ops in nested for op in ops):
         if isinstance(op, AugmentOp):
             op.aug_fn = FASTER.get(op.name, op.aug_fn)
 
 
-def image_transform(view: View, augment: Augment, backend: str = "pillow") -> ImageTransform:
-    """The recipe's augmentation of single images, all but normalising and the filling of erased boxes.
+def image_transform(view: View, augment: Augment) -> ImageTransform:
+    """The recipe's augmentation of single images, without normalising and filling of erased boxes.
 
     Raises:
-        UserError: a policy that timm does not know, or that needs colour; a backend that is not installed.
+        UserError: a policy that timm does not know, or that needs colour images.
     """
     key, policy = augment.policy or ("", None)
     if policy and view.channels != 3:
@@ -188,18 +188,18 @@ def image_transform(view: View, augment: Augment, backend: str = "pillow") -> Im
             interpolation=view.interpolation,
             hflip=augment.hflip,
             mean=view.mean,
-            use_prefetcher=True,  # ends with pixels, not with numbers
+            use_prefetcher=True,  # returns uint8 pixels
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         of_auto = "original, originalr, v0 or v0r"
         such = {"augmix": "augmix-m5-w4-d2", "auto_augment": of_auto}.get(key, "rand-m9-mstd0.5-inc1")
         raise UserError(f"augment.{key}={policy}: timm does not know this policy ({error}), such as {such}") from None
-    _, *steps, _ = transform.transforms  # without timm's random resized crop, and its own way to a tensor
+    _, *steps, _ = transform.transforms  # without timm's crop and its conversion to a tensor
     for step in steps:
         speed_up_shears(step)
     crop: Whole | ResizedCrop
     if augment.crop_scale:
-        crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect, backend)
+        crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect)
     else:
         crop = Whole(simple_crop(view) if augment.simple_crop else PadCrop(view, augment.pad_crop))
     return ImageTransform(view, augment, crop, steps)

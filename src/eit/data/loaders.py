@@ -2,8 +2,7 @@
 
 `CachedLoader` holds small images as uint8 and augments whole batches; `WorkerLoader` reads and augments image by image
 in worker processes, with timm's policies, and normalises and erases whole batches on the device; `streaming.py` has the
-loaders of images that come in turn.
-`EvaluationLoader` gives the same batches on any number of ranks.
+loaders of streams. `EvaluationLoader` gives the same batches on any number of ranks.
 """
 
 import os
@@ -35,21 +34,17 @@ CACHE_BYTES = 2 << 30
 
 
 def fits_in_memory(images: Images, view: View) -> bool:
-    """Whether the images are small, and few enough, to be held as uint8."""
+    """Whether the images are small enough and few enough to be held in memory as uint8."""
     return view.size <= CACHE_SIZE and len(images) * view.channels * view.size**2 <= CACHE_BYTES
 
 
 def train_loader(
     images: Images | ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
 ) -> "CachedLoader | WorkerLoader | StreamLoader":
-    """The loader that suits: from memory where the images are small and no policy works image by image."""
+    """The loader for these images: from memory if they are small and nothing augments image by image."""
     if config.cache and augment.by_image:
         key = augment.policy[0] if augment.policy else "crop_scale, simple_crop or color_jitter"
         raise UserError(f"data.cache=true augments whole batches: it has no {key}")
-    if config.backend != "pillow" and (isinstance(images, ImageStream) or not augment.crop_scale):
-        in_turn = f"data.dataset={config.dataset} comes in turn"
-        why = in_turn if isinstance(images, ImageStream) else "augment.crop_scale is not set"
-        raise UserError(f"data.backend={config.backend} decodes for augment.crop_scale of image files: {why}")
     if isinstance(images, ImageStream):
         if config.cache or augment.repeats > 1:
             key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"
@@ -63,7 +58,7 @@ def train_loader(
 def read_or_neighbour(
     images: Images, index: int, read: Callable[[int], Image.Image]
 ) -> tuple[Image.Image, int, list[str]]:
-    """Image `index`, or the next one that can be read; its label; what could not be read."""
+    """Image `index`, or the next readable one; its label; the images that could not be read."""
     faults: list[str] = []
     for i in range(index, index + len(images)):
         try:
@@ -76,7 +71,7 @@ def read_or_neighbour(
 class CachedLoader:
     """Small images in memory as uint8, on the device; pad-crop, flip and erasing for a whole batch at a time.
 
-    A sample's draws stand in row (index, repeat) of a table made once an epoch from (seed, epoch).
+    Row (index, repeat) of a table, made once per epoch from (seed, epoch), has a sample's random draws.
     """
 
     def __init__(
@@ -88,7 +83,7 @@ class CachedLoader:
         self.pixels = self.labels = torch.empty(0)
 
     def prepare(self) -> None:
-        """Read the images, before the first epoch."""
+        """Read the images before the first epoch."""
         images, view = self.images, self.view
         pixels = torch.empty(len(images), view.channels, view.size, view.size, dtype=torch.uint8)
         labels = torch.empty(len(images), dtype=torch.int64)
@@ -101,7 +96,7 @@ class CachedLoader:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for faults in track(pool.map(fill, range(len(images))), "reading images", len(images)):
                 self.bad.add(faults)
-        met = torch.tensor(len(self.bad.seen))  # on the CPU: a rank may read for minutes longer than another
+        met = torch.tensor(len(self.bad.seen))  # on the CPU: one rank may read for minutes longer than another
         self.bad.check(int(distributed.sum_over_ranks(met)))
         self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
 
@@ -112,7 +107,7 @@ class CachedLoader:
         noise = torch.empty(0)
         if self.augment.erasing:
             noise = noise_fields(self.pixels.shape[1:], plan.seed, epoch, self.device)
-        # From here on a step waits for no copy to the device.
+        # After this, no step waits for a copy to the device.
         for rows in plan.batches(epoch, first_step, distributed.rank()).to(self.device):
             index, repeat = rows.unbind(1)
             row = draws[index, repeat].unbind(1)
@@ -130,7 +125,7 @@ class _Samples(Dataset):
 
     def __init__(self, images: Images, view: View, transform: ImageTransform, seed: int) -> None:
         self.images, self.view, self.transform, self.seed = images, view, transform, seed
-        self.kept: tuple[int, Kept] = -1, {}  # the last image read, decoded
+        self.kept: tuple[int, Kept] = -1, {}  # the last image, decoded
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         return self.__getitems__([key])[0]
@@ -143,7 +138,7 @@ class _Samples(Dataset):
         def read(i: int) -> Image.Image:
             if self.kept[0] != i:
                 self.kept = i, {}
-            set_cpu_seed(Stream.SAMPLE, self.seed, epoch, index, repeat)  # anew, for it draws the crop
+            set_cpu_seed(Stream.SAMPLE, self.seed, epoch, index, repeat)  # again, because the crop is drawn here
             return self.images.read(
                 i, self.view.channels, lambda image, channels: self.transform.crop(image, channels, self.kept[1])
             )
@@ -157,7 +152,7 @@ class _Samples(Dataset):
 
 
 class _Batches(Sampler):
-    """Keys of the micro-batches of the epoch that was last asked for; the workers live on from epoch to epoch."""
+    """Keys of the micro-batches of the epoch that was last requested; the workers outlive an epoch."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.epoch, self.first_step = plan, 0, 0
@@ -176,7 +171,7 @@ class WorkerLoader:
         self.prefetched = Prefetcher(view, augment, plan.seed, device)
         self.bad = BadImages(images, config.bad_image_budget)
         self.batches = _Batches(plan)
-        samples = _Samples(images, view, image_transform(view, augment, config.backend), plan.seed)
+        samples = _Samples(images, view, image_transform(view, augment), plan.seed)
         self.loader = DataLoader(
             samples,
             batch_sampler=self.batches,
@@ -193,18 +188,15 @@ class WorkerLoader:
 
     def _host_batches(self) -> Iterator[HostBatch]:
         for batch in self.loader:
-            _, labels, faults, _ = batch
-            if not len(labels):
-                raise UserError(faults[0])
-            self.bad.add(faults)
+            self.bad.add_from(batch)
             yield batch
 
 
 @dataclass
 class EvaluationLoader:
-    """Blocks of `batch_size` images in order, block j on rank j mod world, the last one padded.
+    """Blocks of `batch_size` images in order; rank j mod world has block j; the last one is padded.
 
-    So the batches, and the figures, are the same on any number of ranks. Small images are read once and kept.
+    So batches and metrics are the same on any number of ranks. Small images are read once and kept.
     """
 
     images: Images
@@ -226,7 +218,7 @@ class EvaluationLoader:
         """The blocks of this rank, in the order of `own_blocks`.
 
         Raises:
-            UserError: an image cannot be read; it is named.
+            UserError: an image cannot be read; the message names it.
         """
         if len(self._kept) == len(self.own_blocks):
             pairs: Iterable[tuple[Tensor, Tensor]] = [self._kept[block] for block in self.own_blocks]
@@ -271,7 +263,7 @@ AnyEvaluationLoader = EvaluationLoader | StreamEvaluationLoader
 
 
 def evaluation_batch_size(batch_size: int, images: int, device: torch.device) -> int:
-    """Images at a time where `batch_size` are trained on: on a GPU four times as many, for nothing is kept of them."""
+    """The evaluation batch for a training batch of `batch_size`: four times as large on a GPU, with no gradients."""
     return batch_size if device.type == "cpu" else max(batch_size, min(4 * batch_size, images))
 
 

@@ -1,48 +1,38 @@
-"""The random resized crop of a training image that is not decoded yet, so that only what is needed is decoded."""
+"""The random resized crop of a training image, which decodes only as much of the file as it needs."""
 
-import importlib
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile
+from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
 from eit.data.images import View, to_mode, whole
-from eit.errors import UserError
 
-Kept = dict[int, Any]  # what was decoded of the last file, whole or scaled: by its scale
+Kept = dict[int, Any]  # scale -> the last file, decoded at 1 / scale of its size
 
-ORIENTATION = 0x0112  # EXIF tag; 1 stands for upright
+ORIENTATION = 0x0112  # EXIF tag; 1: upright
 
 
 class ResizedCrop:
     """timm's RandomResizedCropAndInterpolation: the same boxes for the same random state, pixels within rounding.
 
-    The box is drawn from the size in the header. Where it is at least twice as large as the output, a JPEG is decoded
-    at a half, a quarter or an eighth of its size, never smaller than the output. Resizing is torch's, which computes
-    as Pillow does on its 8-bit images, several times as fast. Scaling decodes with other filters than resizing, of
-    about the same sharpness; a shift of half a pixel changes more. An image that its EXIF data turn or mirror is never
-    scaled: the size is rounded up at the right and the bottom of what is stored, which would move the upright box.
-
-    Raises:
-        UserError: `backend` is not installed.
+    The box is drawn from the size in the file's header. If it is at least twice as large as the output, a JPEG is
+    decoded at a half, a quarter or an eighth of its size, never smaller than the output. torch resizes: it computes as
+    Pillow does on 8-bit images, several times as fast. Scaled decoding uses other filters than resizing, of about the
+    same sharpness; a shift of half a pixel changes more. An image that its EXIF data rotate or flip is never scaled:
+    the stored size is rounded up at the right and the bottom, which would move the upright box.
     """
 
-    def __init__(
-        self, view: View, scale: tuple[float, float], ratio: tuple[float, float], backend: str = "pillow"
-    ) -> None:
+    def __init__(self, view: View, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
         self.size, self.interpolation, self.scale, self.ratio = view.size, view.interpolation, scale, ratio
-        self.backend = backend
-        if backend != "pillow":
-            _simplejpeg()
 
     def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:
         """An opened file, or a decoded image -> (size, size), of mode RGB or L.
 
-        `kept` is of this file: what is decoded is put there, for the next copy in repeated augmentation.
+        The decoded image is stored in `kept`, for the next copy of this file in repeated augmentation.
         """
         scales = image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) == 1
         if not scales:
@@ -54,47 +44,26 @@ class ResizedCrop:
         factor = max(k for k in (1, 2, 4, 8) if k == 1 or min(h, w) >= k * self.size) if scales else 1
         if scales:
             if factor not in kept:
-                kept[factor] = self._decode(image, channels, factor)
+                if factor > 1:
+                    image.draft(None, (width // factor, height // factor))
+                image.load()
+                kept[factor] = image
             image = kept[factor]
-        # The smallest box of whole pixels around the crop, and where the crop lies in it
+        # The smallest box of whole pixels around the crop, and the crop's position in it
         x, y = left // factor, top // factor
         outer = (x, y, -(-(left + w) // factor), -(-(top + h) // factor))
         inner = (left / factor - x, top / factor - y, (left + w) / factor - x, (top + h) / factor - y)
-        if isinstance(image, np.ndarray):
-            pixels = image[outer[1] : outer[3], outer[0] : outer[2]]
-            if factor == 1:
-                return resized(torch.from_numpy(pixels), self.size, self.interpolation)
-            image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-        else:
-            image = image.crop(outer)
-            if image.mode != {1: "L", 3: "RGB"}[channels]:
-                image = to_mode(image, channels)
-        if factor > 1:  # the crop begins and ends within pixels, which torch has no argument for
+        image = image.crop(outer)
+        if image.mode != {1: "L", 3: "RGB"}[channels]:
+            image = to_mode(image, channels)
+        if factor > 1:  # the crop has fractional borders, which torch's resize does not take
             return image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], inner)
         return resized(to_pixels(image), self.size, self.interpolation)
 
-    def _decode(self, image: Image.Image, channels: int, factor: int) -> Image.Image | np.ndarray:
-        """An upright JPEG at 1 / factor of its size, rounded up."""
-        # libjpeg's grey of a colour image is not Pillow's
-        if self.backend == "simplejpeg" and (image.mode, channels) in (("RGB", 3), ("L", 1)):
-            width, height = (-(-side // factor) for side in image.size)
-            file = cast(ImageFile.ImageFile, image).fp
-            assert file is not None
-            file.seek(0)
-            colours = "RGB" if channels == 3 else "GRAY"
-            try:
-                return _simplejpeg().decode_jpeg(file.read(), colours, min_height=height, min_width=width)
-            except ValueError:  # damaged, if only a little: Pillow says whether it can be read
-                file.seek(0)
-        if factor > 1:
-            image.draft(None, (image.width // factor, image.height // factor))
-        image.load()
-        return image
-
 
 def decoded(image: Image.Image, channels: int, kept: Kept) -> Image.Image:
-    """All of an opened file, which is put into `kept`; an image that was decoded before, as it is."""
-    if not image.format:  # a decoded image has none any more
+    """The whole image of an opened file, also stored in `kept`; a decoded image is returned as it is."""
+    if not image.format:  # it is decoded already
         return image
     if 1 not in kept:
         kept[1] = whole(image, channels)
@@ -102,20 +71,13 @@ def decoded(image: Image.Image, channels: int, kept: Kept) -> Image.Image:
 
 
 def resized(pixels: Tensor, size: int, interpolation: str) -> Image.Image:
-    """(height, width, channels) uint8 -> PIL image of (size, size), as `Image.resize` gives it within one level."""
-    batch = pixels[None].permute(0, 3, 1, 2)  # channels last, which stays so
+    """(height, width, channels) uint8 -> PIL image of (size, size), within one level of `Image.resize`."""
+    batch = pixels[None].permute(0, 3, 1, 2)  # channels last; resizing keeps it
     out = F.interpolate(batch, (size, size), mode=interpolation, antialias=True)
     return Image.fromarray(out.permute(0, 2, 3, 1)[0].squeeze(2).numpy())
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """PIL image of mode RGB or L -> (height, width, channels) uint8, as it lies in memory."""
+    """PIL image of mode RGB or L -> (height, width, channels) uint8, without reordering."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def _simplejpeg() -> Any:
-    try:
-        return importlib.import_module("simplejpeg")
-    except ImportError as error:
-        raise UserError(f"data.backend=simplejpeg: {error}: pip install 'eit[jpeg]'") from None

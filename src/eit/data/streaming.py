@@ -1,4 +1,4 @@
-"""Images that come in turn, from shards behind a reader of timm -> batches."""
+"""Batches of images that a reader of timm streams, from shards for example."""
 
 import logging
 import os
@@ -28,9 +28,10 @@ from eit.randomness import Stream, generator, seed_of, seeded
 
 
 class StreamLoader:
-    """Images of a reader of timm, which shuffles them and gives each rank and worker a part of the shards.
+    """Training batches from a reader of timm, which shuffles and gives each rank and worker a part of the shards.
 
-    The order is a function of (seed, epoch, ranks, workers). A continued run reads again, and drops, what it has seen.
+    The order is a function of (seed, epoch, ranks, workers). A resumed run reads the images it has seen again and drops
+    them.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class StreamLoader:
         self.augmented = _Augmented(image_transform(view, augment), view.channels)
         self.bad = BadImages(images, config.bad_image_budget)
         self.workers = worker_count(config.workers)
-        # Readers with unequal numbers of shards would leave out a part of them, and repeat others.
+        # With unequal numbers of shards, some readers would skip images and others repeat them.
         fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * plan.world) == 0]
         if config.workers is None and fit:
             self.workers = fit[0]
@@ -65,14 +66,14 @@ class StreamLoader:
         yield from self.prefetched(self._host_batches(epoch, first_step), epoch)
 
     def _host_batches(self, epoch: int, first_step: int) -> Iterator[HostBatch]:
-        """The batches of an epoch from `first_step` on, as the workers made them.
+        """The workers' batches of an epoch, from `first_step` on.
 
         Raises:
-            UserError: a lost shard, a label that is no class, or an epoch that ends too early.
+            UserError: an unreadable shard, a label that is not a class, or an epoch that ends too early.
         """
         plan = self.plan
         counters = plan.seed, epoch, distributed.rank()
-        self.bad.seen.clear()  # they have no names, and would count anew each epoch
+        self.bad.seen.clear()  # images have no names here, so the count starts again each epoch
         loader = DataLoader(
             _Turn(self.images, self._open(epoch), self.view.channels, self.augmented, *counters),
             batch_size=plan.batch_size,
@@ -85,17 +86,14 @@ class StreamLoader:
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {plan.steps * plan.accumulate} batches"
                 raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
-            _, labels, faults, _ = batch
-            if not len(labels):
-                raise UserError(faults[0])
-            self.bad.add(faults)
+            self.bad.add_from(batch)
             if number >= first_step * plan.accumulate:
                 yield batch
 
 
 @dataclass
 class _Augmented:
-    """A decoded image -> augmented pixels and the box to erase. A class, for worker processes to be sent no loader."""
+    """A decoded image -> augmented pixels and the box to erase. A class, so that workers are not sent the loader."""
 
     transform: ImageTransform
     channels: int
@@ -106,13 +104,13 @@ class _Augmented:
 
 @dataclass
 class StreamEvaluationLoader:
-    """Each shard is read and decoded by one worker of one rank, so that every image counts once.
+    """Evaluation batches. One worker of one rank reads each shard, so every image counts once.
 
-    A batch never crosses the end of a shard. So the batches are the same on any number of ranks and workers; only a
-    rank's part of them, and their order, differ.
+    A batch never crosses the end of a shard, so the batches are the same on any number of ranks and workers. Only their
+    order and their distribution over the ranks differ.
 
-    Where a reader names no shards (`hfids/`, `tfds/`), every rank reads and decodes the whole stream and keeps each
-    `world`-th batch. There the batches depend on the number of workers.
+    If a reader names no shards (`hfids/`, `tfds/`), every rank reads the whole stream and keeps each `world`-th batch.
+    Then the batches depend on the number of workers.
     """
 
     images: ImageStream
@@ -123,17 +121,17 @@ class StreamEvaluationLoader:
 
     @property
     def own_blocks(self) -> range:
-        """As many numbers as this rank has batches: exact for shards of equal length, else an estimate."""
+        """A range as long as this rank's batches: exact for shards of equal length, otherwise an estimate."""
         rank, world = distributed.rank(), distributed.world_size()
         if shards := self.images.shards:
             return range(len(range(rank, shards, world)) * -(-len(self.images) // (shards * self.batch_size)))
         return range(rank, -(-len(self.images) // self.batch_size), world)
 
     def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches. Every rank must iterate to the end, for there they add up what they have seen.
+        """This rank's batches. Every rank must iterate to the end, where the ranks add up their counts.
 
         Raises:
-            UserError: an image or a shard cannot be read, or the stream has another number of images than it says.
+            UserError: an image or a shard cannot be read, or the stream does not have the number of images it declares.
         """
         seen = 0
         for pixels, labels, faults, _ in self._host_batches():
@@ -144,8 +142,8 @@ class StreamEvaluationLoader:
             yield Batch(images, to_device(labels, self.device), len(labels))
         total = sum(distributed.gather(seen))
         if total != len(self.images):
-            says = f"it says that it has {len(self.images)}"
-            raise distributed.same_everywhere(f"{self.images.config.dataset}: {total} images were read, {says}")
+            declared = f"but it declares {len(self.images)}"
+            raise distributed.same_everywhere(f"{self.images.config.dataset}: {total} images were read, {declared}")
 
     def _host_batches(self) -> Iterator[HostBatch]:
         rank, world = distributed.rank(), distributed.world_size()
@@ -156,22 +154,22 @@ class StreamEvaluationLoader:
             shards = _Shards(self.images, dataset, names, self.batch_size, channels, prepare)
             yield from DataLoader(shards, batch_size=None, **worker_options(min(workers, len(names)), self.device))
         elif not self.images.shards:
-            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # it leaves nothing out
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # the reader skips nothing
             dataset.set_loader_cfg(num_workers=workers)
             turn = _Turn(self.images, dataset, channels, prepare)
             loader = DataLoader(turn, self.batch_size, collate_fn=collate, **worker_options(workers, self.device))
             for block, batch in enumerate(loader):
-                if block % world == rank or batch[2]:  # any rank that meets a fault tells it
+                if block % world == rank or batch[2]:  # every rank reports faults
                     yield batch
 
 
 def _plain(view: View, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
-    """A decoded image -> the pixels that evaluation sees, and no box to erase."""
+    """A decoded image -> its evaluation pixels, and no box to erase."""
     return view.pixels(image), ()
 
 
 class _Turn(IterableDataset):
-    """The images of a stream in turn, augmented, or as evaluation sees them. Used in worker processes."""
+    """The images of a stream one after another, as `prepare` returns them. Used in worker processes."""
 
     def __init__(
         self, images: ImageStream, dataset: Any, channels: int, prepare: Any, *counters: int, shard: str = ""
@@ -181,7 +179,7 @@ class _Turn(IterableDataset):
         self.max_pixels = images.config.max_pixels
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples, each with what could not be read before it, or no pixels and a fault, with which it ends."""
+        """Samples, each with the faults before it. A sample without pixels, with one fault, ends the stream early."""
         worker = info.id if (info := get_worker_info()) else 0
         part = f"shard {self.shard}" if self.shard else f"worker {worker}"
         turn = -1
@@ -211,7 +209,7 @@ class _Turn(IterableDataset):
 
 
 class _Shards(IterableDataset):
-    """Batches of shards, each shard read whole by one worker."""
+    """Batches from shards; one worker reads all of a shard."""
 
     def __init__(
         self, images: ImageStream, dataset: Any, names: list[str], batch_size: int, channels: int, prepare: Any
@@ -230,19 +228,21 @@ class _Shards(IterableDataset):
 
 @contextmanager
 def _skipped(reader: Any, max_pixels: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Images, and shards, that a reader of timm cannot read: it passes over both with a line in its log.
+    """Collect the images and the shards that a reader of timm skips because it cannot read them.
 
-    Images of more than `max_pixels` are among them.
+    Images of more than `max_pixels` count as unreadable.
     """
+    # timm's ReaderWds takes no webdataset `handler`: it hard-codes `log_and_continue`, which logs the error, skips the
+    # sample or shard, and raises TypeErrors. Exchanging it would need private parts of both; its log needs none.
     shards = {os.path.join(reader.root, name) for name in shard_names(reader)}
     faults: list[str] = []
     lost: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            error = sys.exc_info()[1]  # the line is written where it is handled
+            error = sys.exc_info()[1]  # timm logs inside `except`
             arguments = [str(argument) for argument in error.args] if error else []
-            if found := shards.intersection(arguments):  # webdataset adds it to an error of the file itself
+            if found := shards.intersection(arguments):  # webdataset adds the file's name to errors of the shard
                 lost.append(f"{found.pop()} cannot be read: {type(error).__name__}: {arguments[0]}")
             else:
                 faults.append(repr(error) if error else record.getMessage())

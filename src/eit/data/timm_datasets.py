@@ -1,4 +1,4 @@
-"""The data sets that timm opens: of torchvision, Hugging Face, TensorFlow, and webdataset shards."""
+"""Data sets that timm opens: torchvision's, Hugging Face's, TensorFlow's, and webdataset shards."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from eit.config import Data
 from eit.console import track
 from eit.data.images import Images
 from eit.data.layouts import INFO
-from eit.errors import UserError, nearest
+from eit.errors import UserError, first_line, nearest
 
 TIMM_PREFIXES = ("hfds", "hfids", "tfds", "torch", "wds")
 
@@ -34,19 +34,19 @@ class Item(NamedTuple):
 
 @dataclass
 class ImageStream:
-    """Labelled images that can only be read in turn: shards or a service behind a reader of timm."""
+    """Labelled images without random access: shards or a service, read by a reader of timm."""
 
     classes: list[str]
     length: int
     config: Data
     split: str
-    shards: int  # webdataset's tar files; 0 where a reader has none
+    shards: int  # number of webdataset's tar files; 0 for other readers
 
     def __len__(self) -> int:
         return self.length
 
     def open(self, training: bool, batch_size: int, seed: int) -> Any:
-        """timm's IterableImageDataset of (PIL image, label). Under DDP each rank reads a part in training."""
+        """timm's IterableImageDataset of (PIL image, label). In training under DDP each rank reads a part."""
         return _create_timm(self.config, self.split, training, batch_size, seed)
 
     def digest(self) -> str:
@@ -55,7 +55,7 @@ class ImageStream:
 
 
 def read_timm(config: Data, split: str) -> Images | ImageStream:
-    """A split of `data.dataset`, a name of `timm.data.create_dataset`."""
+    """The images of a split of `data.dataset`, a name of `timm.data.create_dataset`."""
     dataset = _create_timm(config, split)
     classes = _timm_classes(dataset, config)
     reader = getattr(dataset, "reader", None)
@@ -75,7 +75,7 @@ def read_timm(config: Data, split: str) -> Images | ImageStream:
 
 
 def _refuse_commands(config: Data, *names: str) -> None:
-    """Raise a UserError for what webdataset, which hands addresses to a shell, would run."""
+    """Raise a UserError for addresses that webdataset would run as shell commands."""
     remote = "://" in config.root
     for text in (config.root, *names):
         if text.startswith("pipe:") or (remote and re.search(r"['\"`$;&<>\\\s]", text)):
@@ -83,9 +83,9 @@ def _refuse_commands(config: Data, *names: str) -> None:
 
 
 def shard_names(reader: Any) -> list[str]:
-    """The shards that a reader of timm reads, below its root; none where it reads something else.
+    """Names of a reader's webdataset shards, below its root; none for other readers.
 
-    Only webdataset's: the reader of `tfds/` has file names too, but of TFRecord files in a cache of its own.
+    The reader of `tfds/` has file names too, but of TFRecord files in its own cache.
     """
     from timm.data.readers.reader_wds import ReaderWds
 
@@ -93,19 +93,19 @@ def shard_names(reader: Any) -> list[str]:
 
 
 def one_shard(dataset: Any, name: str) -> Any:
-    """A copy of a timm data set of webdataset shards, not read yet, that reads shard `name` alone in this process."""
+    """A copy of an unread timm data set of webdataset shards that reads only shard `name`, in this process."""
     info = get_worker_info()
     reading = copy(dataset)
     reading.reader = copy(dataset.reader)
     reading.reader.dist_rank, reading.reader.dist_num_replicas = 0, 1
-    # timm gives worker i the files i, i + workers, ...: with as many as there are workers, each has one.
+    # timm gives worker i the files i, i + workers, ...: one copy of the name for each worker.
     names = (name,) * (info.num_workers if info else 1)
     reading.reader.split_info = replace(dataset.reader.split_info, filenames=names)
     return reading
 
 
 def _check_shards(reader: Any, config: Data) -> int:
-    """Count them. Raise a UserError where one is not there, which timm would replace by the others, or is a command."""
+    """The number of shards. Raise a UserError if one is a command, or missing: timm would read others instead."""
     names = shard_names(reader)
     for name in names:
         _refuse_commands(config, name)
@@ -115,7 +115,7 @@ def _check_shards(reader: Any, config: Data) -> int:
 
 
 def _check_end(shard: Path) -> None:
-    """Raise a UserError where a tar file is missing, or does not end as one: cut between two members it looks whole."""
+    """Raise a UserError if a tar file is missing or has no end mark: cut between two members it would seem whole."""
     if not shard.is_file():
         raise UserError(f"shard {shard} is missing: {INFO} names it")
     with open(shard, "rb") as f:
@@ -139,9 +139,9 @@ def _create_timm(config: Data, split: str, training: bool = False, batch_size: i
         if not config.root:
             raise UserError(f"data.dataset={config.dataset} needs data.root, the folder or address of the shards")
         _refuse_commands(config, split)
-    given: dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key)  # None: timm's own
+    given: dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key)  # None: timm's default
     if prefix != "hfds":
-        given |= dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode="")  # as they are
+        given |= dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode="")  # no conversion
     try:
         return create_dataset(
             config.dataset,
@@ -150,13 +150,13 @@ def _create_timm(config: Data, split: str, training: bool = False, batch_size: i
             download=config.download,
             **({} if prefix == "torch" else given),
         )
-    except Exception as error:  # readers of many libraries, each with errors of its own
-        line = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # each library raises its own errors
+        line = first_line(error)
         need = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}.get(prefix)
         missing = isinstance(error, ImportError) or "Please install" in line
         hint = f"; it needs: pip install {need}" if missing and need else ""
         where = f"data.dataset={config.dataset}, split {split}" + (f", data.root={config.root}" if config.root else "")
-        raise UserError(f"{where} cannot be opened: {line or type(error).__name__}{hint}") from None
+        raise UserError(f"{where} cannot be opened: {line}{hint}") from None
 
 
 def _timm_classes(dataset: Any, config: Data) -> list[str]:
@@ -170,9 +170,11 @@ def _timm_classes(dataset: Any, config: Data) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.classes={config.classes} cannot be read: {error}") from None
         if not all(names) or not names:
-            raise UserError(f"data.classes={config.classes} has an empty line: a class name a line is expected")
+            raise UserError(f"data.classes={config.classes} has an empty line: give one class name per line")
         return names
-    if index and sorted(index.values()) == list(range(len(index))):  # torchvision's ImageNet has several names a class
+    if index and sorted(index.values()) == list(
+        range(len(index))
+    ):  # torchvision's ImageNet has several names per class
         return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
     named = getattr(dataset, "classes", None) or getattr(reader, "info", None)
     if isinstance(named, dict):

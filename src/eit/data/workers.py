@@ -1,4 +1,4 @@
-"""What a loader gives, what it could not read, and the processes that make it."""
+"""Batches and samples of the loaders, unreadable images, and worker processes."""
 
 import os
 import signal
@@ -28,35 +28,42 @@ HostBatch = tuple[Tensor, Tensor, list[str], Tensor]  # of `collate`
 class Batch(NamedTuple):
     images: Tensor  # (B, channels, height, width) float, normalised, on the device
     labels: Tensor  # (B,) int64, on the device
-    valid: int  # the first so many count; the rest pads a last evaluation block
+    valid: int  # the first `valid` images count; the rest pads the last evaluation block
 
 
 class Sample(NamedTuple):
-    """What a worker makes of an image; without pixels, a fault that ends the run."""
+    """What a worker returns for an image; without pixels, the fault that ends the run."""
 
-    pixels: Tensor  # uint8: (size, size, channels) where augmented, (channels, size, size) in evaluation
+    pixels: Tensor  # uint8: (size, size, channels) if augmented, (channels, size, size) in evaluation
     label: int
-    faults: list[str]  # what could not be read instead
+    faults: list[str]  # the images before it that could not be read
     box: Sequence[int] = ()  # of `eit.data.augment.erasing_box`
 
 
 class BadImages:
-    """Unreadable training images: named once each, and counted against the budget."""
+    """Unreadable training images: each is reported once, and they count against the budget."""
 
     def __init__(self, images: Images | ImageStream, budget: float) -> None:
         self.total, self.allowed = len(images), int(budget * len(images))
-        self.seen: dict[str, None] = {}  # in the order met
+        self.seen: dict[str, None] = {}  # in the order found
         self.checked = 0
 
     def add(self, faults: Iterable[str]) -> None:
         for fault in faults:
             if fault not in self.seen:
                 self.seen[fault] = None
-                if len(self.seen) <= self.allowed:  # beyond, the run stops
+                if len(self.seen) <= self.allowed:  # with more, the run stops
                     say(f"unreadable image, another is used instead: {fault}", any_rank=True)
 
+    def add_from(self, batch: HostBatch) -> None:
+        """Count the faults of a batch. Raise a UserError if it has no images but the fault that ends the run."""
+        _, labels, faults, _ = batch
+        if not len(labels):
+            raise UserError(faults[0])
+        self.add(faults)
+
     def check(self, met: int) -> None:
-        """Raise a UserError if the budget is used up. `met` is the sum over ranks; what several met counts once."""
+        """Raise a UserError if the budget is exceeded. `met` is the sum over ranks; each image counts once."""
         if met == self.checked:
             return
         self.checked = met
@@ -69,11 +76,10 @@ class BadImages:
 
 
 def collate(samples: list[Sample]) -> HostBatch:
-    """A batch: pixels, labels, what could not be read, (B, 5) boxes to erase or (B, 0).
+    """A batch: pixels, labels, faults, (B, 5) boxes to erase or (B, 0).
 
-    Where a sample has no pixels there is no batch, but the fault that ends the run.
-
-    A fault is handed over, not raised: a worker's exception would arrive with its traceback as its message.
+    If a sample has no pixels, the result has no images but the fault that ends the run. A fault is returned, not
+    raised: a worker's exception would arrive with its traceback as its message.
     """
     none = torch.empty(0)
     if last := [sample.faults for sample in samples if not sample.pixels.numel()]:
@@ -83,7 +89,7 @@ def collate(samples: list[Sample]) -> HostBatch:
 
 
 def worker_count(workers: int | None) -> int:
-    """Loader processes of this rank: as given, else one for each core that the process may use, at most 16."""
+    """Number of loader processes of this rank; None: one for each core that the process may use, at most 16."""
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -103,10 +109,10 @@ def worker_options(workers: int | None, device: torch.device, persistent: bool =
 
 
 def _start_worker(worker: int) -> None:
-    """Signals that ask a run to end reach all its processes; the trainer decides, and ends its workers itself."""
+    """Ignore signals that ask a run to end: they reach all its processes, and the trainer ends its workers itself."""
     torch.set_num_threads(1)
     sys.excepthook = _unless_the_trainer_is_gone
-    keep_freed(64 << 20)  # some photos, not the largest that ever came
+    keep_freed(64 << 20)  # a few photos, not the largest so far
     for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too
@@ -115,13 +121,13 @@ def _start_worker(worker: int) -> None:
 
 
 def _unless_the_trainer_is_gone(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """Print an error of a thread, but that of the one that hands over tensors when there is nobody to take them."""
+    """Print the error of a thread, except that of the thread that sends tensors when the trainer has gone."""
     if not issubclass(kind, EOFError | OSError):
         sys.__excepthook__(kind, error, traceback)
 
 
 def _leave_when_told(trainer: int) -> None:
-    """End at a SIGTERM of the trainer, with which Python and torch clean up, and of nobody else."""
+    """End at a SIGTERM from the trainer (Python and torch clean up with it), and ignore those from others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)

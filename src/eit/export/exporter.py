@@ -1,7 +1,7 @@
-"""Weights -> ONNX, OpenVINO or torch.export files. Each is run by its runtime and compared with torch before it counts.
+"""Export weights to ONNX, OpenVINO or torch.export. Each file is run by its runtime and compared with torch.
 
-The batch is dynamic, and for this package's models height and width are; the card (classes, preprocessing) travels in
-the file's metadata.
+The batch size is dynamic; so are height and width for this package's models. The file's metadata hold the card
+(classes, preprocessing).
 """
 
 import copy
@@ -39,29 +39,29 @@ from eit.weights.card import Card, card_text
 from eit.weights.formats import digest
 from eit.weights.load import find_weights
 
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of the formats
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
-NEEDED["openvino"] = (*NEEDED["onnx"], "openvino")  # which reads what the exporter to ONNX wrote
-AXES = dict(batch=0, height=2, width=3)  # of the images, that may be dynamic
-TOLERANCE = 1e-4  # of the largest logit: single precision, sums in another order
-ROUNDING = 1e-6  # allowed however small the logits are
+NEEDED["openvino"] = (*NEEDED["onnx"], "openvino")  # it converts the ONNX file
+AXES = dict(batch=0, height=2, width=3)  # axes of the images that may be dynamic
+TOLERANCE = 1e-4  # relative to the largest logit: sums in single precision, in another order
+ROUNDING = 1e-6  # absolute, for small logits
 INT8_OPERATORS = ["Conv", "MatMul", "Gemm"]  # norms, softmax and sums stay in fp32
-PHOTOS = 8  # of each size, to compare with
+PHOTOS = 8  # per size, for the comparison
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How an exported file compares with torch, on `images` photos of each of `sizes` (height, width)."""
+    """Comparison of an exported file with torch, on `images` photos of each of `sizes` (height, width)."""
 
     sizes: list[tuple[int, int]]
     images: int
-    max_error: float  # of a logit
-    ties: int  # photos whose two best classes are nearer to each other than that, and change places
+    max_error: float  # largest difference of a logit
+    ties: int  # photos whose two best classes differ by less than that and swap places
 
 
 @dataclass(frozen=True)
 class Int8:
-    """What quantisation cost: top-1 in percent of `images` labelled images, and the size of the file without it."""
+    """The cost of quantisation: top-1 (percent) on `images` labelled images with and without it, and the fp32 size."""
 
     images: int
     top1: float
@@ -72,33 +72,33 @@ class Int8:
 
 @dataclass(frozen=True)
 class Export:
-    """A file that was written and found equal to the model."""
+    """A file that was written and agrees with the model."""
 
     file: Path
     bytes: int
-    dynamic: list[str]  # of batch, height, width
-    runtime: str  # that ran it, with its version
-    parity: Parity  # of the fp32 file
+    dynamic: list[str]  # some of batch, height, width
+    runtime: str  # name and version of the runtime that ran it
+    parity: Parity  # comparison of the fp32 file
     int8: Int8 | None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images to choose the ranges of int8 with, and labelled ones, with the model's class numbers, to judge it by."""
+    """Images that set the ranges of int8, and images labelled with the model's classes that measure its accuracy."""
 
     images: Images
     labelled: AnyImages
 
 
 def default_file(checkpoint: str, format: str) -> Path:
-    """Beside the weights, with their name; for those that ship or are on the hub, in the working folder."""
+    """Next to the weights, with their name; in the working folder for included weights and those of the hub."""
     if Path(checkpoint).exists():
         return find_weights(checkpoint).with_suffix(_suffix(format))
     return Path(Path(checkpoint.partition("@")[0]).name + _suffix(format))
 
 
 def check_request(format: str, file: Path, int8: bool) -> None:
-    """Raise a UserError where `export` could not write `file`, before anything is computed."""
+    """Raise a UserError, before anything is computed, if `export` could not write `file`."""
     if file.suffix != _suffix(format):
         raise UserError(f"--out {file}: a file of --format {format} ends in {_suffix(format)}")
     if not file.parent.is_dir():
@@ -106,7 +106,7 @@ def check_request(format: str, file: Path, int8: bool) -> None:
     if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise UserError(f"--out {file}: {'it is a folder' if file.is_dir() else f'{file.parent} is read-only'}")
     if not file.exists() and any(part.exists() for part in _parts(file)):
-        raise UserError(f"--out {file}: {_parts(file)[1].name} beside it is of something else; give another name")
+        raise UserError(f"--out {file}: {_parts(file)[1].name} next to it belongs to another file; give another name")
     if int8 and format == "torch":
         raise UserError("--int8 is for --format onnx and openvino")
     for module in NEEDED[format]:
@@ -114,22 +114,21 @@ def check_request(format: str, file: Path, int8: bool) -> None:
 
 
 def export(model: Any, file: Path, format: str, calibration: Calibration | None = None) -> Export:
-    """Write `model`, one of `eit.load`, on any device, to `file`, in the format `format`; with `calibration`
-    in int8.
+    """Write a model of `eit.load`, on any device, to `file` in the format `format`; in int8 if `calibration` is given.
 
-    The file appears only when its runtime has run it and no logit was found farther from torch's than 1e-4 of the
-    largest, which leaves top-1 equal, but for ties.
+    The file is kept only if its runtime runs it and every logit is within 1e-4 of the largest logit of torch's value,
+    so that top-1 is equal except for ties.
 
     Raises:
         UserError: a missing runtime, or an architecture that cannot be exported.
         FloatingPointError: the file's logits differ from torch's.
     """
     check_request(format, file, calibration is not None)
-    model = copy.deepcopy(model).cpu().eval()  # the given one stays on its device
+    model = copy.deepcopy(model).cpu().eval()  # the caller's model stays on its device
     dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         written = Path(folder) / file.name
-        graph = Path(folder) / "graph.onnx"  # what the formats but torch's are made of
+        graph = Path(folder) / "graph.onnx"  # the source of ONNX and OpenVINO files
         program = _program(model, dynamic)
         if format == "torch":
             torch.export.save(program, written, extra_files={KEY: card_text(model.card, digest(model.state_dict()))})
@@ -146,13 +145,13 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
             run = _convert(quantised, written, model.card)
             int8 = _judge(model, run, calibration, fp32_bytes)
         size = _size(written)
-        for part in _parts(written)[::-1]:  # what the file refers to comes first
+        for part in _parts(written)[::-1]:  # the files that it refers to come first
             write_file(file.with_suffix(part.suffix), part.read_bytes())
     return Export(file, size, dynamic, _runtime(format), parity, int8)
 
 
 def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Parity:
-    """Logits of photos by torch and by `run`, at the model's own size and, with `any_size`, at another, not square.
+    """Compare logits of photos by torch and by `run`, at the model's size and, with `any_size`, at a non-square size.
 
     Raises:
         FloatingPointError: they differ.
@@ -168,7 +167,7 @@ def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Pari
         error = float((actual - expected).abs().max())
         differ = int((actual.argmax(1) != expected.argmax(1)).sum())
         bound = TOLERANCE * float(expected.abs().max()) + ROUNDING
-        if not error <= bound < math.inf:  # NaN is no less
+        if not error <= bound < math.inf:  # false for NaN
             raise FloatingPointError(
                 f"the exported file is not kept: at {size[0]}x{size[1]} its logits differ from torch's by up to "
                 f"{error:.3g}, and top-1 in {differ} of {len(x)} photos"
@@ -178,7 +177,7 @@ def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Pari
 
 
 def photos(view: View, size: tuple[int, int]) -> Tensor:
-    """Eight parts of scikit-learn's two photos -> (8, channels, height, width), normalised as the model wants them."""
+    """Eight crops of scikit-learn's two photos, (8, channels, height, width), normalised for the model."""
     images = []
     whole = [Image.fromarray(photo) for photo in load_sample_images().images]
     for i in range(PHOTOS):
@@ -190,7 +189,7 @@ def photos(view: View, size: tuple[int, int]) -> Tensor:
 
 
 def calibration_images(path: str, count: int, max_pixels: int, val_fraction: float | None = None) -> Images:
-    """At most `count` images, evenly spaced: of a data set its training images, else all below the folder.
+    """At most `count` images, evenly spaced: a data set's training images, or otherwise all below the folder.
 
     Raises:
         UserError: no such path, or no images there.
@@ -211,9 +210,11 @@ def _suffix(format: str) -> str:
 
 
 def _takes_any_size(model: Any, format: str) -> bool:
-    if not isinstance(model, EIT) or min(model.grid_size) < 2:  # a grid of one token would be taken for a constant
+    if (
+        not isinstance(model, EIT) or min(model.grid_size) < 2
+    ):  # the exporter would fix a grid of one token as a constant
         return False
-    return format != "openvino" or model.pos_embed is None  # OpenVINO interpolates position tables otherwise
+    return format != "openvino" or model.pos_embed is None  # OpenVINO interpolates position tables differently
 
 
 def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
@@ -221,7 +222,7 @@ def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
     x = torch.zeros(2, card.in_chans, card.size, card.size)
     try:
         return torch.export.export(model, (x,), dynamic_shapes=({AXES[name]: Dim.DYNAMIC for name in dynamic},))
-    except Exception as error:  # each architecture fails in its own way
+    except Exception as error:  # each architecture raises its own errors
         raise UserError(f"{card.model} cannot be exported: {first_line(error)}") from None
 
 
@@ -247,18 +248,18 @@ def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_param = names[dim.dim_param]
-    del proto.graph.value_info[:]  # these hold the exporter's names
+    del proto.graph.value_info[:]  # it has the exporter's names
     assert [d.dim_param for d in shape if d.dim_param] == dynamic
     onnx.save(proto, file)
 
 
 def _card_json(card: Card) -> str:
-    """In ASCII: names of folders need not be valid text."""
+    """The card in ASCII, because folder names need not be valid text."""
     return json.dumps(card.model_dump(mode="json"))
 
 
 def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
-    """The file of an ONNX graph, in the format that its suffix asks for, opened as users will."""
+    """Write an ONNX graph in the format of the file's suffix, and open it as users do."""
     if file.suffix == ".onnx":
         file.write_bytes(graph.read_bytes())
     else:
@@ -271,7 +272,7 @@ def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
 
 
 def _quantise(graph: Path, file: Path, images: Images, view: View) -> None:
-    """Static quantisation: ranges of activations from `images`, weights by channel."""
+    """Static quantisation: activation ranges from `images`, weights per channel."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     loader = evaluation_loader(images, view, 32, 0, torch.device("cpu"))
@@ -294,7 +295,7 @@ def _judge(model: Any, run: Callable[[Tensor], Tensor], calibration: Calibration
 
 
 def _parts(file: Path) -> list[Path]:
-    """The file, and the one with the weights that OpenVINO puts beside it."""
+    """The file, and the file of weights that OpenVINO writes next to it."""
     return [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
 
 
@@ -311,7 +312,7 @@ def _runtime(format: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings, which are about what a user cannot change."""
+    """Suppress the exporters' warnings, about which a user can do nothing."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,8 +1,7 @@
-"""The zoo: variants, families, published results, and their registration with timm."""
+"""The model registry: variants, families, published results, and timm entry points."""
 
 import csv
 import inspect
-import sys
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -12,23 +11,23 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 
-import eit.models.eit  # not its names: this module may be imported while that one waits for timm
+import eit.models.eit  # no `from` import: this module may be imported while that one waits for timm
 from eit.errors import UserError, first_line, nearest
 from eit.plots import Point
 
 AUTHORS_CODE = "https://github.com/MrHaiPi/EIT"
-TIMM = "timm/"  # any other model of timm: timm/resnet50
+TIMM = "timm/"  # prefix of any other model of timm: timm/resnet50
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A published model, with the paper's own ImageNet-1K accuracy (percent) and where its weights are."""
+    """A published model: its size, its ImageNet-1K accuracy in the paper (percent), and the address of its weights."""
 
     embed_dim: int
     depth: int
     num_heads: int
     published_params: float  # millions
-    gmacs: float  # with the attention products, as others count; tests/claims/test_cost.py counts them
+    gmacs: float  # with the attention products, as usual; tests/claims/test_cost.py counts them
     published_gmacs: float  # what the paper calls FLOPs
     published_top1: float
     published_top5: float
@@ -48,17 +47,17 @@ VARIANTS = {
 
 _EIT = dict(schedule="eit", cls_conv="identity", conv_branch="depthwise", stem="conv_pool", pos_embed="none")
 
-# The paper's vision configuration of LSRA is not known. `lsra` and `lite` are two readings: half of the channels in
-# each layer and nothing that bypasses the mixer; and the branch, and positions, of the Lite Transformer's code.
+# The paper's vision configuration of LSRA is not known. `lsra` and `lite` are two readings. `lsra`: half the channels
+# in each layer, and no channel bypasses the mixer. `lite`: the branch and the positions of the Lite Transformer's code.
 FAMILIES: dict[str, dict[str, str]] = {
     "eit": _EIT,
-    "eit_plus": _EIT | dict(cls_conv="zero"),  # what is better than published and costs nothing
+    "eit_plus": _EIT | dict(cls_conv="zero"),  # better than published, at no cost
     "lsra": _EIT | dict(schedule="lsra", cls_conv="zero"),
     "lite": _EIT | dict(schedule="lsra", conv_branch="gated", pos_embed="learned"),
     "vit": _EIT | dict(schedule="vit", stem="patch", pos_embed="learned"),
 }
 
-# Every name of `create_model`: its size, and its family where none is given. Those of `eit` are the published models.
+# Every name that `create_model` takes: its size and its default family. The models of the family eit are published.
 MODELS = {
     name.replace("eit", family): (variant, family)
     for family in ("eit", "eit_plus")
@@ -86,7 +85,7 @@ default_cfgs = {
 
 
 def published_results() -> list[Point]:
-    """ImageNet-1K results as published, 224x224, without further data or a teacher; published.csv has each source."""
+    """Published ImageNet-1K results at 224x224, without extra data or a teacher. published.csv names each source."""
     ours = [
         Point("EIT", f"EIT-{name.removeprefix('eit_')}", v.published_params, v.gmacs, v.published_top1, False)
         for name, v in VARIANTS.items()
@@ -118,18 +117,18 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
     """A model with initial values.
 
     Args:
-        name: one of `list_models()`, or timm/NAME with arguments of timm's (the result is then timm's class).
-        family: `eit`, `eit_plus`, `lsra`, `lite` or `vit`: the preset of schedule, convolution's branch, class-token
-            path, stem and position embedding; default: that of the name. eit_plus_mini is short for eit_mini of the
-            family eit_plus.
-        **arguments: any argument of `eit.EIT`; those given win over the preset.
+        name: one of `list_models()`, or timm/NAME with timm's arguments (the result then has timm's class).
+        family: `eit`, `eit_plus`, `lsra`, `lite` or `vit`: the preset of schedule, convolution branch, class-token
+            path, stem and position embedding; default: the family of the name. eit_plus_mini is short for eit_mini
+            with family eit_plus.
+        **arguments: any argument of `eit.EIT`; they override the preset.
 
     Returns:
         A model in training mode that takes images (B, in_chans, height, width) and returns logits (B, num_classes).
 
     Raises:
-        UserError: an unknown name, family or argument, a family that is not that of an eit_plus name, or values that
-            make no model.
+        UserError: an unknown name, family or argument, a family that contradicts an eit_plus name, or values that
+            make no valid model.
 
     Examples:
         >>> create_model("eit_mini", num_classes=10, family="lsra").attn_channels
@@ -137,14 +136,16 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
     """
     if name.startswith(TIMM):
         if family is not None:
-            raise UserError(f"family={family} is of this package's models, not of {name}")
+            raise UserError(f"family={family} is for this package's models, not for {name}")
         return _create_timm_model(name, **arguments)
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}{nearest(name, MODELS)} (known: {', '.join(MODELS)}, timm/NAME)")
     if family is not None and family not in FAMILIES:
         raise UserError(f"unknown family {family!r}{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
     if "pretrained" in arguments:
-        raise UserError(f"no weights of {name} ship: use eit.load(PATH), or eit.load_weights(model, PATH)")
+        raise UserError(
+            f"no pretrained weights of {name} are included: use eit.load(PATH), or eit.load_weights(model, PATH)"
+        )
     for argument in arguments:
         if argument not in model_arguments():
             raise UserError(f"{name} has no argument {argument!r}{nearest(argument, model_arguments())}")
@@ -155,12 +156,12 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
 
 
 def is_model(name: str) -> bool:
-    """Whether `create_model` knows it. Names that timm would fetch from somewhere else are not models here."""
+    """Whether `create_model` knows the name. Names of hubs, which timm would download from, do not count."""
     return name in MODELS or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)))
 
 
 def check_timm_name(name: str) -> None:
-    """Raise a UserError where timm has no such model."""
+    """Raise a UserError if timm has no such model."""
     if not is_model(name):
         plain = name.removeprefix(TIMM)
         raise UserError(f"timm has no model {plain!r}{nearest(plain, timm.list_models())}")
@@ -173,58 +174,97 @@ def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any)
         arguments["img_size"] = img_size
     try:
         return timm.create_model(plain, **arguments)
-    except Exception as error:  # each architecture has errors of its own; downloads too
+    except Exception as error:  # each architecture raises its own errors, and so do downloads
         hint = "; weights can be given as a file" if arguments.get("pretrained") else ""
         raise UserError(f"{name}: {first_line(error)}{hint}") from None
 
 
 def check_size(model: Any, size: int, own: int, name: str) -> None:
-    """Raise a UserError where `model`, whose own input is `own` pixels, does not take images of `size` pixels."""
+    """Raise a UserError if `model`, made for inputs of `own` pixels, does not take images of `size` pixels."""
     if isinstance(model, eit.models.eit.EIT):
         stem = model.patch_embed
         if 0 in stem.grid_size(size, size):
             least = next(n for n in range(size, 1 << 20) if 0 not in stem.grid_size(n, n))
-            raise UserError(f"--size {size}: {name} makes no token of so few pixels; {least} is the least")
+            raise UserError(f"--size {size}: {name} makes no token of so few pixels; the smallest size is {least}")
     elif size != own and (
         hasattr(model, "image_size") or getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
     ):  # torchvision's ViT, timm's
-        raise UserError(f"--size {size}: {name} takes {own} pixels alone")
+        raise UserError(f"--size {size}: {name} takes only {own} pixels")
 
 
 def head_names(model: Any) -> tuple[str, ...]:
-    """Names of the classifier's modules. A model that was made without the zoo has no configuration."""
+    """Names of the classifier's modules. A model that was made outside the registry has no configuration."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _register(name: str, variant: Variant, own: str) -> None:
-    def build(pretrained: bool = False, family: str | None = None, **arguments: Any) -> "eit.models.eit.EIT":
-        if own != "eit" and family not in (own, None):
-            raise ValueError(f"family={family} is not {own}, which the name says: give one of the two")
-        preset, saved = FAMILIES[family or own], arguments.get("pretrained_model_args")
-        if saved and "cls_conv" not in saved:  # a configuration in timm's format that is older than the argument
-            preset = preset | dict(cls_conv="identity")
-        size = dict(embed_dim=variant.embed_dim, depth=variant.depth, num_heads=variant.num_heads)
-        model = build_model_with_cfg(
-            eit.models.eit.EIT,
-            name,
-            pretrained,
-            pretrained_filter_fn=eit.models.eit.checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=(-3, -2, -1), feature_cls="getter"),
-            **(size | preset | arguments),
-        )
-        model._model_args = preset  # timm saves it with the weights, which then do not depend on later presets
-        return model
-
-    build.__name__ = build.__qualname__ = name
-    build.__module__ = __name__
-    known = f"{variant.published_top1}% ImageNet-1K top-1 (published)" if own == "eit" else "no published accuracy"
-    build.__doc__ = f"{own} of the size EIT16/4/3-{name.rpartition('_')[2]}: {known}."
-    setattr(sys.modules[__name__], name, register_model(build))
+def _create_eit(name: str, pretrained: bool, family: str | None = None, **arguments: Any) -> "eit.models.eit.EIT":
+    """The model of timm's entry point `name`. timm adds its own arguments to the model's."""
+    variant, own = MODELS[name]
+    if own != "eit" and family not in (own, None):
+        raise ValueError(f"family={family} is not {own}, the family in the name: leave out family")
+    preset, saved = FAMILIES[family or own], arguments.get("pretrained_model_args")
+    if saved and "cls_conv" not in saved:  # a configuration in timm's format that is older than the argument
+        preset = preset | dict(cls_conv="identity")
+    size = dict(embed_dim=variant.embed_dim, depth=variant.depth, num_heads=variant.num_heads)
+    model = build_model_with_cfg(
+        eit.models.eit.EIT,
+        name,
+        pretrained,
+        pretrained_filter_fn=eit.models.eit.checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(-3, -2, -1), feature_cls="getter"),
+        **(size | preset | arguments),
+    )
+    model._model_args = preset  # timm saves it with the weights, which then do not depend on later presets
+    return model
 
 
-for _name, (_variant, _family) in MODELS.items():
-    _register(_name, _variant, _family)
+@register_model
+def eit_mini(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT16/4/3-mini: 70.0% ImageNet-1K top-1 (published)."""
+    return _create_eit("eit_mini", pretrained, **arguments)
+
+
+@register_model
+def eit_tiny(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT16/4/3-tiny: 78.1% ImageNet-1K top-1 (published)."""
+    return _create_eit("eit_tiny", pretrained, **arguments)
+
+
+@register_model
+def eit_base(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT16/4/3-base: 80.6% ImageNet-1K top-1 (published)."""
+    return _create_eit("eit_base", pretrained, **arguments)
+
+
+@register_model
+def eit_large(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT16/4/3-large: 81.8% ImageNet-1K top-1 (published)."""
+    return _create_eit("eit_large", pretrained, **arguments)
+
+
+@register_model
+def eit_plus_mini(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT+ of the size EIT16/4/3-mini; no published accuracy."""
+    return _create_eit("eit_plus_mini", pretrained, **arguments)
+
+
+@register_model
+def eit_plus_tiny(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT+ of the size EIT16/4/3-tiny; no published accuracy."""
+    return _create_eit("eit_plus_tiny", pretrained, **arguments)
+
+
+@register_model
+def eit_plus_base(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT+ of the size EIT16/4/3-base; no published accuracy."""
+    return _create_eit("eit_plus_base", pretrained, **arguments)
+
+
+@register_model
+def eit_plus_large(pretrained: bool = False, **arguments: Any) -> "eit.models.eit.EIT":
+    """EIT+ of the size EIT16/4/3-large; no published accuracy."""
+    return _create_eit("eit_plus_large", pretrained, **arguments)
 
 
 @register_model
@@ -238,7 +278,7 @@ def resnet24_small(num_classes: int = 1000, in_chans: int = 3, pretrained: bool 
     if unknown := set(of_timm) - {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}:
         raise TypeError(f"no argument {min(unknown)!r}")
     if pretrained:
-        raise RuntimeError("no weights of it were published")
+        raise RuntimeError("it has no published weights")
     model = ResNet(BasicBlock, [2, 3, 3, 3], num_classes=num_classes)
     model.conv1 = torch.nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
     torch.nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own
