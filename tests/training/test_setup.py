@@ -9,7 +9,7 @@ import torch
 import eit
 from eit.config import load_recipe
 from eit.data.datasets import open_data
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.training import trainer as train_module
 from eit.training.setup import build_model, choose_trainable, settle
 from eit.training.trainer import make_optimizer, make_schedule, out_of_memory, train
@@ -222,8 +222,8 @@ def test_the_statistics_of_frozen_batch_norms_stay(folder):
 def test_each_layer_learns_slower_than_the_next():
     r = load_recipe("digits", ["optim.layer_decay=0.5", "optim.warmup_lr=1e-3", "train.warmup_epochs=0"])
     model = eit.create_model("eit_mini", depth=3)
-    optimizer = make_optimizer(r, model, Plan(64, 64, 1, 1, 1, 0))
-    make_schedule(r, optimizer, Plan(64, 64, 1, 1, 1, 0)).step_update(0)
+    optimizer = make_optimizer(r, model, SampleOrder(64, 64, 1, 1, 1, 0))
+    make_schedule(r, optimizer, SampleOrder(64, 64, 1, 1, 1, 0)).step_update(0)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     of = {name: rate[id(p)] / 3e-3 for name, p in model.named_parameters()}
     assert of["head.weight"] == pytest.approx(1)

@@ -13,7 +13,7 @@ import eit
 from eit.config import load_recipe
 from eit.data import datasets as data_module
 from eit.data.datasets import open_data
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.randomness import Stream
 from eit.training import loss as loss_module
 from eit.training import trainer as train_module
@@ -310,16 +310,16 @@ def test_true_labels_do(tmp_path):
 
 def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
     r = load_recipe("imagenet_mini")
-    plan = Plan(1_281_167, 128, 1, 8, 3, 0)
+    order = SampleOrder(1_281_167, 128, 1, 8, 3, 0)
     model = eit.create_model("eit_mini", depth=1)
-    optimizer = make_optimizer(r, model, plan)
-    schedule = make_schedule(r, optimizer, plan)
+    optimizer = make_optimizer(r, model, order)
+    schedule = make_schedule(r, optimizer, order)
 
     def rate(step):
         schedule.step_update(step)
         return optimizer.param_groups[0]["lr"]
 
-    steps = plan.steps
+    steps = order.steps
     assert steps == 1251
     assert rate(0) == pytest.approx(1e-6)
     assert rate(1) > 1e-6
@@ -334,7 +334,7 @@ def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
 def test_norms_biases_and_tokens_are_not_decayed():
     r = load_recipe("imagenet_mini", ["optim.lr_batch=null"])
     model = eit.create_model("eit_mini", depth=2, pos_embed="learned")
-    optimizer = make_optimizer(r, model, Plan(10, 1, 1, 1, 1, 0))
+    optimizer = make_optimizer(r, model, SampleOrder(10, 1, 1, 1, 1, 0))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
@@ -345,8 +345,8 @@ def test_norms_biases_and_tokens_are_not_decayed():
 
 def test_the_rate_follows_the_global_batch():
     for accumulate, world, lr in ((1, 1, 0.25e-3), (2, 1, 0.5e-3), (2, 8, 4e-3)):
-        plan = Plan(10_000, 128, accumulate, world, 1, 0)
-        optimizer = make_optimizer(load_recipe("imagenet_mini"), eit.create_model("eit_mini", depth=1), plan)
+        order = SampleOrder(10_000, 128, accumulate, world, 1, 0)
+        optimizer = make_optimizer(load_recipe("imagenet_mini"), eit.create_model("eit_mini", depth=1), order)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
 
 
@@ -447,7 +447,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):
     file = r.run_folder() / "not-finite-5.txt"
     assert str(file) in str(error.value)
     images, _ = open_data(r.data)
-    numbers = Plan(36, 8, 1, 1, 1, r.seed).order(1)[1, :, 0].tolist()
+    numbers = SampleOrder(36, 8, 1, 1, 1, r.seed).samples(1)[1, :, 0].tolist()
     assert file.read_text().splitlines() == [f"{i}\t{images.names[i]}" for i in numbers]
 
 

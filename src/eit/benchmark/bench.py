@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from eit.benchmark import matmul_peak
 from eit.config import load_recipe
 from eit.console import progress
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.environment import environment
 from eit.errors import UserError, few, first_line, nearest
 from eit.export.exporter import export
@@ -398,8 +398,8 @@ def inference_step(network: Any, x: Tensor, precision: Precision) -> Step:
 
 def training_step(model: nn.Module, network: Any, x: Tensor, y: Tensor, precision: Precision) -> Step:
     """Forward, cross-entropy, backward, and a step of the optimizer of the recipes. `network` is what calls `model`."""
-    plan = Plan(images=len(x), batch_size=len(x), accumulate=1, world=1, repeats=1, seed=0)
-    optimizer = make_optimizer(load_recipe(RECIPE), model, plan)
+    order = SampleOrder(images=len(x), batch_size=len(x), accumulate=1, world=1, repeats=1, seed=0)
+    optimizer = make_optimizer(load_recipe(RECIPE), model, order)
 
     def step() -> None:
         with float32_products(precision):
