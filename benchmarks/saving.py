@@ -1,6 +1,6 @@
 """How long a checkpoint stops training: `python benchmarks/saving.py [MODEL]`.
 
-In turn, five times each: `Writer.submit`, which is all that the training loop waits for, and the whole of `save_step`.
+In turn, five times each: `Writer.submit`, which is all that the training loop waits for, and the whole of `save_checkpoint`.
 Medians, spread, and their ratio; weights, moving average and AdamW's two moments of the model.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import eit
-from eit.training.checkpoint import Writer, save_step
+from eit.training.checkpoint import Writer, save_checkpoint
 from eit.weights.load import Card, default_class_names, default_mean_std
 
 ROUNDS = 5
@@ -33,11 +33,11 @@ def main(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder, Writer() as writer:
         for step in range(ROUNDS):
             began = time.perf_counter()
-            writer.submit(save_step, Path(folder), 2 * step, card, *parts)
+            writer.submit(save_checkpoint, Path(folder), 2 * step, card, *parts)
             stops.append(time.perf_counter() - began)
             writer.wait()
             began = time.perf_counter()
-            target = save_step(Path(folder), 2 * step + 1, card, *parts)
+            target = save_checkpoint(Path(folder), 2 * step + 1, card, *parts)
             whole.append(time.perf_counter() - began)
             size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{name}: a checkpoint of {size / 1e6:.0f} MB, torch {torch.__version__}, {torch.get_num_threads()} threads")

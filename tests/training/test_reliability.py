@@ -24,7 +24,7 @@ from eit.data.workers import STOP_SIGNALS
 from eit.randomness import Stream
 from eit.training import checkpoint as state_module
 from eit.training import trainer as train_module
-from eit.training.checkpoint import load_step, newest_step, saved_steps
+from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
 from eit.training.trainer import train
 from eit.weights.load import read_safetensors
 from tests.conftest import TINY, launcher, require, run_eit, save_digits
@@ -389,8 +389,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_p
     assert errors[1] == ""  # said once
     run = tmp_path / "machine0" / "run"
     assert len((run / "not-finite-5.txt").read_text().splitlines()) == 8  # of both ranks
-    folder, _ = newest_step(run)
-    assert folder.name == "step-5" and all(v.isfinite().all() for v in load_step(folder)[0].values())
+    folder, _ = newest_checkpoint(run)
+    assert folder.name == "step-5" and all(v.isfinite().all() for v in load_checkpoint(folder)[0].values())
 
 
 def test_a_stream_is_not_continued_on_another_number_of_ranks(folder, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from eit.data.order import SampleOrder
 from eit.randomness import Stream
 from eit.training import loss as loss_module
 from eit.training import trainer as train_module
-from eit.training.checkpoint import load_step, newest_step, saved_steps
+from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
 from eit.training.run_folder import Run
 from eit.training.trainer import make_optimizer, make_schedule, train
 from tests.conftest import TINY, run_eit
@@ -484,8 +484,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypat
     monkeypatch.setattr(train_module, "make_criterion", broken)
     with pytest.raises(FloatingPointError, match="the gradient is (nan|inf) in epoch 2, step 5, on images digit"):
         train(r)
-    folder_, _ = newest_step(r.run_folder())
-    assert folder_.name == "step-5" and all(v.isfinite().all() for v in load_step(folder_)[0].values())
+    folder_, _ = newest_checkpoint(r.run_folder())
+    assert folder_.name == "step-5" and all(v.isfinite().all() for v in load_checkpoint(folder_)[0].values())
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from eit.data.prefetch import Prefetcher, to_device
 from eit.data.workers import worker_count, worker_options
 from eit.models import registry
 from eit.training import trainer as train_module
-from eit.training.checkpoint import load_step, newest_step
+from eit.training.checkpoint import load_checkpoint, newest_checkpoint
 from eit.training.step_reports import StepReports, from_host
 from eit.training.trainer import train
 from eit.weights.load import Card, default_mean_std, save_weights
@@ -223,9 +223,9 @@ def test_weights_stay_those_before_a_step_that_is_not_finite(folder, spoiled, fa
     with pytest.raises(FloatingPointError, match=f"the {fault} is (nan|inf) in epoch 2, step {WRONG}"):
         train(r)
     assert len(passes) == (WRONG + 1 + launched) * r.train.accumulate
-    newest, faults = newest_step(r.run_folder())
+    newest, faults = newest_checkpoint(r.run_folder())
     assert newest.name == f"step-{WRONG}" and not faults
-    saved, averaged, _ = load_step(newest)
+    saved, averaged, _ = load_checkpoint(newest)
     assert same(dict(models[0].state_dict()), saved)
     assert all(value.isfinite().all() for value in (*saved.values(), *averaged.values()))
 
@@ -237,7 +237,7 @@ def test_the_last_step_of_an_epoch_is_looked_at_before_it_is_evaluated_and_saved
     monkeypatch.setattr(train_module, "evaluate", lambda *_: evaluated.append(0))
     with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1, step 3"):
         train(r)
-    assert not evaluated and newest_step(r.run_folder()) == (None, [])
+    assert not evaluated and newest_checkpoint(r.run_folder()) == (None, [])
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
@@ -247,7 +247,7 @@ def test_a_step_that_fp16_cannot_hold_is_left_out_and_the_run_goes_on(folder, sp
     r = recipe(folder, f"optim.name={name}", *words)
     spoiled("gradient")
     train(r)
-    before, after = (load_step(r.run_folder() / "checkpoints" / f"step-{n}") for n in (WRONG, WRONG + 1))
+    before, after = (load_checkpoint(r.run_folder() / "checkpoints" / f"step-{n}") for n in (WRONG, WRONG + 1))
     assert same(before[0], after[0])
     assert after[2]["scaler"]["scale"] == before[2]["scaler"]["scale"] / 2
     moments = [step[2]["optimizer"]["state"].values() for step in (before, after)]

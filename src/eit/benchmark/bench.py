@@ -39,7 +39,7 @@ from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
-from eit.training.trainer import make_optimizer
+from eit.training.optim import make_optimizer
 from eit.weights import load as checkpoint
 from eit.weights.load import SHIPPED, Card, default_class_names, default_mean_std, names_weights
 
