@@ -1,7 +1,7 @@
 """How long a checkpoint stops training: `python benchmarks/saving.py [MODEL]`.
 
-In turn, five times each: `Writer.submit`, which is all that the training loop waits for, and the whole of `save_checkpoint`.
-Medians, spread, and their ratio; weights, moving average and AdamW's two moments of the model.
+In turn, five times each: `Writer.submit`, which is all that the training loop waits for, and the whole of
+`save_checkpoint`. Medians, spread, and their ratio; weights, moving average and AdamW's two moments of the model.
 """
 
 import statistics

@@ -20,7 +20,7 @@ from eit.training import trainer as train_module
 from eit.training.checkpoint import load_state, newest_checkpoint
 from eit.training.trainer import train
 from tests.conftest import run_eit
-from tests.training.test_trainer import recipe, train_until_killed
+from tests.helpers.training import recipe, train_until_killed
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 

@@ -32,7 +32,7 @@ from eit.inference.evaluate import evaluate
 from eit.training.trainer import train
 from eit.weights.load import read_card, save_weights
 from tests.conftest import TINY, require, run_eit, save_digits
-from tests.training.test_trainer import log, same, train_until_killed, weights
+from tests.helpers.training import log, same, train_until_killed, weights
 
 CPU = torch.device("cpu")
 VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)

@@ -66,7 +66,12 @@ class Watch:
 
     def install(self) -> None:
         """Make the training loop of this process say where it is. Nothing of what it does changes."""
-        watch, set_seed, save, evaluate = self, train_module.set_seed, train_module.save_checkpoint, train_module.evaluate
+        watch, set_seed, save, evaluate = (
+            self,
+            train_module.set_seed,
+            train_module.save_checkpoint,
+            train_module.evaluate,
+        )
 
         def watched_seed(*counters):
             if counters[0] == Stream.STEP:
@@ -103,13 +108,13 @@ def no_step_seed() -> None:
 
 def last_step_again() -> None:
     """A continued run takes the last step once more."""
-    resume = train_module.resume
+    resume = train_module.Trainer.resume
 
-    def resume_before(*arguments):
-        resume(*arguments)
-        arguments[-1].step -= bool(arguments[-1].step % STEPS)
+    def resume_before(trainer):
+        resume(trainer)
+        trainer.progress.step -= bool(trainer.progress.step % STEPS)
 
-    train_module.resume = resume_before
+    train_module.Trainer.resume = resume_before
 
 
 FAULTS = {"no-sample-seed": no_sample_seed, "no-step-seed": no_step_seed, "last-step-again": last_step_again}

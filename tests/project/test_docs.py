@@ -32,7 +32,7 @@ from eit.cli import app
 from eit.config import load_recipe, recipe_names
 from eit.data.prepare_imagenet import prepare_imagenet
 from eit.errors import UserError
-from eit.training.trainer import out_of_memory
+from eit.training.global_batch import out_of_memory_advice
 from tests.conftest import TINY, require, run_eit, save_digits
 from tests.data.test_layouts import RNG, write_idx, write_tiny_imagenet
 from tests.data.test_prepare_imagenet import good
@@ -293,7 +293,7 @@ def run_block(world, block, done):
         assert not_run(f"```{block.language}"), f"nothing runs ```{block.language}: add it here, or to NOT_RUN"
 
 
-MESSAGES = [f"eit: {out_of_memory(load_recipe('cifar10', ['data.batch_size=512', 'data.image_size=224']))}"]
+MESSAGES = [f"eit: {out_of_memory_advice(load_recipe('cifar10', ['data.batch_size=512', 'data.image_size=224']))}"]
 DONE: set[str] = set()
 
 

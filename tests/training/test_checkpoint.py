@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eit
-from eit.training.checkpoint import Writer, load_state, load_checkpoint, newest_checkpoint, save_checkpoint, saved_steps
+from eit.training.checkpoint import Writer, load_checkpoint, load_state, newest_checkpoint, save_checkpoint, saved_steps
 from tests.weights.test_load import SMALL, card
 
 
@@ -90,7 +90,7 @@ class Evil:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(Evil(), "is refused: .*mkdir"), (["a list"], "is no state of training"), (dict(progress=3), "is no state of tr")],
+    [(Evil(), "is refused: .*mkdir"), (["a list"], "not a state of training"), (dict(progress=3), "not a state of tr")],
 )
 def test_a_strangers_state_is_refused_though_its_checksum_is_right(tmp_path, monkeypatch, state, content, message):
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
 """The training loop, on one machine or many and on any device. A stopped run continues to the same weights.
 
-`train` prepares and checks what a run needs, claims its folder, and gives both to a `Trainer`. Its methods are the loop:
-`fit`, `train_epoch`, `step`, `evaluate`, `save`, `finish`.
+`train` prepares and checks what a run needs, claims its folder, and gives both to a `Trainer`, whose methods are the
+loop: `fit`, `train_epoch`, `step`, `evaluate`, `save`, `finish`.
 """
 
 import math
