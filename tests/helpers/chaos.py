@@ -66,12 +66,8 @@ class Watch:
 
     def install(self) -> None:
         """Make the training loop of this process say where it is. Nothing of what it does changes."""
-        watch, set_seed, save, evaluate = (
-            self,
-            train_module.set_seed,
-            train_module.save_checkpoint,
-            train_module.evaluate,
-        )
+        watch, set_seed = self, train_module.set_seed
+        save, evaluate = train_module.save_checkpoint, train_module.evaluate
 
         def watched_seed(*counters):
             if counters[0] == Stream.STEP:

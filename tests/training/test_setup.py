@@ -122,7 +122,7 @@ def test_weights_of_timm_are_asked_for(monkeypatch, folder):
         (["loss.teacher=timm/resnet18"], "loss.teacher=timm/resnet18 knows 1000 classes, the data have 3"),
         (["model.name=timm/resnet18", "optim.trainable=attention"], "timm/resnet18 has no attention layers"),
         (["loss.class_weights={digit9: 2}"], "loss.class_weights names 'digit9'"),
-        (["loss.class_weights={digit0: 0, digit1: 0, digit2: 0}"], "are all 0: nothing would be learnt"),
+        (["loss.class_weights={digit0: 0, digit1: 0, digit2: 0}"], "are all 0: nothing would be learned"),
         (["loss.teacher=digits", "loss.teacher_size=1"], "does not know the classes digit0"),
     ],
 )
