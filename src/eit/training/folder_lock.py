@@ -206,7 +206,7 @@ class FolderLock:
 
 
 class _SoftLock(SoftFileLock):
-    """Older versions of filelock remove the file even if another process owns it by now, and in forked processes too."""
+    """Older versions of filelock remove the file even if it has another owner by now, and in forked processes too."""
 
     is_ours = True
 
