@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,7 +120,7 @@ class Prepared:
     class_weights: Tensor | None
     distillation: Distillation | None
     card: Card
-    progress: Progress
+    progress: Progress = field(default_factory=Progress)
 
 
 def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepared:
@@ -145,22 +145,39 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
     needs_teacher = recipe.loss.teacher and not distributed.on_main(lambda: read_summary(recipe.run_folder()))
     distillation = Distillation(recipe.loss, view, classes, device) if needs_teacher else None
-    card = make_card(recipe, view, classes)
+    prepared = Prepared(
+        recipe=recipe,
+        device=device,
+        precision=precision,
+        train_images=train_images,
+        val_images=val_images,
+        view=view,
+        order=order,
+        loader=loader,
+        model=model,
+        class_weights=weights,
+        distillation=distillation,
+        card=make_card(recipe, view, classes),
+    )
+    prepared.progress.fixed = fixed_properties(prepared)
+    if len(set(distributed.gather(prepared.progress.fixed["data"]))) > 1:
+        raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
+    return prepared
 
-    fixed: dict[str, Any] = dict(data=f"{train_images.digest()} {val_images.digest()}", global_batch=order.global_batch)
-    if isinstance(loader, StreamLoader):  # whose order depends on these
+
+def fixed_properties(prepared: Prepared) -> dict[str, Any]:
+    """What a continued run must share with its checkpoint besides the recipe."""
+    order, loader = prepared.order, prepared.loader
+    data = f"{prepared.train_images.digest()} {prepared.val_images.digest()}"
+    fixed: dict[str, Any] = dict(data=data, global_batch=order.global_batch)
+    if isinstance(loader, StreamLoader):  # its order depends on these
         fixed |= {"data.workers": loader.workers, "data.batch_size": order.batch_size}
         fixed["number of processes"] = order.world
-    if distillation:
-        fixed["loss.teacher"] = distillation.digest
-    if recipe.train.precision == "auto":
-        fixed["train.precision"] = precision
-    if len(set(distributed.gather(fixed["data"]))) > 1:
-        raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
-    return Prepared(
-        recipe, device, precision, train_images, val_images, view, order, loader, model, weights, distillation, card,
-        Progress(fixed=fixed),
-    )  # fmt: skip
+    if prepared.distillation:
+        fixed["loss.teacher"] = prepared.distillation.digest
+    if prepared.recipe.train.precision == "auto":
+        fixed["train.precision"] = prepared.precision
+    return fixed
 
 
 def claim_run_folder(prepared: Prepared, resources: ExitStack) -> tuple[RunFolder | None, dict[str, Any] | None]:
@@ -214,7 +231,7 @@ class Trainer:
 
         self.reports = StepReports(immediate=not self.skips_updates)
         self.signals = (0.0,) * len(STOP_SIGNALS)  # of the newest report
-        self.save_is_due, self.saved_at = 0.0, time.monotonic()
+        self.save_is_due, self.saved_at = False, time.monotonic()
         self.throughput = Throughput(order.global_batch, 0 if config.compile == "off" else COMPILED_STEPS)
         self.displayed: dict[str, Any] = {}
         self.one = torch.ones((), device=device)
@@ -290,7 +307,7 @@ class Trainer:
         end = min((epoch + 1) * order.steps, self.total_steps)
         if first_step == 0:
             progress.loss_sum = 0.0
-        self.save_is_due, self.saved_at = 0.0, time.monotonic()
+        self.save_is_due, self.saved_at = False, time.monotonic()
         self.network.train()
         for norm in self.frozen_norms:
             norm.eval()
@@ -377,7 +394,7 @@ class Trainer:
             raise self.not_finite_error("gradient", report.gradient_norm, report.step)
         self.progress.loss_sum += report.loss
         self.displayed["loss"] = report.loss
-        self.save_is_due, self.signals = report.save_is_due, report.signals
+        self.save_is_due, self.signals = bool(report.save_is_due), report.signals
 
     def not_finite_error(self, name: str, value: float, step: int) -> FloatingPointError:
         """The error of a step whose loss or gradient is not finite. Rank 0 writes a list of its images."""
@@ -434,7 +451,7 @@ class Trainer:
             return
         self.act_on(self.reports.flush())
         self.save()
-        self.save_is_due, self.saved_at = 0.0, time.monotonic()
+        self.save_is_due, self.saved_at = False, time.monotonic()
         if any(self.signals):
             self.stop()
 
