@@ -332,8 +332,8 @@ class Trainer:
         """Update the weights once, unless the loss or the gradient is not finite on any rank."""
         loss = sum((self.backward(batches, micro) for micro in range(self.order.accumulate)), torch.zeros(()))
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)  # the same on each rank: gradients are means over ranks
+        # Of the mean gradient of all ranks, so it is the same on each.
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         shared = share_step(
             loss,
             norm,
