@@ -309,7 +309,7 @@ def test_what_auto_was_is_written_down_and_a_run_does_not_go_on_in_another(folde
             train(r)
     assert "\n" not in str(error.value)
     advice = str(error.value).rpartition("; ")[2]
-    assert advice == "use another out="  # as the recipe says auto, train.precision=fp32 would be refused as another
+    assert advice == "set another out="  # as the recipe says auto, train.precision=fp32 would be refused as another
     assert train(r)["epochs"] == 2
 
 

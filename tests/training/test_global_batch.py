@@ -99,7 +99,7 @@ def test_a_batch_that_the_user_has_changed_is_the_users(folder, monkeypatch):
     """Also where it makes another global batch, which is refused."""
     train_until_killed(recipe(folder, "train.save_every=1"), 3, monkeypatch)
     for words, batch in ((["data.batch_size=4"], 4), (["train.accumulate=2"], 16)):
-        with pytest.raises(eit.UserError, match=f"another global_batch: 8, now {batch}; use another out="):
+        with pytest.raises(eit.UserError, match=f"another global_batch: 8, now {batch}; set another out="):
             train(recipe(folder, "train.save_every=1", *words))
     r = recipe(folder, "train.save_every=1", "data.batch_size=2", "train.accumulate=4")
     assert micro_batches_per_step(r) == 4 and train(r)["epochs"] == 2

@@ -45,7 +45,7 @@ def check_unchanged(state: State, progress: Progress, run: Path) -> None:
     saved = state["progress"]["fixed"]
     for key, now in progress.fixed.items():
         if (before := saved.get(key)) != now:
-            advice = f"set {key}={before}" if key.startswith("data.") else "use another out="
+            advice = f"set {key}={before}" if key.startswith("data.") else "set another out="
             raise UserError(f"{run} was trained with another {key}: {before}, now {now}; {advice}")
 
 

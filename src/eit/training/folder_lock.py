@@ -28,7 +28,7 @@ NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # Lust
 WAIT = 120.0  # seconds for another machine to release a lock, or to refresh a soft one
 REFRESH = 20.0  # seconds
 POLL = 0.5  # seconds
-ADVICE = "give this one its own out="
+ADVICE = "set another out="
 
 Process = dict[str, Any]  # host, PID, start time and namespace: PIDs and host names alone may be used again
 State = tuple[int | None, int | None, Process | None]  # times of .lock-soft and .lock, the holder
