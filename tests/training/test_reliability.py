@@ -39,7 +39,8 @@ FIVE = ["train.epochs=5", "train.warmup_epochs=1", "train.save_every=5", "data.b
 
 def chaos(trials, tmp_path, *words, timeout=500):
     command = [sys.executable, ROOT / "tests" / "helpers" / "chaos.py", str(trials), "--seed", "1", *words]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
 
