@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-slow gpu lint format readme docs clean
+.PHONY: help demo test test-fast test-slow check-results gpu lint format readme docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, train the digits recipe (under a minute on 2 cores), predict a few"
 	@echo "make test       set up, run the tests (about 20 minutes on two fast cores)"
+	@echo "make test-fast  the tests of single functions, in under a minute"
 	@echo "make test-slow  the tests that make test leaves out"
+	@echo "make check-results  the tables and sentences of README.md and docs/ against results/"
 	@echo "make gpu        on a machine with a GPU: check, measure, train, in 10 minutes; GPU=\"--part check\" and other words"
 	@echo "make lint       formatting, lint and types"
 	@echo "make format     rewrite the sources as lint wants them"
@@ -39,7 +41,7 @@ $(VENV)/installed-test: $(VENV)/installed
 demo: $(VENV)/installed
 	@rm -rf runs/demo
 	@$(BIN)/eit train digits out=runs/demo
-	@$(BIN)/python docs/demo_images.py runs/demo/images
+	@$(BIN)/python tools/demo_images.py runs/demo/images
 	@echo "predictions for a few scanned digits that were held out (the folder is the truth):"
 	@$(BIN)/eit predict runs/demo runs/demo/images --top 3
 	@echo "try next: $(BIN)/eit train digits model.family=vit out=runs/vit"
@@ -49,6 +51,10 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
+
+# What README.md and docs/ say against results/, and committed numbers against plain loops.
+check-results: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m 'results and not slow' tests/results
 
 # With what is installed: the interpreter of .venv where it is there, else PYTHON.
 gpu:
@@ -64,7 +70,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 
 readme: $(VENV)/installed
-	$(BIN)/python docs/build_readme.py
+	$(BIN)/python tools/build_readme.py
 
 # The variable silences an advertisement of another tool, which would be the one warning.
 docs: $(VENV)/installed-test

@@ -25,8 +25,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eit.console import track
+from eit.data.folders import read_folder
 from eit.data.images import Images
-from eit.data.layouts import read_folder
 from eit.errors import UserError, first_line, printable
 from eit.files import write_file
 

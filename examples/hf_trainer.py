@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 import eit
 from eit.data.images import decode
-from eit.weights.load import save_weights
+from eit.weights.formats import save_weights
 
 
 class WithLoss(nn.Module):

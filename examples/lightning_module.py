@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 
 import eit
 from eit.data.images import decode
-from eit.weights.load import save_weights
+from eit.weights.formats import save_weights
 
 
 class FineTune(lightning.LightningModule):

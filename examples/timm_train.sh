@@ -45,7 +45,8 @@ read -r classes in_chans device <<<"$said"
 "$python" - "$images" "$out" <<'EOF'
 import sys
 from pathlib import Path
-from eit.weights.load import read_card, save_weights
+from eit.weights.formats import save_weights
+from eit.weights.load import read_card
 from timm.data import create_dataset
 from timm.models import load_state_dict
 images, out = sys.argv[1], Path(sys.argv[2])

@@ -25,7 +25,7 @@ from eit.inference.predict import predict
 from eit.precision import float32_products
 from eit.training.checkpoint import Writer
 from eit.training.loss import Distillation, make_criterion
-from eit.weights.load import digest
+from eit.weights.formats import digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # on the pretended device
 

@@ -24,7 +24,8 @@ import eit
 from eit.config import Recipe, load_recipe, parse_overrides, parse_recipe, parse_yaml, recipe_keys
 from eit.errors import UserError
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from eit.weights.load import load, read_weights
+from eit.weights.formats import read_weights
+from eit.weights.load import load
 
 both = pytest.mark.parametrize(
     "inputs", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]

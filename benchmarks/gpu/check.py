@@ -36,7 +36,7 @@ from eit.models import ops
 from eit.precision import Precision, arithmetic, autocast, float32_products
 from eit.randomness import Stream
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint
-from eit.weights.load import read_safetensors
+from eit.weights.formats import read_safetensors
 
 MODELS = [("eit", name) for name in ("eit_mini", "eit_tiny", "eit_base", "eit_large")]
 MODELS += [("lsra", "eit_mini"), ("vit", "eit_mini")]

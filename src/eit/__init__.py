@@ -18,9 +18,12 @@ __version__ = _version("eit")
 # Public name -> its module. Imported on first use, so that `eit --version` does not wait for torch.
 _PUBLIC = {
     "EIT": "models.eit",
+    "Card": "weights.card",
     "Analysis": "analysis.measure",
     "analyze": "analysis.measure",
     "complexity": "models.complexity",
+    "evaluate": "inference.evaluate",
+    "predict": "inference.predict",
     "create_model": "models.registry",
     "list_models": "models.registry",
     "load": "inference.runtimes",
@@ -33,11 +36,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from eit.analysis.measure import Analysis as Analysis
     from eit.analysis.measure import analyze as analyze
     from eit.errors import UserError as UserError
+    from eit.inference.evaluate import evaluate as evaluate
+    from eit.inference.predict import predict as predict
     from eit.inference.runtimes import load as load
     from eit.models.complexity import complexity as complexity
     from eit.models.eit import EIT as EIT
     from eit.models.registry import create_model as create_model
     from eit.models.registry import list_models as list_models
+    from eit.weights.card import Card as Card
     from eit.weights.load import load_weights as load_weights
 
 

@@ -20,17 +20,17 @@ import eit
 from eit.errors import UserError, few, is_out_of_memory, printable
 
 if TYPE_CHECKING:
-    from eit.analysis.figures import Measured
-    from eit.benchmark.bench import Measured as Row
+    from eit.analysis.figures import AnalyzedModel
+    from eit.benchmark.bench import Measurement as Row
     from eit.benchmark.bench import Record
     from eit.config import Data
     from eit.data.images import Images
-    from eit.data.layouts import ImageStream
+    from eit.data.timm_datasets import ImageStream
     from eit.export.exporter import Export
     from eit.inference.evaluate import Metrics
     from eit.plots import Panel
     from eit.training.trainer import Stopped
-    from eit.weights.load import Card
+    from eit.weights.card import Card
 
 
 class Commands(TyperGroup):
@@ -855,7 +855,9 @@ def convert(
     eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3
     """
     from eit.config import model_arguments, parse_overrides
-    from eit.weights.load import find_weights, read_weights, recognise, save_weights
+    from eit.weights.convert import recognise
+    from eit.weights.formats import read_weights, save_weights
+    from eit.weights.load import find_weights
 
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: the file to write ends in .safetensors")
@@ -1034,7 +1036,7 @@ def _with_classes_of(card: "Card", images: "Images | ImageStream") -> "Images | 
     from dataclasses import replace
 
     from eit.console import say
-    from eit.data.layouts import ImageStream
+    from eit.data.timm_datasets import ImageStream
 
     unknown = [name for name in images.classes if name not in card.classes]
     if isinstance(images, ImageStream):
@@ -1138,7 +1140,7 @@ def _views_table(views: Sequence[dict[str, Any]]) -> None:
     _table(list(columns), [[text(view) for text in columns.values()] for view in views])
 
 
-def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list[list[str]]]:
+def _analysis_table(measured: Sequence["AnalyzedModel"]) -> tuple[Sequence[str], list[list[str]]]:
     """A row a model, with means over its layers."""
     from rich.markup import escape
 
@@ -1147,7 +1149,7 @@ def _analysis_table(measured: Sequence["Measured"]) -> tuple[Sequence[str], list
     head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
     rows = []
     for one in measured:
-        layers, heads = one.analysis.at("block"), one.analysis.attention
+        layers, heads = one.analysis.layers_at("block"), one.analysis.attention
         rows.append(
             [
                 escape(one.name),

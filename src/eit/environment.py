@@ -57,14 +57,14 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 def _driver() -> str | None:
     """The version of NVIDIA's driver: from Linux, or from nvidia-smi, which WSL and Windows have."""
     try:
-        found = DRIVER.read_text()
+        text = DRIVER.read_text()
     except OSError:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+            text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
         except (OSError, subprocess.SubprocessError):
             return None
-    number = re.search(r"\b\d+\.\d+(\.\d+)?\b", found)  # the first: the compiler's follows
+    number = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)  # the first: the compiler's follows
     return number and number[0]
 
 
@@ -105,11 +105,9 @@ def _commit() -> str | None:
 
 def _cpu() -> dict[str, str]:
     """What Linux says of the first core; elsewhere its name alone."""
-    found = {"model name": platform.processor() or platform.machine()}
+    cpu = {"model name": platform.processor() or platform.machine()}
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return found
-    return found | {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())
-    }
+        return cpu
+    return cpu | {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

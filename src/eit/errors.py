@@ -11,8 +11,8 @@ class UserError(ValueError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or nothing where no known word is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def first_line(error: Exception) -> str:

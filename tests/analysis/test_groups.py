@@ -9,11 +9,11 @@ import torch
 from scipy import stats
 
 import eit
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.figures import figures
 from eit.analysis.findings import faults, sentences, token_table
 from eit.analysis.groups import MEASURES, pairs, spreads
 from eit.analysis.measure import analyze
-from eit.analysis.measured import Measured, curves
 from eit.analysis.subjects import Subject, expand_groups, open_subjects
 from eit.config import load_recipe
 from eit.data.images import View
@@ -35,7 +35,7 @@ def run_of(group, seed, state="trained", colour="#0072b2", **arguments):
     model = eit.EIT(32, 3, 1, 4, **arguments).eval()
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(9))
     subject = seeded(seed)(f"{group}{seed}", state, None, VIEW, f"runs/{group}{seed}", group=f"runs/{group}*")
-    return Measured(subject, analyze(model, x), colour, "o")
+    return AnalyzedModel(subject, analyze(model, x), colour, "o")
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def test_runs_of_a_group_are_one_curve_by_state(groups):
         ("flat5", 0),
     ]
     assert found[0].twin(found) is found[1] and found[3].runs == [found[3]]
-    mean = sum(one.analysis.at("block")[0].share for one in groups[:6:2]) / 3
-    assert found[0].mean(lambda a: a.at("block")[0].share) == pytest.approx(mean)
+    mean = sum(one.analysis.layers_at("block")[0].share for one in groups[:6:2]) / 3
+    assert found[0].mean(lambda a: a.layers_at("block")[0].share) == pytest.approx(mean)
 
 
 def test_lines_are_means_and_bands_deviations_over_runs(groups):
@@ -120,7 +120,7 @@ def test_the_table_of_groups_has_mean_and_deviation_over_runs(groups):
 def test_pairs_are_runs_of_one_seed_and_the_interval_is_students(groups):
     found, lines = pairs(groups)
     assert lines == [] and {(p.one, p.other, p.seeds) for p in found} == {("runs/eit*", "runs/vit*", 2)}
-    ours, theirs = ([groups[i].analysis.at("block")[1].share for i in where] for where in ((2, 4), (6, 7)))
+    ours, theirs = ([groups[i].analysis.layers_at("block")[1].share for i in where] for where in ((2, 4), (6, 7)))
     (pair,) = (p for p in found if p.measure == "share" and p.layer == 2)
     expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert (pair.low, pair.high) == pytest.approx((expected.low, expected.high), rel=1e-6)

@@ -46,7 +46,7 @@ def test_shares_and_distances_are_those_of_the_models_own_tensors():
     found = analyze(model, x)
     with torch.no_grad():
         maps = model.forward_intermediates(x, intermediates_only=True)
-        for place, image in zip(found.at("block"), maps, strict=True):
+        for place, image in zip(found.layers_at("block"), maps, strict=True):
             share, with_dc = shares(image.permute(0, 2, 3, 1))
             means = share.mean().item(), with_dc.mean().item()
             assert (place.share, place.share_with_dc) == pytest.approx(means, rel=1e-5)
@@ -114,7 +114,7 @@ def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(
     assert all(line.startswith(start) for line, start in zip(found.missing, missing, strict=True))
     assert len(found.class_token_share) == (0 if "relpos" in name else found.depth)
     assert len(found.transfers("mixer")) == len(found.transfers("mlp")) == (0 if "18x2" in name else found.depth)
-    assert len(found.attention) == found.depth == len(found.at("block"))
+    assert len(found.attention) == found.depth == len(found.layers_at("block"))
     assert found.grid == grid and found.attention[0].pitch == pytest.approx(pitch)
     assert all(0 < d < 1.42 * 224 for layer in found.attention for d in layer.distance)
     assert len(found.attention[0].distance) == heads
@@ -137,7 +137,7 @@ def test_nn_multiheadattention_keeps_its_fast_path(batch):
 
 def test_a_norm_behind_the_mlp_is_not_taken_for_what_the_mixer_left():
     found = analyze(timm_model("vit_tiny_patch16_224", block_fn=ResPostBlock, depth=2), images(1, (224, 224)))
-    assert found.at("mixer") == [] and len(found.at("block")) == 2
+    assert found.layers_at("mixer") == [] and len(found.layers_at("block")) == 2
 
 
 class Maps(nn.Module):
@@ -159,7 +159,7 @@ class Maps(nn.Module):
 def test_maps_with_as_many_channels_as_places_are_read_in_the_models_order():
     x = images(2, (8, 8))
     first, last = (analyze(Maps(order), x) for order in ("NCHW", "NHWC"))
-    assert first.at("block")[0].share == last.at("block")[0].share > 0.5
+    assert first.layers_at("block")[0].share == last.layers_at("block")[0].share > 0.5
 
 
 def test_the_weights_of_torchvisions_attention_are_the_modules_own():
@@ -295,7 +295,7 @@ def test_a_rho_beyond_the_corner_is_refused(rho):
 def test_of_other_models_frequencies_are_measured_and_it_is_said_what_is_missing(name, missing):
     found = analyze(timm_model(name), images(1, (224, 224)))
     assert any(missing in line for line in found.missing) and all("\n" not in line for line in found.missing)
-    assert found.attention == [] and found.at("block")
+    assert found.attention == [] and found.layers_at("block")
 
 
 def test_a_grid_on_which_rho_separates_nothing_is_named():

@@ -12,7 +12,7 @@ from PIL import Image
 import eit
 from eit.analysis import report
 from eit.analysis.compare import Comparison, Options, compare
-from eit.analysis.figures import Measured, figures
+from eit.analysis.figures import AnalyzedModel, figures
 from eit.analysis.findings import sentences
 from eit.analysis.measure import analyze
 from eit.analysis.pictures import example, take
@@ -53,7 +53,7 @@ def measured(label="one", state="trained", seed=0, images=3, colour="#0072b2", *
     model = eit.EIT(32, 3, 1, 4, **arguments).eval()
     x = torch.randn(images, 3, 32, 32)
     subject = Subject(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32)
-    one = Measured(subject, analyze(model, x), colour, "o")
+    one = AnalyzedModel(subject, analyze(model, x), colour, "o")
     if state == "trained":
         one.pictures, _ = take(model, x[:2])
         one.examples = [example(f"{i}.jpg", torch.rand(3, 32, 32)) for i in range(len(one.pictures))]
@@ -272,7 +272,7 @@ def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(t
 def test_the_words_of_a_comparison_are_its_numbers():
     ones = [measured("eit"), measured("eit", "initial", seed=1), measured("flat", schedule="vit", seed=2)]
     words = " ".join(sentences(ones))
-    pairs = list(zip(ones[0].analysis.at("block"), ones[2].analysis.at("block"), strict=True))
+    pairs = list(zip(ones[0].analysis.layers_at("block"), ones[2].analysis.layers_at("block"), strict=True))
     more = sum(a.share - b.share > 2 * (a.share_se**2 + b.share_se**2) ** 0.5 for a, b in pairs)
     assert f"share: eit has more than flat in {more} of 3 layers" in words
     wider = [
@@ -288,7 +288,7 @@ def test_the_words_of_a_comparison_are_its_numbers():
 @pytest.mark.parametrize("gap, more", [(0.019, 0), (0.021, 3)])
 def test_a_difference_counts_beyond_two_standard_errors(gap, more):
     one, other = measured("eit"), measured("flat", schedule="vit")
-    for a, b in zip(one.analysis.at("block"), other.analysis.at("block"), strict=True):
+    for a, b in zip(one.analysis.layers_at("block"), other.analysis.layers_at("block"), strict=True):
         a.share, a.share_se, b.share, b.share_se = 0.5 + gap, 0.01, 0.5, 0.0001
     words = f"High frequencies, share: eit has more than flat in {more} of 3 layers and less in 0."
     assert words in sentences([one, other])

@@ -15,7 +15,8 @@ from PIL import Image
 import eit
 from eit import cli, memory
 from eit.benchmark import bench, matmul_peak
-from eit.benchmark.bench import Arm, Measured, Options, Record
+from eit.benchmark.bench import Arm, Measurement, Options, Record
+from eit.benchmark.naive import make_naive
 from eit.errors import UserError
 from eit.models.complexity import complexity, training_macs
 from tests.conftest import require, run_eit
@@ -40,11 +41,11 @@ def record_of(*rows, **peaks):
 
 
 ROWS = (
-    Measured(Arm("a", "eager", "fp32", "train", 4, naive=True), 10**9, [2.0, 4.0]),
-    Measured(Arm("a", "eager", "fp32", "train", 4), 10**9, [1.0, 0.5], memory=3 * 2**20),
-    Measured(Arm("b", "eager", "bf16", "train", 4), 5 * 10**8, [1.0, 1.0]),
-    Measured(Arm("a", "eager", "fp32", "infer", 1), 10**8, [0.01, 0.03]),
-    Measured(Arm("b", "eager", "fp32", "infer", 1), 10**8, [0.02, 0.02]),
+    Measurement(Arm("a", "eager", "fp32", "train", 4, naive=True), 10**9, [2.0, 4.0]),
+    Measurement(Arm("a", "eager", "fp32", "train", 4), 10**9, [1.0, 0.5], memory=3 * 2**20),
+    Measurement(Arm("b", "eager", "bf16", "train", 4), 5 * 10**8, [1.0, 1.0]),
+    Measurement(Arm("a", "eager", "fp32", "infer", 1), 10**8, [0.01, 0.03]),
+    Measurement(Arm("b", "eager", "fp32", "infer", 1), 10**8, [0.02, 0.02]),
 )
 
 
@@ -90,7 +91,7 @@ def test_the_naive_model_is_the_model(schedule, more):
     model = eit.EIT(**TINY, schedule=schedule, **more)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # the initial values leave attention nearly uniform
-    twin = bench.load_naive()(model)
+    twin = make_naive(model)
     assert twin.state_dict().keys() == model.state_dict().keys()
     x, y = torch.randn(3, 3, 20, 16), torch.tensor([0, 3, 1])
     outputs = []
@@ -264,12 +265,6 @@ def test_a_mistake_is_one_line(words, said):
     done = run_eit("bench", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("eit: ") and said in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_naive_needs_a_source_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "NAIVE", tmp_path / "naive.py")
-    with pytest.raises(UserError, match="--naive needs a source checkout"):
-        bench.bench(["digits"], Options(naive=True))
 
 
 def test_what_is_not_there_is_an_error_where_it_was_asked_for_and_said_otherwise(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import pack
-from eit.data.layouts import read_folder
+from eit.data.folders import read_folder
 from eit.errors import UserError
 from tests.conftest import save_digits
 

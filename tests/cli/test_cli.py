@@ -100,7 +100,7 @@ def test_the_weight_that_ships_predicts_and_says_how_good_it_is(tmp_path):
     assert json.loads((run / "summary.json").read_text())["last_top1"] == pytest.approx(found["top1"])
     assert yaml.safe_load((run / "recipe.yaml").read_text()) == card.recipe
     assert find_weights("eit_digits").stat().st_size < 1_500_000
-    subprocess.run([sys.executable, root / "docs" / "demo_images.py", tmp_path / "images"], check=True)
+    subprocess.run([sys.executable, root / "tools" / "demo_images.py", tmp_path / "images"], check=True)
     lines = run_eit("predict", "digits", "images", "--top", 1, cwd=tmp_path).stdout.splitlines()
     assert len(lines) == 6 and all(Path(line.split()[0]).parent.name == line.split()[1] for line in lines)
 

@@ -7,10 +7,10 @@ import timm
 import torch
 
 import eit
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.class_token import HARDLY, ClassTokenMeter
 from eit.analysis.findings import faults, percent, token_table
 from eit.analysis.measure import analyze
-from eit.analysis.measured import Measured
 from eit.analysis.subjects import Subject
 from eit.data.images import View
 
@@ -37,7 +37,7 @@ def meter_of(x, conv=0, where="block", parts=1):
 
 def measured(model, x, label="one", state="trained"):
     subject = Subject(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}")
-    return Measured(subject, analyze(model, x), "#0072b2", "o")
+    return AnalyzedModel(subject, analyze(model, x), "#0072b2", "o")
 
 
 # -- Closed forms -----------------------------------------------------------------------------------------------------

@@ -20,17 +20,20 @@ from PIL import Image
 import eit
 from eit import distributed
 from eit.config import Augment, Data, load_recipe
-from eit.data.datasets import open_data, open_evaluation, streaming
+from eit.data import streaming
+from eit.data.datasets import open_data, open_evaluation
 from eit.data.images import View
-from eit.data.layouts import INFO, ImageStream, shard_names
+from eit.data.layouts import INFO
 from eit.data.loaders import evaluation_loader, train_loader
 from eit.data.order import SampleOrder
 from eit.data.shards import write_shards
 from eit.data.streaming import StreamLoader
+from eit.data.timm_datasets import ImageStream, shard_names
 from eit.errors import UserError
 from eit.inference.evaluate import evaluate
 from eit.training.trainer import train
-from eit.weights.load import read_card, save_weights
+from eit.weights.formats import save_weights
+from eit.weights.load import read_card
 from tests.conftest import TINY, require, run_eit, save_digits
 from tests.helpers.training import log, same, train_until_killed, weights
 
@@ -379,7 +382,7 @@ def test_a_webdataset_run_over_two_processes_sees_every_sample(streamed, tmp_pat
     (watch / "sitecustomize.py").write_text(
         "import os, builtins\n"
         "if 'RANK' in os.environ:\n"
-        "    import eit.data.streaming as streams, json\n"
+        "    import eit.data.streaming as streaming, json\n"
         "    original = streaming.StreamLoader.epoch\n"
         "    def epoch(self, epoch, first_step=0):\n"
         "        for batch in original(self, epoch, first_step):\n"

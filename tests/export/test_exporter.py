@@ -18,7 +18,9 @@ from eit.data.images import decode, normalise
 from eit.export.exporter import Export, Int8, Parity, compare, default_file, export, photos
 from eit.inference.predict import predict
 from eit.inference.runtimes import ExportedModel
-from eit.weights.load import Card, load, read_weights, save_weights
+from eit.weights.card import Card
+from eit.weights.formats import read_weights, save_weights
+from eit.weights.load import load
 from tests.conftest import run_eit, save_digits
 
 FILES = dict(onnx="digits.onnx", openvino="digits.xml", torch="digits.pt2")

@@ -20,7 +20,8 @@ from PIL import Image
 import eit
 from eit.data.images import decode, normalise
 from eit.export.hub import model_card, without_paths
-from eit.weights.load import read_card, save_weights
+from eit.weights.formats import save_weights
+from eit.weights.load import read_card
 from tests.conftest import TINY, run_eit, save_digits
 from tests.weights.test_load import card as make_card
 

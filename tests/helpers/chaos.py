@@ -32,7 +32,7 @@ from eit.data import loaders
 from eit.randomness import Stream
 from eit.training import trainer as train_module
 from eit.training.checkpoint import load_checkpoint
-from eit.weights.load import read_safetensors
+from eit.weights.formats import read_safetensors
 
 EPOCHS, STEPS = 3, 22
 SHORT = [f"train.epochs={EPOCHS}", "train.warmup_epochs=1", "train.save_every=5", "out=run"]

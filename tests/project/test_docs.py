@@ -61,7 +61,7 @@ NOT_RUN = {
     "eit reproduce small_data --budget s": "minutes to hours; test_reproduce.py::test_finished_runs_are_kept",
     "eit reproduce frequency": "after hours; test_reproduce.py::test_tables_come_from_results_alone_without_weights",
     "eit reproduce imagenet --curve": "after days; test_reproduce.py::test_a_run_is_compared_epoch_by_epoch",
-    "python docs/release_weights.py": "after hours; test_reproduce.py::test_weights_are_prepared_for_a_release",
+    "python tools/release_weights.py": "after hours; test_reproduce.py::test_weights_are_prepared_for_a_release",
     "eit train cifar100 data.root=data data.download=true": "downloads; "
     "test_readers.py::test_downloads_go_to_torchvision",
     "eit train cifar10 data.dataset=hfds/": "downloads; test_readers.py::test_a_hugging_face_set_through_timm",
@@ -390,10 +390,7 @@ PUBLIC = {f"eit.{name}": f"eit.{module}.{name}" for name, module in eit._PUBLIC.
 PUBLIC |= {
     name: name
     for name in (
-        "eit.weights.load.Card",
-        "eit.inference.predict.predict",
         "eit.inference.predict.Prediction",
-        "eit.inference.evaluate.evaluate",
         "eit.inference.evaluate.Metrics",
     )
 }

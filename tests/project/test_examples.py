@@ -15,7 +15,8 @@ from timm.models import load_state_dict
 
 import eit
 from eit.export.hub import write_folder
-from eit.weights.load import SHIPPED, read_card, save_weights
+from eit.weights.formats import save_weights
+from eit.weights.load import SHIPPED, read_card
 from tests.conftest import require, run_eit, save_digits
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -558,7 +558,7 @@ def test_half_of_a_copy_is_not_copied(ran, tmp_path):
     folder = tmp_path / "results" / "tiny" / "tiny"
     shutil.copytree(ran / "results" / "tiny" / "tiny" / "digits-eit-seed-0", folder / ".digits-eit-seed-0")
     recipe = experiments.load(str(ran / "tiny.yaml")).cells("tiny")[0].recipe(tmp_path / "results", {})
-    assert not runs.adopt(recipe, tmp_path / "results")
+    assert not runs.reuse_identical_run(recipe, tmp_path / "results")
 
 
 def test_a_run_that_another_experiment_has_is_copied(ran, tmp_path):
@@ -578,9 +578,11 @@ def test_a_run_of_other_data_or_another_batch_is_not_copied(ran, tmp_path, chang
     results = tmp_path / "results"
     shutil.copytree(ran / "results", results)
     recipe = experiments.load(str(ran / "tiny.yaml")).cells("tiny")[0].recipe(results, {})
-    assert runs.adopt(recipe.model_copy(update=dict(out=str(results / "o" / "b" / "same"))), results)
+    assert runs.reuse_identical_run(recipe.model_copy(update=dict(out=str(results / "o" / "b" / "same"))), results)
     data = recipe.data.model_copy(update={key.removeprefix("data."): value})
-    assert not runs.adopt(recipe.model_copy(update=dict(out=str(results / "o" / "b" / "other"), data=data)), results)
+    assert not runs.reuse_identical_run(
+        recipe.model_copy(update=dict(out=str(results / "o" / "b" / "other"), data=data)), results
+    )
 
 
 def test_a_run_without_weights_is_not_copied_and_is_trained_again(ran, tmp_path):
@@ -765,7 +767,7 @@ def test_weights_are_prepared_for_a_release(ran, tmp_path, monkeypatch):
     for cell, name in zip(first, ("digits-eit-seed-0", "digits-eit-seed-1", "digits-vit-seed-0"), strict=True):
         shutil.copytree(ran / "results" / "tiny" / "tiny" / name, cell.folder(results))
         (cell.folder(results) / "recipe.yaml").write_text(cell.recipe(results, {}).to_yaml())
-    command = [sys.executable, str(ROOT / "docs" / "release_weights.py"), str(tmp_path / "out"), str(results)]
+    command = [sys.executable, str(ROOT / "tools" / "release_weights.py"), str(tmp_path / "out"), str(results)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     name = "small-data-smoke-digits-eit"

@@ -133,10 +133,10 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_says_what_is_needed(st
 
 def test_weights_that_do_not_fit_on_the_disk_leave_the_old_ones_and_are_named(tmp_path, state):
     file = tmp_path / "best.safetensors"
-    eit.weights.load.save_weights(file, state, card())
+    eit.weights.formats.save_weights(file, state, card())
     before = file.read_bytes()
     with largest_file(100), pytest.raises(OSError, match="File too large") as error:
-        eit.weights.load.save_weights(file, state, card())
+        eit.weights.formats.save_weights(file, state, card())
     assert error.value.filename == str(file)
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [file.name]
 

@@ -25,7 +25,7 @@ from eit.training import checkpoint as checkpoint_module
 from eit.training import trainer as train_module
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
 from eit.training.trainer import train
-from eit.weights.load import read_safetensors
+from eit.weights.formats import read_safetensors
 from tests.conftest import TINY, require, run_eit, save_digits
 from tests.helpers.training import children, finish, long_run, recipe, same, train_until_killed, weights
 from tests.test_distributed import DETERMINISTIC

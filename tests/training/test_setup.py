@@ -12,7 +12,9 @@ from eit.data.datasets import open_data
 from eit.training import trainer as train_module
 from eit.training.setup import build_model, choose_trainable, resolve_architecture
 from eit.training.trainer import train
-from eit.weights.load import Card, read_card, save_weights
+from eit.weights.card import Card
+from eit.weights.formats import save_weights
+from eit.weights.load import read_card
 from tests.conftest import TINY
 from tests.helpers.training import recipe, same, train_until_killed, weights
 

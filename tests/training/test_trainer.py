@@ -12,6 +12,7 @@ from eit.training import loss as loss_module
 from eit.training import trainer as train_module
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
 from eit.training.trainer import train
+from eit.weights.formats import read_safetensors
 from tests.helpers.training import Killed, log, recipe, same, train_until_killed, weights
 
 # -- Determinism and continuation
@@ -50,9 +51,7 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
     for name in ("final", "best"):
         assert same(weights(a, name), weights(b, name))
     for name in ("model", "ema"):
-        files = [
-            eit.weights.load.read_safetensors(r / "checkpoints" / "step-12" / f"{name}.safetensors")[0] for r in (a, b)
-        ]
+        files = [read_safetensors(r / "checkpoints" / "step-12" / f"{name}.safetensors")[0] for r in (a, b)]
         assert same(*files)
     lines = [[{k: v for k, v in line.items() if k != "images_per_s"} for line in log(r)] for r in (a, b)]
     assert lines[0] == lines[1]

@@ -16,7 +16,8 @@ from eit.config import load_recipe
 from eit.data.images import normalise, to_mode
 from eit.training.run_folder import read_recipe
 from eit.training.setup import build_model
-from eit.weights.load import Card, save_weights
+from eit.weights.card import Card
+from eit.weights.formats import save_weights
 from tests.conftest import run_eit
 from tests.helpers import reference
 

@@ -16,8 +16,9 @@ import eit
 from eit import cli
 from eit.config import load_recipe
 from eit.data.datasets import open_data
-from eit.data.layouts import image_files
-from eit.weights.load import load, save_weights
+from eit.data.folders import image_files
+from eit.weights.formats import save_weights
+from eit.weights.load import load
 from tests.conftest import TINY, run_eit, save_digits
 from tests.weights.test_load import SMALL, card
 

@@ -4,32 +4,36 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.groups import CONFIDENCE, pairs
-from eit.analysis.measured import Measured
 from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, curve, ink, integers
 
 
-def uses(measured: Sequence[Measured]) -> Figure | None:
+def uses(models: Sequence[AnalyzedModel]) -> Figure | None:
     """What the answer uses, against what the layers hold."""
-    shown = [one for one in measured if one.runs[0].filters]
+    shown = [model for model in models if model.runs[0].filters]
     if not shown:
         return None
 
     def panel(kept: str, title: str) -> Panel:
-        def points(run: Measured) -> Points:
+        def points(run: AnalyzedModel) -> Points:
             return [(f.layer, -f.cost) for f in run.filters or [] if f.kept == kept]
 
         def draw(axis: Any) -> None:
-            for one in shown:
-                curve(axis, one, points)
-                if not one.members:
-                    found = [f for f in one.filters or [] if f.kept == kept]
-                    errors = [f.standard_error for f in found]
+            for model in shown:
+                curve(axis, model, points)
+                if not model.members:
+                    filtered = [f for f in model.filters or [] if f.kept == kept]
+                    errors = [f.standard_error for f in filtered]
                     axis.errorbar(
-                        [f.layer for f in found], [-f.cost for f in found], errors, fmt="none", ecolor=one.colour
+                        [f.layer for f in filtered],
+                        [-f.cost for f in filtered],
+                        errors,
+                        fmt="none",
+                        ecolor=model.colour,
                     )
             axis.axhline(0, linestyle=":", linewidth=1.2, color=ink())
-            depth = max(one.analysis.depth for one in shown)
+            depth = max(model.analysis.depth for model in shown)
             integers(axis.xaxis, range(depth))
             axis.set_xlim(-0.5, depth - 0.5)
             axis.set(xlabel="filtered after layer", ylabel="change of top-1 (points)")
@@ -51,23 +55,27 @@ def uses(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def paired(measured: Sequence[Measured]) -> Figure | None:
+def paired(measured: Sequence[AnalyzedModel]) -> Figure | None:
     """Model less model, seed by seed."""
-    found, _ = pairs(measured)
-    names = list(dict.fromkeys((p.one, p.other) for p in found if p.layer is not None))
+    differences, _ = pairs(measured)
+    names = list(dict.fromkeys((p.one, p.other) for p in differences if p.layer is not None))
     kinds = dict(
         share=("share", 100, "points"),
         relative_std=("head diversity", 100, "points of uniform"),
         class_token_share=("class token", 100, "points"),
     )
-    kinds = {kind: v for kind, v in kinds.items() if any(p.measure == kind and p.layer is not None for p in found)}
+    kinds = {
+        kind: v for kind, v in kinds.items() if any(p.measure == kind and p.layer is not None for p in differences)
+    }
     if not names or not kinds:
         return None
 
     def panel(kind: str, title: str, scale: float, unit: str) -> Panel:
         def draw(axis: Any) -> None:
             for number, pair in enumerate(names):
-                ours = [p for p in found if (p.one, p.other) == pair and p.measure == kind and p.layer is not None]
+                ours = [
+                    p for p in differences if (p.one, p.other) == pair and p.measure == kind and p.layer is not None
+                ]
                 shift = 0.16 * (number - (len(names) - 1) / 2)
                 x = [(p.layer or 0) + shift for p in ours]
                 y = [scale * p.difference for p in ours]
@@ -75,14 +83,14 @@ def paired(measured: Sequence[Measured]) -> Figure | None:
                 style = dict(color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)], markersize=4)
                 axis.errorbar(x, y, half, linestyle="none", elinewidth=1.2, **style)
             axis.axhline(0, linewidth=0.8, color=ink(), alpha=0.5)
-            depth = max(p.layer or 0 for p in found)
+            depth = max(p.layer or 0 for p in differences)
             integers(axis.xaxis, range(1, depth + 1))
             axis.set_xlim(0.5, depth + 0.5)
             axis.set(xlabel="layer", ylabel=f"difference ({unit})")
 
         return Panel(title, draw)
 
-    seeds = ", ".join(sorted({str(p.seeds) for p in found}))
+    seeds = ", ".join(sorted({str(p.seeds) for p in differences}))
     order = "; ".join(" less ".join(pair) for pair in names)
     which = f"In each layer from left to right: {order}" if len(names) > 1 else f"Of {order}"
     return Figure(
@@ -96,27 +104,27 @@ def paired(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def band_noise_cost(measured: Sequence[Measured]) -> Figure | None:
-    shown = [one for one in measured if one.runs[0].bands]
+def band_noise_cost(models: Sequence[AnalyzedModel]) -> Figure | None:
+    shown = [model for model in models if model.runs[0].bands]
     if not shown:
         return None
 
-    def points(run: Measured) -> Points:
+    def points(run: AnalyzedModel) -> Points:
         clean, *noisy = run.bands or []
         return [(((band.low or 0) + (band.high or 0)) / 2, band.top1 - clean.top1) for band in noisy]
 
     def draw(axis: Any) -> None:
-        for one in shown:
-            if one.members:
-                curve(axis, one, points)
+        for model in shown:
+            if model.members:
+                curve(axis, model, points)
                 continue
-            clean, *noisy = one.bands or []
+            clean, *noisy = model.bands or []
             x = [((band.low or 0) + (band.high or 0)) / 2 for band in noisy]
-            axis.errorbar(x, [b.top1 - clean.top1 for b in noisy], [b.standard_error for b in noisy], **one.style())
+            axis.errorbar(x, [b.top1 - clean.top1 for b in noisy], [b.standard_error for b in noisy], **model.style())
         axis.axhline(0, linestyle=":", linewidth=1.2, color=ink())
         axis.set(xlabel="frequency of the noise in pixels", ylabel="change of top-1 (points)")
 
-    clean = ", ".join(f"{one.name} {fmean((run.bands or [])[0].top1 for run in one.runs):.1f}%" for one in shown)
+    clean = ", ".join(f"{model.name} {fmean((run.bands or [])[0].top1 for run in model.runs):.1f}%" for model in shown)
     return Figure(
         "robustness",
         "Accuracy under noise of one band",

@@ -147,13 +147,13 @@ def head_divergence(weights: Tensor) -> Tensor:
 
     if weights.device.type != "mps":  # which has no float64: heads that are nearly alike differ in the last bits
         weights = weights.double()
-    own, found = entropy(weights), []
+    entropies, divergences = entropy(weights), []
     for head in range(weights.shape[1] - 1):
         both = (weights[:, head : head + 1] + weights[:, head + 1 :]) / 2
-        found.append(entropy(both) - (own[:, head : head + 1] + own[:, head + 1 :]) / 2)
-    if not found:
+        divergences.append(entropy(both) - (entropies[:, head : head + 1] + entropies[:, head + 1 :]) / 2)
+    if not divergences:
         return weights.new_zeros(len(weights), 0)
-    return torch.cat(found, dim=1).clamp(min=0).mean(dim=-1)
+    return torch.cat(divergences, dim=1).clamp(min=0).mean(dim=-1)
 
 
 def diversity(distances: list[float]) -> tuple[float, float, float]:
@@ -267,17 +267,17 @@ class AttentionMeter:
         step = max(1, MAP_BYTES // (4 * heads * tokens**2))
         away = _distances_on(call.query.device, torch.float32, grid, pitch)
         every = -(-(tokens - prefix) // QUERIES)
-        found, gains, divergences = [], [], []
+        distances, gains, divergences = [], [], []
         for start in range(0, batch, step):
             scores = call.images(start, start + step).scores(prefix)
             weights = scores.softmax(dim=-1)
-            found.append(torch.stack(_reduce(weights, scores, away, prefix, self.renormalize), dim=1))
+            distances.append(torch.stack(_reduce(weights, scores, away, prefix, self.renormalize), dim=1))
             on_grid = weights[..., prefix:]
             on_grid = on_grid / on_grid.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
             gains.append(mode_gains(on_grid, grid))
             divergences.append(head_divergence(on_grid[:, :, ::every]))
             del scores, weights, on_grid  # before those of the next images are made
-        self._moments.add(torch.cat(found))
+        self._moments.add(torch.cat(distances))
         self._gains.add(torch.cat(gains))
         self._divergences.add(torch.cat(divergences))
 

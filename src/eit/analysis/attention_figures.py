@@ -5,44 +5,44 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.attention import NEAR_UNIFORM, Attention
-from eit.analysis.measured import Measured
 from eit.analysis.panels import Figure, Panel, Points, curve, depth_axis, from_zero, ink, logarithmic
 
 
-def distances(measured: Sequence[Measured]) -> Figure | None:
-    shown = [one for one in measured if one.analysis.attention and not one.is_initial]
+def distances(models: Sequence[AnalyzedModel]) -> Figure | None:
+    shown = [model for model in models if model.analysis.attention and not model.is_initial]
     if not shown:
         return None
-    same_size = len({one.analysis.image_size for one in shown}) == 1
+    same_size = len({model.analysis.image_size for model in shown}) == 1
 
-    def span(ones: Sequence[Measured]) -> tuple[float, float]:
+    def span(group: Sequence[AnalyzedModel]) -> tuple[float, float]:
         """Pixels between which all dots and dotted lines lie."""
-        layers = [layer for one in ones for run in one.runs for layer in run.analysis.attention]
+        layers = [layer for model in group for run in model.runs for layer in run.analysis.attention]
         values = [value for layer in layers for value in (*layer.distance, layer.uniform)]
         margin = 0.08 * (max(values) - min(values))
         return min(values) - margin, max(values) + margin
 
-    def panel(one: Measured) -> Panel:
-        twin = one.twin(measured)
+    def panel(model: AnalyzedModel) -> Panel:
+        twin = model.twin(models)
 
         def draw(axis: Any) -> None:
-            for layer in one.analysis.attention:
+            for layer in model.analysis.attention:
                 axis.plot(
                     [layer.layer - 0.32, layer.layer + 0.32], [layer.uniform] * 2, ":", color=ink(), linewidth=1.2
                 )
-            for source in (twin, one) if twin else (one,):
+            for source in (twin, model) if twin else (model,):
                 for layer in (layer for run in source.runs for layer in run.analysis.attention):
                     x = [layer.layer + (-0.16 if source.is_initial else 0.1)] * len(layer.distance)
-                    face = "none" if source.is_initial else one.colour
+                    face = "none" if source.is_initial else model.colour
                     axis.scatter(
-                        x, layer.distance, s=16, facecolors=face, edgecolors=one.colour, linewidths=0.8, alpha=0.85
+                        x, layer.distance, s=16, facecolors=face, edgecolors=model.colour, linewidths=0.8, alpha=0.85
                     )
-            depth_axis(axis, [one])
+            depth_axis(axis, [model])
             axis.set_ylabel("mean attention distance (px)")
-            axis.set_ylim(*span([o for o in measured if o.analysis.attention] if same_size else [one]))
+            axis.set_ylim(*span([o for o in models if o.analysis.attention] if same_size else [model]))
 
-        return Panel(one.name, draw)
+        return Panel(model.name, draw)
 
     return Figure(
         "distances",
@@ -51,29 +51,29 @@ def distances(measured: Sequence[Measured]) -> Figure | None:
         "2021, figure 11). Filled: as given; hollow: initial values; dotted: a head that looks everywhere alike; the "
         "axis does not begin at 0. The paper claims that EIT's heads are more diverse: its dots should spread more "
         "within a layer. Against it would count: columns as short as those of LSRA and ViT.",
-        [panel(one) for one in shown],
+        [panel(model) for model in shown],
         [],
     )
 
 
-def head_diversity(measured: Sequence[Measured]) -> Figure | None:
+def head_diversity(models: Sequence[AnalyzedModel]) -> Figure | None:
     """Diversity, and whether it can be tested."""
-    shown = [one for one in measured if one.analysis.attention]
+    shown = [model for model in models if model.analysis.attention]
     if not shown:
         return None
-    marked = any(layer.near_uniform for one in shown for run in one.runs for layer in run.analysis.attention)
+    marked = any(layer.near_uniform for model in shown for run in model.runs for layer in run.analysis.attention)
 
     def panel(title: str, label: str, value: Callable[[Attention], float], limit: float | None = None) -> Panel:
-        def points(run: Measured) -> Points:
+        def points(run: AnalyzedModel) -> Points:
             return [(layer.layer, value(layer)) for layer in run.analysis.attention]
 
-        def crosses(run: Measured) -> Points:
+        def crosses(run: AnalyzedModel) -> Points:
             return [(x, y) for (x, y), a in zip(points(run), run.analysis.attention, strict=True) if a.near_uniform]
 
         def draw(axis: Any) -> None:
-            for one in shown:
-                curve(axis, one, points)
-                for x, y in [] if one.members else crosses(one):
+            for model in shown:
+                curve(axis, model, points)
+                for x, y in [] if model.members else crosses(model):
                     axis.plot(x, y, "x", color=ink(), markersize=6, markeredgewidth=1.2, zorder=5)
             depth_axis(axis, shown)
             axis.set_ylabel(label)
@@ -117,19 +117,19 @@ def head_diversity(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def attention_filter(measured: Sequence[Measured]) -> Figure | None:
+def attention_filter(models: Sequence[AnalyzedModel]) -> Figure | None:
     """Attention as a filter of the grid's frequencies."""
-    shown = [one for one in measured if one.analysis.attention]
-    if not shown or not all(math.isfinite(v) for one in shown for a in one.analysis.attention for v in _gains(a)):
+    shown = [model for model in models if model.analysis.attention]
+    if not shown or not all(math.isfinite(v) for model in shown for a in model.analysis.attention for v in _gains(a)):
         return None
 
     def panel(title: str, label: str, value: Callable[[tuple[float, float]], float], log: bool) -> Panel:
-        def points(run: Measured) -> Points:
+        def points(run: AnalyzedModel) -> Points:
             return [(layer.layer, value(_gains(layer))) for layer in run.analysis.attention]
 
         def draw(axis: Any) -> None:
-            for one in shown:
-                curve(axis, one, points)
+            for model in shown:
+                curve(axis, model, points)
             if log:
                 logarithmic(axis)
             else:
@@ -162,14 +162,14 @@ def _gains(layer: Attention) -> tuple[float, float]:
     return fmean(layer.low_gain), fmean(layer.high_gain)
 
 
-def class_mass(measured: Sequence[Measured]) -> Figure | None:
-    shown = [one for one in measured if one.analysis.attention]
+def class_mass(models: Sequence[AnalyzedModel]) -> Figure | None:
+    shown = [model for model in models if model.analysis.attention]
     if not shown:
         return None
 
     def draw(axis: Any) -> None:
-        for one in shown:
-            curve(axis, one, lambda run: [(a.layer, 100 * fmean(a.class_mass)) for a in run.analysis.attention])
+        for model in shown:
+            curve(axis, model, lambda run: [(a.layer, 100 * fmean(a.class_mass)) for a in run.analysis.attention])
         depth_axis(axis, shown)
         axis.set_ylabel("attention to class token (%)")
         from_zero(axis)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from eit.analysis import filters, pictures, robustness
+from eit.analysis.analyzed_model import AnalyzedModel, shape
 from eit.analysis.frequency import RHO
 from eit.analysis.hooks import CannotMeasure
 from eit.analysis.measure import analyze
-from eit.analysis.measured import Measured, shape
 from eit.analysis.panels import MARKERS, PALETTE
 from eit.analysis.subjects import open_subjects
 from eit.console import say, track
@@ -41,7 +41,7 @@ class Options:
 class Comparison:
     """What was measured of each model, which models could not be and why, and on which images."""
 
-    measured: list[Measured]
+    measured: list[AnalyzedModel]
     left_out: list[str]
     images: list[str]  # names
 
@@ -62,7 +62,7 @@ def compare(
     """
     if options.grad_cam:
         pictures.check_grad_cam()
-    found = Comparison([], [], images.names)
+    comparison = Comparison([], [], images.names)
     shown = images.evenly(options.pictures)
     numbers: dict[str, int] = {}  # of models, a group counts as one
     for subject in open_subjects(names, options.size, options.initial):
@@ -73,33 +73,33 @@ def compare(
         try:
             analysis = analyze(subject.model, _watched(loader, subject.name), options.rho, options.renormalize)
         except CannotMeasure as error:
-            found.left_out.append(f"{subject.name}: {error}")
+            comparison.left_out.append(f"{subject.name}: {error}")
             continue
-        like = next((o for o in found.measured if subject.group and o.subject.group == subject.group), None)
+        like = next((o for o in comparison.measured if subject.group and o.subject.group == subject.group), None)
         if like is not None and shape(like.analysis) != shape(analysis):
             raise UserError(
                 f"{subject.group}: {like.subject.source} and {subject.source} differ in layers, heads or tokens, so "
                 "they have no mean: name them one by one"
             )
-        one = Measured(subject, analysis, colour, marker, list(analysis.missing))
+        analyzed = AnalyzedModel(subject, analysis, colour, marker, list(analysis.missing))
         if (options.bands or options.filters) and subject.state == "trained":
-            _accuracy(one, images, device, options, with_classes_of)
+            _accuracy(analyzed, images, device, options, with_classes_of)
         if len(shown) and subject.state != "initial" and like is None:  # of a group's runs one is enough
             batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
-            one.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
-            one.missing += missing
+            analyzed.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
+            analyzed.missing += missing
             pixels = denormalise(batch.images, subject.view.mean, subject.view.std)
-            one.examples = [pictures.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
+            analyzed.examples = [pictures.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
         if subject.state != "initial":
-            for text in one.missing:
-                say(f"{one.name}: no {text}")
-        found.measured.append(one)
+            for text in analyzed.missing:
+                say(f"{analyzed.name}: no {text}")
+        comparison.measured.append(analyzed)
         subject.model = None  # the numbers are what is kept
-    if not found.measured:
-        raise UserError(found.left_out[0])
-    for line in found.left_out:
+    if not comparison.measured:
+        raise UserError(comparison.left_out[0])
+    for line in comparison.left_out:
         say(line)
-    return found
+    return comparison
 
 
 def _watched(loader: EvaluationLoader, title: str) -> Iterator[Tensor]:
@@ -109,29 +109,29 @@ def _watched(loader: EvaluationLoader, title: str) -> Iterator[Tensor]:
 
 
 def _accuracy(
-    one: Measured,
+    analyzed: AnalyzedModel,
     images: Images,
     device: torch.device,
     options: Options,
     with_classes_of: Callable[[Any, Images], Any],
 ) -> None:
     """Accuracy under noise of each band and with filtered tokens, where the classes of weights and images agree."""
-    subject, asked = one.subject, []
+    subject, asked = analyzed.subject, []
     asked += ["accuracy under noise"] if options.bands else []
     asked += ["accuracy with filtered tokens"] if options.filters else []
     if subject.card is None:
-        one.missing += [f"{what}: its weights do not say which classes they know" for what in asked]
+        analyzed.missing += [f"{what}: its weights do not say which classes they know" for what in asked]
         return
     try:
         own = with_classes_of(subject.card, images)
     except UserError as error:
-        one.missing += [f"{what}: {error}" for what in asked]
+        analyzed.missing += [f"{what}: {error}" for what in asked]
         return
     loader = EvaluationLoader(own, subject.view, options.batch_size, options.workers, device)
     if options.bands:
-        one.bands = robustness.band_accuracy(subject.model, loader, subject.view)
+        analyzed.bands = robustness.band_accuracy(subject.model, loader, subject.view)
     if options.filters:
         try:
-            one.filters = filters.filter_accuracy(subject.model, loader, options.rho)
+            analyzed.filters = filters.filter_accuracy(subject.model, loader, options.rho)
         except CannotMeasure as error:
-            one.missing.append(f"accuracy with filtered tokens: {error}")
+            analyzed.missing.append(f"accuracy with filtered tokens: {error}")

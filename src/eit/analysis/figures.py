@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from eit.analysis import accuracy_figures, attention_figures, frequency_figures, token_figures
-from eit.analysis.measured import Measured as Measured
-from eit.analysis.measured import curves
+from eit.analysis.analyzed_model import AnalyzedModel as AnalyzedModel
+from eit.analysis.analyzed_model import curves
 from eit.analysis.panels import Figure
 
 FIGURES = (  # their keys
@@ -26,13 +26,13 @@ FIGURES = (  # their keys
 )
 
 
-def figures(measured: Sequence[Measured]) -> list[Figure]:
+def figures(measured: Sequence[AnalyzedModel]) -> list[Figure]:
     """All that the measurements have something to say to.
 
     Runs of one group are one curve, with a band of ± one standard deviation over the runs.
     """
     shown = curves(measured)
-    found = [
+    chosen = [
         token_figures.class_token(shown),
         frequency_figures.share(shown),
         frequency_figures.sweep(shown),
@@ -49,8 +49,8 @@ def figures(measured: Sequence[Measured]) -> list[Figure]:
         accuracy_figures.band_noise_cost(shown),
         accuracy_figures.paired(measured),
     ]
-    drawn = [figure for figure in found if figure is not None]
-    if any(one.members for one in shown):
+    drawn = [figure for figure in chosen if figure is not None]
+    if any(model.members for model in shown):
         for figure in drawn:
             if figure.key not in ("paired", "distances", "spectra"):
                 figure.caption += " Several runs as one: mean, and a band of ± one standard deviation over the runs."

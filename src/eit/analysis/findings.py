@@ -1,183 +1,27 @@
-"""What was found, as tables and in sentences."""
+"""What was found, in sentences and in short tables for the terminal."""
 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.attention import NEAR_UNIFORM
 from eit.analysis.class_token import HARDLY
-from eit.analysis.frequency import RHOS, diagonal_frequencies, noise_shares
-from eit.analysis.groups import MEASURES, pairs, spreads
-from eit.analysis.measured import Measured, curves
-
-TABLES = (
-    "models",
-    "images",
-    "class_token",
-    "frequency",
-    "amplitude",
-    "spectrum",
-    "sweep",
-    "transfer",
-    "heads",
-    "diversity",
-    "filter",
-    "smoothing",
-    "robustness",
-    "uses",
-    "groups",
-    "paired",
-)
+from eit.analysis.groups import MEASURES, pairs
 
 
-def tables(measured: Sequence[Measured], images: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
-    """The numbers as tidy tables, a row a measurement: what is written as csv/NAME.csv."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
-    found["images"] = [dict(image=name) for name in images]
-    for one in measured:
-        subject, analysis = one.subject, one.analysis
-        key = dict(model=subject.label, state=subject.state)
-        found["models"].append(
-            key
-            | dict(
-                group=subject.group,
-                seed=math.nan if subject.seed is None else subject.seed,
-                source=subject.source,
-                sha256=subject.sha256,
-                images=analysis.images,
-                image_size="x".join(map(str, analysis.image_size)),
-                grid="x".join(map(str, analysis.grid)),
-                pitch=analysis.pitch,
-                layers=analysis.depth,
-                rho=analysis.rho,
-                renormalize=analysis.renormalize,
-                logit_spread=analysis.logit_spread,
-                missing="; ".join(one.missing),
-            )
-        )
-        for token in analysis.class_token:
-            found["class_token"].append(
-                key
-                | dict(layer=token.layer, where=token.where, part=token.part, channels=token.channels)
-                | dict(norm=token.norm, image_share=token.share)
-            )
-        for f in analysis.frequency:
-            place = key | dict(layer=f.layer, where=f.where)
-            found["frequency"].append(
-                place
-                | dict(
-                    grid="x".join(map(str, f.grid)),
-                    channels=f.channels,
-                    share=f.share,
-                    share_se=f.share_se,
-                    share_with_dc=f.share_with_dc,
-                    share_with_dc_se=f.share_with_dc_se,
-                    noise_share=f.noise_share,
-                    noise_share_with_dc=f.noise_share_with_dc,
-                )
-            )
-            for frequency, value in zip(diagonal_frequencies(f.grid), f.log_amplitude, strict=True):
-                found["amplitude"].append(place | dict(frequency=frequency, relative_log_amplitude=value))
-            for low, high, share, noise in f.radial():
-                found["spectrum"].append(
-                    place | dict(frequency_from=low, frequency_to=high, share=share, noise_share=noise)
-                )
-            for rho, share, with_dc in zip(RHOS, f.sweep, f.sweep_with_dc, strict=True):
-                noise, noise_with_dc = noise_shares(f.grid, rho)
-                found["sweep"].append(
-                    place
-                    | dict(rho=rho, share=share, share_with_dc=with_dc)
-                    | dict(noise_share=noise, noise_share_with_dc=noise_with_dc)
-                )
-        for t in analysis.transfer:
-            found["transfer"].append(
-                key
-                | dict(layer=t.layer, where=t.where, channels=t.update.channels)
-                | dict(input_share=t.input.share, input_share_se=t.input.share_se)
-                | dict(update_share=t.update.share, update_share_se=t.update.share_se, gain=t.gain)
-            )
-        for s in analysis.smoothing:
-            found["smoothing"].append(
-                key
-                | dict(layer=s.layer, where=s.where, cosine=s.cosine, cosine_se=s.cosine_se)
-                | dict(effective_rank=s.rank, effective_rank_se=s.rank_se, full_rank=s.full_rank)
-            )
-        for layer in analysis.attention:
-            for low, high, gain in layer.radial_gain():
-                found["filter"].append(
-                    key | dict(layer=layer.layer, frequency_from=low, frequency_to=high, energy_gain=gain)
-                )
-            heads = zip(
-                layer.distance,
-                layer.distance_se,
-                layer.class_mass,
-                layer.entropy,
-                layer.relative_entropy,
-                layer.low_gain,
-                layer.high_gain,
-                strict=True,
-            )
-            for number, (distance, se, mass, entropy, relative, low_gain, high_gain) in enumerate(heads, start=1):
-                found["heads"].append(
-                    key
-                    | dict(
-                        layer=layer.layer,
-                        head=number,
-                        distance_px=distance,
-                        distance_px_se=se,
-                        relative_distance=distance / layer.uniform,
-                        class_mass=mass,
-                        entropy_nats=entropy,
-                        relative_entropy=relative,
-                        low_gain=low_gain,
-                        high_gain=high_gain,
-                    )
-                )
-            found["diversity"].append(
-                key
-                | dict(
-                    layer=layer.layer,
-                    heads=len(layer.distance),
-                    std_px=layer.std,
-                    range_px=layer.range,
-                    pair_gap_px=layer.gap,
-                    relative_std=layer.relative_std,
-                    uniform_px=layer.uniform,
-                    divergence_nats=layer.mean_divergence,
-                    relative_entropy=fmean(layer.relative_entropy),
-                    near_uniform=layer.near_uniform,
-                )
-            )
-        for band in one.bands or []:
-            found["robustness"].append(
-                key | dict(frequency_from=band.low, frequency_to=band.high, top1=band.top1, images=band.images)
-            )
-        for use in one.filters or []:
-            found["uses"].append(
-                key
-                | dict(layer=use.layer, kept=use.kept, top1=use.top1, cost=use.cost, cost_se=use.standard_error)
-                | dict(lost=use.lost, won=use.won, images=use.images)
-            )
-    found["groups"] = [asdict(spread) for spread in spreads(measured)]
-    found["paired"] = [
-        asdict(pair) | dict(layer="mean" if pair.layer is None else pair.layer) for pair in pairs(measured)[0]
-    ]
-    return {name: rows for name, rows in found.items() if rows}
-
-
-def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def summary(models: Sequence[AnalyzedModel]) -> list[dict[str, Any]]:
     """The figures of each model that a table of a few columns has room for."""
     rows = []
-    for one in measured:
-        analysis, blocks = one.analysis, one.analysis.at("block")
+    for model in models:
+        analysis, blocks = model.analysis, model.analysis.layers_at("block")
         heads = analysis.attention
         rows.append(
             dict(
-                model=one.subject.label,
-                state=one.subject.state,
+                model=model.subject.label,
+                state=model.subject.state,
                 images=analysis.images,
                 grid=list(analysis.grid),
                 pitch=analysis.pitch,
@@ -195,7 +39,7 @@ def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 mlp_gain=_known(t.gain for t in analysis.transfers("mlp")),
                 cosine=[s.cosine for s in analysis.smoothing],
                 effective_rank=[s.rank for s in analysis.smoothing],
-                missing=one.missing,
+                missing=model.missing,
             )
         )
     return rows
@@ -206,56 +50,56 @@ def _known(values: Iterable[float]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-def faults(measured: Sequence[Measured]) -> list[str]:
+def faults(models: Sequence[AnalyzedModel]) -> list[str]:
     """What makes a model, or a comparison, worth little, in plain words; none where all is well.
 
     A class token after the last layer of which less than `HARDLY` depends on the image, where the head reads it; layers
     whose heads look almost everywhere alike.
     """
     lines = []
-    for one in curves(measured):
-        tokens = [run.analysis.class_tokens("block") for run in one.runs if run.analysis.reads_class_token]
-        shares = [found[-1].share for found in tokens if found and found[-1].layer == one.analysis.depth]
+    for model in curves(models):
+        tokens = [run.analysis.class_tokens("block") for run in model.runs if run.analysis.reads_class_token]
+        shares = [found[-1].share for found in tokens if found and found[-1].layer == model.analysis.depth]
         if shares and max(shares) < HARDLY:
-            lines.append(_hardly(one, fmean(shares)))
-    for one in curves(measured):
-        layers = {a.layer for run in one.runs for a in run.analysis.attention}
-        alike = [n for n in sorted(layers) if all(_is_near_uniform(run, n) for run in one.runs)]
+            lines.append(_hardly(model, fmean(shares)))
+    for model in curves(models):
+        layers = {a.layer for run in model.runs for a in run.analysis.attention}
+        alike = [n for n in sorted(layers) if all(_is_near_uniform(run, n) for run in model.runs)]
         if alike:
             which = "all layers" if len(alike) == len(layers) > 1 else f"layer{'s' * (len(alike) > 1)} {_listed(alike)}"
             lines.append(
-                f"{one.name}: in {which} each head has more than {100 * NEAR_UNIFORM:g}% of uniform entropy. "
+                f"{model.name}: in {which} each head has more than {100 * NEAR_UNIFORM:g}% of uniform entropy. "
                 "Near uniform: diversity is not testable."
             )
     return lines
 
 
-def _is_near_uniform(one: Measured, layer: int) -> bool:
-    return any(a.layer == layer and a.near_uniform for a in one.analysis.attention)
+def _is_near_uniform(model: AnalyzedModel, layer: int) -> bool:
+    return any(a.layer == layer and a.near_uniform for a in model.analysis.attention)
 
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _hardly(one: Measured, share: float) -> str:
+def _hardly(model: AnalyzedModel, share: float) -> str:
     text = (
-        f"{one.name}: the class token hardly depends on the image. {percent(share)} of its energy differs between "
-        f"images after layer {one.analysis.depth}, the last; its norm there is "
-        f"{one.mean(lambda a: a.class_tokens('block')[-1].norm):.3g}."
+        f"{model.name}: the class token hardly depends on the image. {percent(share)} of its energy differs between "
+        f"images after layer {model.analysis.depth}, the last; its norm there is "
+        f"{model.mean(lambda a: a.class_tokens('block')[-1].norm):.3g}."
     )
-    conv = one.analysis.class_tokens("mixer", "conv")
+    conv = model.analysis.class_tokens("mixer", "conv")
     written = max(conv, key=lambda token: token.norm, default=None)
     if written is not None and written.norm > 0 and written.share < HARDLY:
         text += (
             f" Its convolved channels receive nearly the same for every image, in layer {written.layer} an update of "
             f"norm {written.norm:.3g}"
         )
-        same = (t for t in one.analysis.class_tokens("mixer", "attention") if t.layer == written.layer)
+        same = (t for t in model.analysis.class_tokens("mixer", "attention") if t.layer == written.layer)
         attention = next(same, None)
         text += f", where attention adds one of norm {attention.norm:.2g}" if attention else ""
         text += ": see the argument cls_conv."
-    spread = one.mean(lambda a: a.logit_spread)
+    spread = model.mean(lambda a: a.logit_spread)
     return text if math.isnan(spread) else f"{text} Its logits differ between images by {spread:.1e}."
 
 
@@ -265,50 +109,53 @@ def percent(share: float) -> str:
     return f"{value:.1f}%" if value >= 1 or not value else f"{value:.2g}%" if value >= 1e-4 else f"{value:.1e}%"
 
 
-def sentences(measured: Sequence[Measured]) -> list[str]:
+def sentences(models: Sequence[AnalyzedModel]) -> list[str]:
     """The paper's two claims in the numbers of this report, a sentence a comparison; none where nothing was trained.
 
     Each model whose convolution decreases with depth stands against each other trained one, or, where there is none,
     each that convolves. A difference of shares counts where it is more than two standard errors.
     """
-    trained = [one for one in measured if one.subject.state == "trained" and not one.subject.group]
-    mixed = [one for one in trained if one.analysis.at("conv")]
-    decreasing = [one for one in mixed if _decreases([f.channels for f in one.analysis.at("conv")])]
+    trained = [model for model in models if model.subject.state == "trained" and not model.subject.group]
+    mixed = [model for model in trained if model.analysis.layers_at("conv")]
+    decreasing = [model for model in mixed if _decreases([f.channels for f in model.analysis.layers_at("conv")])]
     lines = []
-    for one in decreasing or mixed:
-        others = [other for other in trained if other is not one]
-        same = [other for other in others if other.analysis.depth == one.analysis.depth]
+    for model in decreasing or mixed:
+        others = [other for other in trained if other is not model]
+        same = [other for other in others if other.analysis.depth == model.analysis.depth]
         for other in same:
-            lines += _against(one, other)
+            lines += _against(model, other)
         if names := ", ".join(f"{o.name} ({o.analysis.depth})" for o in others if o not in same):
-            lines.append(f"Of another depth than {one.name} ({one.analysis.depth} layers), so not compared: {names}.")
+            lines.append(
+                f"Of another depth than {model.name} ({model.analysis.depth} layers), so not compared: {names}."
+            )
     if any(line.startswith("High") for line in lines):
         lines.insert(
             0,
             "More and less: by over two standard errors of both means, as if the images differed; they are the same, "
             "so this is cautious. For diversity no error is known.",
         )
-    for one in trained:
-        twin = one.twin(measured)
+    for model in trained:
+        twin = model.twin(models)
         if twin:
             rise = [
-                100 * (a.share - b.share) for a, b in _same_layers(one.analysis.at("block"), twin.analysis.at("block"))
+                100 * (a.share - b.share)
+                for a, b in _same_layers(model.analysis.layers_at("block"), twin.analysis.layers_at("block"))
             ]
-            text = f"Training moves the share of {one.name} by {min(rise):+.1f} to {max(rise):+.1f} points"
-            if one.analysis.attention:
-                before, after = (mean_diversity(o) for o in (twin, one))
+            text = f"Training moves the share of {model.name} by {min(rise):+.1f} to {max(rise):+.1f} points"
+            if model.analysis.attention:
+                before, after = (mean_diversity(o) for o in (twin, model))
                 text += f", its mean head diversity from {before:.1f} to {after:.1f}% of uniform attention's distance"
             lines.append(text + ".")
-    return lines + _paired(measured)
+    return lines + _paired(models)
 
 
-def _paired(measured: Sequence[Measured]) -> list[str]:
+def _paired(measured: Sequence[AnalyzedModel]) -> list[str]:
     """Groups of runs against each other, in the mean of the layers."""
-    found, lines = pairs(measured)
+    differences, lines = pairs(measured)
     words = dict(share="share", share_with_dc="share with DC", relative_std="head diversity")
     words |= dict(class_token_share="class token's share", relative_entropy="entropy")
     assert words.keys() <= MEASURES.keys()
-    for pair in found:
+    for pair in differences:
         if pair.layer is None and pair.measure in words:
             low, high = 100 * pair.low, 100 * pair.high
             clear = "" if pair.is_clear else "; undecided"
@@ -326,38 +173,38 @@ def _decreases(channels: Sequence[int]) -> bool:
 
 def _same_layers(these: Iterable[Any], those: Iterable[Any]) -> list[tuple[Any, Any]]:
     """Pairs of what was measured in the same layer of both."""
-    by_layer = {found.layer: found for found in those}
-    return [(found, by_layer[found.layer]) for found in these if found.layer in by_layer]
+    by_layer = {layer.layer: layer for layer in those}
+    return [(layer, by_layer[layer.layer]) for layer in these if layer.layer in by_layer]
 
 
-def mean_diversity(one: Measured) -> float:
+def mean_diversity(model: AnalyzedModel) -> float:
     """Percent of the distance of uniform attention; of a group its runs' mean."""
-    return 100 * one.mean(lambda a: fmean(layer.relative_std for layer in a.attention))
+    return 100 * model.mean(lambda a: fmean(layer.relative_std for layer in a.attention))
 
 
-def token_table(measured: Sequence[Measured]) -> tuple[tuple[str, ...], list[list[str]]]:
+def token_table(models: Sequence[AnalyzedModel]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Head and rows of a table of what else matters, a row a curve: means of the layers, or after the last one."""
     head = ("model", "class token", "logit spread", "entropy", "divergence", "mixer gain", "MLP gain", "cosine", "rank")
     rows = []
-    for one in curves(measured):
-        a = one.analysis
+    for model in curves(models):
+        a = model.analysis
         cells = [
-            one.mean(lambda a: a.class_token_share[-1]) if a.class_token_share else None,
-            one.mean(lambda a: a.logit_spread),
-            one.mean(lambda a: fmean(a.relative_entropy)) if a.attention else None,
-            one.mean(lambda a: fmean(h.mean_divergence for h in a.attention) / math.log(2)) if a.attention else None,
-            one.mean(lambda a: fmean(t.gain for t in a.transfers("mixer"))) if a.transfers("mixer") else None,
-            one.mean(lambda a: fmean(t.gain for t in a.transfers("mlp"))) if a.transfers("mlp") else None,
-            one.mean(lambda a: a.smoothing[-1].cosine) if a.smoothing else None,
-            one.mean(lambda a: a.smoothing[-1].rank / a.smoothing[-1].full_rank) if a.smoothing else None,
+            model.mean(lambda a: a.class_token_share[-1]) if a.class_token_share else None,
+            model.mean(lambda a: a.logit_spread),
+            model.mean(lambda a: fmean(a.relative_entropy)) if a.attention else None,
+            model.mean(lambda a: fmean(h.mean_divergence for h in a.attention) / math.log(2)) if a.attention else None,
+            model.mean(lambda a: fmean(t.gain for t in a.transfers("mixer"))) if a.transfers("mixer") else None,
+            model.mean(lambda a: fmean(t.gain for t in a.transfers("mlp"))) if a.transfers("mlp") else None,
+            model.mean(lambda a: a.smoothing[-1].cosine) if a.smoothing else None,
+            model.mean(lambda a: a.smoothing[-1].rank / a.smoothing[-1].full_rank) if a.smoothing else None,
         ]
         texts = (percent, "{:.2g}".format, percent, percent, "{:.2f}".format, "{:.2f}".format, "{:.2f}".format, percent)
         known = [v is not None and not math.isnan(v) for v in cells]
         row = [text(v or 0.0) if there else "-" for text, v, there in zip(texts, cells, known, strict=True)]
         row[2] += (
-            " !" if a.attention and all(h.near_uniform for run in one.runs for h in run.analysis.attention) else ""
+            " !" if a.attention and all(h.near_uniform for run in model.runs for h in run.analysis.attention) else ""
         )
-        rows.append([one.name, *row])
+        rows.append([model.name, *row])
     return head, rows
 
 
@@ -369,25 +216,25 @@ TOKEN_TABLE = (
 )
 
 
-def _against(one: Measured, other: Measured) -> list[str]:
-    a, b = one.analysis, other.analysis
+def _against(model: AnalyzedModel, other: AnalyzedModel) -> list[str]:
+    a, b = model.analysis, other.analysis
     if a.images < 2:
-        return [f"{one.name} and {other.name}: one image has no standard error, so they are not compared."]
+        return [f"{model.name} and {other.name}: one image has no standard error, so they are not compared."]
     lines = []
     for kind, word in (("share", "share"), ("share_with_dc", "share with DC")):
-        pairs = _same_layers(a.at("block"), b.at("block"))
+        pairs = _same_layers(a.layers_at("block"), b.layers_at("block"))
         gaps = [getattr(x, kind) - getattr(y, kind) for x, y in pairs]
         errors = [math.hypot(getattr(x, kind + "_se"), getattr(y, kind + "_se")) for x, y in pairs]
         more = sum(gap > 2 * error for gap, error in zip(gaps, errors, strict=True))
         less = sum(gap < -2 * error for gap, error in zip(gaps, errors, strict=True))
         lines.append(
-            f"High frequencies, {word}: {one.name} has more than {other.name} in "
+            f"High frequencies, {word}: {model.name} has more than {other.name} in "
             f"{more} of {len(pairs)} layers and less in {less}."
         )
     if heads := _same_layers(a.attention, b.attention):
         more = sum(x.relative_std > y.relative_std for x, y in heads)
         lines.append(
-            f"Head diversity: {one.name} {mean_diversity(one):.2f}, {other.name} {mean_diversity(other):.2f}% of "
-            f"uniform attention's distance in the mean; {one.name} is above in {more} of {len(heads)} layers."
+            f"Head diversity: {model.name} {mean_diversity(model):.2f}, {other.name} {mean_diversity(other):.2f}% of "
+            f"uniform attention's distance in the mean; {model.name} is above in {more} of {len(heads)} layers."
         )
     return lines

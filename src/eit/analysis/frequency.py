@@ -62,8 +62,8 @@ def is_high(grid: Grid, rho: float = RHO) -> Tensor:
 def annuli(grid: Grid) -> list[tuple[float, float, Tensor]]:
     """(f from, f to, which coefficients lie there, (h, w)) of each annulus that has any; DC is in none."""
     f, edges = frequencies(grid), [math.sqrt(2) * i / ANNULI for i in range(ANNULI + 1)]
-    found = [(low, high, (f > low + 1e-9) & (f <= high + 1e-9)) for low, high in itertools.pairwise(edges)]
-    return [(low, high, inside) for low, high, inside in found if inside.any()]
+    rings = [(low, high, (f > low + 1e-9) & (f <= high + 1e-9)) for low, high in itertools.pairwise(edges)]
+    return [(low, high, inside) for low, high, inside in rings if inside.any()]
 
 
 def noise_shares(grid: Grid, rho: float = RHO) -> tuple[float, float]:
@@ -83,13 +83,13 @@ def transform(x: Tensor) -> Tensor:
     x = x.float()
     mean = x.mean(dim=(1, 2), keepdim=True)
     along_h = torch.matmul(_basis_on(x.device, h), (x - mean).flatten(2)).unflatten(2, (w, -1))
-    found = torch.matmul(_basis_on(x.device, w), along_h)
-    found[:, 0, 0] = 0
+    coefficients = torch.matmul(_basis_on(x.device, w), along_h)
+    coefficients[:, 0, 0] = 0
     dc = mean[:, 0, 0] * math.sqrt(h * w)
-    varies = found.square().sum(dim=(1, 2)) > (rounding * dc).square()
-    found *= varies[:, None, None]
-    found[:, 0, 0] = dc
-    return found
+    varies = coefficients.square().sum(dim=(1, 2)) > (rounding * dc).square()
+    coefficients *= varies[:, None, None]
+    coefficients[:, 0, 0] = dc
+    return coefficients
 
 
 def shares(x: Tensor, rho: float = RHO) -> tuple[Tensor, Tensor]:
@@ -111,8 +111,8 @@ def _sums_on(device: torch.device, grid: Grid, rhos: tuple[float, ...]) -> Tenso
 def _shares(energy: Tensor, rhos: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """(B, h, w, C) -> `share` and `share_with_dc` above each rho, (B, R) each."""
     sums = _sums_on(energy.device, (energy.shape[1], energy.shape[2]), rhos)
-    found = torch.matmul(sums, energy.flatten(1, 2))  # (B, 2 + R, C)
-    varying, constant, above = found[:, :1], found[:, 1:2], found[:, 2:]
+    shares = torch.matmul(sums, energy.flatten(1, 2))  # (B, 2 + R, C)
+    varying, constant, above = shares[:, :1], shares[:, 1:2], shares[:, 2:]
     without = torch.where(varying == 0, 0, above / varying)
     with_dc = torch.where(varying == 0, 0, above / (varying + constant))
     return without.mean(dim=2), with_dc.mean(dim=2)

@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.frequency import RHOS, Frequency, diagonal_frequencies, noise_shares
 from eit.analysis.measure import Analysis
-from eit.analysis.measured import Measured
 from eit.analysis.panels import HEAT, PALETTE, Figure, Panel, Points, curve, depth_axis, from_zero, ink, integers
 
 
-def _line(axis: Any, one: Measured, with_dc: bool) -> None:
-    if one.members:
-        curve(axis, one, lambda run: [(f.layer, 100 * _kind(f, with_dc)) for f in _after_layers(run.analysis)])
+def _line(axis: Any, model: AnalyzedModel, with_dc: bool) -> None:
+    if model.members:
+        curve(axis, model, lambda run: [(f.layer, 100 * _kind(f, with_dc)) for f in _after_layers(run.analysis)])
         return
-    places = _after_layers(one.analysis)
+    places = _after_layers(model.analysis)
     x = [f.layer for f in places]
     y = [100 * _kind(f, with_dc) for f in places]
     error = [100 * (f.share_with_dc_se if with_dc else f.share_se) for f in places]
-    axis.errorbar(x, y, [0 if math.isnan(e) else e for e in error], capsize=0, elinewidth=1, **one.style())
+    axis.errorbar(x, y, [0 if math.isnan(e) else e for e in error], capsize=0, elinewidth=1, **model.style())
 
 
 def _kind(f: Frequency, with_dc: bool) -> float:
@@ -35,19 +35,19 @@ def _noise(axis: Any, places: Sequence[Frequency], with_dc: bool) -> None:
         axis.axhline(100 * level, linestyle=":", linewidth=1.2, color=ink(), zorder=1)
 
 
-def share(measured: Sequence[Measured]) -> Figure:
+def share(models: Sequence[AnalyzedModel]) -> Figure:
     def panel(with_dc: bool) -> Panel:
         def draw(axis: Any) -> None:
-            for one in measured:
-                _line(axis, one, with_dc)
-                _noise(axis, _after_layers(one.analysis), with_dc)
-            depth_axis(axis, measured, first=0)
+            for model in models:
+                _line(axis, model, with_dc)
+                _noise(axis, _after_layers(model.analysis), with_dc)
+            depth_axis(axis, models, first=0)
             axis.set_ylabel("high-frequency share (%)")
             from_zero(axis)
 
         return Panel("share with DC: the mean counts" if with_dc else "share: the mean left out", draw)
 
-    rho = measured[0].analysis.frequency[0].rho
+    rho = models[0].analysis.frequency[0].rho
     return Figure(
         "share",
         "High-frequency share over depth",
@@ -58,37 +58,37 @@ def share(measured: Sequence[Measured]) -> Figure:
         "before training, for then the architecture alone makes it and nothing was learnt. The two panels may "
         "disagree: name the one you quote.",
         [panel(False), panel(True)],
-        list(measured),
+        list(models),
         noise=True,
     )
 
 
-def sweep(measured: Sequence[Measured]) -> Figure:
+def sweep(models: Sequence[AnalyzedModel]) -> Figure:
     """The share for every cut, by layer."""
-    shown = [one for one in measured if not one.is_initial]
+    shown = [model for model in models if not model.is_initial]
 
-    def panel(one: Measured) -> Panel:
+    def panel(model: AnalyzedModel) -> Panel:
         def draw(axis: Any) -> None:
             from matplotlib import colormaps
 
-            last = one.analysis.depth
-            for number, f in enumerate(_after_layers(one.analysis)):
+            last = model.analysis.depth
+            for number, f in enumerate(_after_layers(model.analysis)):
 
-                def points(run: Measured, number: int = number) -> Points:
+                def points(run: AnalyzedModel, number: int = number) -> Points:
                     sweep = _after_layers(run.analysis)[number].sweep
                     return [(rho, 100 * share) for rho, share in zip(RHOS, sweep, strict=True)]
 
                 colour = colormaps[HEAT](f.layer / last)
                 named = dict(label="stem" if f.layer == 0 else f"layer {f.layer}") if f.layer in (0, 1, last) else {}
-                curve(axis, one, points, color=colour, marker="", linewidth=1.3, **named)
-            grid = one.analysis.at("block")[-1].grid
+                curve(axis, model, points, color=colour, marker="", linewidth=1.3, **named)
+            grid = model.analysis.layers_at("block")[-1].grid
             axis.plot(RHOS, [100 * noise_shares(grid, rho)[0] for rho in RHOS], ":", linewidth=1.2, color=ink())
-            axis.axvline(one.analysis.rho, linewidth=0.8, color=ink(), alpha=0.4)
+            axis.axvline(model.analysis.rho, linewidth=0.8, color=ink(), alpha=0.4)
             axis.set(xlabel="cut rho", ylabel="share above rho (%)")
             from_zero(axis)
             axis.legend(frameon=False, fontsize=9)
 
-        return Panel(one.name, draw)
+        return Panel(model.name, draw)
 
     return Figure(
         "sweep",
@@ -96,27 +96,27 @@ def sweep(measured: Sequence[Measured]) -> Figure:
         "High-frequency share (without DC) against the frequency rho above which energy counts as high, after the stem "
         "and each layer, dark to bright; dotted: white noise; vertical line: the rho of all other figures. Against a "
         "claim about shares would count: lines that cross, for then another rho turns the order of layers around.",
-        [panel(one) for one in shown],
+        [panel(model) for model in shown],
         [],
         noise=True,
     )
 
 
-def transfer(measured: Sequence[Measured]) -> Figure | None:
+def transfer(models: Sequence[AnalyzedModel]) -> Figure | None:
     """What sub-blocks add by what they take."""
     names = dict(
         mixer="token mixer", mlp="MLP", conv="mixer: convolved channels", attention="mixer: attending channels"
     )
-    having = {where: [one for one in measured if one.analysis.transfers(where)] for where in names}
+    having = {where: [model for model in models if model.analysis.transfers(where)] for where in names}
     if not having["mixer"] and not having["mlp"]:
         return None
     if not having["conv"]:  # all mixers attend: it would be the same panel twice
         having["attention"] = []
 
-    def panel(where: str, ones: Sequence[Measured]) -> Panel:
+    def panel(where: str, ones: Sequence[AnalyzedModel]) -> Panel:
         def draw(axis: Any) -> None:
-            for one in ones:
-                curve(axis, one, lambda run: [(t.layer, t.gain) for t in run.analysis.transfers(where)])
+            for model in ones:
+                curve(axis, model, lambda run: [(t.layer, t.gain) for t in run.analysis.transfers(where)])
             axis.axhline(1, linewidth=0.8, color=ink(), alpha=0.5, zorder=1)
             depth_axis(axis, ones)
             axis.set_ylabel("gain of the share")
@@ -131,39 +131,39 @@ def transfer(measured: Sequence[Measured]) -> Figure | None:
         "Dashed: initial values. The paper says that convolution brings in high frequencies and attention damps them: "
         "against it would count convolved channels below 1, or not above the attending ones.",
         [panel(where, ones) for where, ones in having.items() if ones],
-        [one for one in measured if any(one in ones for ones in having.values())],
+        [model for model in models if any(model in ones for ones in having.values())],
     )
 
 
-def parts(measured: Sequence[Measured]) -> Figure | None:
+def parts(models: Sequence[AnalyzedModel]) -> Figure | None:
     """Convolution's channels against attention's."""
-    mixed = [one for one in measured if one.analysis.at("conv") and not one.is_initial]
+    mixed = [model for model in models if model.analysis.layers_at("conv") and not model.is_initial]
     if not mixed:
         return None
 
-    def panel(one: Measured) -> Panel:
-        twin = one.twin(measured)
+    def panel(model: AnalyzedModel) -> Panel:
+        twin = model.twin(models)
 
         def draw(axis: Any) -> None:
             for where, colour, marker in (("conv", PALETTE[0], "o"), ("attention", PALETTE[5], "s")):
-                for source in (one, twin) if twin else (one,):
+                for source in (model, twin) if twin else (model,):
                     line = dict(color=colour, marker=marker) | (
                         dict(linestyle="--", mfc="none", markersize=3.5, linewidth=1.1)
                         if source.is_initial
                         else dict(markersize=4.5, linewidth=1.8, label=where)
                     )
 
-                    def points(run: Measured, where: str = where) -> Points:
-                        return [(f.layer, 100 * f.share) for f in run.analysis.at(where)]
+                    def points(run: AnalyzedModel, where: str = where) -> Points:
+                        return [(f.layer, 100 * f.share) for f in run.analysis.layers_at(where)]
 
                     curve(axis, source, points, **line)
-            _noise(axis, one.analysis.at("attention"), with_dc=False)
-            depth_axis(axis, [one])
+            _noise(axis, model.analysis.layers_at("attention"), with_dc=False)
+            depth_axis(axis, [model])
             axis.set_ylabel("high-frequency share (%)")
             from_zero(axis)
             axis.legend(frameon=False, fontsize=9)
 
-        return Panel(one.name, draw)
+        return Panel(model.name, draw)
 
     return Figure(
         "parts",
@@ -172,38 +172,38 @@ def parts(measured: Sequence[Measured]) -> Figure | None:
         "mixer's output before the residual is added. Dashed: initial values; dotted: white noise. If convolution "
         "brings in the high frequencies, its line lies above attention's. Against it would count: lines that "
         "coincide, or a gap that is as wide before training.",
-        [panel(one) for one in mixed],
+        [panel(model) for model in mixed],
         [],
         noise=True,
     )
 
 
-def amplitude(measured: Sequence[Measured]) -> Figure | None:
-    trained = [one for one in measured if one.analysis.at("mixer") and not one.is_initial]
+def amplitude(models: Sequence[AnalyzedModel]) -> Figure | None:
+    trained = [model for model in models if model.analysis.layers_at("mixer") and not model.is_initial]
     if not trained:
         return None
     places = ("stem", "mixer", "block")
-    runs = [run for one in measured for run in one.runs]
+    runs = [run for model in models for run in model.runs]
     values = [f.log_amplitude[-1] for run in runs for f in run.analysis.frequency if f.where in places]
     lowest, highest = min(values), max(values)
 
-    def points(run: Measured) -> Points:
+    def points(run: AnalyzedModel) -> Points:
         along = [f for f in run.analysis.frequency if f.where in places]
         return [(f.layer - (0.5 if f.where == "mixer" else 0.0), f.log_amplitude[-1]) for f in along]
 
-    def panel(one: Measured) -> Panel:
-        twin = one.twin(measured)
+    def panel(model: AnalyzedModel) -> Panel:
+        twin = model.twin(models)
 
         def draw(axis: Any) -> None:
-            for source in (one, twin) if twin else (one,):
+            for source in (model, twin) if twin else (model,):
                 curve(axis, source, points)
-            for layer in range(1, one.analysis.depth + 1):
+            for layer in range(1, model.analysis.depth + 1):
                 axis.axvspan(layer - 1, layer - 0.5, color=ink(), alpha=0.08, linewidth=0)
-            depth_axis(axis, [one], first=0)
-            axis.set_ylabel(f"log amplitude at f = {diagonal_frequencies(one.analysis.grid)[-1]:.2f}")
+            depth_axis(axis, [model], first=0)
+            axis.set_ylabel(f"log amplitude at f = {diagonal_frequencies(model.analysis.grid)[-1]:.2f}")
             axis.set_ylim(lowest - 0.1 * (highest - lowest), highest + 0.1 * (highest - lowest))
 
-        return Panel(one.name, draw)
+        return Panel(model.name, draw)
 
     return Figure(
         "amplitude",
@@ -212,24 +212,24 @@ def amplitude(measured: Sequence[Measured]) -> Figure | None:
         "each sub-block: shaded steps are token mixers (convolution and attention), white ones MLPs (Park & Kim 2022, "
         "figure 2b). Dashed: initial values. A line that falls in the shaded steps is a low-pass filter. Against the "
         "paper would count: mixers of EIT that damp high frequencies as much as ViT's.",
-        [panel(one) for one in trained],
+        [panel(model) for model in trained],
         [],
     )
 
 
-def spectra(measured: Sequence[Measured]) -> Figure:
+def spectra(models: Sequence[AnalyzedModel]) -> Figure:
     """Heat maps of layer x frequency: energy per coefficient against that of white noise, in decibels."""
-    shown = [one for one in measured if not one.is_initial]
+    shown = [model for model in models if not model.is_initial]
 
-    def panel(one: Measured) -> Panel:
+    def panel(model: AnalyzedModel) -> Panel:
         def draw(axis: Any) -> None:
             import numpy as np
 
-            places = _after_layers(one.analysis)
+            places = _after_layers(model.analysis)
             for number, f in enumerate(places):  # each with the rings of its own grid
                 rings = f.radial()
                 edges = [rings[0][0], *(ring[1] for ring in rings)]
-                of_runs = [[ring[2] for ring in _after_layers(run.analysis)[number].radial()] for run in one.runs]
+                of_runs = [[ring[2] for ring in _after_layers(run.analysis)[number].radial()] for run in model.runs]
                 means = [fmean(shares) for shares in zip(*of_runs, strict=True)]
                 noise = [ring[3] for ring in rings]
                 decibels = np.array([[10 * math.log10(max(a / b, 1e-9)) for a, b in zip(means, noise, strict=True)]])
@@ -244,7 +244,7 @@ def spectra(measured: Sequence[Measured]) -> Figure:
             axis.set(xlabel="frequency", ylabel="layer")
             axis.spines[:].set_visible(False)
 
-        return Panel(one.name, draw)
+        return Panel(model.name, draw)
 
     return Figure(
         "spectra",
@@ -253,6 +253,6 @@ def spectra(measured: Sequence[Measured]) -> Figure:
         "0 is flat, bright is more, dark is less; frequency 1 is the Nyquist frequency of an axis of tokens. Energy "
         "that moves to the right with depth is what the paper calls a thirst for high frequencies. Against it would "
         "count: rows of EIT that look like those of ViT.",
-        [panel(one) for one in shown],
+        [panel(model) for model in shown],
         [],
     )

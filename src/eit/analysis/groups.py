@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.measure import Analysis
-from eit.analysis.measured import Measured, curves
 
 CONFIDENCE = 0.95
 
 # What is compared: name -> (layer, value) of each layer that has it.
 MEASURES: dict[str, Callable[[Analysis], list[tuple[int, float]]]] = {
-    "share": lambda a: [(f.layer, f.share) for f in a.at("block")],
-    "share_with_dc": lambda a: [(f.layer, f.share_with_dc) for f in a.at("block")],
+    "share": lambda a: [(f.layer, f.share) for f in a.layers_at("block")],
+    "share_with_dc": lambda a: [(f.layer, f.share_with_dc) for f in a.layers_at("block")],
     "mixer_gain": lambda a: [(t.layer, t.gain) for t in a.transfers("mixer")],
     "mlp_gain": lambda a: [(t.layer, t.gain) for t in a.transfers("mlp")],
     "relative_std": lambda a: [(h.layer, h.relative_std) for h in a.attention],
@@ -67,27 +67,27 @@ class Paired:
         return self.low > 0 or self.high < 0
 
 
-def spreads(measured: Sequence[Measured]) -> list[Spread]:
+def spreads(models: Sequence[AnalyzedModel]) -> list[Spread]:
     """Of each group, measure and layer."""
-    found = []
-    for group in (one for one in curves(measured) if one.members):
+    rows = []
+    for group in (model for model in curves(models) if model.members):
         for name, values in MEASURES.items():
             for run in zip(*(values(run.analysis) for run in group.members), strict=True):
                 of_runs = [value for _, value in run]
                 subject = group.subject
                 mean, std = fmean(of_runs), stdev(of_runs)
-                found.append(Spread(subject.group, subject.state, name, run[0][0], len(of_runs), mean, std))
-    return found
+                rows.append(Spread(subject.group, subject.state, name, run[0][0], len(of_runs), mean, std))
+    return rows
 
 
-def pairs(measured: Sequence[Measured]) -> tuple[list[Paired], list[str]]:
+def pairs(models: Sequence[AnalyzedModel]) -> tuple[list[Paired], list[str]]:
     """Differences of each two trained groups, and lines for those that cannot be paired."""
-    groups = [one for one in curves(measured) if one.members and one.subject.state == "trained"]
-    found: list[Paired] = []
+    groups = [group for group in curves(models) if group.members and group.subject.state == "trained"]
+    differences: list[Paired] = []
     lines: list[str] = []
-    for one, other in itertools.combinations(groups, 2):
-        names = f"{one.subject.group} and {other.subject.group}"
-        mine, theirs = _by_seed(one), _by_seed(other)
+    for group, other in itertools.combinations(groups, 2):
+        names = f"{group.subject.group} and {other.subject.group}"
+        mine, theirs = _by_seed(group), _by_seed(other)
         if mine is None or theirs is None:
             lines.append(f"{names} are not paired: runs of one group share a seed, or do not say theirs")
             continue
@@ -97,16 +97,16 @@ def pairs(measured: Sequence[Measured]) -> tuple[list[Paired], list[str]]:
             continue
         for name, values in MEASURES.items():
             runs = [(dict(values(mine[s].analysis)), dict(values(theirs[s].analysis))) for s in seeds]
-            key = one.subject.group, other.subject.group, name
+            key = group.subject.group, other.subject.group, name
             layers = sorted(runs[0][0].keys() & runs[0][1].keys())
-            if one.analysis.depth == other.analysis.depth:
-                found += [_paired(*key, n, [a[n] - b[n] for a, b in runs]) for n in layers]
+            if group.analysis.depth == other.analysis.depth:
+                differences += [_paired(*key, n, [a[n] - b[n] for a, b in runs]) for n in layers]
             if runs[0][0] and runs[0][1]:
-                found.append(_paired(*key, None, [fmean(a.values()) - fmean(b.values()) for a, b in runs]))
-    return found, lines
+                differences.append(_paired(*key, None, [fmean(a.values()) - fmean(b.values()) for a, b in runs]))
+    return differences, lines
 
 
-def _by_seed(group: Measured) -> dict[int, Measured] | None:
+def _by_seed(group: AnalyzedModel) -> dict[int, AnalyzedModel] | None:
     """None where two runs have one seed, or one has none."""
     seeds = {run.subject.seed: run for run in group.members}
     known = {seed: run for seed, run in seeds.items() if seed is not None}

@@ -288,8 +288,8 @@ class _Probe:
         if not isinstance(x, Tensor) or x.dim() not in (3, 4) or x.shape[0] != self.batch:
             return None
         if x.dim() == 3:
-            found = self._grid(x.shape[1])
-            return None if found is None else x[:, found[1] :].unflatten(1, found[0])
+            grid = self._grid(x.shape[1])
+            return None if grid is None else x[:, grid[1] :].unflatten(1, grid[0])
         last = self._has_channels_last(x)
         return None if last is None else x if last else x.permute(0, 2, 3, 1)
 
@@ -348,15 +348,15 @@ class _Probe:
             )
             return
         queries, keys = call.query.shape[-2], call.key.shape[-2]
-        found = self._grid(queries) if call.query.dim() == 4 and queries == keys == self.tokens else None
+        token_grid = self._grid(queries) if call.query.dim() == 4 and queries == keys == self.tokens else None
         if call.query.shape[0] != self.batch:
             self.on_missing(self.layer, "heads", f"{self.name} attends within windows of {keys} tokens there")
-        elif found is None:
+        elif token_grid is None:
             self.on_missing(
                 self.layer, "heads", f"{self.name} attends from {queries} to {keys} tokens there, no whole grid"
             )
         else:
-            grid, prefix = found
+            grid, prefix = token_grid
             has_class = self.has_class_token and prefix > 0
             with torch.autocast(call.query.device.type, enabled=False):
                 self.on_heads(Heads(self.layer, number, call, grid, self.pitch(grid[0]), prefix, has_class))

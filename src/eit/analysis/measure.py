@@ -57,9 +57,9 @@ class Analysis:
     transfer: list[Transfer]
     smoothing: list[Smoothing]
 
-    def at(self, where: str) -> list[Frequency]:
-        """The frequencies at `where` (stem, mixer, block, conv, attention), by layer."""
-        return [f for f in self.frequency if f.where == where]
+    def layers_at(self, place: str) -> list[Frequency]:
+        """The frequencies at `place` (stem, mixer, block, conv, attention), by layer."""
+        return [f for f in self.frequency if f.where == place]
 
     @property
     def grid(self) -> Grid:
@@ -116,12 +116,15 @@ def analyze(
 
     Examples:
         >>> from eit import create_model
-        >>> found = analyze(create_model("eit_mini", num_classes=10), torch.randn(2, 3, 224, 224))
-        >>> shares, diversities = [layer.share for layer in found.at("block")], [layer.std for layer in found.attention]
+        >>> analysis = analyze(create_model("eit_mini", num_classes=10), torch.randn(2, 3, 224, 224))
+        >>> shares = [layer.share for layer in analysis.layers_at("block")]
+        >>> diversities = [layer.std for layer in analysis.attention]
         >>> len(shares), len(diversities)
         (5, 5)
-        >>> len(found.class_token_share), len(found.transfers("mlp")), len(found.smoothing)  # after the stem as well
-        (5, 5, 6)
+        >>> len(analysis.class_token_share), len(analysis.transfers("mlp"))
+        (5, 5)
+        >>> len(analysis.smoothing)  # after the stem as well
+        6
     """
     if not 0 < rho < math.sqrt(2):
         raise UserError(f"rho={rho}: a frequency between 0 and sqrt(2) is expected, 1 is an axis's Nyquist frequency")
@@ -172,46 +175,46 @@ class _Run:
             self.logits.add(out)
         self.count += len(batch)
 
-    def tokens(self, found: Tokens) -> None:
-        place = found.layer, found.where
-        if found.where in ("stem", "block"):
-            self.class_token(found)
-        if found.grid.shape[1] * found.grid.shape[2] == 1:
+    def tokens(self, tokens: Tokens) -> None:
+        place = tokens.layer, tokens.where
+        if tokens.where in ("stem", "block"):
+            self.class_token(tokens)
+        if tokens.grid.shape[1] * tokens.grid.shape[2] == 1:
             self.single[place] = None
             return
         if place not in self.frequency:
             self.frequency[place] = FrequencyMeter(*place, self.rho)
-        self.frequency[place].add(found.grid, found.pitch)
-        if found.where in ("stem", "block"):
+        self.frequency[place].add(tokens.grid, tokens.pitch)
+        if tokens.where in ("stem", "block"):
             if place not in self.smoothing:
                 self.smoothing[place] = SmoothingMeter(*place)
-            self.smoothing[place].add(found.grid)
+            self.smoothing[place].add(tokens.grid)
 
-    def flow(self, found: Tokens) -> None:
-        place = found.layer, found.where
-        if found.side == "update":
-            self.class_token(found)
-        if found.grid.shape[1] * found.grid.shape[2] == 1:
+    def flow(self, tokens: Tokens) -> None:
+        place = tokens.layer, tokens.where
+        if tokens.side == "update":
+            self.class_token(tokens)
+        if tokens.grid.shape[1] * tokens.grid.shape[2] == 1:
             return
         if place not in self.transfer:
             self.transfer[place] = TransferMeter(*place, self.rho)
-        self.transfer[place].add(found.side, found.grid, found.conv_channels, found.pitch)
+        self.transfer[place].add(tokens.side, tokens.grid, tokens.conv_channels, tokens.pitch)
 
-    def class_token(self, found: Tokens) -> None:
-        if found.class_token is None:
+    def class_token(self, tokens: Tokens) -> None:
+        if tokens.class_token is None:
             return
-        place = found.layer, found.where
+        place = tokens.layer, tokens.where
         if place not in self.classes:
-            self.classes[place] = ClassTokenMeter(*place, found.conv_channels)
-        self.classes[place].add(found.class_token)
+            self.classes[place] = ClassTokenMeter(*place, tokens.conv_channels)
+        self.classes[place].add(tokens.class_token)
 
-    def heads(self, found: Heads) -> None:
-        if found.grid == (1, 1):
+    def heads(self, heads: Heads) -> None:
+        if heads.grid == (1, 1):
             return
-        key = found.layer, found.number
+        key = heads.layer, heads.number
         if key not in self.attention:
-            self.attention[key] = AttentionMeter(found.layer, self.renormalize, self.rho)
-        self.attention[key].add(found.call, found.grid, found.pitch, found.prefix)
+            self.attention[key] = AttentionMeter(heads.layer, self.renormalize, self.rho)
+        self.attention[key].add(heads.call, heads.grid, heads.pitch, heads.prefix)
 
     def lacks(self, layer: int, where: str, reason: str) -> None:
         self.missing.setdefault((where, reason), set()).add(layer)
@@ -228,11 +231,11 @@ class _Run:
                 f"thus neither frequencies nor distances: {why}"
             )
         frequency = [meter.result() for meter in self.frequency.values()]
-        frequency.sort(key=lambda found: found.layer)  # stable: within a layer as it works
+        frequency.sort(key=lambda part: part.layer)  # stable: within a layer as it works
         calls: dict[int, list[Attention]] = {}
         for (layer, _), meter in sorted(self.attention.items()):
             calls.setdefault(layer, []).append(meter.result())
-        attention = [together(found) for found in calls.values()]
+        attention = [together(part) for part in calls.values()]
         for place in frequency:
             if not math.isfinite(place.share):
                 raise CannotMeasure(f"layer {place.layer} ({place.where}) holds values that are not finite")
@@ -262,10 +265,10 @@ class _Run:
             lines.append(
                 f"meaning of shares on {grid[0]}x{grid[1]} tokens: all their frequencies lie on one side of rho"
             )
-        for (where, reason), found in self.missing.items():
+        for (where, reason), numbers in self.missing.items():
             what = dict(heads="attention distances", flow="transfer").get(where, f"frequencies ({where})")
-            lines.append(f"{what} of {_layers(sorted(found))}: {reason}")
-        told = {layer for (where, _), found in self.missing.items() if where == "heads" for layer in found}
+            lines.append(f"{what} of {_layers(sorted(numbers))}: {reason}")
+        told = {layer for (where, _), numbers in self.missing.items() if where == "heads" for layer in numbers}
         known = told | {layer for layer, _ in self.attention} | {layer for layer, _ in self.single}
         if silent := [n for n in range(1, self.depth + 1) if n not in known]:
             windows = any(hasattr(module, "window_size") for module in self.model.modules())
@@ -280,7 +283,7 @@ class _Run:
         elif self.count == 1:
             lines.append("image-dependent share of the class token: one image says nothing of it")
         shown = {layer for layer, _ in self.transfer} | {
-            layer for (where, _), found in self.missing.items() if where == "flow" for layer in found
+            layer for (where, _), numbers in self.missing.items() if where == "flow" for layer in numbers
         }
         if unseen := [n for n in range(1, self.depth + 1) if n not in shown | {layer for layer, _ in self.single}]:
             lines.append(f"transfer of {_layers(unseen)}: {name} has no blocks with a mixer and an MLP there")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from eit.analysis.measured import Measured
+from eit.analysis.analyzed_model import AnalyzedModel
 
 # Okabe & Ito's palette without black and yellow: the colour-blind can tell them, on white and on black paper.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -27,20 +27,20 @@ class Figure:
     title: str
     caption: str
     panels: list[Panel]
-    legend: list[Measured]
+    legend: list[AnalyzedModel]
     noise: bool = False  # a dotted line stands for white noise
 
 
 Points = list[tuple[float, float]]
 
 
-def curve(axis: Any, one: Measured, value: Callable[[Measured], Points], **style: Any) -> None:
+def curve(axis: Any, model: AnalyzedModel, value: Callable[[AnalyzedModel], Points], **style: Any) -> None:
     """The points of a model, or mean and band of a group's runs."""
-    of_runs = [value(run) for run in one.runs]
+    of_runs = [value(run) for run in model.runs]
     x = [point[0] for point in of_runs[0]]
     columns = [[point[1] for point in column] for column in zip(*of_runs, strict=True)]
     mean = [fmean(column) for column in columns]
-    line = one.style() | style
+    line = model.style() | style
     axis.plot(x, mean, **line)
     if len(of_runs) > 1:
         band(axis, x, mean, [stdev(column) for column in columns], line["color"])
@@ -57,9 +57,9 @@ def ink() -> str:
     return rcParams["text.color"]
 
 
-def depth_axis(axis: Any, measured: Sequence[Measured], first: int = 1) -> None:
+def depth_axis(axis: Any, models: Sequence[AnalyzedModel], first: int = 1) -> None:
     """Layers on the x axis."""
-    depth = max(one.analysis.depth for one in measured)
+    depth = max(model.analysis.depth for model in models)
     integers(axis.xaxis, range(first, depth + 1))
     axis.set_xlim(first - 0.5, depth + 0.5)
     axis.set_xlabel("layer")

@@ -77,17 +77,17 @@ class _Maps:
         self.rolled: Tensor | None = None
         self.fault = ""
 
-    def tokens(self, found: Tokens) -> None:
-        if found.where == "block":
-            x = found.grid.float()
+    def tokens(self, tokens: Tokens) -> None:
+        if tokens.where == "block":
+            x = tokens.grid.float()
             self.energy.append((x - x.mean(dim=(1, 2), keepdim=True)).square().sum(dim=3))
             self.grid = (x.shape[1], x.shape[2])
 
-    def heads(self, found: Heads) -> None:
-        if not found.has_class_token or found.number:
+    def heads(self, heads: Heads) -> None:
+        if not heads.has_class_token or heads.number:
             return
-        weights = found.call.weights()
-        self.class_attention = weights[:, :, 0, found.prefix :].mean(dim=1).unflatten(1, found.grid)
+        weights = heads.call.weights()
+        self.class_attention = weights[:, :, 0, heads.prefix :].mean(dim=1).unflatten(1, heads.grid)
         if self.with_rollout:
             if self.rolled is not None and self.rolled.shape[-1] != weights.shape[-1]:
                 self.fault = "attention rollout: its layers have different numbers of tokens"
@@ -120,11 +120,11 @@ def grad_cam(model: Any, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
 
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     with torch.enable_grad(), GradCAM(model, [blocks[-1].norm1], reshape_transform=reshape) as cam:
-        found = cam(input_tensor=images, targets=None)  # of the likeliest class: (B, height, width)
+        heatmaps = cam(input_tensor=images, targets=None)  # of the likeliest class: (B, height, width)
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
-    maps = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(found)[:, None], grid)[:, 0]
-    return [_to_one(one) for one in maps]
+    maps = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(heatmaps)[:, None], grid)[:, 0]
+    return [_to_one(picture) for picture in maps]
 
 
 def _to_one(values: Tensor) -> Tensor:

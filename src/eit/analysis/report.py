@@ -17,11 +17,12 @@ from string import Template
 from typing import Any
 
 from eit import __version__
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.compare import Comparison
 from eit.analysis.figures import FIGURES, figures
-from eit.analysis.findings import TABLES, TOKEN_TABLE, faults, mean_diversity, sentences, tables, token_table
-from eit.analysis.measured import Measured, curves
+from eit.analysis.findings import TOKEN_TABLE, faults, mean_diversity, sentences, token_table
 from eit.analysis.panels import HEAT, Figure
+from eit.analysis.tables import TABLES, tables
 from eit.errors import printable
 from eit.files import write_file
 from eit.plots import save
@@ -223,20 +224,20 @@ def _list(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
-def _names(measured: Sequence[Measured]) -> str:
+def _names(measured: Sequence[AnalyzedModel]) -> str:
     names = [one.name for one in curves(measured) if not one.is_initial]
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
-def _summary_table(measured: Sequence[Measured]) -> str:
+def _summary_table(measured: Sequence[AnalyzedModel]) -> str:
     rows = []
     for one in measured:
-        blocks, heads = one.analysis.at("block"), one.analysis.attention
+        blocks, heads = one.analysis.layers_at("block"), one.analysis.attention
         cells = [
             html.escape(one.name),
             f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
-            f"{100 * one.mean(lambda a: fmean(f.share for f in a.at('block'))):.1f}%",
-            f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.at('block'))):.1f}%",
+            f"{100 * one.mean(lambda a: fmean(f.share for f in a.layers_at('block'))):.1f}%",
+            f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.layers_at('block'))):.1f}%",
             f"{100 * blocks[0].noise_share:.1f}%",
             f"{one.mean(lambda a: fmean(layer.std for layer in a.attention)):.2f} px" if heads else "&ndash;",
             f"{mean_diversity(one):.2f}%" if heads else "&ndash;",
@@ -253,7 +254,7 @@ def _summary_table(measured: Sequence[Measured]) -> str:
     )
 
 
-def _token_table(measured: Sequence[Measured]) -> str:
+def _token_table(measured: Sequence[AnalyzedModel]) -> str:
     head, rows = token_table(measured)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -266,7 +267,7 @@ def _token_table(measured: Sequence[Measured]) -> str:
 # -- Single images ----------------------------------------------------------------------------------------------------
 
 
-def _gallery(measured: Sequence[Measured], number: int, sources: str) -> str:
+def _gallery(measured: Sequence[AnalyzedModel], number: int, sources: str) -> str:
     parts = []
     having = [one for one in measured if one.pictures]
     largest = max(having, key=lambda one: one.analysis.image_size)

@@ -17,14 +17,16 @@ from eit.config import data_config, parse_recipe
 from eit.console import say
 from eit.data.datasets import DIGITS, AnyImages, open_evaluation
 from eit.data.images import MAX_PIXELS, Images, View
-from eit.data.layouts import ImageStream, read_layout
+from eit.data.layouts import read_layout
+from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, nearest
 from eit.inference.predict import expand
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
 from eit.plots import shorten
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
-from eit.weights.load import SHIPPED, Card, find_weights, load, names_weights
+from eit.weights.card import Card
+from eit.weights.load import SHIPPED, find_weights, load, names_weights
 
 TORCHVISION = "torchvision/"
 
@@ -75,8 +77,8 @@ def open_subjects(names: Sequence[str], size: int | None = None, initial: bool =
         UserError: no such checkpoint or model, or one that does not take `size`.
     """
     check_names(names)
-    found = expand_groups(names, tell=True)
-    for (name, group), label in zip(found, _labels([name for name, _ in found]), strict=True):
+    runs = expand_groups(names, tell=True)
+    for (name, group), label in zip(runs, _labels([name for name, _ in runs]), strict=True):
         subject = replace(_open(name, label), group=group)
         if size is not None:
             check_size(subject.model, size, subject.view.size, subject.label)
@@ -96,10 +98,10 @@ def expand_groups(names: Sequence[str], tell: bool = False) -> list[tuple[str, s
     Raises:
         UserError: a pattern that no weights match.
     """
-    found = []
+    expanded = []
     for name in names:
         if not glob.has_magic(name) or os.path.exists(name):
-            found.append((name, ""))
+            expanded.append((name, ""))
             continue
         runs = []
         for path in sorted(glob.glob(os.path.expanduser(name))):
@@ -111,8 +113,8 @@ def expand_groups(names: Sequence[str], tell: bool = False) -> list[tuple[str, s
                     say(f"{error}: left out of {name}")
         if not runs:
             raise UserError(f"no run folder with weights and no weights file matches {name}")
-        found += [(run, name if len(runs) > 1 else "") for run in runs]
-    return found
+        expanded += [(run, name if len(runs) > 1 else "") for run in runs]
+    return expanded
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -198,9 +200,11 @@ def _timm_view(model: Any) -> View:
 
 def _torchvision_view(name: str) -> View:
     """What the transforms of the model's weights do."""
-    found = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    size, resize = found.crop_size[0], found.resize_size[0]
-    return View(size, resize, _interpolation(found.interpolation.value), tuple(found.mean), tuple(found.std))
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    size, resize = transforms.crop_size[0], transforms.resize_size[0]
+    return View(
+        size, resize, _interpolation(transforms.interpolation.value), tuple(transforms.mean), tuple(transforms.std)
+    )
 
 
 def _interpolation(name: str) -> Literal["bilinear", "bicubic"]:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.class_token import HARDLY, ClassToken
-from eit.analysis.measured import Measured
 from eit.analysis.panels import Figure, Panel, Points, curve, depth_axis, from_zero, ink, logarithmic
 from eit.analysis.smoothing import Smoothing
 
@@ -16,21 +16,23 @@ def _is_known(tokens: Sequence[ClassToken]) -> bool:
     return any(math.isfinite(token.share) for token in tokens)
 
 
-def class_token(measured: Sequence[Measured]) -> Figure | None:
-    shown = [one for one in measured if one.analysis.class_token]
-    if not shown or all(one.analysis.images < 2 for one in shown):
+def class_token(models: Sequence[AnalyzedModel]) -> Figure | None:
+    shown = [model for model in models if model.analysis.class_token]
+    if not shown or all(model.analysis.images < 2 for model in shown):
         return None
 
-    def panel(title: str, where: str, part: str, norm: bool, ones: Sequence[Measured], limit: bool = False) -> Panel:
-        def points(run: Measured) -> Points:
+    def panel(
+        title: str, where: str, part: str, norm: bool, ones: Sequence[AnalyzedModel], limit: bool = False
+    ) -> Panel:
+        def points(run: AnalyzedModel) -> Points:
             tokens = run.analysis.class_tokens(where, part)
             shares = [t.share if math.isnan(t.share) else max(t.share, FLOOR) for t in tokens]
             return [(t.layer, t.norm if norm else 100 * share) for t, share in zip(tokens, shares, strict=True)]
 
         def draw(axis: Any) -> None:
-            for one in ones:
-                curve(axis, one, points)
-            if norm or min(y for one in ones for run in one.runs for _, y in points(run) if y == y) < 1:
+            for model in ones:
+                curve(axis, model, points)
+            if norm or min(y for model in ones for run in model.runs for _, y in points(run) if y == y) < 1:
                 logarithmic(axis)
             else:
                 from_zero(axis)
@@ -41,8 +43,8 @@ def class_token(measured: Sequence[Measured]) -> Figure | None:
 
         return Panel(title, draw)
 
-    having = [one for one in shown if one.analysis.class_tokens("mixer", "attention")]
-    convolving = [one for one in having if _is_known(one.analysis.class_tokens("mixer", "conv"))]
+    having = [model for model in shown if model.analysis.class_tokens("mixer", "attention")]
+    convolving = [model for model in having if _is_known(model.analysis.class_tokens("mixer", "conv"))]
     found = [
         panel("token after the layer", "block", "all", False, shown, limit=True),
         panel("token after the layer: norm", "block", "all", True, shown),
@@ -51,7 +53,7 @@ def class_token(measured: Sequence[Measured]) -> Figure | None:
         found.append(panel("what attention adds to it", "mixer", "attention", False, having))
     if convolving:
         found.append(panel("what its convolved channels receive", "mixer", "conv", False, convolving))
-    spread = ", ".join(f"{one.name} {one.mean(lambda a: a.logit_spread):.1e}" for one in shown)
+    spread = ", ".join(f"{model.name} {model.mean(lambda a: a.logit_spread):.1e}" for model in shown)
     return Figure(
         "class_token",
         "How much of the class token depends on the image",
@@ -67,15 +69,15 @@ def class_token(measured: Sequence[Measured]) -> Figure | None:
     )
 
 
-def smoothing(measured: Sequence[Measured]) -> Figure | None:
-    shown = [one for one in measured if one.analysis.smoothing]
+def smoothing(models: Sequence[AnalyzedModel]) -> Figure | None:
+    shown = [model for model in models if model.analysis.smoothing]
     if not shown:
         return None
 
     def panel(title: str, label: str, value: Callable[[Smoothing], float]) -> Panel:
         def draw(axis: Any) -> None:
-            for one in shown:
-                curve(axis, one, lambda run: [(s.layer, value(s)) for s in run.analysis.smoothing])
+            for model in shown:
+                curve(axis, model, lambda run: [(s.layer, value(s)) for s in run.analysis.smoothing])
             depth_axis(axis, shown, first=0)
             axis.set_ylabel(label)
             from_zero(axis)

@@ -56,17 +56,17 @@ class TransferMeter:
         if self.where == "mixer":
             parts |= dict(conv=coefficients[..., :conv_channels]) if conv_channels else {}
             parts |= dict(attention=coefficients[..., conv_channels:]) if conv_channels < x.shape[3] else {}
-        for part, found in parts.items():
+        for part, update in parts.items():
             key = part, side
             if key not in self._meters:
                 self._meters[key] = FrequencyMeter(self.layer, part, self.rho)
-            self._meters[key].add_coefficients(found, pitch)
+            self._meters[key].add_coefficients(update, pitch)
 
     def result(self) -> list[Transfer]:
         """Of what was seen on both sides, on the same grid."""
-        found = []
+        transfers = []
         for part in dict.fromkeys(part for part, _ in self._meters):
             into, out = (self._meters.get((part, side)) for side in ("input", "update"))
             if into is not None and out is not None and into.grid == out.grid:
-                found.append(Transfer(self.layer, part, into.result(), out.result()))
-        return found
+                transfers.append(Transfer(self.layer, part, into.result(), out.result()))
+        return transfers

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eit.benchmark import matmul_peak
+from eit.benchmark.naive import make_naive
 from eit.config import load_recipe
 from eit.console import progress
 from eit.data.order import SampleOrder
@@ -40,15 +41,15 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.optim import make_optimizer
-from eit.weights import load as checkpoint
-from eit.weights.load import SHIPPED, Card, default_class_names, default_mean_std, names_weights
+from eit.weights.card import Card
+from eit.weights.convert import default_class_names, default_mean_std
+from eit.weights.load import SHIPPED, load, names_weights
 
 MODES = ("infer", "train")
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # of eit.export.exporter, that the runtimes read
 SECONDS = 0.3  # of one measurement, at least
-NAIVE = Path(__file__).parents[3] / "benchmarks" / "naive.py"  # of a source checkout
 RECIPE = "imagenet_mini"  # whose optimizer a training step has
 
 Step = Callable[[], Any]
@@ -87,7 +88,7 @@ class Arm:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What was measured of an arm.
 
     Attributes:
@@ -122,7 +123,7 @@ class Record:
         about: date, machine, versions, options.
     """
 
-    rows: list[Measured]
+    rows: list[Measurement]
     peaks: dict[str, dict[str, list[float]]]
     left_out: list[str]
     about: dict[str, Any]
@@ -171,7 +172,7 @@ def bench(names: Sequence[str], options: Options) -> Record:
         if not steps:
             raise UserError(f"nothing to measure: {'; '.join(left_out)}")
         seconds, peaks = interleave(steps, options)
-        rows = [Measured(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
+        rows = [Measurement(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
         if options.memory and is_measurable(options.device):
             left_out += measure_memory(rows, files, options)
     record = Record(rows, peaks, left_out, about(options))
@@ -181,12 +182,12 @@ def bench(names: Sequence[str], options: Options) -> Record:
 
 def about(options: Options) -> dict[str, Any]:
     """Date, command, machine and versions of a record."""
-    found = environment(options.device)
+    facts = environment(options.device)
     for runtime in FORMATS:
         if importlib.util.find_spec(runtime):
-            found["packages"][runtime] = version(runtime)
+            facts["packages"][runtime] = version(runtime)
     given = dict(batch_size=options.batch_size, size=options.size, rounds=options.rounds, naive=options.naive)
-    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **found, **given)
+    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), **facts, **given)
 
 
 # -- What is measured -------------------------------------------------------------------------------------------------
@@ -236,10 +237,8 @@ def open_models(names: Sequence[str], options: Options) -> dict[str, Any]:
     if double := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"{double[0]} is given twice")
     models = {name: open_model(name, options.size) for name in names}
-    if options.naive:
-        load_naive()
-        if not any(isinstance(model, EIT) for model in models.values()):
-            raise UserError(f"--naive is of this package's models, not of {few(names)}")
+    if options.naive and not any(isinstance(model, EIT) for model in models.values()):
+        raise UserError(f"--naive is of this package's models, not of {few(names)}")
     return models
 
 
@@ -249,7 +248,7 @@ def open_model(name: str, size: int | None) -> Any:
     if exported.is_exported(name):
         raise UserError(f"{name} is an exported file: give the weights, and the runtimes by --runtime")
     if names_weights(name):
-        model: Any = checkpoint.load(name)
+        model: Any = load(name)
         if size is not None:
             check_size(model, size, model.card.size, name)
             model.card = model.card.model_copy(update=dict(size=size, resize=size))
@@ -275,17 +274,6 @@ def open_model(name: str, size: int | None) -> Any:
     look: dict[str, Any] = dict(mean=mean, std=std, size=own, resize=own, interpolation="bicubic")
     model.card = Card(model=plain, arguments=arguments, classes=classes, **look)
     return model.eval()
-
-
-def load_naive() -> Callable[[EIT], EIT]:
-    """The function `naive` of benchmarks/naive.py."""
-    if not NAIVE.is_file():
-        raise UserError(f"--naive needs a source checkout of this package: there is no {NAIVE}")
-    spec = importlib.util.spec_from_file_location("naive", NAIVE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.naive
 
 
 def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, left_out: list[str]) -> list[Arm]:
@@ -371,7 +359,7 @@ def make_step(arm: Arm, model: Any, file: Path | None, device: torch.device) -> 
         run = exported.open_onnx(file) if arm.runtime == "onnxruntime" else _open_openvino(file, arm.precision)
         return lambda: run(x)
     if arm.naive:
-        network: nn.Module = load_naive()(model).to(device)
+        network: nn.Module = make_naive(model).to(device)
     else:
         network = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
     called: Any = torch.compile(network, dynamic=False) if arm.runtime == "compile" else network
@@ -473,7 +461,7 @@ def compare(record: Record) -> None:
         row.share = flops / median(row.seconds) / record.peak(row.arm.precision)
 
 
-def measure_memory(rows: Sequence[Measured], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
+def measure_memory(rows: Sequence[Measurement], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
     """Fill in the peak memory of rows of the whole batch, each in a process of its own; what could not be measured.
 
     Not of compiled ones: what the compiler leaves behind would count.

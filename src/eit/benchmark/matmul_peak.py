@@ -29,16 +29,16 @@ def routes(precision: Precision, device: torch.device, size: int | None = None) 
     """
     n = size or side_of(precision, device)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
-    found: dict[str, Callable[[], Tensor]] = {"mm": lambda: a @ b}
+    ways: dict[str, Callable[[], Tensor]] = {"mm": lambda: a @ b}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         side = 32
         image = a.view(1, n // side, side, n).permute(0, 3, 1, 2)  # (1, n, n / 32, 32), channels last
         weight = b.t().contiguous().view(n, n, 1, 1)
-        found["conv1x1"] = lambda: F.conv2d(image, weight)
+        ways["conv1x1"] = lambda: F.conv2d(image, weight)
         with suppress(RuntimeError):  # bf16 on a processor without AVX-512
             packed = torch.ops.mkldnn._reorder_linear_weight(b.t().contiguous(), n)
-            found["linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
-    return found
+            ways["linear"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+    return ways
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ def shift_and_flip(x: Tensor, pad: int, hflip: float, dy: Tensor, dx: Tensor, fl
     rows = torch.arange(height, device=x.device) + (dy * (2 * pad + 1)).long()[:, None]  # (B, H)
     columns = torch.arange(width, device=x.device).expand(batch, -1)
     columns = torch.where(flip[:, None] < hflip, columns.flip(1), columns) + (dx * (2 * pad + 1)).long()[:, None]
-    one = torch.arange(batch, device=x.device)[:, None, None]
-    return x.permute(0, 2, 3, 1)[one, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 NOISE_FIELDS = 64  # of erasing, in each epoch
@@ -160,7 +160,7 @@ class ImageTransform:
         return to_pixels(image), erasing_box(self.erasing, self.size, self.size)
 
 
-def quicken(step: Any) -> None:
+def speed_up_shears(step: Any) -> None:
     """Put faster ways of computing the same into a policy of timm; what it draws stays as it is."""
     nested = getattr(step, "policy", [getattr(step, "ops", [])])
     for op in (op for ops in nested for op in ops):
@@ -197,7 +197,7 @@ def image_transform(view: View, augment: Augment, backend: str = "pillow") -> Im
         raise UserError(f"augment.{key}={policy}: timm does not know this policy ({error}), such as {such}") from None
     _, *steps, _ = transform.transforms  # without timm's random resized crop, and its own way to a tensor
     for step in steps:
-        quicken(step)
+        speed_up_shears(step)
     crop: Whole | ResizedCrop
     if augment.crop_scale:
         crop = ResizedCrop(view, augment.crop_scale, augment.crop_aspect, backend)

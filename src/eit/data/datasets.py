@@ -10,8 +10,10 @@ from typing import Any
 from eit import distributed
 from eit.config import Data, data_config
 from eit.console import say, track
+from eit.data.folders import read_folder
 from eit.data.images import Images, UnreadableImage
-from eit.data.layouts import LAYOUTS, ImageStream, download, read_digits, read_folder, read_layout, read_timm
+from eit.data.layouts import LAYOUTS, download, read_digits, read_layout
+from eit.data.timm_datasets import ImageStream, read_timm
 from eit.errors import UserError, few
 
 DIGITS = "sklearn:digits"

@@ -21,11 +21,11 @@ from eit.config import Augment, Data
 from eit.console import track
 from eit.data.augment import ImageTransform, erase, image_transform, noise_fields, shift_and_flip
 from eit.data.images import Images, UnreadableImage, View, normalise
-from eit.data.layouts import ImageStream
 from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
 from eit.data.random_crop import Kept
 from eit.data.streaming import StreamEvaluationLoader, StreamLoader
+from eit.data.timm_datasets import ImageStream
 from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_options
 from eit.errors import UserError
 from eit.randomness import Stream, generator, own_randomness, set_cpu_seed

@@ -180,22 +180,22 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
 
 def _place(where: str, part: Path, folder: Path, count: int) -> None:
     with _writing(folder):
-        found = len(os.listdir(part)) if part.exists() else 0
-        if found != count:
-            raise UserError(f"{where} is truncated or damaged: {found} images of {folder.name}, not {count}")
+        present = len(os.listdir(part)) if part.exists() else 0
+        if present != count:
+            raise UserError(f"{where} is truncated or damaged: {present} images of {folder.name}, not {count}")
         part.rename(folder)
 
 
 def _complete(folder: Path, counts: Mapping[str, int]) -> set[str]:
     """The classes in `folder`. They are put there complete, so any other number of images is not ours to mend."""
-    found = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    for wnid in found:
+    classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    for wnid in classes:
         if wnid not in counts:
             raise UserError(f"{folder / wnid} is no class of {DEVKIT}: remove it, or choose another TARGET")
         images = sum(name.endswith(".JPEG") for name in os.listdir(folder / wnid))
         if images != counts[wnid]:
             raise UserError(f"{folder / wnid} has {images} images, not {counts[wnid]}: remove it and run this again")
-    return set(found)
+    return set(classes)
 
 
 def _archive(source: Path, name: str) -> Path:

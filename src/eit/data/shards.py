@@ -74,12 +74,12 @@ def write_shards(train: AnyImages, val: AnyImages, folder: Path, count: int, val
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError):
         raise UserError(f"{file} cannot be read: give a new folder") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write_shard(file: Path, images: Images, indices: list[int]) -> None:

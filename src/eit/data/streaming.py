@@ -19,9 +19,9 @@ from eit import distributed
 from eit.config import Augment, Data
 from eit.data.augment import ImageTransform, image_transform
 from eit.data.images import View, normalise, to_mode
-from eit.data.layouts import ImageStream, one_shard, shard_names
 from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
+from eit.data.timm_datasets import ImageStream, one_shard, shard_names
 from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_count, worker_options
 from eit.errors import UserError
 from eit.randomness import Stream, generator, seed_of, seeded

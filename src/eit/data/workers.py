@@ -13,7 +13,7 @@ from torch import Tensor
 from eit import distributed
 from eit.console import say
 from eit.data.images import Images
-from eit.data.layouts import ImageStream
+from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError
 from eit.memory import keep_freed
 
@@ -79,7 +79,7 @@ def collate(samples: list[Sample]) -> HostBatch:
     if last := [sample.faults for sample in samples if not sample.pixels.numel()]:
         return none, none, last[0], none
     images, labels, faults, boxes = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), [fault for one in faults for fault in one], torch.tensor(boxes)
+    return torch.stack(images), torch.tensor(labels), [fault for some in faults for fault in some], torch.tensor(boxes)
 
 
 def worker_count(workers: int | None) -> int:

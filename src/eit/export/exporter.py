@@ -35,7 +35,9 @@ from eit.files import write_file
 from eit.inference.evaluate import evaluate
 from eit.inference.runtimes import INPUT, KEY, OUTPUT, RUNTIMES, need
 from eit.models.eit import EIT
-from eit.weights.load import Card, card_text, find_weights
+from eit.weights.card import Card, card_text
+from eit.weights.formats import digest
+from eit.weights.load import find_weights
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of the formats
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
@@ -130,7 +132,7 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
         graph = Path(folder) / "graph.onnx"  # what the formats but torch's are made of
         program = _program(model, dynamic)
         if format == "torch":
-            torch.export.save(program, written, extra_files={KEY: card_text(model.state_dict(), model.card)})
+            torch.export.save(program, written, extra_files={KEY: card_text(model.card, digest(model.state_dict()))})
             run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
         else:
             _write_onnx(program, graph, model.card, dynamic)
@@ -177,14 +179,14 @@ def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Pari
 
 def photos(view: View, size: tuple[int, int]) -> Tensor:
     """Eight parts of scikit-learn's two photos -> (8, channels, height, width), normalised as the model wants them."""
-    found = []
+    images = []
     whole = [Image.fromarray(photo) for photo in load_sample_images().images]
     for i in range(PHOTOS):
         photo = whole[i % 2]
         left, top = 60 * (i // 2), 35 * (i // 2)
         part = photo.resize(size[::-1], Image.Resampling.BICUBIC, box=(left, top, left + 400, top + 300))
-        found.append(to_uint8(to_mode(part, view.channels)))
-    return normalise(torch.stack(found), view.mean, view.std)
+        images.append(to_uint8(to_mode(part, view.channels)))
+    return normalise(torch.stack(images), view.mean, view.std)
 
 
 def calibration_images(path: str, count: int, max_pixels: int, val_fraction: float | None = None) -> Images:
@@ -279,8 +281,8 @@ def _quantise(graph: Path, file: Path, images: Images, view: View) -> None:
             self.batches = iter(loader)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            found = next(self.batches, None)
-            return None if found is None else {INPUT: found.images[: found.valid].numpy()}
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch.images[: batch.valid].numpy()}
 
     quantize_static(graph, file, Reader(), op_types_to_quantize=INT8_OPERATORS, per_channel=True)
 

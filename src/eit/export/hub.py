@@ -21,7 +21,9 @@ from eit.files import write_file
 from eit.models.complexity import complexity
 from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, MODELS, TIMM
-from eit.weights.load import HUB, SHIPPED, Card, load, read_card, weights_bytes
+from eit.weights.card import Card
+from eit.weights.formats import weights_bytes
+from eit.weights.load import HUB, SHIPPED, load, read_card
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
 BEST, FINAL = "best.safetensors", "final.safetensors"  # of a run folder

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from eit.data.folders import EXTENSIONS
 from eit.data.images import UnreadableImage, decode, normalise
-from eit.data.layouts import EXTENSIONS
 from eit.errors import UserError
 from eit.precision import float32_products
 
@@ -52,22 +52,22 @@ def predict(
     view = model.card.view
     device = next((p.device for p in model.parameters()), torch.device("cpu"))  # exported ones have none
     for start in range(0, len(images), batch_size):
-        pixels, found = [], []
+        pixels, predictions = [], []
         for name in map(str, images[start : start + batch_size]):
             try:
                 pixels.append(view.pixels(decode(name, view.channels, max_pixels or model.card.max_pixels)))
-                found.append(Prediction(name, []))
+                predictions.append(Prediction(name, []))
             except UnreadableImage as error:
-                found.append(Prediction(name, [], str(error)))
+                predictions.append(Prediction(name, [], str(error)))
         ranked: Iterator[list[list[float]]] = iter(())
         if pixels:
             with float32_products("fp32"):
                 logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
             values, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
             ranked = iter(torch.stack((values.cpu().double(), indices.cpu().double()), dim=2).tolist())
-        for one in found:
-            labels = [] if one.fault else [(model.card.classes[int(i)], p) for p, i in next(ranked)]
-            yield replace(one, labels=labels)
+        for prediction in predictions:
+            labels = [] if prediction.fault else [(model.card.classes[int(i)], p) for p, i in next(ranked)]
+            yield replace(prediction, labels=labels)
 
 
 def expand(paths: Sequence[str]) -> list[str]:
@@ -75,10 +75,10 @@ def expand(paths: Sequence[str]) -> list[str]:
     files: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            found = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not found:
+            inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not inside:
                 raise UserError(f"no images below {path} (read are {' '.join(EXTENSIONS)})")
-            files += found
+            files += inside
         elif os.path.exists(path):
             files.append(path)
         else:

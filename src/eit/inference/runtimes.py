@@ -1,7 +1,7 @@
 """Exported files as models: what `eit export` writes, run by ONNX Runtime or OpenVINO.
 
 A .pt2 file is a program that torch.export would run on loading, whatever it holds. So only its weights are read, by
-`eit.weights.load`, and the model is built from its card.
+`eit.weights`, and the model is built from its card.
 """
 
 import importlib
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from eit.errors import UserError, first_line
 from eit.models.registry import check_size
-from eit.weights import load as checkpoint
-from eit.weights.load import Card
+from eit.weights.card import Card, known_card
+from eit.weights.load import load as load_model
 
 KEY = "eit"  # of the metadata that holds the card
 INPUT, OUTPUT = "images", "logits"
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     file = Path(path)
     if not is_exported(path):
-        return checkpoint.load(path)
+        return load_model(path)
     if not file.is_file():
         raise UserError(f"no exported model at {file}")
     return RUNTIMES[file.suffix.lower()](file)
@@ -139,7 +139,7 @@ def _read_card(file: Path, text: str | None) -> Card:
     if text is None:
         raise UserError(f"{file} was not written by eit export: it lacks the metadata {KEY!r} (classes, preprocessing)")
     try:
-        return checkpoint.known_card(json.loads(text), str(file))
+        return known_card(json.loads(text), str(file))
     except UserError:
         raise
     except (ValueError, RecursionError):

@@ -93,12 +93,14 @@ class ConvPoolStem(nn.Module):
     """EIT-P: overlapping patches from a convolution and a max-pool. (B, in_chans, height, width) -> (B, C, h, w)."""
 
     def __init__(
-        self, in_chans: int, embed_dim: int, kernel_size: int, stride: int, pool_size: int, **where: Any
+        self, in_chans: int, embed_dim: int, kernel_size: int, stride: int, pool_size: int, **factory_kwargs: Any
     ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.pool_size = kernel_size, stride, pool_size
         self.pitch = stride * pool_size  # pixels from one token to the next
-        self.proj = ops.PatchConv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2, **where)
+        self.proj = ops.PatchConv2d(
+            in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2, **factory_kwargs
+        )
         self.pool = ops.MaxPool2d(pool_size)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
@@ -114,10 +116,10 @@ class ConvPoolStem(nn.Module):
 class PatchStem(nn.Module):
     """ViT's stem: patches that do not overlap. (B, in_chans, height, width) -> (B, C, h, w)."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, **where: Any) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, **factory_kwargs: Any) -> None:
         super().__init__()
         self.pitch = patch_size
-        self.proj = ops.PatchConv2d(in_chans, embed_dim, patch_size, patch_size, **where)
+        self.proj = ops.PatchConv2d(in_chans, embed_dim, patch_size, patch_size, **factory_kwargs)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
@@ -147,7 +149,7 @@ class ConvAttention(nn.Module):
         proj_drop: float = 0.0,
         cls_conv: str = "identity",
         conv_branch: str = "depthwise",
-        **where: Any,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
         self.cls_conv = cls_conv
@@ -156,17 +158,23 @@ class ConvAttention(nn.Module):
         self.num_heads = num_heads
         self.attn_drop_rate = attn_drop
         if self.attn_channels > 0:
-            self.qkv = ops.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias, **where)
-            self.proj = ops.Linear(attn_channels, attn_channels, **where)
+            self.qkv = ops.Linear(attn_channels, 3 * attn_channels, bias=qkv_bias, **factory_kwargs)
+            self.proj = ops.Linear(attn_channels, attn_channels, **factory_kwargs)
             self._padded = ops.PaddedHeads(num_heads, attn_channels // num_heads)
         if self.conv_channels > 0:
             self.conv = nn.Conv2d(
-                self.conv_channels, self.conv_channels, 3, padding=1, groups=self.conv_channels, bias=False, **where
+                self.conv_channels,
+                self.conv_channels,
+                3,
+                padding=1,
+                groups=self.conv_channels,
+                bias=False,
+                **factory_kwargs,
             )
             self.conv_drop = nn.Dropout(attn_drop)
             if conv_branch == "gated":
-                self.conv_in = ops.Linear(self.conv_channels, 2 * self.conv_channels, **where)
-                self.conv_out = ops.Linear(self.conv_channels, self.conv_channels, **where)
+                self.conv_in = ops.Linear(self.conv_channels, 2 * self.conv_channels, **factory_kwargs)
+                self.conv_out = ops.Linear(self.conv_channels, self.conv_channels, **factory_kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def convolve(self, x: Tensor, h: int, w: int) -> Tensor:
@@ -218,12 +226,12 @@ class ConvAttention(nn.Module):
 class Mlp(nn.Module):
     """The channel mixer: (B, N, C) -> the same shape."""
 
-    def __init__(self, dim: int, hidden: int, drop: float, **where: Any) -> None:
+    def __init__(self, dim: int, hidden: int, drop: float, **factory_kwargs: Any) -> None:
         super().__init__()
-        self.fc1 = ops.Linear(dim, hidden, **where)
+        self.fc1 = ops.Linear(dim, hidden, **factory_kwargs)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = ops.Linear(hidden, dim, **where)
+        self.fc2 = ops.Linear(hidden, dim, **factory_kwargs)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,16 +253,16 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         cls_conv: str = "identity",
         conv_branch: str = "depthwise",
-        **where: Any,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **where)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory_kwargs)
         self.attn = ConvAttention(
-            dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, cls_conv, conv_branch, **where
+            dim, attn_channels, num_heads, qkv_bias, attn_drop, proj_drop, cls_conv, conv_branch, **factory_kwargs
         )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **where)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **where)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **factory_kwargs)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **factory_kwargs)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
@@ -339,7 +347,7 @@ class EIT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        where: dict[str, Any] = dict(device=device, dtype=dtype)
+        factory_kwargs: dict[str, Any] = dict(device=device, dtype=dtype)
         if cls_conv not in CLS_CONV:
             raise ValueError(f"cls_conv={cls_conv!r} is not one of {', '.join(CLS_CONV)}")
         if conv_branch not in CONV_BRANCH:
@@ -373,15 +381,15 @@ class EIT(nn.Module):
         self.grad_checkpointing = False
 
         if stem == "patch":
-            self.patch_embed: ConvPoolStem | PatchStem = PatchStem(in_chans, embed_dim, patch_size, **where)
+            self.patch_embed: ConvPoolStem | PatchStem = PatchStem(in_chans, embed_dim, patch_size, **factory_kwargs)
         else:
-            self.patch_embed = ConvPoolStem(in_chans, embed_dim, kernel_size, stride, pool_size, **where)
+            self.patch_embed = ConvPoolStem(in_chans, embed_dim, kernel_size, stride, pool_size, **factory_kwargs)
         self.img_size, self.grid_size = self._size_and_grid(img_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **factory_kwargs))
         self.pos_embed: nn.Parameter | None = None
         if pos_embed == "learned":
             tokens = 1 + self.grid_size[0] * self.grid_size[1]
-            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **where))
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim, **factory_kwargs))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.ModuleList(
             Block(
@@ -395,21 +403,23 @@ class EIT(nn.Module):
                 drop_path=drop_path_rate * layer / max(depth - 1, 1),
                 cls_conv=cls_conv,
                 conv_branch=conv_branch,
-                **where,
+                **factory_kwargs,
             )
             for layer, attn_channels in enumerate(self.attn_channels)
         )
         self.feature_info = [
             dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=self.patch_embed.pitch) for i in range(depth)
         ]
-        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=1e-6, **where)
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=1e-6, **factory_kwargs)
         self.pre_logits: nn.Module = nn.Identity()
         if representation_size:
             self.pre_logits = nn.Sequential()
-            self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size, **where))
+            self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size, **factory_kwargs))
             self.pre_logits.add_module("act", nn.Tanh())
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes, **where) if num_classes else nn.Identity()
+        self.head: nn.Module = (
+            nn.Linear(self.head_hidden_size, num_classes, **factory_kwargs) if num_classes else nn.Identity()
+        )
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -58,8 +58,8 @@ def planned(cell: Cell, recipe: Recipe) -> Planned:
     if cell.data in SETS:
         count, classes = SETS[cell.data]
     else:
-        found, _ = open_data(recipe.data)
-        count, classes = len(found), len(found.classes)
+        train_images, _ = open_data(recipe.data)
+        count, classes = len(train_images), len(train_images.classes)
     images = count * recipe.train.epochs
     arguments = recipe.model.arguments()
     if not recipe.model.name.startswith(TIMM):

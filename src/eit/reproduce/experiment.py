@@ -257,8 +257,8 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 def experiment_names() -> list[str]:
     """The experiments that ship."""
-    found = {p.name.removesuffix(".yaml") for p in resources.files("eit.reproduce.experiments").iterdir()}
-    return [name for name in ORDER if name in found] + sorted(found.difference(ORDER))
+    names = {p.name.removesuffix(".yaml") for p in resources.files("eit.reproduce.experiments").iterdir()}
+    return [name for name in ORDER if name in names] + sorted(names.difference(ORDER))
 
 
 def load(name: str) -> Experiment:
@@ -297,15 +297,17 @@ def read(name: str) -> Experiment:
         if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
             values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
     try:
-        found = Experiment.model_validate(dict(name=Path(name).stem) | values)
+        experiment = Experiment.model_validate(dict(name=Path(name).stem) | values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{name} is no experiment: {f'{where}: ' if where else ''}{message}") from None
-    if found.name != name and found.name in experiment_names():
-        raise UserError(f"{name}: an experiment called {found.name} ships with the package: give yours another name")
-    return found
+    if experiment.name != name and experiment.name in experiment_names():
+        raise UserError(
+            f"{name}: an experiment called {experiment.name} ships with the package: give yours another name"
+        )
+    return experiment
 
 
 def names_of(cells: Iterable[Cell], axis: str) -> list[str]:

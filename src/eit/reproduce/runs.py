@@ -51,7 +51,7 @@ class Summary(File):
     seconds: FiniteFloat
 
 
-class Measured(File):
+class Measurements(File):
     macs: int
     published_macs: int
     size: dict[str, FiniteFloat] = {}
@@ -67,7 +67,7 @@ class Environment(File):
     commit: str | None
 
 
-FILES: dict[str, type[File]] = {"summary.json": Summary, MEASURED: Measured, "environment.json": Environment}
+FILES: dict[str, type[File]] = {"summary.json": Summary, MEASURED: Measurements, "environment.json": Environment}
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class Result:
             if after is None or before is None:
                 return None
             return round(after, 4) - round(before, 4) if kind == "kept" else after - before
-        found: Any = self.summary | self.measured
+        value: Any = self.summary | self.measured
         for key in metric.split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        return (fmean(found) if found else None) if isinstance(found, list) else found
+            value = value.get(key) if isinstance(value, dict) else None
+        return (fmean(value) if value else None) if isinstance(value, list) else value
 
 
 def read_result(cell: Cell, results: Path) -> Result | None:
@@ -107,11 +107,11 @@ def read_result(cell: Cell, results: Path) -> Result | None:
     folder = cell.folder(results)
     if (recipe := recorded_recipe(cell, folder)) is None:
         return None
-    found = {}
+    files = {}
     for name, kind in FILES.items():
         try:
-            found[name] = json.loads((folder / name).read_text())
-            kind.model_validate(found[name])
+            files[name] = json.loads((folder / name).read_text())
+            kind.model_validate(files[name])
         except FileNotFoundError:
             return None
         except ValidationError as error:
@@ -120,7 +120,7 @@ def read_result(cell: Cell, results: Path) -> Result | None:
             raise UserError(f"{folder / name} is damaged: {where or 'all of it'}: {first['msg']}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / name} is damaged: {error}") from None
-    result = Result(cell, *found.values())
+    result = Result(cell, *files.values())
     log, summary = read_log(folder), result.summary
     if len(log) != summary["epochs"] or log[-1].get("val_top1") != summary["last_top1"]:
         raise UserError(f"{folder / 'log.jsonl'} is not of {summary['epochs']} epochs to {summary['last_top1']}%")
@@ -132,8 +132,8 @@ def read_result(cell: Cell, results: Path) -> Result | None:
 
 def read_results(experiment: Experiment, budget: str, results: Path) -> list[Result]:
     """The finished runs of a budget."""
-    found = (read_result(cell, results) for cell in experiment.cells(budget))
-    return [result for result in found if result is not None]
+    runs = (read_result(cell, results) for cell in experiment.cells(budget))
+    return [result for result in runs if result is not None]
 
 
 def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[str, str]) -> list[str]:
@@ -165,7 +165,7 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
     for number, i in enumerate(left, start=1):
         folder = recipes[i].run_folder()
         say(f"run {number} of {len(left)}: {folder}")
-        if not distributed.on_main(partial(adopt, recipes[i], results)):
+        if not distributed.on_main(partial(reuse_identical_run, recipes[i], results)):
             try:
                 train(recipes[i])
             except FloatingPointError as error:  # on every rank
@@ -199,7 +199,7 @@ def recorded_recipe(cell: Cell, folder: Path) -> Recipe | None:
     return recipe
 
 
-def adopt(recipe: Recipe, results: Path) -> bool:
+def reuse_identical_run(recipe: Recipe, results: Path) -> bool:
     """Whether the run is finished, or its like in another experiment was copied: the same recipe, data and batch."""
     folder = recipe.run_folder()
     if folder.exists():
@@ -225,8 +225,8 @@ def adopt(recipe: Recipe, results: Path) -> bool:
 
 def measure_run(recipe: Recipe, measure: Measure, device: torch.device) -> None:
     """Write what is measured of a finished run beside it."""
-    found = measurements(recipe, measure, device)
-    write_file(recipe.run_folder() / MEASURED, as_text(found))
+    measured = measurements(recipe, measure, device)
+    write_file(recipe.run_folder() / MEASURED, as_text(measured))
 
 
 @torch.no_grad()
@@ -238,17 +238,17 @@ def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict
     assert isinstance(images, Images)
     initial = build_model(recipe, len(images.classes)).to(device).eval()
     cost = complexity(initial, (view.channels, view.size, view.size))
-    found: dict[str, Any] = dict(macs=cost.macs, published_macs=cost.published_macs)
+    measured: dict[str, Any] = dict(macs=cost.macs, published_macs=cost.published_macs)
     if measure.analysis:
         some = images.evenly(measure.analysis)
-        found["images"] = len(some)
+        measured["images"] = len(some)
         for state, model in (("trained", trained), ("initial", initial)):
             try:
-                found[state] = layers(analyze(model, batches(some, view, device, f"{folder.name}, {state}")))
+                measured[state] = layer_measures(analyze(model, batches(some, view, device, f"{folder.name}, {state}")))
             except CannotMeasure as error:
-                found[state] = dict(missing=str(error))
+                measured[state] = dict(missing=str(error))
     if measure.sizes:
-        found["size"] = {}
+        measured["size"] = {}
         for percent in measure.sizes:
             (seen,) = make_views(view, [view.size * percent // 100]).values()
             right = count = 0
@@ -259,8 +259,8 @@ def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict
                     ranked = trained(batch).argmax(dim=1)
                 right += int((ranked.cpu() == torch.tensor(chosen.labels)).sum())
                 count += len(chosen)
-            found["size"][str(percent)] = 100 * right / count
-    return found | dict(measure=measure.model_dump(mode="json"), environment=environment(device))
+            measured["size"][str(percent)] = 100 * right / count
+    return measured | dict(measure=measure.model_dump(mode="json"), environment=environment(device))
 
 
 def batches(images: Images, view: View, device: torch.device, title: str = "") -> Iterator[Tensor]:
@@ -272,14 +272,14 @@ def batches(images: Images, view: View, device: torch.device, title: str = "") -
         yield normalise(pixels, view.mean, view.std)
 
 
-def layers(analysis: Analysis) -> dict[str, Any]:
+def layer_measures(analysis: Analysis) -> dict[str, Any]:
     """One value per layer: its high-frequency shares; diversity and distance of its heads, in pixels, and their entropy
     relative to uniform attention; the share of the class token that depends on the image. And the logits' spread."""
-    blocks, heads = analysis.at("block"), analysis.attention
-    found: dict[str, list[float]] = {
+    blocks, heads = analysis.layers_at("block"), analysis.attention
+    measures: dict[str, list[float]] = {
         key: [getattr(block, key) for block in blocks] for key in ("share", "share_se", "share_with_dc")
     }
-    return found | dict(
+    return measures | dict(
         noise_share=blocks[0].noise_share,
         noise_share_with_dc=blocks[0].noise_share_with_dc,
         diversity=[layer.std for layer in heads],
@@ -343,7 +343,7 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
     folder = cell.folder(results)
     if out.resolve() == folder.resolve():
         raise UserError(f"--out {out} is the recorded run itself: give another one")
-    seeds = [r for r in read_results(experiment, cell.budget, results) if same_but_seed(r.cell, cell)]
+    seeds = [r for r in read_results(experiment, cell.budget, results) if differ_only_in_seed(r.cell, cell)]
     top1s = [float(r.summary["last_top1"]) for r in seeds]
     distributed.start(cell.values["train"]["device"])
     recipe, batch = read_recipe(folder), cell.recipe(results, roots, distributed.world_size())
@@ -369,15 +369,15 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
     )
 
 
-def same_but_seed(one: Cell, other: Cell) -> bool:
+def differ_only_in_seed(first: Cell, second: Cell) -> bool:
     """Whether two runs differ in nothing but their seed."""
-    return all(level == other.levels[axis] for axis, level in one.levels.items() if axis != "seed")
+    return all(level == second.levels[axis] for axis, level in first.levels.items() if axis != "seed")
 
 
 def flat(values: dict[str, Any]) -> dict[str, str]:
     """The environment but for the command, with the properties of its parts by their names."""
     parts = ("gpu", "settings")  # whose names alone would not do: both gpu and cpu have a capability
-    found = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu", *parts)}
-    found |= values["packages"] | values.get("cpu", {})
-    found |= {f"{part} {key}": value for part in parts for key, value in values.get(part, {}).items()}
-    return {key: str(value) for key, value in found.items()}
+    facts = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu", *parts)}
+    facts |= values["packages"] | values.get("cpu", {})
+    facts |= {f"{part} {key}": value for part in parts for key, value in values.get(part, {}).items()}
+    return {key: str(value) for key, value in facts.items()}

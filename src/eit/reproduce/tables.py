@@ -40,8 +40,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def values(results: Iterable[Result], metric: str, **levels: str) -> list[float]:
     """A metric of the runs at these levels, by seed."""
-    found = (r.value(metric) for r in results if levels.items() <= r.cell.levels.items())
-    return [value for value in found if value is not None]
+    measured = (r.value(metric) for r in results if levels.items() <= r.cell.levels.items())
+    return [value for value in measured if value is not None]
 
 
 def missing(experiment: Experiment, budget: str, results: Sequence[Result]) -> list[Cell]:
@@ -58,17 +58,19 @@ def weighed(experiment: Experiment, budget: str, results: Path) -> dict[str, Ver
     """
     names = experiment_names() if experiment.name in experiment_names() else []
     others = [load(name) for name in names if name != experiment.name]
-    found: dict[tuple[str, str], Verdict] = {}
-    for one in [experiment, *others]:
-        claims = {key: claim for key, claim in one.claims.items() if one is experiment or claim.primary}
+    verdicts: dict[tuple[str, str], Verdict] = {}
+    for weighing in [experiment, *others]:
+        claims = {key: claim for key, claim in weighing.claims.items() if weighing is experiment or claim.primary}
         if not claims:
             continue
         runs, planned = [], []
-        if budget in one.runs.budgets:
-            runs, planned = read_results(one, budget, results), one.cells(budget)
-        found |= {(one.name, key): weigh(claim, runs, planned, one.control) for key, claim in claims.items()}
-    found |= correct({key: verdict for key, verdict in found.items() if verdict.primary})
-    return {key: found[experiment.name, key] for key in experiment.claims}
+        if budget in weighing.runs.budgets:
+            runs, planned = read_results(weighing, budget, results), weighing.cells(budget)
+        verdicts |= {
+            (weighing.name, key): weigh(claim, runs, planned, weighing.control) for key, claim in claims.items()
+        }
+    verdicts |= correct({key: verdict for key, verdict in verdicts.items() if verdict.primary})
+    return {key: verdicts[experiment.name, key] for key in experiment.claims}
 
 
 def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
@@ -88,11 +90,11 @@ def part_for(parts: dict[str, Any], name: str, results: Sequence[Result], usual:
 
 def build(experiment: Experiment, budget: str, results: Path) -> Path:
     """Write the page, README.md, and the figure of a budget beside its runs."""
-    folder, found = results / experiment.name / budget, read_results(experiment, budget, results)
+    folder, finished = results / experiment.name / budget, read_results(experiment, budget, results)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / PAGE, page(experiment, budget, results))
-    if found:
-        figure(experiment, found, folder / FIGURE)
+    if finished:
+        figure(experiment, finished, folder / FIGURE)
     return folder / PAGE
 
 
@@ -122,10 +124,10 @@ def page(experiment: Experiment, budget: str, folder: Path) -> str:
 
 def disagreement(experiment: Experiment, budget: str, results: Path) -> Path | None:
     """The page or the figure that is missing or shows something else than the runs in `results`, if one does."""
-    folder, found = results / experiment.name / budget, read_results(experiment, budget, results)
+    folder, finished = results / experiment.name / budget, read_results(experiment, budget, results)
     if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, results):
         return folder / PAGE
-    return None if shows(folder / FIGURE, found) else folder / FIGURE
+    return None if shows(folder / FIGURE, finished) else folder / FIGURE
 
 
 def shows(file: Path, results: Sequence[Result]) -> bool:
@@ -156,13 +158,13 @@ def verdicts(experiment: Experiment, budget: str, folder: Path) -> dict[str, Any
 
 def extent(experiment: Experiment, budget: str) -> str:
     """Epochs and sizes of a budget's runs, of those of our models."""
-    found: dict[str, None] = {}  # in their order
+    facts: dict[str, None] = {}  # in their order
     for cell in experiment.cells(budget):
         recipe = cell.recipe(Path(), {})
         if variant := VARIANTS.get(recipe.model.name):
             width, depth = recipe.model.embed_dim or variant.embed_dim, recipe.model.depth or variant.depth
-            found[f"{recipe.train.epochs} epochs of {depth} layers of {width} channels"] = None
-    return f"{'; '.join(found)}."
+            facts[f"{recipe.train.epochs} epochs of {depth} layers of {width} channels"] = None
+    return f"{'; '.join(facts)}."
 
 
 def machines(results: Sequence[Result]) -> str:
@@ -170,13 +172,13 @@ def machines(results: Sequence[Result]) -> str:
     if not results:
         return ""
     environments = [result.environment for result in results]
-    found = set()
+    names = set()
     for e in environments:
         processes, threads = e["world_size"], e["threads"]
         each = f"{processes} process{'es' * (processes > 1)} of {threads} thread{'s' * (threads > 1)}"
-        found.add(f"{each} on {e['device'].removeprefix('cpu: ')}, torch {e['packages']['torch']}")
+        names.add(f"{each} on {e['device'].removeprefix('cpu: ')}, torch {e['packages']['torch']}")
     commits = sorted({e["commit"][:10] + e["commit"][40:] for e in environments if e["commit"]})  # + if changed since
-    return f"By {'; '.join(sorted(found))}; commit {', '.join(commits)}."
+    return f"By {'; '.join(sorted(names))}; commit {', '.join(commits)}."
 
 
 def claims_table(experiment: Experiment, verdicts: dict[str, Verdict]) -> list[str]:
@@ -210,9 +212,9 @@ def scaled(metric: str) -> tuple[float, str, str]:
 
 def gaps(verdict: Verdict, claim: Claim) -> str:
     """Each data set's difference, with its interval, and the mean over them."""
-    found = [*verdict.gaps, verdict.mean] if verdict.mean else verdict.gaps
-    parts = [gap_text(gap, claim.metric, interval=claim.metric not in EXACT) for gap in found]
-    return ", ".join(parts) + (" (90% intervals)" if claim.equal and found else "")
+    differences = [*verdict.gaps, verdict.mean] if verdict.mean else verdict.gaps
+    parts = [gap_text(gap, claim.metric, interval=claim.metric not in EXACT) for gap in differences]
+    return ", ".join(parts) + (" (90% intervals)" if claim.equal and differences else "")
 
 
 def gap_text(gap: Gap, metric: str, interval: bool = True) -> str:
@@ -260,7 +262,7 @@ def by_layer(results: Sequence[Result], metric: str) -> Iterator[tuple[str, str,
     for levels in itertools.product(data, model):
         own = [r.measured for r in results if (r.cell.levels["data"], r.cell.levels["model"]) == levels]
         for state in ("initial", "trained"):
-            if runs := [found[state][metric] for found in own if found.get(state, {}).get(metric)]:
+            if runs := [measures[state][metric] for measures in own if measures.get(state, {}).get(metric)]:
                 yield *levels, state, runs
 
 
@@ -379,11 +381,11 @@ def draw_accuracy(shown: Any, results: Sequence[Result]) -> None:
     for panel, name in zip(shown.subplots(1, len(data), squeeze=False)[0], data, strict=True):
         for y, arm in enumerate(arms):
             own = [r for r in results if r.cell.data == name and arm_of(r.cell) == arm]
-            found = values(own, "last_top1")
+            top1s = values(own, "last_top1")
             colour = COLOURS.get(arm, "#555555")
-            panel.plot(found, [y] * len(found), "o", color=colour, alpha=0.55, markeredgewidth=0)
-            if found:
-                panel.plot([fmean(found)] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2)
+            panel.plot(top1s, [y] * len(top1s), "o", color=colour, alpha=0.55, markeredgewidth=0)
+            if top1s:
+                panel.plot([fmean(top1s)] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2)
         panel.set_yticks(range(len(arms)), [arm.replace("_", " ") for arm in arms])
         panel.set_ylim(len(arms) - 0.5, -0.5)
         panel.set(title=name, xlabel="top-1 after the last epoch (%)")

@@ -160,8 +160,8 @@ def correct(primary: Mapping[Key, Verdict]) -> dict[Key, Verdict]:
     assert len(primary) <= MOST
     adjusted = {}
     for side in ("p", "opposite"):
-        found = [1.0 if (p := getattr(verdict, side)) is None else p for verdict in primary.values()]
-        adjusted[side] = multipletests(found, ALPHA, method="holm")[1].tolist() if found else []
+        p_values = [1.0 if (p := getattr(verdict, side)) is None else p for verdict in primary.values()]
+        adjusted[side] = multipletests(p_values, ALPHA, method="holm")[1].tolist() if p_values else []
     return {
         key: verdict if verdict.p is None else decide(replace(verdict, p=p, opposite=opposite))
         for (key, verdict), p, opposite in zip(primary.items(), adjusted["p"], adjusted["opposite"], strict=True)
@@ -173,20 +173,20 @@ Runs = Mapping[str, Sequence[float]]  # of one data set: a metric, by level
 
 def _by_level(results: Sequence[Result], axis: str, metric: str) -> dict[str, dict[str, list[float]]]:
     """Data set -> level -> the metric of each run, of all levels: Dunnett's test takes more than the claim's two."""
-    found: dict[str, dict[str, list[float]]] = {}
+    by_level: dict[str, dict[str, list[float]]] = {}
     for result in results:
         if axis in result.cell.levels and (value := result.value(metric)) is not None:
-            found.setdefault(result.cell.data, {}).setdefault(result.cell.levels[axis], []).append(value)
-    return found
+            by_level.setdefault(result.cell.data, {}).setdefault(result.cell.levels[axis], []).append(value)
+    return by_level
 
 
 def _count(claim: Claim, planned: Iterable[Cell]) -> dict[str, dict[str, int]]:
     """Data set -> level -> planned runs."""
-    found: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for cell in planned:
-        levels = found.setdefault(cell.data, {})
+        levels = counts.setdefault(cell.data, {})
         levels[cell.levels[claim.axis]] = levels.get(cell.levels[claim.axis], 0) + 1
-    return found
+    return counts
 
 
 def _counted(data: str, claim: Claim, have: Runs) -> Gap:
@@ -212,9 +212,9 @@ def _compare(data: str, claim: Claim, values: Runs, control: str | None) -> Gap:
         if higher == control:
             low, high = -high, -low
     else:
-        found = stats.ttest_ind(a, b, equal_var=False)
-        interval = found.confidence_interval(1 - ALPHA)
-        p, low, high = float(found.pvalue), float(interval.low), float(interval.high)
+        test = stats.ttest_ind(a, b, equal_var=False)
+        interval = test.confidence_interval(1 - ALPHA)
+        p, low, high = float(test.pvalue), float(interval.low), float(interval.high)
     up = gap.difference > 0
     return replace(gap, low=low, high=high, p=p if up else 1.0, opposite=1.0 if up else p)
 
@@ -224,9 +224,9 @@ def _dunnett(
     others: tuple[tuple[float, ...], ...], control: tuple[float, ...], index: int
 ) -> tuple[float, float, float]:
     """Two-sided p and 95% interval of one of `others` less the control. The integral is random; its seed is fixed."""
-    found = stats.dunnett(*map(np.asarray, others), control=np.asarray(control), rng=np.random.default_rng(0))
-    interval = found.confidence_interval(1 - ALPHA)
-    return float(found.pvalue[index]), float(interval.low[index]), float(interval.high[index])
+    test = stats.dunnett(*map(np.asarray, others), control=np.asarray(control), rng=np.random.default_rng(0))
+    interval = test.confidence_interval(1 - ALPHA)
+    return float(test.pvalue[index]), float(interval.low[index]), float(interval.high[index])
 
 
 def _equivalence(gap: Gap, a: Sequence[float], b: Sequence[float], within: float) -> Gap:
@@ -288,10 +288,10 @@ def _uniform(claim: Claim, results: Sequence[Result], data: Sequence[str]) -> st
     """Which level's heads attend all but uniformly, where the claim is about their diversity."""
     if not claim.metric.endswith(".diversity"):
         return ""
-    found = _by_level(results, claim.axis, "trained.entropy")
+    entropies = _by_level(results, claim.axis, "trained.entropy")
     for name in data:
         for level in claim.levels:
-            runs = found.get(name, {}).get(level, [])
+            runs = entropies.get(name, {}).get(level, [])
             if runs and fmean(runs) > NEAR_UNIFORM:
                 return f"{level} on {name}: {100 * fmean(runs):.1f}% of uniform attention's entropy"
     return ""
@@ -301,15 +301,15 @@ def _reached(claim: Claim, results: Sequence[Result], planned: Sequence[Cell]) -
     """Of means over runs; a claim fails as soon as one is below."""
     assert claim.reaches
     done = {result.cell.name for result in results}
-    found: dict[str, list[float]] = {level: [] for level in claim.reaches}
+    values: dict[str, list[float]] = {level: [] for level in claim.reaches}
     for result in results:
         level, value = result.cell.levels.get(claim.axis, ""), result.value(claim.metric)
-        if level in found and value is not None:
-            found[level].append(value)
+        if level in values and value is not None:
+            values[level].append(value)
     gaps = tuple(
-        Gap(level, fmean(runs) - claim.reaches[level], runs=(len(runs), 0)) for level, runs in found.items() if runs
+        Gap(level, fmean(runs) - claim.reaches[level], runs=(len(runs), 0)) for level, runs in values.items() if runs
     )
     if any(gap.difference < -claim.within for gap in gaps):
         return Verdict(FAILS, gaps, claim.primary)
-    whole = len(gaps) == len(found) and all(cell.name in done for cell in planned)
+    whole = len(gaps) == len(values) and all(cell.name in done for cell in planned)
     return Verdict(HOLDS if whole else PARTLY if gaps else NOT_RUN, gaps, claim.primary)

@@ -21,7 +21,8 @@ from torch import Tensor
 from eit.console import say
 from eit.errors import UserError
 from eit.files import sync_folder, write_file
-from eit.weights.load import Card, StateDict, read_pickle, read_safetensors, weights_bytes
+from eit.weights.card import Card
+from eit.weights.formats import StateDict, read_pickle, read_safetensors, weights_bytes
 
 KEPT = 2  # checkpoints of a run
 State = dict[str, Any]  # of optimizer, scaler and progress

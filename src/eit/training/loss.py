@@ -14,7 +14,8 @@ from eit.config import Loss
 from eit.data.images import View
 from eit.errors import UserError, is_out_of_memory
 from eit.models.registry import TIMM, check_timm_name, create_model
-from eit.weights.load import digest, find_weights, load
+from eit.weights.formats import digest
+from eit.weights.load import find_weights, load
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

@@ -12,7 +12,9 @@ from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
 from eit.training.checkpoint import saved_steps
 from eit.training.run_folder import read_recipe
-from eit.weights.load import Card, default_mean_std, load_weights, read_card
+from eit.weights.card import Card
+from eit.weights.convert import default_mean_std
+from eit.weights.load import load_weights, read_card
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
 

@@ -59,7 +59,8 @@ from eit.training.run_folder import RunFolder, read_summary
 from eit.training.setup import build_model, choose_trainable, make_card, make_view, recorded_model, resolve_architecture
 from eit.training.signals import first_signal, stop_signals
 from eit.training.step_reports import StepReport, StepReports, share_step
-from eit.weights.load import Card, StateDict, save_weights
+from eit.weights.card import Card
+from eit.weights.formats import StateDict, save_weights
 
 EARLY_SAVE = 60  # seconds: a longer epoch is saved before it is evaluated
 COMPILED_STEPS = 3  # of a process: torch.compile takes its time in them, and CUDA graphs are recorded

@@ -13,7 +13,7 @@ from eit.analysis.subjects import Subject
 
 
 @dataclass
-class Measured:
+class AnalyzedModel:
     """A subject with all that was measured of it, or a group of runs that is shown as one."""
 
     subject: Subject
@@ -25,10 +25,10 @@ class Measured:
     filters: list[Filtered] | None = None
     pictures: list[Picture] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)  # the images of the pictures, as this model sees them
-    members: list["Measured"] = field(default_factory=list)  # the runs of a group
+    members: list["AnalyzedModel"] = field(default_factory=list)  # the runs of a group
 
     @property
-    def runs(self) -> list["Measured"]:
+    def runs(self) -> list["AnalyzedModel"]:
         """The runs of a group, else this one."""
         return self.members or [self]
 
@@ -44,7 +44,7 @@ class Measured:
         """Of a group's runs."""
         return fmean(value(run.analysis) for run in self.runs)
 
-    def twin(self, measured: Sequence["Measured"]) -> "Measured | None":
+    def twin(self, measured: Sequence["AnalyzedModel"]) -> "AnalyzedModel | None":
         """The same model at its initial values, if it is among those measured."""
         label = self.subject.label
         return next((other for other in measured if other.is_initial and other.subject.label == label), None)
@@ -58,21 +58,21 @@ class Measured:
         return dict(color=self.colour, linestyle="-", linewidth=1.8, marker=self.marker, markersize=4.5)
 
 
-def curves(measured: Sequence[Measured]) -> list[Measured]:
+def curves(models: Sequence[AnalyzedModel]) -> list[AnalyzedModel]:
     """One entry for each curve: runs of one group, apart by state, are one, in the place of the first."""
-    groups: dict[tuple[str, str], list[Measured]] = {}
-    for one in measured:
-        subject = one.subject
-        groups.setdefault((subject.group or f"\0{subject.label}", subject.state), []).append(one)
+    groups: dict[tuple[str, str], list[AnalyzedModel]] = {}
+    for model in models:
+        subject = model.subject
+        groups.setdefault((subject.group or f"\0{subject.label}", subject.state), []).append(model)
     return [_together(runs) if runs[0].subject.group else runs[0] for runs in groups.values()]
 
 
-def _together(runs: list[Measured]) -> Measured:
+def _together(runs: list[AnalyzedModel]) -> AnalyzedModel:
     first = runs[0]
-    source = ", ".join(one.subject.source for one in runs)
+    source = ", ".join(run.subject.source for run in runs)
     subject = replace(first.subject, label=f"{first.subject.group}, n = {len(runs)}", source=source, sha256="")
-    missing = list(dict.fromkeys(text for one in runs for text in one.missing))
-    return Measured(subject, first.analysis, first.colour, first.marker, missing, members=runs)
+    missing = list(dict.fromkeys(text for run in runs for text in run.missing))
+    return AnalyzedModel(subject, first.analysis, first.colour, first.marker, missing, members=runs)
 
 
 def shape(analysis: Analysis) -> tuple[Any, ...]:

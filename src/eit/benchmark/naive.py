@@ -16,7 +16,7 @@ from eit.models.ops import Linear, MaxPool2d, PatchConv2d
 
 
 class NaiveMixer(ConvAttention):
-    def convolve(self, image: Tensor) -> Tensor:
+    def convolve_image(self, image: Tensor) -> Tensor:
         return self.conv_drop(self.conv(image))
 
     def attend(self, x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class NaiveMixer(ConvAttention):
         batch, _, dim = x.shape
         token, image = x[:, :1], x[:, 1:]
         image = image.transpose(1, 2).reshape(batch, dim, h, w)
-        conv = self.convolve(image[:, : self.conv_channels]).flatten(2).transpose(1, 2)
+        conv = self.convolve_image(image[:, : self.conv_channels]).flatten(2).transpose(1, 2)
         own = token[..., : self.conv_channels]
         own = dict(identity=own, zero=torch.zeros_like(own), mean=conv.mean(dim=1, keepdim=True))[self.cls_conv]
         conv = torch.cat((own, conv), dim=1)
@@ -49,7 +49,7 @@ class NaiveMixer(ConvAttention):
         return torch.cat((conv, attn), dim=2)
 
 
-def naive(model: EIT) -> EIT:
+def make_naive(model: EIT) -> EIT:
     """A copy of `model`, with the same weights, that computes as above."""
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     plain = {ConvAttention: NaiveMixer, Linear: nn.Linear, PatchConv2d: nn.Conv2d, MaxPool2d: nn.MaxPool2d}

@@ -18,6 +18,8 @@ import pytest
 
 from tests.helpers import brute_force
 
+pytestmark = pytest.mark.results
+
 RESULTS = Path(__file__).parents[2] / "results" / "analysis"
 
 

@@ -1,6 +1,6 @@
 """How often the students of results/distillation agree with their teacher, the digits weight.
 
-`python docs/agreement.py` needs the runs' final.safetensors, which results/ does not keep; it writes agreement.json
+`python tools/agreement.py` needs the runs' final.safetensors, which results/ does not keep; it writes agreement.json
 there: percent of the images that no student was trained on.
 """
 

@@ -1,4 +1,4 @@
-"""Trained weights -> files to release: `python docs/release_weights.py OUT [RESULTS]`.
+"""Trained weights -> files to release: `python tools/release_weights.py OUT [RESULTS]`.
 
 For each experiment, budget, data set and model of ours in RESULTS (results/), the run whose last epoch is the median
 of its seeds: OUT/NAME/ has config.json, model.safetensors and a model card, as timm and Hugging Face read them;
@@ -57,7 +57,7 @@ def main(out: str, results: str = "results") -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python docs/release_weights.py OUT [RESULTS]")
+        sys.exit("usage: python tools/release_weights.py OUT [RESULTS]")
     try:
         main(*sys.argv[1:])
     except UserError as error:

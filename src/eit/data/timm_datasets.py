@@ -1,0 +1,195 @@
+"""The data sets that timm opens: of torchvision, Hugging Face, TensorFlow, and webdataset shards."""
+
+import hashlib
+import json
+import os
+import re
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from eit.config import Data
+from eit.console import track
+from eit.data.images import Images
+from eit.data.layouts import INFO
+from eit.errors import UserError, nearest
+
+TIMM_PREFIXES = ("hfds", "hfids", "tfds", "torch", "wds")
+
+
+class Item(NamedTuple):
+    """An item of a timm or torchvision data set with random access."""
+
+    dataset: Any
+    row: int
+
+    def open(self) -> IO[bytes] | Image.Image:
+        reader = getattr(self.dataset, "reader", None)
+        return (reader if reader is not None else self.dataset)[self.row][0]
+
+
+@dataclass
+class ImageStream:
+    """Labelled images that can only be read in turn: shards or a service behind a reader of timm."""
+
+    classes: list[str]
+    length: int
+    config: Data
+    split: str
+    shards: int  # webdataset's tar files; 0 where a reader has none
+
+    def __len__(self) -> int:
+        return self.length
+
+    def open(self, training: bool, batch_size: int, seed: int) -> Any:
+        """timm's IterableImageDataset of (PIL image, label). Under DDP each rank reads a part in training."""
+        return _create_timm(self.config, self.split, training, batch_size, seed)
+
+    def digest(self) -> str:
+        text = json.dumps([self.classes, self.length, self.config.dataset, self.split])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_timm(config: Data, split: str) -> Images | ImageStream:
+    """A split of `data.dataset`, a name of `timm.data.create_dataset`."""
+    dataset = _create_timm(config, split)
+    classes = _timm_classes(dataset, config)
+    reader = getattr(dataset, "reader", None)
+    if isinstance(dataset, IterableDataset):
+        if not (length := getattr(reader, "num_samples", 0)):
+            raise UserError(f"data.dataset={config.dataset}: its {split} split does not say how many samples it has")
+        return ImageStream(classes, int(length), config, split, _check_shards(reader, config))
+    labels = _timm_labels(dataset)
+    if not labels:
+        raise UserError(f"data.dataset={config.dataset}: split {split} has no images")
+    if max(labels) >= len(classes) or min(labels) < 0:
+        raise UserError(
+            f"data.dataset={config.dataset}: {split} has labels {min(labels)}..{max(labels)} for {len(classes)} classes"
+        )
+    names = [f"{split}/{i:07d}" for i in range(len(labels))]
+    return Images(classes, labels, names, [Item(dataset, i) for i in range(len(labels))], config.max_pixels)
+
+
+def _refuse_commands(config: Data, *names: str) -> None:
+    """Raise a UserError for what webdataset, which hands addresses to a shell, would run."""
+    remote = "://" in config.root
+    for text in (config.root, *names):
+        if text.startswith("pipe:") or (remote and re.search(r"['\"`$;&<>\\\s]", text)):
+            raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, for a shell would see it")
+
+
+def shard_names(reader: Any) -> list[str]:
+    """The shards that a reader of timm reads, below its root; none where it reads something else.
+
+    Only webdataset's: the reader of `tfds/` has file names too, but of TFRecord files in a cache of its own.
+    """
+    from timm.data.readers.reader_wds import ReaderWds
+
+    return list(reader.split_info.filenames) if isinstance(reader, ReaderWds) else []
+
+
+def one_shard(dataset: Any, name: str) -> Any:
+    """A copy of a timm data set of webdataset shards, not read yet, that reads shard `name` alone in this process."""
+    info = get_worker_info()
+    reading = copy(dataset)
+    reading.reader = copy(dataset.reader)
+    reading.reader.dist_rank, reading.reader.dist_num_replicas = 0, 1
+    # timm gives worker i the files i, i + workers, ...: with as many as there are workers, each has one.
+    names = (name,) * (info.num_workers if info else 1)
+    reading.reader.split_info = replace(dataset.reader.split_info, filenames=names)
+    return reading
+
+
+def _check_shards(reader: Any, config: Data) -> int:
+    """Count them. Raise a UserError where one is not there, which timm would replace by the others, or is a command."""
+    names = shard_names(reader)
+    for name in names:
+        _refuse_commands(config, name)
+        if "://" not in config.root:
+            _check_end(Path(config.root, name))
+    return len(names)
+
+
+def _check_end(shard: Path) -> None:
+    """Raise a UserError where a tar file is missing, or does not end as one: cut between two members it looks whole."""
+    if not shard.is_file():
+        raise UserError(f"shard {shard} is missing: {INFO} names it")
+    with open(shard, "rb") as f:
+        f.seek(max(os.path.getsize(shard) - 1024, 0))
+        end = f.read()
+    if end != bytes(1024):
+        raise UserError(f"shard {shard} is cut: it has no end of a tar file")
+
+
+def _create_timm(config: Data, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:
+    from timm.data import create_dataset
+
+    assert config.dataset
+    prefix = config.dataset.partition("/")[0].lower()
+    if prefix not in TIMM_PREFIXES:
+        raise UserError(
+            f"data.dataset={config.dataset}{nearest(prefix, TIMM_PREFIXES)} "
+            f"(timm's begin with {', '.join(p + '/' for p in TIMM_PREFIXES)})"
+        )
+    if prefix == "wds":
+        if not config.root:
+            raise UserError(f"data.dataset={config.dataset} needs data.root, the folder or address of the shards")
+        _refuse_commands(config, split)
+    given: dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key)  # None: timm's own
+    if prefix != "hfds":
+        given |= dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode="")  # as they are
+    try:
+        return create_dataset(
+            config.dataset,
+            root=config.root or None,
+            split=split,
+            download=config.download,
+            **({} if prefix == "torch" else given),
+        )
+    except Exception as error:  # readers of many libraries, each with errors of its own
+        line = (str(error).splitlines() or [""])[0]
+        need = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}.get(prefix)
+        missing = isinstance(error, ImportError) or "Please install" in line
+        hint = f"; it needs: pip install {need}" if missing and need else ""
+        where = f"data.dataset={config.dataset}, split {split}" + (f", data.root={config.root}" if config.root else "")
+        raise UserError(f"{where} cannot be opened: {line or type(error).__name__}{hint}") from None
+
+
+def _timm_classes(dataset: Any, config: Data) -> list[str]:
+    reader = getattr(dataset, "reader", dataset)
+    index = getattr(reader, "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
+    if isinstance(config.classes, int):
+        return [str(i) for i in range(config.classes)]
+    if config.classes is not None:
+        try:
+            names = Path(config.classes).read_text(encoding="utf-8").rstrip().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.classes={config.classes} cannot be read: {error}") from None
+        if not all(names) or not names:
+            raise UserError(f"data.classes={config.classes} has an empty line: a class name a line is expected")
+        return names
+    if index and sorted(index.values()) == list(range(len(index))):  # torchvision's ImageNet has several names a class
+        return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
+    named = getattr(dataset, "classes", None) or getattr(reader, "info", None)
+    if isinstance(named, dict):
+        named = named.get("classes")
+    if not named:
+        raise UserError(
+            f"data.dataset={config.dataset} does not name its classes: set data.classes=N or a file of names"
+        )
+    return [name if isinstance(name, str) else ", ".join(name) for name in named]
+
+
+def _timm_labels(dataset: Any) -> list[int]:
+    reader = getattr(dataset, "reader", None)
+    if reader is not None and hasattr(reader, "iter_targets"):
+        return [int(y) for y in track(reader.iter_targets(), "reading labels", len(dataset))]
+    for holder in (dataset, reader):
+        for name in ("targets", "labels", "_labels"):
+            if (labels := getattr(holder, name, None)) is not None:
+                return [int(y) for y in labels]
+    return [int(dataset[i][1]) for i in track(range(len(dataset)), "reading labels", len(dataset))]
