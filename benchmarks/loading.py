@@ -43,7 +43,7 @@ from eit.config import load_recipe
 from eit.data import shear
 from eit.data.images import Images, View
 from eit.data.loaders import CachedLoader, WorkerLoader
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.data.random_crop import ResizedCrop, resized, to_pixels
 from eit.environment import environment
 from eit.randomness import Stream, seeded
@@ -100,9 +100,9 @@ def of_eit(root: Path, count: int, repeats: int, workers: int) -> Callable[[int]
     files *= count // len(files)
     words = [f"data.workers={workers}", f"augment.repeats={repeats}"]
     recipe = load_recipe("imagenet_mini", words)
-    plan = Plan(count, BATCH, 1, 1, repeats, 0)
+    order = SampleOrder(count, BATCH, 1, 1, repeats, 0)
     images = Images(["photo"], [0] * count, files, files)
-    return WorkerLoader(images, VIEW, plan, recipe.data, recipe.augment, torch.device("cpu")).epoch
+    return WorkerLoader(images, VIEW, order, recipe.data, recipe.augment, torch.device("cpu")).epoch
 
 
 def rate(batches: Iterator[Any]) -> float:
@@ -213,8 +213,8 @@ def small_sets(rounds: int) -> dict[str, Any]:
     data = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8) for i in range(2048)]
     images = Images([str(i) for i in range(10)], [i % 10 for i in range(2048)], [""] * 2048, data)
     view = View(32, 32, "bicubic", tuple(recipe.data.mean or ()), tuple(recipe.data.std or ()))
-    plan = Plan(2048, 128, 1, 1, 1, 0)
-    loader = CachedLoader(images, view, plan, 0.0, recipe.augment, torch.device("cpu"))
+    order = SampleOrder(2048, 128, 1, 1, 1, 0)
+    loader = CachedLoader(images, view, order, 0.0, recipe.augment, torch.device("cpu"))
     loader.prepare()
     model = eit.create_model(recipe.model.name, num_classes=10, img_size=32, **recipe.model.arguments())
     model = model.to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """Measure how long a checkpoint stops training: `python benchmarks/saving.py [MODEL]`.
 
 Two calls are timed in turn, five times each: `Writer.submit`, the only call that the training loop waits for, and all
-of `save_step`. Prints medians, spread, and their ratio. The checkpoint has the weights, their moving average and
+of `save_checkpoint`. Prints medians, spread, and their ratio. The checkpoint has the weights, their moving average and
 AdamW's two moments.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import eit
-from eit.training.checkpoint import Writer, save_step
+from eit.training.checkpoint import Writer, save_checkpoint
 from eit.weights.card import Card
 from eit.weights.convert import default_class_names, default_mean_std
 
@@ -35,11 +35,11 @@ def main(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder, Writer() as writer:
         for step in range(ROUNDS):
             began = time.perf_counter()
-            writer.submit(save_step, Path(folder), 2 * step, card, *parts)
+            writer.submit(save_checkpoint, Path(folder), 2 * step, card, *parts)
             stops.append(time.perf_counter() - began)
             writer.wait()
             began = time.perf_counter()
-            target = save_step(Path(folder), 2 * step + 1, card, *parts)
+            target = save_checkpoint(Path(folder), 2 * step + 1, card, *parts)
             whole.append(time.perf_counter() - began)
             size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{name}: a checkpoint of {size / 1e6:.0f} MB, torch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import eit
 from eit.config import Recipe, load_recipe, parse_overrides, parse_recipe, parse_yaml, recipe_keys
 from eit.errors import UserError
-from eit.training.checkpoint import load_step, newest_step, save_step
+from eit.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from eit.weights.formats import read_weights
 from eit.weights.load import load
 
@@ -207,7 +207,7 @@ def test_any_bytes_as_a_state_of_training(inputs, tmp_path, monkeypatch):
     model = eit.create_model("eit_mini", embed_dim=8, depth=1, num_heads=2, num_classes=3, img_size=32)
     card = eit.load("digits").card.model_copy(update=dict(arguments=dict(embed_dim=8, depth=1, num_heads=2)))
     whole = dict(optimizer=dict(state={0: dict(step=torch.ones(1))}), scaler={}, progress=dict(step=3))
-    folder = save_step(tmp_path, 3, card, model.state_dict(), None, whole)
+    folder = save_checkpoint(tmp_path, 3, card, model.state_dict(), None, whole)
     files = {name: (folder / name).read_bytes() for name in ("state.pt", "manifest.json", "model.safetensors")}
     evil = BytesIO()
     torch.save(Evil(), evil)
@@ -223,9 +223,9 @@ def test_any_bytes_as_a_state_of_training(inputs, tmp_path, monkeypatch):
             manifest = json.loads(files["manifest.json"])
             manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
             (folder / "manifest.json").write_text(json.dumps(manifest))
-        found = answers(lambda: newest_step(tmp_path))
+        found = answers(lambda: newest_checkpoint(tmp_path))
         if found:
-            answers(lambda: load_step(found[0]))
+            answers(lambda: load_checkpoint(found[0]))
 
     fuzz(inputs, st.tuples(st.one_of(damages), st.booleans()), check)
     assert not os.path.exists("ran")

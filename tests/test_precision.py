@@ -17,10 +17,10 @@ from eit.precision import (
     resolve_precision,
 )
 from eit.training import trainer as train_module
-from eit.training.checkpoint import load_state, newest_step
+from eit.training.checkpoint import load_state, newest_checkpoint
 from eit.training.trainer import train
 from tests.conftest import run_eit
-from tests.training.test_trainer import recipe, train_until_killed
+from tests.helpers.training import recipe, train_until_killed
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 
@@ -301,7 +301,7 @@ def test_what_auto_was_is_written_down_and_a_run_does_not_go_on_in_another(folde
     r = recipe(folder, "train.precision=auto", "train.save_every=1")
     train_until_killed(r, 3, monkeypatch)
     assert json.loads((r.run_folder() / "environment.json").read_text())["precision"] == "fp32"
-    newest, _ = newest_step(r.run_folder())
+    newest, _ = newest_checkpoint(r.run_folder())
     assert load_state(newest)["progress"]["fixed"]["train.precision"] == "fp32"
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "resolve_precision", lambda name, device: "bf16")
@@ -309,7 +309,7 @@ def test_what_auto_was_is_written_down_and_a_run_does_not_go_on_in_another(folde
             train(r)
     assert "\n" not in str(error.value)
     advice = str(error.value).rpartition("; ")[2]
-    assert advice == "use another out="  # as the recipe says auto, train.precision=fp32 would be refused as another
+    assert advice == "set another out="  # as the recipe says auto, train.precision=fp32 would be refused as another
     assert train(r)["epochs"] == 2
 
 

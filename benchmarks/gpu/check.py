@@ -35,7 +35,7 @@ from eit.inference.evaluate import evaluate
 from eit.models import ops
 from eit.precision import Precision, arithmetic, autocast, float32_products
 from eit.randomness import Stream
-from eit.training.checkpoint import load_step, newest_step
+from eit.training.checkpoint import load_checkpoint, newest_checkpoint
 from eit.weights.formats import read_safetensors
 
 MODELS = [("eit", name) for name in ("eit_mini", "eit_tiny", "eit_base", "eit_large")]
@@ -304,8 +304,8 @@ def nan_guard(session: Session) -> Item:
             except FloatingPointError as error:
                 said = str(error)
         weights = {name: tensor.cpu() for name, tensor in built[-1].state_dict().items()}
-        newest, _ = newest_step(bad.run_folder())
-        saved = newest is not None and all(v.isfinite().all() for v in load_step(newest)[0].values())
+        newest, _ = newest_checkpoint(bad.run_folder())
+        saved = newest is not None and all(v.isfinite().all() for v in load_checkpoint(newest)[0].values())
         kept = same(weights, final_weights(sound))
     return dict(ok="step 5" in said and kept and saved, weights_unchanged=kept, said=said.partition(",")[0])
 

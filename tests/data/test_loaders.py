@@ -13,7 +13,7 @@ from eit.data.augment import erase, shift_and_flip, simple_crop
 from eit.data.datasets import open_data
 from eit.data.images import View, normalise
 from eit.data.loaders import CachedLoader, EvaluationLoader, WorkerLoader, train_loader
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.errors import UserError
 from eit.randomness import Stream, seed_of, seeded, set_seed
 
@@ -21,55 +21,56 @@ CPU = torch.device("cpu")
 VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
-def plan(images=36, batch_size=4, accumulate=1, world=1, repeats=1, seed=0):
-    return Plan(images, batch_size, accumulate, world, repeats, seed)
+def sample_order(images=36, batch_size=4, accumulate=1, world=1, repeats=1, seed=0):
+    return SampleOrder(images, batch_size, accumulate, world, repeats, seed)
 
 
 # -- Order
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    assert torch.equal(plan().order(3), plan().order(3))
-    assert not torch.equal(plan().order(3), plan().order(4))
-    assert not torch.equal(plan().order(3), plan(seed=1).order(3))
-    index, repeat = plan().order(0).view(-1, 2).unbind(1)
+    assert torch.equal(sample_order().samples(3), sample_order().samples(3))
+    assert not torch.equal(sample_order().samples(3), sample_order().samples(4))
+    assert not torch.equal(sample_order().samples(3), sample_order(seed=1).samples(3))
+    index, repeat = sample_order().samples(0).view(-1, 2).unbind(1)
     assert sorted(index.tolist()) == list(range(36)) and not repeat.any()
 
 
 def test_a_last_incomplete_step_is_left_out():
-    p = plan(images=38, batch_size=4, accumulate=3)
-    assert (p.global_batch, p.steps) == (12, 3)
-    assert p.order(0).shape == (3, 12, 2)
+    order = sample_order(images=38, batch_size=4, accumulate=3)
+    assert (order.global_batch, order.steps) == (12, 3)
+    assert order.samples(0).shape == (3, 12, 2)
 
 
 @pytest.mark.parametrize(
     ("world", "accumulate", "batch_size"), [(1, 1, 12), (2, 1, 6), (3, 1, 4), (2, 3, 2), (1, 6, 2)]
 )
 def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks(world, accumulate, batch_size):
-    p = plan(images=48, batch_size=batch_size, accumulate=accumulate, world=world, repeats=3)
-    reference = plan(images=48, batch_size=12, repeats=3).order(1)
-    seen = [list(p.batches(1, 0, rank)) for rank in range(world)]
-    for step in range(p.steps):
+    order = sample_order(images=48, batch_size=batch_size, accumulate=accumulate, world=world, repeats=3)
+    reference = sample_order(images=48, batch_size=12, repeats=3).samples(1)
+    seen = [list(order.batches(1, 0, rank)) for rank in range(world)]
+    for step in range(order.steps):
         parts = [b for batches in seen for b in batches[step * accumulate : (step + 1) * accumulate]]
         assert all(len(part) == batch_size for part in parts)
         assert sorted(map(tuple, torch.cat(parts).tolist())) == sorted(map(tuple, reference[step].tolist()))
 
 
 def test_an_epoch_can_start_at_any_step():
-    p = plan(accumulate=2)
-    whole = list(p.batches(0, 0, 0))
-    assert all(torch.equal(a, b) for a, b in zip(whole[2 * 2 :], p.batches(0, 2, 0), strict=True))
+    order = sample_order(accumulate=2)
+    whole = list(order.batches(0, 0, 0))
+    assert all(torch.equal(a, b) for a, b in zip(whole[2 * 2 :], order.batches(0, 2, 0), strict=True))
 
 
 def test_repeated_augmentation_shows_each_image_three_times_in_a_batch_and_a_third_of_them_an_epoch():
-    p = plan(images=36, batch_size=12, repeats=3)
-    for step in p.order(0):
+    order = sample_order(images=36, batch_size=12, repeats=3)
+    for step in order.samples(0):
         index, repeat = step.unbind(1)
         assert sorted(index.bincount()[index.bincount() > 0].tolist()) == [3] * 4
         assert repeat.tolist() == [0, 1, 2] * 4
-    assert len(p.order(0)[:, :, 0].unique()) == 12
+    assert len(order.samples(0)[:, :, 0].unique()) == 12
     ranks = [
-        set(torch.cat(list(plan(36, 4, world=3, repeats=3).batches(0, 0, rank)))[:, 1].tolist()) for rank in range(3)
+        set(torch.cat(list(sample_order(36, 4, world=3, repeats=3).batches(0, 0, rank)))[:, 1].tolist())
+        for rank in range(3)
     ]
     assert ranks == [{0}, {1}, {2}]  # each rank sees another copy of an image
 
@@ -138,7 +139,7 @@ def test_augmentation_is_a_function_of_counters(folder, augment, kind):
     images, _ = open_data(Data(root=str(folder)))
 
     def make(workers=0, **changes):
-        return train_loader(images, VIEW, plan(**changes), Data(workers=workers), augment, CPU)
+        return train_loader(images, VIEW, sample_order(**changes), Data(workers=workers), augment, CPU)
 
     loader = make(repeats=3)
     assert isinstance(loader, kind)
@@ -173,7 +174,7 @@ def test_every_policy_changes_images_and_draws_from_counters_alone(folder, polic
         Image.fromarray(pixels).save(images.sources[i])
 
     def batches(workers=0, **augment):
-        loader = train_loader(images, VIEW, plan(), Data(workers=workers, cache=False), Augment(**augment), CPU)
+        loader = train_loader(images, VIEW, sample_order(), Data(workers=workers, cache=False), Augment(**augment), CPU)
         assert isinstance(loader, WorkerLoader)
         return everything(loader)
 
@@ -195,7 +196,7 @@ def test_every_policy_changes_images_and_draws_from_counters_alone(folder, polic
 def test_a_policy_of_another_kind_is_one_line(folder, key, policy):
     images, _ = open_data(Data(root=str(folder)))
     with pytest.raises(UserError, match=f"augment.{key}={policy}: timm does not know this policy"):
-        train_loader(images, VIEW, plan(), Data(), Augment(**{key: policy}), CPU)
+        train_loader(images, VIEW, sample_order(), Data(), Augment(**{key: policy}), CPU)
 
 
 def test_the_simple_crop_keeps_the_shorter_side_and_moves_by_4_pixels():
@@ -211,14 +212,16 @@ def test_the_simple_crop_keeps_the_shorter_side_and_moves_by_4_pixels():
 
 def test_workers_live_on_and_give_the_same_batches_each_epoch(folder):
     images, _ = open_data(Data(root=str(folder)))
-    none, two = (train_loader(images, VIEW, plan(), Data(workers=n), STREAMED, CPU) for n in (0, 2))
+    none, two = (train_loader(images, VIEW, sample_order(), Data(workers=n), STREAMED, CPU) for n in (0, 2))
     for epoch in range(3):
         assert same(everything(none, epoch), everything(two, epoch))
 
 
 def test_cached_and_streamed_images_are_the_same_without_augmentation(folder):
     images, _ = open_data(Data(root=str(folder)))
-    loaders = [train_loader(images, VIEW, plan(), Data(workers=0, cache=c), Augment(), CPU) for c in (True, False)]
+    loaders = [
+        train_loader(images, VIEW, sample_order(), Data(workers=0, cache=c), Augment(), CPU) for c in (True, False)
+    ]
     assert isinstance(loaders[0], CachedLoader) and isinstance(loaders[1], WorkerLoader)
     for (x, y), (u, v) in zip(*map(everything, loaders), strict=True):
         torch.testing.assert_close(x, u)
@@ -228,7 +231,7 @@ def test_cached_and_streamed_images_are_the_same_without_augmentation(folder):
 def test_a_cache_cannot_have_policies_that_work_image_by_image(folder):
     images, _ = open_data(Data(root=str(folder)))
     with pytest.raises(UserError, match="data.cache=true"):
-        train_loader(images, VIEW, plan(), Data(cache=True), STREAMED, CPU)
+        train_loader(images, VIEW, sample_order(), Data(cache=True), STREAMED, CPU)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -238,7 +241,7 @@ def test_unreadable_training_images_are_named_and_budgeted(folder, capsys, cache
 
     def run(budget):
         config = Data(workers=0, cache=cache, bad_image_budget=budget)
-        loader = train_loader(images, VIEW, plan(), config, Augment(), CPU)
+        loader = train_loader(images, VIEW, sample_order(), config, Augment(), CPU)
         batches = everything(loader)
         loader.bad.check(len(loader.bad.seen))  # as the training loop does each step
         return batches
@@ -253,7 +256,7 @@ def test_unreadable_training_images_are_named_and_budgeted(folder, capsys, cache
 @pytest.mark.parametrize("augment", [STREAMED, Augment(pad_crop=1, hflip=0.5)])
 def test_samples_can_be_sent_to_workers_that_are_spawned(folder, augment):
     images, _ = open_data(Data(root=str(folder)))
-    loader = train_loader(images, VIEW, plan(), Data(workers=0, cache=False), augment, CPU)
+    loader = train_loader(images, VIEW, sample_order(), Data(workers=0, cache=False), augment, CPU)
     key = (0, 3, 0)
     assert torch.equal(pickle.loads(pickle.dumps(loader.loader.dataset))[key][0], loader.loader.dataset[key][0])
 

@@ -16,7 +16,7 @@ from eit.data.augment import erase_at_once, erase_boxes, erase_one_by_one, erasi
 from eit.data.datasets import open_data
 from eit.data.images import Images, Normaliser, UnreadableImage, View, normalise
 from eit.data.loaders import train_loader
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.data.random_crop import ResizedCrop
 from eit.randomness import Stream, seeded
 
@@ -215,9 +215,9 @@ def test_normalising_a_batch_as_it_lies_in_memory_is_normalising():
 
 def batches(folder, first_step=0, batch_size=6, workers=0, repeats=3, **changes):
     images, _ = open_data(Data(root=str(folder)))
-    plan = Plan(36, batch_size, 1, 1, repeats, 0)
+    order = SampleOrder(36, batch_size, 1, 1, repeats, 0)
     loader = train_loader(
-        images, VIEW, plan, Data(workers=workers, cache=False, **changes), RECIPE, torch.device("cpu")
+        images, VIEW, order, Data(workers=workers, cache=False, **changes), RECIPE, torch.device("cpu")
     )
     return [b.images.clone() for b in loader.epoch(1, first_step)]
 

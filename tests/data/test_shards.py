@@ -25,7 +25,7 @@ from eit.data.datasets import open_data, open_evaluation
 from eit.data.images import View
 from eit.data.layouts import INFO
 from eit.data.loaders import evaluation_loader, train_loader
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.data.shards import write_shards
 from eit.data.streaming import StreamLoader
 from eit.data.timm_datasets import ImageStream, shard_names
@@ -35,7 +35,7 @@ from eit.training.trainer import train
 from eit.weights.formats import save_weights
 from eit.weights.load import read_card
 from tests.conftest import TINY, require, run_eit, save_digits
-from tests.training.test_trainer import log, same, train_until_killed, weights
+from tests.helpers.training import log, same, train_until_killed, weights
 
 CPU = torch.device("cpu")
 VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
@@ -78,8 +78,8 @@ def test_shards_and_folder_give_identical_batches(folder, augment):
     sources = Data(root=str(folder)), Data(root=str(shards_of(folder)))
     (train_a, val_a), (train_b, val_b) = map(open_data, sources)
     assert train_a.digest() == train_b.digest() and val_a.digest() == val_b.digest()
-    plan = Plan(len(train_a), 4, 1, 1, 1, 0)
-    batches = [everything(train_loader(t, VIEW, plan, Data(workers=0), augment, CPU)) for t in (train_a, train_b)]
+    order = SampleOrder(len(train_a), 4, 1, 1, 1, 0)
+    batches = [everything(train_loader(t, VIEW, order, Data(workers=0), augment, CPU)) for t in (train_a, train_b)]
     assert len(batches[0]) == 9
     for (x, y), (u, v) in zip(*batches, strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
@@ -246,8 +246,8 @@ def test_webdataset_itself_reads_the_shards(streamed):
 def stream(config, epoch=0, world=1, rank=0, batch=5, first_step=0, seed=0):
     images, _ = open_data(config)
     assert isinstance(images, ImageStream) and images.classes == ["class0", "class1"] and len(images) == 40
-    plan = Plan(40, batch, 1, world, 1, seed)
-    loader = train_loader(images, VIEW, plan, config, Augment(), CPU)
+    order = SampleOrder(40, batch, 1, world, 1, seed)
+    loader = train_loader(images, VIEW, order, config, Augment(), CPU)
     assert isinstance(loader, StreamLoader)
     loader.prepare()
     return [numbers(x) for x, _, _ in loader.epoch(epoch, first_step)]
@@ -439,7 +439,7 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
         (Augment(), streamed.model_copy(update=dict(cache=True)), "data.cache=true needs images with random access"),
     ):
         with pytest.raises(UserError, match=message):
-            train_loader(images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, augment, CPU)
+            train_loader(images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), config, augment, CPU)
     with pytest.raises(UserError, match="these images come in turn already"):
         write_shards(images, images, tmp_path / "again", 2, 1)
     info = json.loads(Path(streamed.root, INFO).read_text())
@@ -496,7 +496,7 @@ def test_a_label_beyond_the_classes_is_one_line(tmp_path):
     shards = shards_of(save_digits(tmp_path / "digits"))
     config = Data(root=str(shards), dataset="wds/digits", workers=0, classes=2)
     images, _ = open_data(config)
-    loader = train_loader(images, VIEW, Plan(36, 4, 1, 1, 1, 0), config, Augment(), CPU)
+    loader = train_loader(images, VIEW, SampleOrder(36, 4, 1, 1, 1, 0), config, Augment(), CPU)
     with pytest.raises(UserError, match="wds/digits has label 2, of 2 classes"):
         list(loader.epoch(0))
 
@@ -548,7 +548,7 @@ def test_an_unreadable_image_of_a_stream_counts_against_the_budget_and_stops_an_
     damage_image(root / "validation-00001.tar")
     config = streamed.model_copy(update=dict(workers=workers, bad_image_budget=0.05))
     train_images, val_images = open_data(config)
-    loader = train_loader(train_images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, Augment(), CPU)
+    loader = train_loader(train_images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), config, Augment(), CPU)
     for epoch in (0, 1):
         assert len(list(loader.epoch(epoch))) == 8
         assert len(loader.bad.seen) == 1
@@ -574,7 +574,7 @@ def test_a_lost_shard_stops_a_stream_and_is_named(streamed, workers, how, folder
     for name in ("train-00002.tar", "validation-00001.tar"):
         shard = root / name
         shard.unlink() if how == "gone" else shard.write_bytes(shard.read_bytes()[:700])
-    loader = train_loader(train_images, VIEW, Plan(40, 5, 1, 1, 1, 0), config, Augment(), CPU)
+    loader = train_loader(train_images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), config, Augment(), CPU)
     with pytest.raises(UserError, match=r"wds/colours: shard .*train-00002.tar cannot be read") as error:
         for epoch in range(3):
             list(loader.epoch(epoch))
@@ -608,7 +608,7 @@ def test_an_image_of_a_stream_with_damaged_exif_or_too_many_pixels_is_an_unreada
         return image
 
     monkeypatch.setattr(streaming.ImageOps, "exif_transpose", damaged)
-    loader = train_loader(train_images, VIEW, Plan(40, 5, 1, 1, 1, 0), streamed, Augment(), CPU)
+    loader = train_loader(train_images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), streamed, Augment(), CPU)
     seen = [n for x, _, _ in loader.epoch(0) for n in numbers(x)]
     assert 7 not in seen and len(loader.bad.seen) == 1 and "unpack requires" in next(iter(loader.bad.seen))
 

@@ -31,7 +31,7 @@ from eit.config import load_recipe
 from eit.data import loaders
 from eit.randomness import Stream
 from eit.training import trainer as train_module
-from eit.training.checkpoint import load_step
+from eit.training.checkpoint import load_checkpoint
 from eit.weights.formats import read_safetensors
 
 EPOCHS, STEPS = 3, 22
@@ -66,7 +66,8 @@ class Watch:
 
     def install(self) -> None:
         """Make the training loop of this process say where it is. Nothing of what it does changes."""
-        watch, set_seed, save, evaluate = self, train_module.set_seed, train_module.save_step, train_module.evaluate
+        watch, set_seed = self, train_module.set_seed
+        save, evaluate = train_module.save_checkpoint, train_module.evaluate
 
         def watched_seed(*counters):
             if counters[0] == Stream.STEP:
@@ -84,7 +85,7 @@ class Watch:
             return watched
 
         train_module.set_seed = watched_seed
-        train_module.save_step = during(1, save)
+        train_module.save_checkpoint = during(1, save)
         train_module.evaluate = during(2, evaluate)
 
 
@@ -103,13 +104,13 @@ def no_step_seed() -> None:
 
 def last_step_again() -> None:
     """A continued run takes the last step once more."""
-    resume = train_module.resume
+    resume = train_module.Trainer.resume
 
-    def resume_before(*arguments):
-        resume(*arguments)
-        arguments[-1].step -= bool(arguments[-1].step % STEPS)
+    def resume_before(trainer):
+        resume(trainer)
+        trainer.progress.step -= bool(trainer.progress.step % STEPS)
 
-    train_module.resume = resume_before
+    train_module.Trainer.resume = resume_before
 
 
 FAULTS = {"no-sample-seed": no_sample_seed, "no-step-seed": no_step_seed, "last-step-again": last_step_again}
@@ -204,7 +205,7 @@ def identical(a: Path, b: Path) -> list[str]:
 
 def _differences(a: Path, b: Path) -> list[str]:
     found = []
-    states = [load_step(run / "checkpoints" / f"step-{EPOCHS * STEPS}") for run in (a, b)]
+    states = [load_checkpoint(run / "checkpoints" / f"step-{EPOCHS * STEPS}") for run in (a, b)]
     for name, one, other in zip(("weights", "moving average"), *(s[:2] for s in states), strict=True):
         if one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one):
             found.append(name)

@@ -32,7 +32,7 @@ from eit.cli import app
 from eit.config import load_recipe, recipe_names
 from eit.data.prepare_imagenet import prepare_imagenet
 from eit.errors import UserError
-from eit.training.trainer import out_of_memory
+from eit.training.global_batch import out_of_memory_advice
 from tests.conftest import TINY, require, run_eit, save_digits
 from tests.data.test_layouts import RNG, write_idx, write_tiny_imagenet
 from tests.data.test_prepare_imagenet import good
@@ -50,7 +50,7 @@ NOT_RUN = {
     "python benchmarks/pack.py": "minutes; test_pack.py has a small set",
     "apt-get install": "changes the machine",
     "pip install": "changes the environment",
-    "#!/bin/bash": "needs Slurm; its signal: test_reliability.py::test_slurms_warning_saves_and_ends",
+    "#!/bin/bash": "needs Slurm; its signal: test_signals.py::test_slurms_warning_saves_and_ends",
     "eit push runs/pets --repo": "needs the hub; test_hub.py::test_pushed_to_the_hub_and_back",
     "eit predict hf-hub:": "needs the hub; test_hub.py::test_pushed_to_the_hub_and_back",
     "python examples/segmentation.py": "minutes; test_dense.py::test_the_example_trains_and_draws",
@@ -293,7 +293,7 @@ def run_block(world, block, done):
         assert not_run(f"```{block.language}"), f"nothing runs ```{block.language}: add it here, or to NOT_RUN"
 
 
-MESSAGES = [f"eit: {out_of_memory(load_recipe('cifar10', ['data.batch_size=512', 'data.image_size=224']))}"]
+MESSAGES = [f"eit: {out_of_memory_advice(load_recipe('cifar10', ['data.batch_size=512', 'data.image_size=224']))}"]
 DONE: set[str] = set()
 
 

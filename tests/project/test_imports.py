@@ -41,11 +41,10 @@ ROOMS = {
     "weights": [{"__init__", "card"}, {"formats"}, {"fit"}, {"convert"}, {"load"}],
     "inference": [{"__init__", "predict", "runtimes", "evaluate"}],
     "training": [
-        {"__init__", "step_reports", "loss", "checkpoint", "folder_lock"},
+        {"__init__", "step_reports", "signals", "optim", "loss", "checkpoint", "folder_lock"},
         {"run_folder"},
-        {"setup"},
-        {"trainer"},
-        {"preview"},
+        {"setup", "global_batch"},
+        {"trainer", "preview"},
     ],
     "analysis": [
         {"__init__", "moments"},

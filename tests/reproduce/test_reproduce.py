@@ -700,7 +700,7 @@ def test_a_run_again_has_the_recorded_global_batch_on_another_number_of_processe
     (folder / "recipe.yaml").write_text(recipe.replace("batch_size: 64", "batch_size: 32"))
     words = ("reproduce", "tiny.yaml", "--again", "digits-eit-seed-0", "--out", str(tmp_path / "again"), "--json")
     done = run_eit(*words, cwd=tmp_path / "two")
-    assert done.returncode == 0 and "22 x 64 of them an epoch" in done.stderr, done.stderr
+    assert done.returncode == 0 and "22 steps of 64 images per epoch" in done.stderr, done.stderr
     found = json.loads(done.stdout)
     assert found["identical"] and "world_size: 2 -> 1" in found["changed"]
     assert any(change.startswith("capability: not recorded -> ") for change in found["changed"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eit
-from eit.training.checkpoint import Writer, load_state, load_step, newest_step, save_step, saved_steps
+from eit.training.checkpoint import Writer, load_checkpoint, load_state, newest_checkpoint, save_checkpoint, saved_steps
 from tests.weights.test_load import SMALL, card
 
 
@@ -24,7 +24,7 @@ def state():
 @pytest.fixture
 def steps(tmp_path, state):
     for step in (10, 20, 30):
-        save_step(tmp_path, step, card(), state, {k: v + 1 for k, v in state.items()}, training_state(step))
+        save_checkpoint(tmp_path, step, card(), state, {k: v + 1 for k, v in state.items()}, training_state(step))
     return tmp_path
 
 
@@ -34,10 +34,10 @@ def training_state(step):
 
 def test_the_newest_two_are_kept_with_checksums(steps):
     assert saved_steps(steps) == [30, 20]
-    folder, faults = newest_step(steps)
+    folder, faults = newest_checkpoint(steps)
     assert folder.name == "step-30" and faults == []
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "ema.safetensors", "state.pt", "manifest.json"}
-    model, ema, state = load_step(folder)
+    model, ema, state = load_checkpoint(folder)
     assert state == training_state(30)
     assert torch.equal(ema["norm.bias"], model["norm.bias"] + 1)
 
@@ -56,7 +56,7 @@ def truncate(file):
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(steps, name, damage):
     damage(steps / "checkpoints" / "step-30" / name)
-    folder, faults = newest_step(steps)
+    folder, faults = newest_checkpoint(steps)
     assert folder.name == "step-20"
     assert len(faults) == 1 and "step-30 is damaged" in faults[0]
 
@@ -65,21 +65,21 @@ def test_no_whole_checkpoint_is_an_error(steps):
     for step in (20, 30):
         truncate(steps / "checkpoints" / f"step-{step}" / "state.pt")
     with pytest.raises(eit.UserError, match="no whole checkpoint is left"):
-        newest_step(steps)
+        newest_checkpoint(steps)
 
 
 def test_a_half_written_checkpoint_does_not_count(steps, state):
     (steps / "checkpoints" / ".step-40.tmp").mkdir()
     (steps / "checkpoints" / ".step-40.tmp" / "state.pt").write_bytes(b"half")
-    assert newest_step(steps)[0].name == "step-30"
-    save_step(steps, 50, card(), state, None, training_state(50))  # and does not stay
+    assert newest_checkpoint(steps)[0].name == "step-30"
+    save_checkpoint(steps, 50, card(), state, None, training_state(50))  # and does not stay
     assert sorted(p.name for p in (steps / "checkpoints").iterdir()) == ["step-30", "step-50"]
 
 
 def test_checkpoints_that_a_run_went_back_behind_are_dropped(steps, state):
     """One that is damaged, and newer than where the run goes on, must not count among those that are kept."""
     truncate(steps / "checkpoints" / "step-30" / "state.pt")
-    save_step(steps, 25, card(), state, None, training_state(25))
+    save_checkpoint(steps, 25, card(), state, None, training_state(25))
     assert saved_steps(steps) == [25, 20]
 
 
@@ -90,15 +90,15 @@ class Evil:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(Evil(), "is refused: .*mkdir"), (["a list"], "is no state of training"), (dict(progress=3), "is no state of tr")],
+    [(Evil(), "is refused: .*mkdir"), (["a list"], "not a state of training"), (dict(progress=3), "not a state of tr")],
 )
 def test_a_strangers_state_is_refused_though_its_checksum_is_right(tmp_path, monkeypatch, state, content, message):
     monkeypatch.chdir(tmp_path)
     buffer = io.BytesIO()
     torch.save(content, buffer)
     monkeypatch.setattr("eit.training.checkpoint.torch.save", lambda _, file: file.write(buffer.getvalue()))
-    save_step(tmp_path, 10, card(), state, None, {})
-    folder, faults = newest_step(tmp_path)
+    save_checkpoint(tmp_path, 10, card(), state, None, {})
+    folder, faults = newest_checkpoint(tmp_path)
     assert not faults
     with pytest.raises(eit.UserError, match=message) as error:
         load_state(folder)
@@ -124,11 +124,11 @@ def largest_file(size):
 @pytest.mark.parametrize("room", [0, 100, 5000])
 def test_a_full_disk_leaves_earlier_checkpoints_whole_and_says_what_is_needed(steps, state, room):
     with largest_file(room), pytest.raises(OSError) as error:
-        save_step(steps, 40, card(), state, None, training_state(40))
+        save_checkpoint(steps, 40, card(), state, None, training_state(40))
     assert "step-40 was not written (File too large; " in str(error.value)
     assert "bytes are needed" in str(error.value) and "earlier ones are intact" in str(error.value)
     assert sorted(p.name for p in (steps / "checkpoints").iterdir()) == ["step-20", "step-30"]
-    assert newest_step(steps) == (steps / "checkpoints" / "step-30", [])
+    assert newest_checkpoint(steps) == (steps / "checkpoints" / "step-30", [])
 
 
 def test_weights_that_do_not_fit_on_the_disk_leave_the_old_ones_and_are_named(tmp_path, state):
@@ -192,7 +192,7 @@ def test_the_old_checkpoint_goes_only_after_the_new_one_is_durable(steps, state,
     noted(os, "fsync", lambda descriptor: os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
     noted(os, "rename", lambda path: path.name)
     noted(shutil, "rmtree", lambda path: path.name)
-    save_step(steps, 40, card(), state, state, training_state(40))
+    save_checkpoint(steps, 40, card(), state, state, training_state(40))
     renamed = events.index(("rename", ".step-40.tmp"))
     flushed = {name for _, name in events[:renamed]}
     assert flushed >= {f".{file}.tmp" for file in ("model.safetensors", "ema.safetensors", "state.pt", "manifest.json")}
@@ -221,19 +221,19 @@ def test_a_kill_at_any_moment_of_saving_the_same_step_again_leaves_it_whole(tmp_
     for moment in range(100):
         run = tmp_path / f"run-{moment}"
         for step in (20, 30) if older else (30,):
-            save_step(run, step, card(), state, None, training_state(step))
+            save_checkpoint(run, step, card(), state, None, training_state(step))
         left = moment
         with monkeypatch.context() as patch:
             for name, call in changes.items():
                 patch.setattr(os, name, dying(call))
             with suppress(Killed):
-                save_step(run, 30, card(), state, None, training_state(30))
+                save_checkpoint(run, 30, card(), state, None, training_state(30))
         died = left < 0
-        folder, faults = newest_step(run)
+        folder, faults = newest_checkpoint(run)
         assert folder is not None and folder.name == "step-30" and not faults, moment
-        assert load_step(folder)[2] == training_state(30)
+        assert load_checkpoint(folder)[2] == training_state(30)
         if not died:
             break
     assert 15 < moment < 100  # there were as many, and the last run came through
-    save_step(run, 40, card(), state, None, training_state(40))
+    save_checkpoint(run, 40, card(), state, None, training_state(40))
     assert not [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]

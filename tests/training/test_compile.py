@@ -19,8 +19,9 @@ from eit.inference.evaluate import evaluate
 from eit.models import ops
 from eit.randomness import Stream
 from eit.training import trainer as train_module
-from eit.training.trainer import make_view, train
-from tests.training.test_trainer import log, recipe
+from eit.training.setup import make_view
+from eit.training.trainer import train
+from tests.helpers.training import log, recipe
 
 COMPILE = torch.compile
 

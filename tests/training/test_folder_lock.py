@@ -18,7 +18,7 @@ import pytest
 import eit
 from eit.config import load_recipe
 from eit.training import folder_lock
-from eit.training.run_folder import Run
+from eit.training.run_folder import RunFolder
 
 HERE = socket.gethostname()
 NONE = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
@@ -57,7 +57,7 @@ def folder(tmp_path):
 
 
 def open_run(folder, *overrides):
-    return Run(folder, load_recipe("digits", list(overrides)))
+    return RunFolder(folder, load_recipe("digits", list(overrides)))
 
 
 def hold(folder, **process):
@@ -85,11 +85,11 @@ def live(file):
 if __name__ == "__main__":
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     from eit.config import load_recipe
-    from eit.training.run_folder import Run
+    from eit.training.run_folder import RunFolder
     from tests.training.test_folder_lock import refuse
     if number:
         fcntl.flock = refuse(number)
-    run = Run(folder, load_recipe("digits"))
+    run = RunFolder(folder, load_recipe("digits"))
     if not os.fork():
         sys.exit()
     os.wait()
@@ -319,9 +319,9 @@ def test_a_forked_process_does_not_release_the_soft_lock(tmp_path):
 
 def test_a_system_without_fcntl_has_the_soft_lock(folder):
     code = "import sys; sys.modules['fcntl'] = None; from pathlib import Path; from eit.config import load_recipe; "
-    code += "from eit.training.run_folder import Run; from eit import UserError; "
-    code += "run = Run(Path(sys.argv[1]), load_recipe('digits'))\n"
-    code += "try: Run(run.path, load_recipe('digits'))\nexcept UserError: print('refused')"
+    code += "from eit.training.run_folder import RunFolder; from eit import UserError; "
+    code += "run = RunFolder(Path(sys.argv[1]), load_recipe('digits'))\n"
+    code += "try: RunFolder(run.path, load_recipe('digits'))\nexcept UserError: print('refused')"
     words = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.stdout == "refused\n" and done.stderr.count("the file .lock-soft locks it instead") == 2, done.stderr

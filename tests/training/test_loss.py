@@ -100,7 +100,7 @@ def test_soft_distillation_is_timms_task():
     )
     ours = Distillation.__new__(Distillation)
     ours.config = Loss(teacher="x", alpha=0.7, tau=3)
-    ours.teacher, ours.student = task.teacher, (task.student_mean, task.student_std)
+    ours.teacher, ours.student_statistics = task.teacher, (task.student_mean, task.student_std)
     ours.order, ours.size = torch.arange(4), 32
     out = student(x)
     torch.testing.assert_close(ours(F.cross_entropy(out, y), out, x), task(x, y)["loss"])

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,19 +20,17 @@ import eit
 from eit.config import Data
 from eit.data.datasets import open_data
 from eit.data.shards import write_shards
-from eit.data.workers import STOP_SIGNALS
 from eit.randomness import Stream
-from eit.training import checkpoint as state_module
+from eit.training import checkpoint as checkpoint_module
 from eit.training import trainer as train_module
-from eit.training.checkpoint import load_step, newest_step, saved_steps
+from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
 from eit.training.trainer import train
 from eit.weights.formats import read_safetensors
-from tests.conftest import TINY, launcher, require, run_eit, save_digits
+from tests.conftest import TINY, require, run_eit, save_digits
+from tests.helpers.training import children, finish, long_run, recipe, same, train_until_killed, weights
 from tests.test_distributed import DETERMINISTIC
-from tests.training.test_trainer import recipe, same, train_until_killed, weights
 
 ROOT = Path(__file__).parents[2]
-LONG = ["train.epochs=400", "train.warmup_epochs=1"]  # ended by the test
 FIVE = ["train.epochs=5", "train.warmup_epochs=1", "train.save_every=5", "data.batch_size=32"]
 
 
@@ -40,8 +38,9 @@ FIVE = ["train.epochs=5", "train.warmup_epochs=1", "train.save_every=5", "data.b
 
 
 def chaos(trials, tmp_path, *words, timeout=500):
-    command = [sys.executable, ROOT / "tests" / "chaos.py", str(trials), "--seed", "1", *words]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, ROOT / "tests" / "helpers" / "chaos.py", str(trials), "--seed", "1", *words]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
 
@@ -76,7 +75,7 @@ def test_a_hundred_runs_killed_at_random_come_back_identical(tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(folder, monkeypatch):
     """The writer waits for a later step, which would never come if training waited for the writer."""
     steps, waited = [], {}
-    seed, write = train_module.set_seed, train_module.write_state
+    seed, write = train_module.set_seed, train_module.write_checkpoint
 
     def noted_seed(*counters):
         if counters[0] == Stream.STEP:
@@ -92,7 +91,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "set_seed", noted_seed)
-        patch.setattr(train_module, "write_state", slow_write)
+        patch.setattr(train_module, "write_checkpoint", slow_write)
         train(recipe(folder, "train.save_every=2", "train.max_steps=4", f"out={folder.parent / 'slow'}"))
     assert waited[2] >= 3
     train(recipe(folder, "train.save_every=2", "train.max_steps=4", f"out={folder.parent / 'plain'}"))
@@ -104,10 +103,10 @@ STEP_2 = "checkpoints/step-2/model.safetensors"
 
 
 def test_saving_by_minutes(folder, monkeypatch):
-    saved, write = [], train_module.write_state
-    monkeypatch.setattr(train_module, "write_state", lambda r, s, *a: (saved.append(s), write(r, s, *a)))
+    saved, write = [], train_module.write_checkpoint
+    monkeypatch.setattr(train_module, "write_checkpoint", lambda r, s, *a: (saved.append(s), write(r, s, *a)))
     train(recipe(folder, "train.save_minutes=1e-9"))
-    assert saved == [2, 4, 6, 8]  # of four steps in an epoch; what a step reports is looked at in the next one
+    assert saved == [2, 4, 6, 8]  # of four steps in an epoch; what a step reports is read in the next one
     train(recipe(folder, "train.save_minutes=60", f"out={folder.parent / 'other'}"))
     assert saved[4:] == [4, 8]
 
@@ -116,7 +115,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, monkeypatch):
     """It ends at a step, not at the next checkpoint, and goes on when there is room."""
     words = ["data.batch_size=2", "train.save_every=6", "train.max_steps=36"]  # 18 steps an epoch
     r = recipe(folder, *words)
-    steps, seed, write = [], train_module.set_seed, state_module.write_file
+    steps, seed, write = [], train_module.set_seed, checkpoint_module.write_file
 
     def noted_seed(*counters):
         if counters[0] == Stream.STEP:
@@ -133,7 +132,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, monkeypatch):
     train(whole)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "set_seed", noted_seed)
-        patch.setattr(state_module, "write_file", full)
+        patch.setattr(checkpoint_module, "write_file", full)
         with pytest.raises(
             OSError, match=r"step-12 was not written \(No space left on device; .* earlier ones are intact"
         ):
@@ -144,110 +143,11 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, monkeypatch):
     assert same(weights(whole.run_folder()), weights(r.run_folder()))
 
 
-# -- Signals
-
-
-@contextmanager
-def training(folder, *overrides, ranks=0, options=(), until="epoch 2"):
-    """A long digits run as a process group of its own, given when the line `until` is out."""
-    words = [*launcher(ranks), "train", "digits", *LONG, *overrides]
-    if ranks:
-        words[4:4] = options
-    process = subprocess.Popen(
-        words,
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    try:
-        for line in process.stderr:
-            if line.startswith(until):
-                break
-        yield process
-    finally:
-        for pid in (*children(process.pid), process.pid):  # torchrun's ranks have process groups of their own
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()
-
-
-def finish(process, seconds=60):
-    """Exit status and the rest of stderr, within a minute."""
-    err = process.communicate(timeout=seconds)[1]
-    assert "Traceback" not in err.replace('Traceback (most recent call last):\n  File "<frozen', ""), err
-    return process.returncode, err
-
-
-def children(pid):
-    """Process ids below `pid`, the nearest first."""
-    try:
-        found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return found + [below for child in found for below in children(child)]
-
-
-def test_slurms_warning_saves_and_ends(tmp_path):
-    with training(tmp_path) as process:
-        process.send_signal(signal.SIGUSR1)
-        status, err = finish(process)
-    assert status == 128 + signal.SIGUSR1 and "stopped by SIGUSR1; the same command continues" in err
-    assert saved_steps(tmp_path / "runs" / "digits")
-
-
-STUCK = """
-import ctypes, sys
-from eit import cli
-from eit import randomness as plan
-from eit.training import trainer as train
-def stuck(*counters):
-    if counters[0] == plan.Stream.STEP:
-        print("in a step", file=sys.stderr, flush=True)
-        ctypes.CDLL(None).pause()  # once for each signal, without a way for Python to run its handler
-        ctypes.CDLL(None).pause()
-        ctypes.CDLL(None).pause()
-train.set_seed = stuck
-cli.main()
-"""
-
-
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    """Also where the main thread hangs in a call that is none of Python's, as in a collective."""
-    words = [sys.executable, "-c", STUCK, "train", "digits"]
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    try:
-        while "in a step" not in process.stderr.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        time.sleep(1)
-        assert process.poll() is None  # it waits for the end of the step
-        process.send_signal(signal.SIGINT)
-        status, err = finish(process, 10)
-    finally:
-        process.kill()
-    assert status == 130 and "eit: interrupted; what was saved before stays" in err
-
-
-def test_loader_processes_leave_signals_to_the_trainer(tmp_path):
-    """They reach all of a group; the workers go on until it ends them."""
-    with training(tmp_path, "data.cache=false", "data.workers=2") as process:
-        workers = children(process.pid)
-        assert len(workers) >= 2
-        for signum in (*STOP_SIGNALS, signal.SIGINT):
-            for pid in workers:
-                os.kill(pid, signum)
-            time.sleep(0.5)
-        assert process.poll() is None and set(workers) <= set(children(process.pid))
-        os.killpg(process.pid, signal.SIGTERM)
-        status, err = finish(process)
-        assert status == 128 + signal.SIGTERM and "the same command continues" in err
-        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+# -- Processes
 
 
 def test_a_dead_loader_process_ends_the_run_with_its_cause(tmp_path):
-    with training(tmp_path, "data.cache=false", "data.workers=2") as process:
+    with long_run(tmp_path, "data.cache=false", "data.workers=2") as process:
         os.kill(children(process.pid)[0], signal.SIGKILL)
         status, err = finish(process)
     assert status == 1 and "eit: a loader process died (DataLoader worker (pid" in err
@@ -257,7 +157,7 @@ def test_a_dead_loader_process_ends_the_run_with_its_cause(tmp_path):
 
 
 def test_a_dead_rank_ends_the_others(tmp_path):
-    with training(tmp_path, "data.batch_size=32", ranks=2) as process:
+    with long_run(tmp_path, "data.batch_size=32", ranks=2) as process:
         os.kill(children(process.pid)[1], signal.SIGKILL)
         err = process.communicate(timeout=60)[1]
     assert process.returncode not in (0, None) and "Signal 9 (SIGKILL) received by PID" in err
@@ -269,28 +169,13 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_the_weights_are_the_same(t
         (tmp_path / name).mkdir()
     words = ["train", "digits", *FIVE]
     assert run_eit(*words, cwd=tmp_path / "whole", ranks=2).returncode == 0
-    with training(tmp_path / "broken", *FIVE, ranks=2, options=["--max-restarts=3"]) as process:
+    with long_run(tmp_path / "broken", *FIVE, ranks=2, options=["--max-restarts=3"]) as process:
         ranks = [pid for pid in children(process.pid) if b"eit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(ranks[1], signal.SIGKILL)
         err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
     assert "continuing runs/digits from step" in err
     assert same(*(weights(tmp_path / name / "runs" / "digits") for name in ("whole", "broken")))
-
-
-@pytest.mark.parametrize(
-    ("whom", "signum", "status"),
-    [("one rank", signal.SIGTERM, 0), pytest.param("torchrun", signal.SIGUSR1, 1, marks=pytest.mark.slow)],
-)
-def test_a_signal_under_torchrun_saves_once_and_does_not_restart(tmp_path, whom, signum, status):
-    slurm = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    with training(tmp_path, "data.batch_size=32", ranks=2, options=["--max-restarts=3", slurm]) as process:
-        os.kill(process.pid if whom == "torchrun" else children(process.pid)[1], signum)
-        err = process.communicate(timeout=60)[1]
-    assert err.count(f"stopped by {signum.name}; the same command continues") == 1, err
-    assert "continuing" not in err and process.returncode == status
-    run = tmp_path / "runs" / "digits"
-    assert saved_steps(run) and not (run / "final.safetensors").exists()
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_in_the_same_order(folder, tmp_path, monkeypatch):
@@ -389,8 +274,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_p
     assert errors[1] == ""  # said once
     run = tmp_path / "machine0" / "run"
     assert len((run / "not-finite-5.txt").read_text().splitlines()) == 8  # of both ranks
-    folder, _ = newest_step(run)
-    assert folder.name == "step-5" and all(v.isfinite().all() for v in load_step(folder)[0].values())
+    folder, _ = newest_checkpoint(run)
+    assert folder.name == "step-5" and all(v.isfinite().all() for v in load_checkpoint(folder)[0].values())
 
 
 def test_a_stream_is_not_continued_on_another_number_of_ranks(folder, tmp_path, monkeypatch):
@@ -489,10 +374,10 @@ def test_two_thousand_epochs_hold_on_to_nothing(tmp_path):
 
 SOAK = """
 import json, os, sys, time
-from eit.training import run_folder as run
+from eit.training.run_folder import RunFolder
 from eit.config import load_recipe
 from eit.training.trainer import train
-log, seen = run.Run.log, {}
+log, seen = RunFolder.log_epoch, {}
 def note(name):
     pages = int(open('/proc/self/statm').read().split()[1])
     files = [os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')]
@@ -503,7 +388,7 @@ def watched(self, line, classes):
     log(self, line, classes)
     if line['epoch'] + 1 in (int(sys.argv[1]), int(sys.argv[2])):
         note(line['epoch'] + 1)
-run.Run.log = watched
+RunFolder.log_epoch = watched
 note('start')
 train(load_recipe('digits', sys.argv[3:]))
 for _ in range(100):  # the thread that feeds a loader process closes its pipe a moment after that process is gone

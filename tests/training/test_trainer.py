@@ -1,165 +1,19 @@
-import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import nullcontext
+"""The training loop: determinism, continuation, what is learnt, and what ends a run."""
 
 import pytest
 import torch
-import yaml
 
 import eit
 from eit.config import load_recipe
 from eit.data import datasets as data_module
 from eit.data.datasets import open_data
-from eit.data.order import Plan
-from eit.randomness import Stream
+from eit.data.order import SampleOrder
 from eit.training import loss as loss_module
 from eit.training import trainer as train_module
-from eit.training.checkpoint import load_step, newest_step, saved_steps
-from eit.training.run_folder import Run
-from eit.training.trainer import make_optimizer, make_schedule, train
+from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
+from eit.training.trainer import train
 from eit.weights.formats import read_safetensors
-from tests.conftest import TINY, run_eit
-
-
-def recipe(folder, *overrides, base="cifar10"):
-    return load_recipe(base, [*TINY, f"data.root={folder}", f"out={folder.parent / 'run'}", *overrides])
-
-
-def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def weights(run, name="final"):
-    return eit.load(run / f"{name}.safetensors").state_dict()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# -- The run folder
-
-
-def line_of(epoch):
-    line = dict(epoch=epoch, step=epoch, train_loss=1.0, val_loss=1.0, val_top1=1.0, ema_top1=None, lr=1.0)
-    return line | dict(images_per_s=1.0)
-
-
-@pytest.mark.parametrize("ended", ["finished", "stopped", "failed"])
-def test_curves_are_drawn_now_and_then_and_whole_at_the_end(folder, monkeypatch, ended):
-    drawn = []
-    monkeypatch.setattr("eit.plots.curves", lambda lines, file: drawn.append(len(lines)))
-    expected = pytest.raises(OSError, match="disk") if ended == "failed" else nullcontext()
-    with expected, Run(folder.parent / "run", recipe(folder)) as run:
-        run.start_logging({}, 0)
-        for epoch in range(3):
-            run.log(line_of(epoch), 3)
-        if ended == "finished":
-            run.finish()
-        if ended == "failed":
-            raise OSError("disk")
-    assert drawn == [1, 3]
-
-
-@pytest.mark.parametrize("error", [None, OSError("disk")])
-def test_curves_that_cannot_be_drawn_replace_no_error_and_release_the_folder(folder, monkeypatch, error):
-    def fail(lines, file):
-        if len(lines) > 1:
-            raise RuntimeError("curves")
-
-    monkeypatch.setattr("eit.plots.curves", fail)
-    expected = pytest.raises(OSError, match="disk") if error else pytest.raises(RuntimeError, match="curves")
-    with expected, Run(folder.parent / "run", recipe(folder)) as run:
-        run.start_logging({}, 0)
-        for epoch in range(2):
-            run.log(line_of(epoch), 3)
-        if error:
-            raise error
-    with Run(folder.parent / "run", recipe(folder)):
-        pass
-
-
-def test_a_run_leaves_what_it_promises(folder):
-    r = recipe(folder, "train.ema_decay=0.9")
-    summary = train(r)
-    run = r.run_folder()
-    assert {p.name for p in run.iterdir()} >= {
-        "recipe.yaml", "environment.json", "log.jsonl", "curves.png", "summary.json", "checkpoints", "best.safetensors",
-        "final.safetensors", "tensorboard",
-    }  # fmt: skip
-    assert set(summary) == {
-        "best_top1", "best_epoch", "last_top1", "last_top5", "last_ema_top1", "epochs", "seconds", "params",
-    }  # fmt: skip
-    assert json.loads((run / "summary.json").read_text()) == summary
-    lines = log(run)
-    assert [line["epoch"] for line in lines] == [0, 1]
-    assert [line["step"] for line in lines] == [4, 8]
-    assert set(lines[0]) == {
-        "epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "ema_top1", "images_per_s",
-    }  # fmt: skip
-    assert summary["best_top1"] == max(line["val_top1"] for line in lines)
-    assert summary["last_top1"] == lines[-1]["val_top1"] and summary["last_ema_top1"] == lines[-1]["ema_top1"]
-    assert saved_steps(run) == [8, 4]
-    assert yaml.safe_load((run / "recipe.yaml").read_text()) == r.model_dump(mode="json")
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__ and environment["cpu"]["capability"]
-    card = eit.load(run).card
-    assert card.classes == ["digit0", "digit1", "digit2"] and card.recipe["name"] == "cifar10"
-    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_finished_run_says_so_and_another_recipe_is_refused(folder, capsys):
-    r = recipe(folder)
-    summary = train(r)
-    before = (r.run_folder() / "final.safetensors").read_bytes()
-    assert train(r) == summary
-    assert "is finished" in capsys.readouterr().err
-    assert train(recipe(folder, "data.workers=1")) == summary
-    with pytest.raises(eit.UserError, match=r"another recipe \(optim\.lr: 0\.00055 -> 0\.1\)"):
-        train(recipe(folder, "optim.lr=0.1"))
-    assert (r.run_folder() / "final.safetensors").read_bytes() == before
-
-
-def test_a_folder_that_is_no_run_folder_is_left_alone(folder):
-    """The data themselves, say."""
-    before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(eit.UserError, match="is not empty, and no run folder"):
-        train(recipe(folder, f"out={folder}"))
-    assert sorted(p.name for p in folder.iterdir()) == before
-
-
-def test_a_finished_run_on_other_data_says_so(folder):
-    train(recipe(folder))
-    next((folder / "train" / "digit0").iterdir()).rename(folder / "train" / "digit1" / "new.png")
-    with pytest.raises(eit.UserError, match="was trained with another data"):
-        train(recipe(folder))
-
-
-def test_a_second_process_is_kept_out(folder):
-    r = recipe(folder)
-    r.run_folder().mkdir()
-    lock = str(r.run_folder() / ".lock")
-    code = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-        "print(flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    with pytest.raises(eit.UserError, match="is in use by another process"):
-        train(r)
-    holder.kill()  # kill -9 frees it
-    holder.wait()
-    train(r)
-
-
-def test_a_recipe_may_change_until_something_is_trained(folder, monkeypatch):
-    r = recipe(folder)
-    train_until_killed(r, 0, monkeypatch)
-    train(recipe(folder, "optim.lr=1e-3"))
-
+from tests.helpers.training import Killed, log, recipe, same, train_until_killed, weights
 
 # -- Determinism and continuation
 
@@ -179,25 +33,6 @@ def test_the_same_seed_gives_the_same_weights_with_any_workers(folder):
         runs.append(weights(r.run_folder()))
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
-
-
-class Killed(BaseException):
-    """Stands for the process's end in the tests that stay in one process."""
-
-
-def train_until_killed(recipe, step, monkeypatch):
-    """The process ends in the middle of `step`: nothing after its forward pass happens."""
-    original = train_module.set_seed
-
-    def set_seed(*counters):
-        if counters[0] == Stream.STEP and counters[2] == step:
-            raise Killed
-        original(*counters)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "set_seed", set_seed)
-        with pytest.raises(Killed):
-            train(recipe)
 
 
 FULL = ["train.ema_decay=0.9", "train.accumulate=2", "data.batch_size=4", "optim.clip_grad=1", "train.epochs=3"]
@@ -225,15 +60,15 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
 def test_what_was_logged_after_the_checkpoint_is_logged_once(folder, monkeypatch):
     """The process dies between the log's line and the checkpoint of the same epoch, in the middle of a second line."""
     r = recipe(folder, "train.epochs=3")
-    original = train_module.write_state
+    original = train_module.write_checkpoint
 
-    def write_state(run, step, *rest):
+    def write_checkpoint(run, step, *rest):
         if step == 8:
             raise Killed
         return original(run, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "write_state", write_state)
+        patch.setattr(train_module, "write_checkpoint", write_checkpoint)
         with pytest.raises(Killed):
             train(r)
     assert [line["step"] for line in log(r.run_folder())] == [4, 8]
@@ -261,27 +96,6 @@ def test_a_run_is_not_continued_on_other_data(folder, monkeypatch):
         train(r)
 
 
-def test_a_signal_saves_and_the_same_command_continues(tmp_path):
-    """Ctrl-C here; SIGTERM and SIGUSR1 are in test_reliability."""
-    words = ["train", "digits", "train.epochs=3", "train.warmup_epochs=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eit", *words],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    for line in process.stderr:
-        if line.startswith("epoch 1"):
-            break
-    process.send_signal(signal.SIGINT)
-    err = process.stderr.read()
-    assert process.wait(60) == 128 + signal.SIGINT, err
-    assert "the same command continues" in err and "Traceback" not in err
-    done = run_eit(*words, cwd=tmp_path)
-    assert done.returncode == 0 and "continuing" in done.stderr
-
-
 # -- What is learnt
 
 
@@ -305,48 +119,6 @@ def test_true_labels_do(tmp_path):
 
 
 # -- Parts
-
-
-def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
-    r = load_recipe("imagenet_mini")
-    plan = Plan(1_281_167, 128, 1, 8, 3, 0)
-    model = eit.create_model("eit_mini", depth=1)
-    optimizer = make_optimizer(r, model, plan)
-    schedule = make_schedule(r, optimizer, plan)
-
-    def rate(step):
-        schedule.step_update(step)
-        return optimizer.param_groups[0]["lr"]
-
-    steps = plan.steps
-    assert steps == 1251
-    assert rate(0) == pytest.approx(1e-6)
-    assert rate(1) > 1e-6
-    peak = 1e-3 * 1024 / 512
-    assert rate(5 * steps) == pytest.approx(peak, rel=1e-3)
-    # The published log, whose schedule is an epoch late: epoch 2 is our epoch 1, epoch 299 our epoch 298.
-    assert rate(steps) == pytest.approx(4.0080e-04, rel=1e-3)
-    assert rate(298 * steps) == pytest.approx(1.0218e-05, rel=1e-3)
-    assert rate(300 * steps - 1) == pytest.approx(1e-5, rel=1e-3)
-
-
-def test_norms_biases_and_tokens_are_not_decayed():
-    r = load_recipe("imagenet_mini", ["optim.lr_batch=null"])
-    model = eit.create_model("eit_mini", depth=2, pos_embed="learned")
-    optimizer = make_optimizer(r, model, Plan(10, 1, 1, 1, 1, 0))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        spared = name.endswith("bias") or "norm" in name or name in ("cls_token", "pos_embed")
-        assert decay[id(p)] == (0 if spared else 0.05), name
-    assert optimizer.param_groups[0]["initial_lr" if "initial_lr" in optimizer.param_groups[0] else "lr"] == 1e-3
-
-
-def test_the_rate_follows_the_global_batch():
-    for accumulate, world, lr in ((1, 1, 0.25e-3), (2, 1, 0.5e-3), (2, 8, 4e-3)):
-        plan = Plan(10_000, 128, accumulate, world, 1, 0)
-        optimizer = make_optimizer(load_recipe("imagenet_mini"), eit.create_model("eit_mini", depth=1), plan)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
 
 
 def test_accumulated_micro_batches_make_the_same_step_as_one_batch(folder):
@@ -446,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder, monkeypatch):
     file = r.run_folder() / "not-finite-5.txt"
     assert str(file) in str(error.value)
     images, _ = open_data(r.data)
-    numbers = Plan(36, 8, 1, 1, 1, r.seed).order(1)[1, :, 0].tolist()
+    numbers = SampleOrder(36, 8, 1, 1, 1, r.seed).samples(1)[1, :, 0].tolist()
     assert file.read_text().splitlines() == [f"{i}\t{images.names[i]}" for i in numbers]
 
 
@@ -483,8 +255,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypat
     monkeypatch.setattr(train_module, "make_criterion", broken)
     with pytest.raises(FloatingPointError, match="the gradient is (nan|inf) in epoch 2, step 5, on images digit"):
         train(r)
-    folder_, _ = newest_step(r.run_folder())
-    assert folder_.name == "step-5" and all(v.isfinite().all() for v in load_step(folder_)[0].values())
+    folder_, _ = newest_checkpoint(r.run_folder())
+    assert folder_.name == "step-5" and all(v.isfinite().all() for v in load_checkpoint(folder_)[0].values())
 
 
 @pytest.mark.parametrize(
@@ -505,7 +277,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypat
         (["train.device=cuda:7"], "device cuda:7 is not there"),
         (["train.device=gpu"], "device 'gpu' is not one of auto, cpu, mps, cuda, cuda:N"),
         (["augment.rand_augment=foo"], "augment.rand_augment=foo: timm does not know this policy"),
-        (["optim.min_lr=0.1"], r"optim.min_lr=0.1 is more than the rate itself \(optim.lr=0.00055"),
+        (["optim.min_lr=0.1"], r"optim.min_lr=0.1 is larger than the peak rate \(optim.lr=0.00055"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_before_anything_starts(folder, overrides, message):

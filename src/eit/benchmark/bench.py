@@ -29,7 +29,7 @@ from eit.benchmark import matmul_peak
 from eit.benchmark.naive import make_naive
 from eit.config import load_recipe
 from eit.console import progress
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.environment import environment
 from eit.errors import UserError, few, first_line, nearest
 from eit.export.exporter import export
@@ -40,7 +40,7 @@ from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
-from eit.training.trainer import make_optimizer
+from eit.training.optim import make_optimizer
 from eit.weights.card import Card
 from eit.weights.convert import default_class_names, default_mean_std
 from eit.weights.load import SHIPPED, load, names_weights
@@ -386,8 +386,8 @@ def inference_step(network: Any, x: Tensor, precision: Precision) -> Step:
 
 def training_step(model: nn.Module, network: Any, x: Tensor, y: Tensor, precision: Precision) -> Step:
     """Forward, cross-entropy, backward, and a step of the optimizer of the recipes. `network` is what calls `model`."""
-    plan = Plan(images=len(x), batch_size=len(x), accumulate=1, world=1, repeats=1, seed=0)
-    optimizer = make_optimizer(load_recipe(RECIPE), model, plan)
+    order = SampleOrder(images=len(x), batch_size=len(x), accumulate=1, world=1, repeats=1, seed=0)
+    optimizer = make_optimizer(load_recipe(RECIPE), model, order)
 
     def step() -> None:
         with float32_products(precision):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import Mixup
 from timm.data.auto_augment import AugmentOp
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
@@ -203,3 +204,17 @@ def image_transform(view: View, augment: Augment) -> ImageTransform:
     else:
         crop = Whole(simple_crop(view) if augment.simple_crop else PadCrop(view, augment.pad_crop))
     return ImageTransform(view, augment, crop, steps)
+
+
+def make_mixup(config: Augment, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """(images, labels) -> mixed images, targets (B, classes), by mixup or cutmix; None if both are off."""
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        label_smoothing=config.smoothing,
+        num_classes=classes,
+    )

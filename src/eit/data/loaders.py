@@ -20,7 +20,7 @@ from eit.config import Augment, Data
 from eit.console import track
 from eit.data.augment import ImageTransform, erase, image_transform, noise_fields, shift_and_flip
 from eit.data.images import Images, UnreadableImage, View, normalise
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
 from eit.data.random_crop import Kept
 from eit.data.streaming import StreamEvaluationLoader, StreamLoader
@@ -39,7 +39,7 @@ def fits_in_memory(images: Images, view: View) -> bool:
 
 
 def train_loader(
-    images: Images | ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+    images: Images | ImageStream, view: View, order: SampleOrder, config: Data, augment: Augment, device: torch.device
 ) -> "CachedLoader | WorkerLoader | StreamLoader":
     """The loader for these images: from memory if they are small and nothing augments image by image."""
     if config.cache and augment.by_image:
@@ -49,10 +49,10 @@ def train_loader(
         if config.cache or augment.repeats > 1:
             key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"
             raise UserError(f"{key} needs images with random access: data.dataset={config.dataset} comes in turn")
-        return StreamLoader(images, view, plan, config, augment, device)
+        return StreamLoader(images, view, order, config, augment, device)
     if (config.cache is None and fits_in_memory(images, view) and not augment.by_image) or config.cache:
-        return CachedLoader(images, view, plan, config.bad_image_budget, augment, device)
-    return WorkerLoader(images, view, plan, config, augment, device)
+        return CachedLoader(images, view, order, config.bad_image_budget, augment, device)
+    return WorkerLoader(images, view, order, config, augment, device)
 
 
 def read_or_neighbour(
@@ -75,9 +75,9 @@ class CachedLoader:
     """
 
     def __init__(
-        self, images: Images, view: View, plan: Plan, budget: float, augment: Augment, device: torch.device
+        self, images: Images, view: View, order: SampleOrder, budget: float, augment: Augment, device: torch.device
     ) -> None:
-        self.images, self.plan, self.augment, self.device = images, plan, augment, device
+        self.images, self.order, self.augment, self.device = images, order, augment, device
         self.view = replace(view, resize=view.size)
         self.bad = BadImages(images, budget)
         self.pixels = self.labels = torch.empty(0)
@@ -101,14 +101,14 @@ class CachedLoader:
         self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        plan = self.plan
-        table = generator(Stream.TABLE, plan.seed, epoch)
-        draws = torch.rand(plan.images, plan.repeats, 8, generator=table).to(self.device)
+        order = self.order
+        table = generator(Stream.TABLE, order.seed, epoch)
+        draws = torch.rand(order.images, order.repeats, 8, generator=table).to(self.device)
         noise = torch.empty(0)
         if self.augment.erasing:
-            noise = noise_fields(self.pixels.shape[1:], plan.seed, epoch, self.device)
+            noise = noise_fields(self.pixels.shape[1:], order.seed, epoch, self.device)
         # After this, no step waits for a copy to the device.
-        for rows in plan.batches(epoch, first_step, distributed.rank()).to(self.device):
+        for rows in order.batches(epoch, first_step, distributed.rank()).to(self.device):
             index, repeat = rows.unbind(1)
             row = draws[index, repeat].unbind(1)
             x = self.pixels[index]
@@ -154,11 +154,11 @@ class _Samples(Dataset):
 class _Batches(Sampler):
     """Keys of the micro-batches of the epoch that was last requested; the workers outlive an epoch."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.epoch, self.first_step = plan, 0, 0
+    def __init__(self, order: SampleOrder) -> None:
+        self.order, self.epoch, self.first_step = order, 0, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for rows in self.plan.batches(self.epoch, self.first_step, distributed.rank()):
+        for rows in self.order.batches(self.epoch, self.first_step, distributed.rank()):
             yield [(self.epoch, index, repeat) for index, repeat in rows.tolist()]
 
 
@@ -166,12 +166,12 @@ class WorkerLoader:
     """Images read, cropped and augmented one by one in worker processes; normalised and erased on the device."""
 
     def __init__(
-        self, images: Images, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+        self, images: Images, view: View, order: SampleOrder, config: Data, augment: Augment, device: torch.device
     ) -> None:
-        self.prefetched = Prefetcher(view, augment, plan.seed, device)
+        self.prefetched = Prefetcher(view, augment, order.seed, device)
         self.bad = BadImages(images, config.bad_image_budget)
-        self.batches = _Batches(plan)
-        samples = _Samples(images, view, image_transform(view, augment), plan.seed)
+        self.batches = _Batches(order)
+        samples = _Samples(images, view, image_transform(view, augment), order.seed)
         self.loader = DataLoader(
             samples,
             batch_sampler=self.batches,

@@ -19,7 +19,7 @@ from eit import distributed
 from eit.config import Augment, Data
 from eit.data.augment import ImageTransform, image_transform
 from eit.data.images import View, normalise, to_mode
-from eit.data.order import Plan
+from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
 from eit.data.timm_datasets import ImageStream, one_shard, shard_names
 from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_count, worker_options
@@ -35,21 +35,21 @@ class StreamLoader:
     """
 
     def __init__(
-        self, images: ImageStream, view: View, plan: Plan, config: Data, augment: Augment, device: torch.device
+        self, images: ImageStream, view: View, order: SampleOrder, config: Data, augment: Augment, device: torch.device
     ) -> None:
-        self.images, self.view, self.plan, self.device = images, view, plan, device
-        self.prefetched = Prefetcher(view, augment, plan.seed, device)
+        self.images, self.view, self.order, self.device = images, view, order, device
+        self.prefetched = Prefetcher(view, augment, order.seed, device)
         self.augmented = _Augmented(image_transform(view, augment), view.channels)
         self.bad = BadImages(images, config.bad_image_budget)
         self.workers = worker_count(config.workers)
         # With unequal numbers of shards, some readers would skip images and others repeat them.
-        fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * plan.world) == 0]
+        fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * order.world) == 0]
         if config.workers is None and fit:
             self.workers = fit[0]
-        if images.shards % (max(self.workers, 1) * plan.world):
-            parts = f"{plan.world} x {max(self.workers, 1)} processes x data.workers"
+        if images.shards % (max(self.workers, 1) * order.world):
+            parts = f"{order.world} x {max(self.workers, 1)} processes x data.workers"
             advice = (
-                f"set data.workers={fit[0]}" if fit else f"write a multiple of {plan.world} (eit data shard --count)"
+                f"set data.workers={fit[0]}" if fit else f"write a multiple of {order.world} (eit data shard --count)"
             )
             raise UserError(f"{images.shards} shards cannot be shared by {parts}: {advice}")
 
@@ -57,8 +57,8 @@ class StreamLoader:
         """Nothing: the workers start with each epoch."""
 
     def _open(self, epoch: int) -> Any:
-        seed = seed_of(Stream.ORDER, self.plan.seed, epoch) % 2**31
-        dataset = self.images.open(True, self.plan.batch_size, seed)
+        seed = seed_of(Stream.ORDER, self.order.seed, epoch) % 2**31
+        dataset = self.images.open(True, self.order.batch_size, seed)
         dataset.set_loader_cfg(num_workers=self.workers)
         return dataset
 
@@ -71,23 +71,23 @@ class StreamLoader:
         Raises:
             UserError: an unreadable shard, a label that is not a class, or an epoch that ends too early.
         """
-        plan = self.plan
-        counters = plan.seed, epoch, distributed.rank()
+        order = self.order
+        counters = order.seed, epoch, distributed.rank()
         self.bad.seen.clear()  # images have no names here, so the count starts again each epoch
         loader = DataLoader(
             _Turn(self.images, self._open(epoch), self.view.channels, self.augmented, *counters),
-            batch_size=plan.batch_size,
+            batch_size=order.batch_size,
             collate_fn=collate,
             generator=generator(Stream.ORDER, *counters),
             **worker_options(self.workers, self.device),
         )
         batches = iter(loader)
-        for number in range(plan.steps * plan.accumulate):
+        for number in range(order.steps * order.accumulate):
             if (batch := next(batches, None)) is None:
-                of = f"{number} of {plan.steps * plan.accumulate} batches"
+                of = f"{number} of {order.steps * order.accumulate} batches"
                 raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
             self.bad.add_from(batch)
-            if number >= first_step * plan.accumulate:
+            if number >= first_step * order.accumulate:
                 yield batch
 
 

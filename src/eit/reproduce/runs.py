@@ -28,7 +28,7 @@ from eit.models.registry import TIMM
 from eit.precision import arithmetic, resolve_precision
 from eit.reproduce.experiment import Cell, Experiment, Measure
 from eit.training.run_folder import read_log, read_recipe
-from eit.training.setup import build_model, settle
+from eit.training.setup import build_model, resolve_architecture
 from eit.training.trainer import train
 from eit.weights.load import load
 
@@ -147,7 +147,7 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
         Stopped: as `eit.training.trainer.train`; the same command goes on.
     """
     device = distributed.start(cells[0].values["train"]["device"])
-    recipes = [settle(cell.recipe(results, roots, distributed.world_size())) for cell in cells]
+    recipes = [resolve_architecture(cell.recipe(results, roots, distributed.world_size())) for cell in cells]
     left = distributed.on_main(lambda: [i for i, cell in enumerate(cells) if not is_done(cell, measure, results)])
     if not left:
         say(f"finished: all {len(cells)} runs are in {recipes[0].run_folder().parent}; another --results trains anew")

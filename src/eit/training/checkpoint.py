@@ -1,7 +1,7 @@
 """The state of training on disk: `checkpoints/step-N/` of a run folder.
 
-A checkpoint has model.safetensors, ema.safetensors, state.pt and manifest.json (sha256 of each). It appears under its
-name only when all of it is on the disk, and the one before the last goes after that.
+A checkpoint has model.safetensors, ema.safetensors, state.pt and manifest.json (sha256 of each). It gets its name only
+when all of it is on the disk. Older checkpoints are deleted after that.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,35 @@ from eit.weights.card import Card
 from eit.weights.formats import StateDict, read_pickle, read_safetensors, weights_bytes
 
 KEPT = 2  # checkpoints of a run
-State = dict[str, Any]
+State = dict[str, Any]  # of optimizer, scaler and progress
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds of a run besides weights, optimizer and scaler. The names are those of the file."""
+
+    step: int = 0  # optimizer steps taken
+    loss_sum: float = 0.0  # over the steps of this epoch so far
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0  # of training steps, over all continuations
+    last: dict[str, Any] = field(default_factory=dict)  # the newest line of the log
+    fixed: dict[str, Any] = field(default_factory=dict)  # what a continued run must share: data, global batch
+
+
+def check_unchanged(state: State, progress: Progress, run: Path) -> None:
+    """Raise a UserError if the run of a checkpoint had other data, another global batch or another teacher."""
+    saved = state["progress"]["fixed"]
+    for key, now in progress.fixed.items():
+        if (before := saved.get(key)) != now:
+            advice = f"set {key}={before}" if key.startswith("data.") else "set another out="
+            raise UserError(f"{run} was trained with another {key}: {before}, now {now}; {advice}")
 
 
 class Writer:
-    """Writes while training goes on: `submit` begins to copy to host memory, and a thread does the rest.
+    """Writes while training goes on: `submit` starts copies to host memory, and a thread does the rest.
 
-    What a call raises, an OSError say, is raised by the `submit`, `wait` or end that follows it.
+    An error of a call, such as an OSError, is raised by the `submit` or `wait` that follows, or at the end.
     """
 
     def __init__(self) -> None:
@@ -38,7 +61,7 @@ class Writer:
         self._pending: Future[Any] | None = None
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """`call` with copies of the tensors in `arguments`. One is made at a time: a second waits for the first."""
+        """Run `call` with copies of the tensors in `arguments`, after the call before it has ended."""
         self.wait()
         gpus: set[torch.device] = set()
         copies = _on_host(arguments, gpus)
@@ -46,20 +69,20 @@ class Writer:
         self._pending = self._pool.submit(_after, copied, call, copies)
 
     def wait(self) -> None:
-        """Return when the call has ended."""
+        """Wait until the call has ended."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def fault(self) -> BaseException | None:
-        """What `wait` would raise at once."""
+        """The error of a call that has failed, which `wait` will raise."""
         return self._pending.exception() if self._pending is not None and self._pending.done() else None
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._pool.shutdown()  # what was begun is finished, whatever ended the run
+        self._pool.shutdown()  # waits for the call, whatever ended the run
         if error is None:
             self.wait()
         elif fault := self.fault():  # the first error is the one to raise
@@ -69,8 +92,8 @@ class Writer:
 def _on_host(value: Any, gpus: set[torch.device]) -> Any:
     """A copy in host memory, also of tensors inside dictionaries, lists and tuples.
 
-    From CUDA, copies go to pinned memory, and nothing waits for them here: `gpus` gets the devices that still copy.
-    They copy first, and then begin what they are given next, such as the update of the next step.
+    Copies from CUDA go to pinned memory, and nothing waits for them here: the devices are added to `gpus`. A device
+    copies before it starts later work, such as the update of the next step.
     """
     if isinstance(value, Tensor):
         if value.is_cuda:
@@ -91,11 +114,11 @@ def _after(copied: Mapping[torch.device, torch.cuda.Event], call: Callable[..., 
     return call(*arguments)
 
 
-def save_step(run: Path, step: int, card: Card, model: StateDict, ema: StateDict | None, state: State) -> Path:
-    """Write `checkpoints/step-N/` durably, then drop all but the newest two.
+def save_checkpoint(run: Path, step: int, card: Card, model: StateDict, ema: StateDict | None, state: State) -> Path:
+    """Write `checkpoints/step-N/` durably, then delete all but the newest two.
 
     Raises:
-        OSError: the disk is full, say; earlier checkpoints are intact.
+        OSError: the disk is full, for example; earlier checkpoints are intact.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -107,8 +130,8 @@ def save_step(run: Path, step: int, card: Card, model: StateDict, ema: StateDict
     folder = run / "checkpoints"
     target, temporary, aside = (folder / name for name in (f"step-{step}", f".step-{step}.tmp", f".step-{step}.old"))
     try:
-        for left in folder.glob(".step-*.tmp"):  # by a process that was killed
-            shutil.rmtree(left)
+        for unfinished in folder.glob(".step-*.tmp"):  # left by a process that was killed
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
         for name, content in files.items():
             write_file(temporary / name, content)
@@ -125,7 +148,7 @@ def save_step(run: Path, step: int, card: Card, model: StateDict, ema: StateDict
         reason = f"{os.strerror(error.errno or 0)}; {need:,} bytes are needed, {free:,} are free"
         raise OSError(f"checkpoint {target} was not written ({reason}); earlier ones are intact") from None
     kept = [old for old in saved_steps(run) if old <= step][:KEPT]
-    for old in set(saved_steps(run)) - set(kept):  # later ones are damaged: the run went on from an older step
+    for old in set(saved_steps(run)) - set(kept):  # later ones are damaged: the run continued from an older step
         shutil.rmtree(folder / f"step-{old}")
     return target
 
@@ -136,13 +159,13 @@ def saved_steps(run: Path) -> list[int]:
     return sorted((int(n[5:]) for n in names if n[5:].isdigit()), reverse=True)
 
 
-def newest_step(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line on each newer one that is not. For the holder of the run.
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and a line about each newer one. For the process that holds the run.
 
     Raises:
         UserError: there are checkpoints and all are damaged.
     """
-    for aside in (run / "checkpoints").glob(".step-*.old"):  # a process was killed while it put another in its place
+    for aside in (run / "checkpoints").glob(".step-*.old"):  # a process was killed while it replaced a checkpoint
         if (target := aside.with_name(aside.stem[1:])).exists():
             shutil.rmtree(aside)
         else:
@@ -155,27 +178,27 @@ def newest_step(run: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, faults
     if faults:
-        raise UserError("; ".join(faults) + "; no whole checkpoint is left: use another out= to start anew")
+        raise UserError("; ".join(faults) + "; no whole checkpoint is left: set another out= to start again")
     return None, []
 
 
-def load_step(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, State]:
-    """Model, moving average (or None) and state of a checkpoint that `newest_step` found whole."""
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, State]:
+    """Model, moving average (or None) and state of a checkpoint of `newest_checkpoint`, which checks the files."""
     model, _ = read_safetensors(folder / "model.safetensors")
     ema = read_safetensors(folder / "ema.safetensors")[0] if (folder / "ema.safetensors").exists() else None
     return model, ema, load_state(folder)
 
 
 def load_state(folder: Path) -> State:
-    """Optimizer, scaler and progress of a checkpoint that `newest_step` found whole.
+    """Optimizer, scaler and progress of a checkpoint of `newest_checkpoint`.
 
     Raises:
-        UserError: it is whole, but none of ours; nothing in it is executed.
+        UserError: the file is not a state of training; nothing in it is executed.
     """
     file = folder / "state.pt"
     state = read_pickle(file)
     if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("optimizer", "progress")):
-        raise UserError(f"{file} is no state of training")
+        raise UserError(f"{file} is not a state of training")
     return state
 
 

@@ -1,9 +1,9 @@
-"""The lock on a run folder, which one process holds at a time.
+"""The lock on a run folder: one process holds it at a time.
 
 `.lock` names its holder. flock locks that file, and the system drops the lock when the process ends, however it ends.
-A file system without flock gets filelock's soft lock: a file, `.lock-soft`, that is there while the folder is held. It
-outlives a killed process. So its holder touches `.lock` every 20 s, and a lock whose holder is dead, or silent for two
-minutes, is taken over.
+On a file system without flock, filelock's soft lock is used: the file `.lock-soft` exists while the folder is held. It
+outlives a killed process. So its holder touches `.lock` every 20 s, and another process takes the lock over if its
+holder is dead, or did not touch the file for two minutes.
 """
 
 import errno
@@ -28,9 +28,9 @@ NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # Lust
 WAIT = 120.0  # seconds for another machine to release a lock, or to refresh a soft one
 REFRESH = 20.0  # seconds
 POLL = 0.5  # seconds
-ADVICE = "give this one its own out="
+ADVICE = "set another out="
 
-Process = dict[str, Any]  # host, PID, its start time and namespace: PIDs and host names alone are used again
+Process = dict[str, Any]  # host, PID, start time and namespace: PIDs and host names alone may be used again
 State = tuple[int | None, int | None, Process | None]  # times of .lock-soft and .lock, the holder
 
 
@@ -89,13 +89,13 @@ class FolderLock:
         self._open.close()
 
     def _take_flock(self) -> str | None:
-        """Lock with flock; why there is none, where there is none."""
+        """Lock with flock. If the file system has none, the reason."""
         try:
             import fcntl
         except ImportError:
             return "Windows"
         os.register_at_fork(after_in_child=_closer(self._open))
-        deadline, said = time.monotonic() + WAIT, False
+        deadline, told = time.monotonic() + WAIT, False
         while True:
             try:
                 fcntl.flock(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,31 +110,31 @@ class FolderLock:
                 raise self._in_use(holder)
             if time.monotonic() >= deadline:
                 raise self._in_use(holder, f"; if its machine is gone, delete {self.file}")
-            if not said:
+            if not told:
                 self._say_waiting(holder)
-                said = True
+                told = True
             time.sleep(POLL)
 
     def _take_soft_lock(self) -> "_SoftLock":
-        """Lock with a file."""
+        """Lock with the file `.lock-soft`."""
         lock = _SoftLock(self.marker, thread_local=False)  # released by any thread
         start = since = time.monotonic()
-        before: State | None = None
-        said = False
+        previous: State | None = None
+        told = False
         while True:
-            state = self._state()  # before the attempt: what is taken over is what was looked at
+            state = self._state()  # read before the attempt: only the lock in this state is taken over
             with suppress(Timeout):
                 lock.acquire(blocking=False)
                 if not self.marker.stat().st_size:  # filelock before 3.22; later ones remove a marker without a name
                     self.marker.write_text(f"{self._me['pid']}\n{self._me['host']}\n")
                 return lock
             now, holder = time.monotonic(), state[2]
-            if state != before:
-                before, since = state, now
+            if state != previous:
+                previous, since = state, now
             is_here = holder is not None and os.name == "posix" and _is_here(holder, self._me)
             if holder and is_here and _is_running(holder):
                 raise self._in_use(holder)
-            # Not at the first look: a new holder's marker is there just before its name is.
+            # Not at the first attempt: a new holder writes its marker a moment before its name.
             if now - since >= (POLL if is_here else WAIT) and self._remove_marker(state):
                 if not is_here:
                     silent = f"did not refresh its lock for {WAIT:g} s"
@@ -142,13 +142,13 @@ class FolderLock:
                 continue
             if now - start >= WAIT:
                 raise self._in_use(holder, f"; if that one is dead, try again in {WAIT:g} s")
-            if not is_here and not said and now > since:
+            if not is_here and not told and now > since:
                 self._say_waiting(holder)
-                said = True
+                told = True
             time.sleep(POLL)
 
     def _state(self) -> State:
-        """What changes when the soft lock is taken, refreshed or released."""
+        """The state of the soft lock: it changes when the lock is taken, refreshed or released."""
         times: list[int | None] = []
         for file in (self.marker, self.file):
             try:
@@ -159,7 +159,7 @@ class FolderLock:
         return times[0], times[1], self._holder()
 
     def _remove_marker(self, state: State) -> bool:
-        """Remove the marker of a dead holder, unless another process was faster, whose marker it then is."""
+        """Remove the marker of a dead holder; False if another process was faster and the marker is its own."""
         aside = self.marker.with_name(f"{self.marker.name}-{uuid4().hex}")
         try:
             os.rename(self.marker, aside)
@@ -175,7 +175,7 @@ class FolderLock:
         while not self._ended.wait(REFRESH):
             if self._is_lost():
                 return
-            with suppress(OSError):  # of a server that is away; `check` tells whether it was for too long
+            with suppress(OSError):  # the server may be away for a while; `check` notices if it was too long
                 os.utime(self.file)
 
     def _is_lost(self) -> bool:
@@ -183,10 +183,10 @@ class FolderLock:
         return holder is not None and holder != self._me
 
     def _holder(self) -> Process | None:
-        """Who holds the lock, or held it until killed; None where that is not known."""
+        """The process that holds the lock, or held it until it was killed; None if not known."""
         try:
-            found = json.loads(self.file.read_text(encoding="utf-8", errors="replace"))
-            return found if isinstance(found["pid"], int) and isinstance(found["host"], str) else None
+            holder = json.loads(self.file.read_text(encoding="utf-8", errors="replace"))
+            return holder if isinstance(holder["pid"], int) and isinstance(holder["host"], str) else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
@@ -206,7 +206,7 @@ class FolderLock:
 
 
 class _SoftLock(SoftFileLock):
-    """Older versions remove the file whatever it is by now, and do so in forked processes too."""
+    """Older versions of filelock remove the file even if it has another owner by now, and in forked processes too."""
 
     is_ours = True
 
@@ -224,7 +224,7 @@ def _name(holder: Process | None) -> str:
 
 
 def _describe(pid: int) -> Process:
-    """What tells process `pid` of this machine from all others."""
+    """What distinguishes process `pid` of this machine from all others."""
     try:
         namespace: int | None = os.stat("/proc/self/ns/pid").st_ino  # containers may share a host name
     except OSError:
@@ -233,7 +233,7 @@ def _describe(pid: int) -> Process:
 
 
 def _state_and_start(pid: int) -> tuple[str | None, str | None]:
-    """Of a process, as Linux has them; None elsewhere."""
+    """State and start time of a process on Linux; None elsewhere."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return after_name[0], after_name[19]
@@ -242,7 +242,7 @@ def _state_and_start(pid: int) -> tuple[str | None, str | None]:
 
 
 def _is_here(holder: Process, me: Process) -> bool:
-    """Whether its PID means something here."""
+    """Whether the holder is a process of this machine and namespace, so that its PID is valid here."""
     return all(holder.get(key) == me[key] for key in ("host", "namespace"))
 
 
@@ -258,11 +258,11 @@ def _is_running(holder: Process) -> bool:
 
 
 def _closer(file: IO[str]) -> Callable[[], None]:
-    """Closes `file`, if it is still there: loader workers must not hold a lock on when their parent is killed."""
-    there = weakref.ref(file)
+    """A function that closes `file`. Without it loader workers would keep the lock when their parent is killed."""
+    reference = weakref.ref(file)
 
     def close() -> None:
-        if (found := there()) is not None:
-            found.close()
+        if (opened := reference()) is not None:
+            opened.close()
 
     return close

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy or one binary cross-entropy a class, class weights, and a teacher to follow."""
+"""The training loss: cross-entropy or binary cross-entropy of each class, class weights, and distillation."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -23,9 +23,9 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 def make_criterion(config: Loss, smoothing: float, weights: Tensor | None, classes: int) -> Criterion:
     """(logits (B, classes), target) -> mean loss. The target is (B,) class numbers, or (B, classes) from mixup.
 
-    Mixup smooths its targets itself; `smoothing` is applied to class numbers, and says what the floor of mixed targets
-    is. Binary cross-entropy takes a class as present where its target is above that floor: smoothing puts all targets
-    above 0, and a threshold at 0 (as in the DeiT code) would make every class present.
+    Mixup smooths its own targets. `smoothing` is applied to class numbers, and gives the floor of mixed targets. In
+    binary cross-entropy a class is present if its target is above that floor. Smoothing puts all targets above 0, so a
+    threshold at 0 (as in the DeiT code) would make every class present.
     """
     if config.name == "bce":
         floor = smoothing / classes + 1e-4  # mixing rounds
@@ -33,45 +33,46 @@ def make_criterion(config: Loss, smoothing: float, weights: Tensor | None, class
         def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
             present = F.one_hot(target, classes).float() if target.ndim == 1 else (target > floor).float()
             loss = F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
-            if weights is not None:  # of the image, by its classes: a weight a column would not balance anything
+            if weights is not None:  # of the image, by its classes: weights per column would balance nothing
                 loss = loss * (present * weights).sum(dim=1) / present.sum(dim=1)  # autocast rounds matrix products
             return loss.mean()
 
         return binary_cross_entropy
 
     def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-        # The mean over images, not over weights, so that a step does not depend on how it is cut into micro-batches.
-        given = smoothing if target.ndim == 1 else 0.0
-        return F.cross_entropy(logits, target, weights, label_smoothing=given, reduction="none").mean()
+        # The mean over images, not over weights: a step must not depend on how it is cut into micro-batches.
+        label_smoothing = smoothing if target.ndim == 1 else 0.0
+        return F.cross_entropy(logits, target, weights, label_smoothing=label_smoothing, reduction="none").mean()
 
     return cross_entropy
 
 
 def class_weights(config: Loss, classes: list[str], labels: list[int] | None) -> Tensor | None:
-    """(classes,) weights. Balanced ones have mean 1 over the training images."""
-    given = config.class_weights
-    if given is None:
+    """The weight of each class, (classes,), or None. Balanced weights have mean 1 over the training images."""
+    by_name = config.class_weights
+    if by_name is None:
         return None
-    if given == "balanced":
+    if by_name == "balanced":
         if labels is None:
             raise UserError("loss.class_weights=balanced needs images with random access: give a weight for each class")
         counts = Counter(labels)
         return torch.tensor([len(labels) / (len(classes) * max(counts[i], 1)) for i in range(len(classes))])
-    if unknown := [name for name in given if name not in classes]:
+    if unknown := [name for name in by_name if name not in classes]:
         known = ", ".join(classes[:5]) + (" ..." if len(classes) > 5 else "")
         raise UserError(f"loss.class_weights names {unknown[0]!r}; the classes are {known}")
-    weights = torch.tensor([float(given.get(name, 1.0)) for name in classes])
+    weights = torch.tensor([float(by_name.get(name, 1.0)) for name in classes])
     if not weights.any():
-        raise UserError("loss.class_weights are all 0: nothing would be learnt")
+        raise UserError("loss.class_weights are all 0: nothing would be learned")
     return weights
 
 
 class Distillation:
-    """A teacher that sees what the student sees (Hinton et al. 2015; soft and hard as in DeiT, Touvron et al. 2021).
+    """Distillation from a teacher that sees the student's images (Hinton et al. 2015; Touvron et al. 2021, DeiT).
 
-    Called with the student's own loss, its logits (B, classes) and its normalised input (B, C, H, W):
-    (1 - alpha) * loss + alpha * tau^2 KL(teacher || student), both at temperature tau, as timm's LogitDistillationTask,
-    or + alpha * cross-entropy with the teacher's first class.
+    Called with the loss of the student, its logits (B, classes) and its normalised input (B, C, H, W), it returns
+    soft: (1 - alpha) * loss + alpha * tau^2 KL(teacher || student), both at temperature tau, as in timm's
+    LogitDistillationTask;
+    hard: (1 - alpha) * loss + alpha * cross-entropy with the class that the teacher predicts.
     """
 
     def __init__(self, config: Loss, view: View, classes: list[str], device: torch.device) -> None:
@@ -81,9 +82,9 @@ class Distillation:
         self.digest = digest(model.state_dict())[:16]
         teacher = DistillationTeacher(model.requires_grad_(False))
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (view.mean, view.std))
-        # Compared here, on the CPU, and not in each step, which would wait for the answer
-        same = torch.equal(mean, teacher.mean_kd) and torch.equal(std, teacher.std_kd)
-        self.student = None if same else (mean.to(device), std.to(device))
+        # Compared here, on the CPU: in a step the host would wait for the answer
+        same_statistics = torch.equal(mean, teacher.mean_kd) and torch.equal(std, teacher.std_kd)
+        self.student_statistics = None if same_statistics else (mean.to(device), std.to(device))
         self.teacher = teacher.to(device)
         self.order, self.size = order.to(device), config.teacher_size or size
 
@@ -97,9 +98,9 @@ class Distillation:
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """The teacher's, (B, classes), in the student's order of classes."""
-        if self.student is not None:
-            mean, std = self.student
+        """The logits of the teacher, (B, classes), in the student's order of classes."""
+        if self.student_statistics is not None:
+            mean, std = self.student_statistics
             x = (x * std + mean - self.teacher.mean_kd) / self.teacher.std_kd
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
@@ -108,16 +109,18 @@ class Distillation:
     def __call__(self, loss: Tensor, student: Tensor, x: Tensor) -> Tensor:
         teacher, alpha, tau = self.logits(x), self.config.alpha, self.config.tau
         if self.config.distillation == "hard":
-            follow = F.cross_entropy(student, teacher.argmax(dim=1))
+            distance = F.cross_entropy(student, teacher.argmax(dim=1))
         else:
             student, teacher = F.log_softmax(student / tau, dim=1), F.log_softmax(teacher / tau, dim=1)
-            follow = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * tau**2
-        return (1 - alpha) * loss + alpha * follow
+            distance = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * tau**2
+        return (1 - alpha) * loss + alpha * distance
 
 
 def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Tensor, int]:
-    """Model, on the CPU and with its normalisation in `pretrained_cfg`, the student's classes as columns of its logits,
-    input size."""
+    """The teacher on the CPU, the columns of its logits that are the student's classes, and its input size.
+
+    Mean and std of its input are in `pretrained_cfg`.
+    """
     name = str(config.teacher)
     if name.startswith(TIMM):
         if view.channels != 3:

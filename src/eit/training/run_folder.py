@@ -18,8 +18,8 @@ from eit.training.folder_lock import FolderLock
 CURVES_EVERY = 5  # seconds: drawing takes 0.1 s, as long as some recipes' epochs
 
 
-class Run:
-    """The folder `path` of `recipe`, held by this process alone until it ends."""
+class RunFolder:
+    """The folder `path` of a run of `recipe`. This process alone holds it until the end of the context."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class Run:
             and not (path / "recipe.yaml").exists()
             and any(not p.name.startswith(".") for p in path.iterdir())
         ):
-            raise UserError(f"{path} is not empty, and no run folder (it has no recipe.yaml); give another out=")
+            raise UserError(f"{path} is not empty and is no run folder (it has no recipe.yaml); set another out=")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
@@ -37,47 +37,45 @@ class Run:
         except OSError as error:
             raise UserError(f"out={path} cannot be written: {error.strerror}") from None
         try:
-            begun = saved_steps(path) or self.lines()  # else nothing was trained yet, and the recipe may change
-            if begun and (different := differences(read_recipe(path), recipe)):
-                raise UserError(
-                    f"{path} holds a run of another recipe ({'; '.join(different)}); give this one its own out="
-                )
+            was_trained = saved_steps(path) or self.lines()  # until then the recipe may change
+            if was_trained and (changes := differences(read_recipe(path), recipe)):
+                raise UserError(f"{path} holds a run of another recipe ({'; '.join(changes)}); set another out=")
             write_file(path / "recipe.yaml", recipe.to_yaml())
         except BaseException:
             self._lock.release()
             raise
         self._undrawn, self._drawn_at = False, -math.inf
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self._draw_curves()
         except Exception:
-            if error is None:  # else what ended the run is the error to show
+            if error is None:  # otherwise the error that ended the run is the one to show
                 raise
         finally:
             self._lock.release()
 
     def lines(self) -> list[dict[str, Any]]:
-        """The log so far."""
+        """The lines of the log so far."""
         return read_log(self.path) if (self.path / "log.jsonl").exists() else []
 
     def cut_log(self, step: int) -> None:
-        """Drop what was logged after `step`, the checkpoint that the run continues from."""
+        """Drop the lines after `step`, the checkpoint that the run continues from."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
         write_file(self.path / "log.jsonl", "".join(kept))
 
     def start_logging(self, environment: dict[str, Any], step: int) -> None:
-        """Note the environment, and open TensorBoard's file, where events after `step` no longer count."""
+        """Write environment.json, and open TensorBoard's file, in which events after `step` are purged."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.write_json("environment.json", environment)
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
-    def log(self, line: dict[str, Any], classes: int) -> None:
-        """An epoch's line: log.jsonl, TensorBoard, the screen (top-5 of more than 5 classes) and, soon, curves.png."""
+    def log_epoch(self, line: dict[str, Any], classes: int) -> None:
+        """Write an epoch's line to log.jsonl, TensorBoard, the screen (top-5 of more than 5 classes) and curves.png."""
         self._lock.check()
         file = self.path / "log.jsonl"
         try:
@@ -85,7 +83,7 @@ class Run:
                 f.write(json.dumps(line) + "\n")
                 f.flush()
                 os.fsync(f.fileno())
-        except OSError as error:  # the one of a full disk does not name the file
+        except OSError as error:  # that of a full disk does not name the file
             raise OSError(error.errno, error.strerror, str(file)) from None
         for key, value in line.items():
             if key not in ("epoch", "step") and value is not None:
@@ -103,12 +101,13 @@ class Run:
         )
 
     def _draw_curves(self) -> None:
-        """Draw what was logged since the last time, if anything."""
+        """Draw curves.png, if there are lines that it does not show."""
         if self._undrawn:
             plots.curves(self.lines(), self.path / "curves.png")
             self._undrawn, self._drawn_at = False, time.monotonic()
 
     def finish(self, **summary: Any) -> dict[str, Any]:
+        """Write summary.json and return it."""
         self._lock.check()
         self._board.close()
         self._draw_curves()
@@ -120,19 +119,19 @@ class Run:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of the run in a folder."""
+    """The recipe of the run in the folder `path`."""
     file = path / "recipe.yaml"
     try:
         recipe = load_recipe(str(file))
     except UserError as error:
         raise UserError(f"{file}: {error}; was it made by another version?") from None
-    if recipe.model.family == "lsra" and "cls_conv" not in recipe.model.model_fields_set:  # the file is older than it
+    if recipe.model.family == "lsra" and "cls_conv" not in recipe.model.model_fields_set:  # an older file
         recipe = recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(cls_conv="identity"))))
     return recipe
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """The summary of the run in a folder, where it has ended. One that is damaged is written again."""
+    """The summary of the finished run in the folder `path`; None if it is not finished, or summary.json is damaged."""
     try:
         return json.loads((path / "summary.json").read_text()) if (path / "final.safetensors").exists() else None
     except (OSError, ValueError):
@@ -140,7 +139,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """A line an epoch, up to one that was torn when a process died.
+    """The lines of a log, one per epoch. A torn line, left by a killed process, ends it.
 
     Raises:
         UserError: there is no log.
@@ -152,10 +151,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     lines = []
     for line in text.splitlines():
         try:
-            found = json.loads(line)
+            values = json.loads(line)
         except ValueError:
             break
-        if not isinstance(found, dict):
+        if not isinstance(values, dict):
             break
-        lines.append(found)
+        lines.append(values)
     return lines

@@ -1,63 +1,73 @@
-"""What a run starts from: the model, the weights of another run or of timm, and what of it learns."""
+"""From a recipe to the model that is trained: architecture, initial weights, trainable parameters, view and card."""
 
+import math
+from statistics import fmean
 from typing import Any
 
 from eit.config import Model, Recipe, differences
 from eit.console import say
+from eit.data.images import View
 from eit.errors import UserError
 from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
 from eit.training.checkpoint import saved_steps
 from eit.training.run_folder import read_recipe
+from eit.weights.card import Card
+from eit.weights.convert import default_mean_std
 from eit.weights.load import load_weights, read_card
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
 
 
-def model_of_begun(recipe: Recipe) -> Model | None:
-    """The model section of the run in the recipe's folder, if it has a checkpoint: it needs no other weights then."""
+def recorded_model(recipe: Recipe) -> Model | None:
+    """The model section of the run in the recipe's folder, or None if it has no checkpoint.
+
+    A run with a checkpoint does not need the weights that it started from.
+    """
     folder = recipe.run_folder()
     if not saved_steps(folder) or not (folder / "recipe.yaml").is_file():
         return None
     return read_recipe(folder).model
 
 
-def settle(recipe: Recipe, begun: Model | None = None) -> Recipe:
-    """The recipe with the architecture of the weights that it starts from, and without what its model does not have.
+def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recipe:
+    """The recipe with the architecture of `model.pretrained`, and without arguments that its model does not have.
 
-    `begun` is the model of a run that continues from the same weights, which may be gone.
+    `recorded` is the model of the run that continues. It replaces the file of the same weights, which may be gone.
     """
     section = recipe.model
-    if begun is not None and begun.pretrained != section.pretrained:
-        begun = None
-    given: dict[str, Any] = {}
-    card = read_card(section.pretrained) if isinstance(section.pretrained, str) and begun is None else None
+    if recorded is not None and recorded.pretrained != section.pretrained:
+        recorded = None
+    resolved: dict[str, Any] = {}
+    card = read_card(section.pretrained) if isinstance(section.pretrained, str) and recorded is None else None
     if isinstance(section.pretrained, str):
-        if begun is not None:
-            given = begun.model_dump(exclude=RATES | {"pretrained", "reset_head"})
+        if recorded is not None:
+            resolved = recorded.model_dump(exclude=RATES | {"pretrained", "reset_head"})
         elif card is not None:
-            given = dict.fromkeys(set(Model.model_fields) - RATES - {"pretrained", "reset_head"})
-            given |= dict(family="eit", name=card.model) | {k: v for k, v in card.arguments.items() if k not in RATES}
-    if (name := given.get("name", section.name)).startswith(TIMM):
+            resolved = dict.fromkeys(set(Model.model_fields) - RATES - {"pretrained", "reset_head"})
+            resolved |= dict(family="eit", name=card.model) | {
+                k: v for k, v in card.arguments.items() if k not in RATES
+            }
+    if (name := resolved.get("name", section.name)).startswith(TIMM):
         check_timm_name(name)
-        given |= dict.fromkeys(set(section.arguments()) - {"in_chans", "drop_rate", "drop_path_rate"})
-        given["family"] = "eit"
+        resolved |= dict.fromkeys(set(section.arguments()) - {"in_chans", "drop_rate", "drop_path_rate"})
+        resolved["family"] = "eit"
     elif section.pretrained is True:
         raise UserError(f"no weights of {name} can be downloaded: model.pretrained=PATH")
-    settled = recipe.model_copy(update=dict(model=section.model_copy(update=given)))
-    changed = [change.removeprefix("model.") for change in differences(recipe, settled)]
-    if changed and begun is None:
+    changed_recipe = recipe.model_copy(update=dict(model=section.model_copy(update=resolved)))
+    changes = [change.removeprefix("model.") for change in differences(recipe, changed_recipe)]
+    if changes and recorded is None:
         if card is not None:
-            say(f"the model is that of {section.pretrained}: {', '.join(changed)}")
+            say(f"the model is that of {section.pretrained}: {', '.join(changes)}")
         else:
-            say(f"{name} has no such arguments: {', '.join(change.partition(':')[0] for change in changed)}")
-    return settled
+            say(f"{name} has no such arguments: {', '.join(change.partition(':')[0] for change in changes)}")
+    return changed_recipe
 
 
 def build_model(recipe: Recipe, classes: int, initial: bool = True) -> Any:
-    """The model with its initial values, a function of the seed, or those of `model.pretrained`.
+    """The model with initial values from the seed, or with the weights of `model.pretrained`.
 
-    Without `initial` a checkpoint replaces the values, and nothing is read.
+    Without `initial` no weights are read: the caller loads a checkpoint.
     """
     section, size = recipe.model, recipe.data.image_size
     set_seed(Stream.INITIAL_VALUES, recipe.seed)
@@ -75,7 +85,7 @@ def build_model(recipe: Recipe, classes: int, initial: bool = True) -> Any:
 
 
 def choose_trainable(recipe: Recipe, model: Any) -> None:
-    """Fix the parameters that `optim.trainable` and `optim.freeze` do not let learn."""
+    """Freeze the parameters that `optim.trainable` and `optim.freeze` exclude from training."""
     config = recipe.optim
     heads = tuple(f"{head}." for head in head_names(model))
     names = [name for name, _ in model.named_parameters()]
@@ -96,3 +106,34 @@ def choose_trainable(recipe: Recipe, model: Any) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         both = f"optim.trainable={config.trainable} with optim.freeze={list(config.freeze)}"
         raise UserError(f"{both} leaves nothing to learn")
+
+
+def make_view(recipe: Recipe) -> View:
+    """How the model sees an image: size, crop, interpolation, mean and std."""
+    data, channels = recipe.data, recipe.model.in_chans or 3
+    if channels not in (1, 3):
+        raise UserError(f"model.in_chans={channels}: images are read with 1 or 3 channels")
+    mean, std = default_mean_std(channels)
+    mean, std = data.mean or mean, data.std or std
+    if channels == 1:  # statistics of colour are averaged for grey images, and those of grey are repeated for colour
+        mean, std = (fmean(mean),), (fmean(std),)
+    else:
+        mean, std = (v if len(v) == channels else v * channels for v in (mean, std))
+    resize = math.floor(data.image_size / data.crop_ratio)
+    return View(data.image_size, resize, data.interpolation, mean, std)
+
+
+def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
+    """The card that is saved with the weights."""
+    is_timm = recipe.model.name.startswith(TIMM)
+    return Card(
+        model=recipe.model.name,
+        arguments=recipe.model.arguments() | ({} if is_timm else {"family": recipe.model.family}),
+        classes=classes,
+        mean=view.mean,
+        std=view.std,
+        size=view.size,
+        resize=view.resize,
+        interpolation=view.interpolation,
+        recipe=recipe.model_dump(mode="json"),
+    )

@@ -1,29 +1,59 @@
-"""What steps tell the host, without the device waiting for it."""
+"""The numbers that all ranks share in a step, read by the host without making the device wait."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from eit import distributed
+
+
+class StepReport(NamedTuple):
+    """What all ranks know of a step: loss, norm and scale are means over ranks, the rest are sums."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    loss_scale: float  # of the fp16 scaler, otherwise 1
+    unreadable_images: float  # so far
+    writer_failed: float  # a checkpoint could not be written
+    save_is_due: float  # by rank 0's clock
+    signals: tuple[float, ...]  # how many ranks have received each of STOP_SIGNALS
+
+
+def share_step(
+    loss: Tensor,
+    gradient_norm: Tensor,
+    loss_scale: Tensor,
+    unreadable_images: int,
+    writer_failed: bool,
+    save_is_due: bool,
+    signals: Sequence[float],
+) -> Tensor:
+    """The numbers of a `StepReport`, in its order and still on the device, from those of each rank: one collective."""
+    means = torch.stack((loss, gradient_norm, loss_scale)) / distributed.world_size()
+    counts = from_host([unreadable_images, writer_failed, save_is_due, *signals], means.device)
+    return distributed.sum_over_ranks(torch.cat((means, counts)))
+
 
 class StepReports:
-    """Numbers of a step, copied to the host and looked at when the next step has been launched.
+    """Reports on their way from the device to the host, each read after the next step has been launched.
 
-    So the GPU always has a step to work on, and the host waits for it once in each step at most.
+    So the GPU always has a step to work on, and the host waits for it at most once in each step.
 
     Args:
-        look: called with the step and its numbers; raises what ends the run.
-        at_once: look at each step's numbers as they are reported, and let the device wait: for optimizers that cannot
-            leave out an update by themselves.
+        immediate: read each report in its own step, and let the device wait. Needed for optimizers that cannot skip an
+            update by themselves.
     """
 
-    def __init__(self, look: Callable[[int, list[float]], None], at_once: bool) -> None:
-        self.look, self.at_once = look, at_once
+    def __init__(self, immediate: bool) -> None:
+        self.immediate = immediate
         self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
-    def add(self, step: int, numbers: Tensor) -> None:
-        """Report `step`, and look at the one before it."""
-        self.flush()
+    def add(self, step: int, numbers: Tensor) -> StepReport | None:
+        """Send the numbers of `step` to the host; the report of the step before, or of this one if `immediate`."""
+        previous = self.flush()
         arrived = None
         if numbers.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -32,25 +62,20 @@ class StepReports:
             arrived.record()
             numbers = host
         self._pending = step, numbers, arrived
-        if self.at_once:
-            self.flush()
+        return self.flush() if self.immediate else previous
 
-    def flush(self) -> None:
-        """Look at what was reported and not looked at; to be called before anything is saved."""
+    def flush(self) -> StepReport | None:
+        """The report that was not read yet, if any. To be called before anything is saved."""
         if self._pending is None:
-            return
+            return None
         (step, numbers, arrived), self._pending = self._pending, None
-        self.look(step, read(numbers, arrived))
-
-
-def read(numbers: Tensor, arrived: torch.cuda.Event | None) -> list[float]:
-    """The one wait for the device in a step."""
-    if arrived is not None:
-        arrived.synchronize()
-    return numbers.tolist()
+        if arrived is not None:
+            arrived.synchronize()  # the one wait for the device in a step
+        values = numbers.tolist()
+        return StepReport._make((step, *values[:6], tuple(values[6:])))
 
 
 def from_host(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """A tensor on the device; on CUDA through pinned memory, which nothing waits for."""
+    """A tensor on the device. On CUDA it is copied from pinned memory, and nothing waits for the copy."""
     tensor = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=device.type == "cuda")

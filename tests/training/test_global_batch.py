@@ -8,11 +8,13 @@ import torch
 
 import eit
 from eit import distributed
-from eit.training.run_folder import Run
-from eit.training.trainer import accumulation, train
+from eit.config import load_recipe
+from eit.training.global_batch import micro_batches_per_step, out_of_memory_advice
+from eit.training.run_folder import RunFolder
+from eit.training.trainer import train
 from tests.conftest import TINY, launcher
+from tests.helpers.training import log, recipe, train_until_killed, weights
 from tests.test_distributed import DETERMINISTIC
-from tests.training.test_trainer import log, recipe, train_until_killed, weights
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def ranks(monkeypatch):
 def begin(folder, global_batch, *words):
     """The folder of a run that has a checkpoint; its recipe."""
     r = recipe(folder, *words)
-    with Run(r.run_folder(), r) as run:
+    with RunFolder(r.run_folder(), r) as run:
         run.start_logging({} if global_batch is None else dict(global_batch=global_batch), 0)
     (r.run_folder() / "checkpoints" / "step-3").mkdir(parents=True)
     return r
@@ -48,7 +50,7 @@ def begin(folder, global_batch, *words):
 def test_micro_batches_keep_the_global_batch(folder, ranks, capsys, words, global_batch, world, expected):
     r = begin(folder, global_batch, *words)
     ranks(world)
-    assert accumulation(r) == expected
+    assert micro_batches_per_step(r) == expected
     said = f"{expected} micro-batches in a step keep the global batch of {global_batch}\n"
     assert capsys.readouterr().err.endswith(said) == (expected != r.train.accumulate)
 
@@ -57,7 +59,7 @@ def test_micro_batches_keep_the_global_batch(folder, ranks, capsys, words, globa
 def test_nothing_is_said_where_nothing_changes(folder, ranks, capsys, world, global_batch):
     r = begin(folder, global_batch, "data.batch_size=4")
     ranks(world)
-    assert accumulation(r) == 1 and capsys.readouterr().err == ""
+    assert micro_batches_per_step(r) == 1 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("global_batch", "world"), [(8, 3), (8, 4), (16, 3)])
@@ -66,7 +68,7 @@ def test_a_number_of_processes_that_cannot_make_it_is_one_line(folder, ranks, gl
     r = begin(folder, global_batch, "data.batch_size=4")
     ranks(world)
     with pytest.raises(eit.UserError) as error:
-        accumulation(r)
+        micro_batches_per_step(r)
     assert str(error.value) == (
         f"the run has a global batch of {global_batch}, which {world} processes x data.batch_size=4 cannot make: "
         "start another number of processes, or set a data.batch_size that divides it"
@@ -75,10 +77,10 @@ def test_a_number_of_processes_that_cannot_make_it_is_one_line(folder, ranks, gl
 
 def test_a_run_that_has_not_begun_has_the_micro_batches_of_its_recipe(folder, ranks):
     ranks(3)
-    assert accumulation(recipe(folder, "train.accumulate=5")) == 5
+    assert micro_batches_per_step(recipe(folder, "train.accumulate=5")) == 5
     r = begin(folder, 8, "data.batch_size=4", "train.accumulate=5")
     (r.run_folder() / "checkpoints" / "step-3").rmdir()
-    assert accumulation(r) == 5
+    assert micro_batches_per_step(r) == 5
 
 
 @pytest.mark.parametrize("text", [None, "{}", "{"])
@@ -90,17 +92,17 @@ def test_so_has_one_of_which_the_global_batch_is_not_known(folder, ranks, text):
     if text is not None:
         file.write_text(text)
     ranks(3)
-    assert accumulation(r) == 5
+    assert micro_batches_per_step(r) == 5
 
 
 def test_a_batch_that_the_user_has_changed_is_the_users(folder, monkeypatch):
     """Also where it makes another global batch, which is refused."""
     train_until_killed(recipe(folder, "train.save_every=1"), 3, monkeypatch)
     for words, batch in ((["data.batch_size=4"], 4), (["train.accumulate=2"], 16)):
-        with pytest.raises(eit.UserError, match=f"another global_batch: 8, now {batch}; use another out="):
+        with pytest.raises(eit.UserError, match=f"another global_batch: 8, now {batch}; set another out="):
             train(recipe(folder, "train.save_every=1", *words))
     r = recipe(folder, "train.save_every=1", "data.batch_size=2", "train.accumulate=4")
-    assert accumulation(r) == 4 and train(r)["epochs"] == 2
+    assert micro_batches_per_step(r) == 4 and train(r)["epochs"] == 2
 
 
 UNTIL_STEP_3 = """
@@ -138,3 +140,16 @@ def test_the_same_command_goes_on_with_one_process_of_two(folder, tmp_path, monk
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
     for name, tensor in weights(tmp_path / "whole").items():
         torch.testing.assert_close(tensor, weights(out)[name], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        ([], "set data.batch_size=64 train.accumulate=2, which keeps the global batch"),
+        (["data.batch_size=30"], "set data.batch_size=10 train.accumulate=3"),
+        (["data.batch_size=2"], "set a smaller data.image_size"),
+        (["data.batch_size=15", "augment.mixup=0", "augment.cutmix=0"], "set data.batch_size=5 train.accumulate=3"),
+    ],
+)
+def test_out_of_memory_says_what_to_set(overrides, advice):
+    assert advice in out_of_memory_advice(load_recipe("cifar10", overrides))

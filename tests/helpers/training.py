@@ -1,0 +1,100 @@
+"""Small training runs of tests: their recipe, their results, their death."""
+
+import json
+import os
+import signal
+import subprocess
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import eit
+from eit.config import load_recipe
+from eit.randomness import Stream
+from eit.training import trainer as trainer_module
+from eit.training.trainer import train
+from tests.conftest import TINY, launcher
+
+
+def recipe(folder, *overrides, base="cifar10"):
+    return load_recipe(base, [*TINY, f"data.root={folder}", f"out={folder.parent / 'run'}", *overrides])
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run, name="final"):
+    return eit.load(run / f"{name}.safetensors").state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Killed(BaseException):
+    """Stands for the process's end in the tests that stay in one process."""
+
+
+def train_until_killed(recipe, step, monkeypatch):
+    """The process ends in the middle of `step`: nothing after its forward pass happens."""
+    original = trainer_module.set_seed
+
+    def set_seed(*counters):
+        if counters[0] == Stream.STEP and counters[2] == step:
+            raise Killed
+        original(*counters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "set_seed", set_seed)
+        with pytest.raises(Killed):
+            train(recipe)
+
+
+# -- As processes
+
+LONG = ["train.epochs=400", "train.warmup_epochs=1"]  # ended by the test
+
+
+@contextmanager
+def long_run(folder, *overrides, ranks=0, options=(), until="epoch 2"):
+    """A long digits run as a process group of its own, given when the line `until` is out."""
+    words = [*launcher(ranks), "train", "digits", *LONG, *overrides]
+    if ranks:
+        words[4:4] = options
+    process = subprocess.Popen(
+        words,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        for line in process.stderr:
+            if line.startswith(until):
+                break
+        yield process
+    finally:
+        for pid in (*children(process.pid), process.pid):  # torchrun's ranks have process groups of their own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finish(process, seconds=60):
+    """Exit status and the rest of stderr, within a minute."""
+    err = process.communicate(timeout=seconds)[1]
+    assert "Traceback" not in err.replace('Traceback (most recent call last):\n  File "<frozen', ""), err
+    return process.returncode, err
+
+
+def children(pid):
+    """Process ids below `pid`, the nearest first."""
+    try:
+        found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return found + [below for child in found for below in children(child)]
