@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,7 +109,7 @@ def other_process(folder, number=0):
     """A process that holds `folder` and has loader workers of each kind; `number`: the error of its flock, if any."""
     script = folder.parent / "holder.py"
     script.write_text(HOLDER)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     words = [sys.executable, str(script), str(folder), str(number)]
     holder = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True, env=environment)
@@ -127,7 +128,9 @@ def test_a_folder_is_held_until_its_process_is_killed_though_its_workers_live(
     with other_process(folder, number) as holder:
         if number:
             monkeypatch.setattr(fcntl, "flock", refuse(number))
-        with pytest.raises(eit.UserError, match=f"in use by another process .process {holder.pid} on {HERE}.; give"):
+        with pytest.raises(
+            eit.UserError, match=f"in use by another process .process {holder.pid} on {HERE}.; set another out="
+        ):
             open_run(folder)
         assert clock.now == 1000, "it waited"
         holder.kill()
@@ -204,9 +207,7 @@ def test_another_machine_is_waited_for(folder, clock, held_elsewhere, capsys):
 
 
 def test_another_machine_that_goes_on_is_waited_for_two_minutes(folder, clock, held_elsewhere):
-    refused = (
-        "in use by another process .process 7 on elsewhere.; give .*; if its machine is gone, delete .*/run/.lock$"
-    )
+    refused = "in use by another process .process 7 on elsewhere.; .*; if its machine is gone, delete .*/run/.lock$"
     with pytest.raises(eit.UserError, match=refused):
         open_run(folder)
     assert 1120 <= clock.now < 1122
@@ -218,7 +219,7 @@ def test_another_machine_that_goes_on_is_waited_for_two_minutes(folder, clock, h
 def test_a_holder_elsewhere_that_refreshes_its_lock_keeps_it(folder, clock, no_flock, capsys):
     hold(folder, host="elsewhere", pid=7)
     clock.then = lambda: clock.now % 20 or refresh(folder)
-    with pytest.raises(eit.UserError, match="in use by another process .process 7 on elsewhere.; give"):
+    with pytest.raises(eit.UserError, match="in use by another process .process 7 on elsewhere.; set another out="):
         open_run(folder)
     assert 1120 <= clock.now < 1122 and (folder / ".lock-soft").exists()
     assert capsys.readouterr().err.count("waiting up to 120 s") == 1
@@ -300,7 +301,7 @@ def test_a_run_whose_lock_was_taken_over_ends_and_leaves_it_alone(folder, monkey
         (folder / ".lock-soft").unlink()
         hold(folder, host="elsewhere", pid=7)
         wait_for(lambda: not refreshers())  # which would keep the other's lock alive
-        for write in (lambda: run.log({}, 3), run.finish):
+        for write in (lambda: run.log_epoch({}, 3), run.finish):
             with pytest.raises(eit.UserError, match="was taken over by process 7 on elsewhere"):
                 write()
     assert (folder / ".lock-soft").exists() and "elsewhere" in (folder / ".lock").read_text()
