@@ -59,7 +59,8 @@ NOT_RUN = {
     "eit bench eit_mini": "minutes; test_bench.py::test_runtimes_batches_and_modes_are_measured",
     "python benchmarks/scale.py": "10 minutes, of measuring",
     "eit reproduce run small_data --budget s": "minutes to hours; test_reproduce.py::test_finished_runs_are_kept",
-    "eit reproduce tables frequency": "after hours; test_reproduce.py::test_tables_come_from_results_alone_without_weights",
+    "eit reproduce tables frequency": "after hours; "
+    "test_reproduce.py::test_tables_come_from_results_alone_without_weights",
     "eit reproduce again": "after a run; test_reproduce.py::test_a_run_again_is_identical_or_within_the_spread",
     "eit reproduce curve": "after days; test_reproduce.py::test_a_run_is_compared_epoch_by_epoch",
     "python tools/release_weights.py": "after hours; test_reproduce.py::test_weights_are_prepared_for_a_release",
