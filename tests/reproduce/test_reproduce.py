@@ -69,7 +69,7 @@ budgets:
       train: {epochs: 1, warmup_epochs: 0}
 measure: {analysis: 20, sizes: [150]}
 claims:
-  dearer: {says: EIT is dearer, code: "macs.py, complexity", metric: macs, axis: model, rises: [vit, eit]}
+  dearer: {says: EIT is dearer, code: "models/complexity.py, complexity", metric: macs, axis: model, rises: [vit, eit]}
 """
 
 
