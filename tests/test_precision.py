@@ -67,7 +67,7 @@ def test_tf32_where_there_is_none_is_one_line(monkeypatch, device):
 def test_an_unknown_precision_is_one_line():
     with pytest.raises(UserError) as error:
         resolve_precision("int8", CPU)
-    assert str(error.value) == "precision int8: one of auto, fp32, tf32, bf16, fp16 is expected"
+    assert str(error.value) == "'int8' is not one of 'auto', 'fp32', 'tf32', 'bf16', 'fp16'"
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_finished_run_does_not_claim_another_precision(folder, monkeypatch):
     ("words", "said"),
     [
         (["eval", "digits", "--precision", "tf32"], "precision tf32 needs an NVIDIA GPU from Ampere on; on cpu use"),
-        (["eval", "digits", "--precision", "int8"], "precision int8: one of auto, fp32, tf32, bf16, fp16 is expected"),
+        (["eval", "digits", "--precision", "int8"], "'int8' is not one of 'auto', 'fp32', 'tf32', 'bf16', 'fp16'"),
         (["bench", "digits", "--precision", "tf32"], "precision tf32 needs an NVIDIA GPU from Ampere on; on cpu use"),
         (["train", "digits", "train.precision=tf32"], "precision tf32 needs an NVIDIA GPU from Ampere on; on cpu use"),
     ],

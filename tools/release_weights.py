@@ -43,7 +43,7 @@ def main(out: str, results: str = "results") -> None:
     for name, result in chosen(Path(results)).items():
         weights = result.cell.folder(Path(results)) / "final.safetensors"
         if not weights.exists():
-            own = f"eit reproduce {result.cell.experiment} --budget {result.cell.budget} --results FOLDER"
+            own = f"eit reproduce run {result.cell.experiment} --budget {result.cell.budget} --results FOLDER"
             print(f"{name}: no {weights}; {own} trains it, then give FOLDER here")
             continue
         write_folder(str(weights), target / name, name, LICENSE)

@@ -200,7 +200,7 @@ def test_images_are_those_of_validation_or_all_below_a_folder(data):
 def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
     """`digits` takes one channel of 8 pixels, the run three of 16."""
     images = choose_images(str(data), 5, labelled=False)
-    compared = compare(["digits", str(run)], images, torch.device("cpu"), Options(), lambda card, given: given)
+    compared = compare(["digits", str(run)], images, torch.device("cpu"), Options())
     found = compared.measured
     assert [one.analysis.image_size[0] for one in found] == [8, 8, 16, 16]
     assert [one.examples[0].image.shape for one in found if one.examples] == [(8, 8, 3), (16, 16, 3)]  # its own input

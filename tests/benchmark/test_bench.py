@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import eit
-from eit import cli, memory
+from eit import memory
 from eit.benchmark import bench, matmul_peak
 from eit.benchmark.bench import Arm, Measurement, Options, Record
 from eit.benchmark.naive import make_naive
+from eit.cli.bench import print_record
 from eit.errors import UserError
 from eit.models.complexity import complexity, training_macs
 from tests.conftest import require, run_eit
@@ -66,7 +67,7 @@ def test_shares_and_ratios_are_those_of_hand():
 
 
 def test_the_tables_say_what_the_record_says(capsys):
-    cli._bench_tables(record_of(*ROWS, fp32=16e9, bf16=40e9))
+    print_record(record_of(*ROWS, fp32=16e9, bf16=40e9))
     text = " ".join(capsys.readouterr().out.split())
     assert "training step, batch 4 model runtime precision images/s spread ratio of peak MiB" in text
     assert "naive a eager fp32 1.5 1.0 to 2.0 1.00 17% -" in text
@@ -251,12 +252,12 @@ def test_json_chart_and_memory(tmp_path):
         (["timm/resnt50"], "timm has no model 'resnt50'; did you mean 'resnet50'?"),
         (["digits", "digits"], "digits is given twice"),
         (["a.onnx"], "a.onnx is an exported file: give the weights"),
-        (["digits", "--precision", "int8"], "--precision int8 is not one of fp32, tf32, bf16, fp16"),
-        (["digits", "--runtime", "tensorrt"], "--runtime tensorrt is not one of eager, compile, onnxruntime, openvino"),
-        (["digits", "--mode", "both"], "--mode both is not one of infer, train"),
+        (["digits", "--precision", "int8"], "'--precision': 'int8' is not one of 'fp32', 'tf32', 'bf16', 'fp16'"),
+        (["digits", "--runtime", "tensorrt"], "'tensorrt' is not one of 'eager', 'compile', 'onnxruntime', 'openvino'"),
+        (["digits", "--mode", "both"], "'--mode': 'both' is not one of 'infer', 'train'"),
         (["digits", "--threads", "9999"], "--threads 9999: this machine has"),
         (["digits", "--batch-size", "0"], "Invalid value for '--batch-size'"),
-        (["digits", "--out", "x.gif"], "--out x.gif: a picture ends in .png, .pdf, .svg"),
+        (["digits", "--out", "x.gif"], "--out x.gif: give a file name that ends in .png, .pdf or .svg"),
         (["digits", "--mode", "train", "--runtime", "openvino"], "--runtime openvino does not train: --mode infer"),
         (["timm/test_vit", "--naive"], "--naive is of this package's models, not of timm/test_vit"),
     ],

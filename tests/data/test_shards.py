@@ -474,7 +474,11 @@ def test_weights_of_a_stranger_do_not_choose_what_is_opened(tmp_path):
     card = card.model_copy(update=dict(recipe=card.recipe | dict(data=data)))
     save_weights(tmp_path / "w.safetensors", eit.load("digits").state_dict(), card)
     done = run_eit("eval", tmp_path / "w.safetensors")
-    assert done.returncode == 2 and "these weights are of data.dataset=wds/x: say so" in done.stderr
+    assert (
+        done.returncode == 2
+        and "these weights name data.dataset=wds/x" in done.stderr
+        and "--dataset wds/x" in done.stderr
+    )
     assert not (tmp_path / "ran").exists()
 
 

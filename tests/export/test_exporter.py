@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import eit
-from eit.cli import _export_text
+from eit.cli.export import export_text
 from eit.data.images import decode, normalise
 from eit.export.exporter import Export, Int8, Parity, compare, default_file, export, photos
 from eit.inference.predict import predict
@@ -237,7 +237,7 @@ def test_int8_is_smaller_and_its_accuracy_is_measured(home, form):
         else ('type="FakeQuantize"' in (home / file).read_text())
     )
     parity = Parity(**report["parity"])
-    text = _export_text(Export(**report | dict(parity=parity, int8=Int8(**found))), load("digits").card)
+    text = export_text(Export(**report | dict(parity=parity, int8=Int8(**found))), load("digits").card)
     assert f"int8: top-1 {found['top1']:.2f}%, fp32 98.61%, on 360 images" in text
     assert "before int8: " in text and "top-1 equal on 8 photos at 8x8 and 13x18" in text
 
@@ -264,12 +264,12 @@ def test_the_file_lies_beside_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["digits", "--format", "tflite"], "--format tflite is not one of onnx, openvino, torch"),
+        (["digits", "--format", "tflite"], "'--format': 'tflite' is not one of 'onnx', 'openvino', 'torch'"),
         (["digits", "--out", "x.xml"], "a file of --format onnx ends in .onnx"),
         (["digits", "--out", "no/x.onnx"], "there is no folder no"),
         (["digits", "--format", "torch", "--int8", "images"], "--int8 is for --format onnx and openvino"),
         (["digits", "--int8", "nowhere"], "no such folder, image or data set: nowhere"),
-        (["digits", "--data", "images"], "--data is for --int8"),
+        (["digits", "--data", "images"], "--data images is for --int8"),
         (["digits.onnx", "--out", "y.onnx"], "is an exported model"),
         (["digits", "--out", "folder.onnx"], "--out folder.onnx: it is a folder"),
         (["digits", "--format", "openvino", "--out", "other.xml"], "other.bin next to it belongs to another file"),

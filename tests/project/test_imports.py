@@ -1,6 +1,8 @@
 """Imports go one way: from the ground floor up, package by package, and inside each package."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ ROOMS = {
         {"shards"},
     ],
     "weights": [{"__init__", "card"}, {"formats"}, {"fit"}, {"convert"}, {"load"}],
-    "inference": [{"__init__", "predict", "runtimes", "evaluate"}],
+    "inference": [{"__init__", "predict", "runtimes", "evaluate", "evaluation_data", "confusion"}],
     "training": [
         {"__init__", "step_reports", "signals", "optim", "loss", "checkpoint", "folder_lock"},
         {"run_folder"},
@@ -61,12 +63,20 @@ ROOMS = {
         {"report"},
     ],
     "export": [{"__init__", "exporter", "hub"}],
-    "benchmark": [{"__init__", "matmul_peak", "naive"}, {"bench"}],
+    "benchmark": [{"__init__", "matmul_peak", "naive"}, {"bench"}, {"sections"}],
     "reproduce": [
         {"__init__", "experiment", "published"},
         {"runs", "commands"},
         {"verdict"},
         {"tables", "forest"},
+    ],
+    "cli": [
+        {"output"},
+        {"options"},
+        {"recipes"},
+        {"analyze", "bench", "convert", "data", "eval", "export", "models", "predict", "push", "reproduce", "train"},
+        {"app"},
+        {"__init__"},
     ],
 }
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -112,6 +122,19 @@ def test_the_model_needs_torch_and_timm_layers_alone():
         assert not [n for n in imported(SOURCE / file, top_level_only=False) if not n.startswith(allowed)]
 
 
+HEAVY = ("torch", "torchvision", "timm", "numpy", "PIL", "matplotlib", "sklearn", "pydantic", "yaml", "rich")
+LIGHT = ("eit", "eit.errors", "eit.cli")  # of the package
+
+
+@pytest.mark.parametrize("file", sorted((SOURCE / "cli").glob("*.py")), ids=lambda file: file.stem)
+def test_a_command_imports_nothing_heavy_before_it_runs(file):
+    names = list(imported(file, top_level_only=True))
+    assert not [name for name in names if name.split(".")[0] in HEAVY]
+    own = [name for name in names if name.split(".")[0] == "eit"]
+    assert not [name for name in own if name not in LIGHT and not name.startswith("eit.cli.")]
+
+
 def test_the_command_is_quick_to_start():
-    heavy = ("torch", "timm", "numpy", "PIL", "matplotlib", "sklearn", "pydantic", "eit.models.eit", "eit.config")
-    assert not [n for n in imported(SOURCE / "cli.py", top_level_only=True) if n.startswith(heavy)]
+    code = f"import sys, eit.cli; loaded = set(sys.modules) & set({HEAVY}); sys.exit(', '.join(loaded) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import eit
-from eit import cli
+from eit.cli.app import app
 from eit.config import load_recipe
 from eit.data.datasets import open_data
 from eit.data.folders import image_files
@@ -121,7 +121,7 @@ NAMES = [
 
 def call(capsys, *words, status=0):
     """What the command prints, in this process; nothing that moves a terminal's cursor."""
-    found = typer.testing.CliRunner().invoke(cli.app, list(map(str, words)))
+    found = typer.testing.CliRunner().invoke(app, list(map(str, words)))
     assert found.exit_code == status, found.output
     output = found.output + "".join(capsys.readouterr())
     assert "\x1b" not in output

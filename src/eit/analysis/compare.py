@@ -1,8 +1,7 @@
 """Several models side by side on the same images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from eit.console import say, track
 from eit.data.images import Images, denormalise
 from eit.data.loaders import EvaluationLoader
 from eit.errors import UserError
+from eit.inference.evaluation_data import match_classes
 
 
 @dataclass
@@ -51,11 +51,8 @@ def compare(
     images: Images,
     device: torch.device,
     options: Options,
-    with_classes_of: Callable[[Any, Images], Any],
 ) -> Comparison:
     """Measure the models on the images, one after the other; what cannot be measured is said, and the rest goes on.
-
-    `with_classes_of(card, images)` gives images the class numbers of weights.
 
     Raises:
         UserError: an unknown name, images that cannot be read, or no model that can be measured.
@@ -83,7 +80,7 @@ def compare(
             )
         analyzed = AnalyzedModel(subject, analysis, colour, marker, list(analysis.missing))
         if (options.bands or options.filters) and subject.state == "trained":
-            _accuracy(analyzed, images, device, options, with_classes_of)
+            _accuracy(analyzed, images, device, options)
         if len(shown) and subject.state != "initial" and like is None:  # of a group's runs one is enough
             batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
             analyzed.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
@@ -113,7 +110,6 @@ def _accuracy(
     images: Images,
     device: torch.device,
     options: Options,
-    with_classes_of: Callable[[Any, Images], Any],
 ) -> None:
     """Accuracy under noise of each band and with filtered tokens, where the classes of weights and images agree."""
     subject, asked = analyzed.subject, []
@@ -123,7 +119,7 @@ def _accuracy(
         analyzed.missing += [f"{what}: its weights do not say which classes they know" for what in asked]
         return
     try:
-        own = with_classes_of(subject.card, images)
+        own = match_classes(subject.card, images)
     except UserError as error:
         analyzed.missing += [f"{what}: {error}" for what in asked]
         return

@@ -182,6 +182,32 @@ def mean_diversity(model: AnalyzedModel) -> float:
     return 100 * model.mean(lambda a: fmean(layer.relative_std for layer in a.attention))
 
 
+def layer_table(models: Sequence[AnalyzedModel]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Head and rows of a table of frequencies and head diversity, one row per model: means over its layers."""
+    head = ("model", "tokens", "share", "with DC", "noise", "diversity", "relative")
+    rows = []
+    for model in models:
+        layers, heads = model.analysis.layers_at("block"), model.analysis.attention
+        rows.append(
+            [
+                model.name,
+                "x".join(map(str, model.analysis.grid)),
+                f"{100 * fmean(layer.share for layer in layers):.1f}%",
+                f"{100 * fmean(layer.share_with_dc for layer in layers):.1f}%",
+                f"{100 * layers[0].noise_share:.1f}%",
+                f"{fmean(layer.std for layer in heads):.2f} px" if heads else "-",
+                f"{mean_diversity(model):.1f}%" if heads else "-",
+            ]
+        )
+    return head, rows
+
+
+LAYER_TABLE = (
+    "Means over the layers. share: energy of high frequencies; noise: that of white noise on as many tokens.\n"
+    "diversity: standard deviation of the heads' attention distances; relative: to uniform attention."
+)
+
+
 def token_table(models: Sequence[AnalyzedModel]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Head and rows of a table of what else matters, a row a curve: means of the layers, or after the last one."""
     head = ("model", "class token", "logit spread", "entropy", "divergence", "mixer gain", "MLP gain", "cosine", "rank")

@@ -87,5 +87,7 @@ def plan_text(runs: Sequence[Planned]) -> str:
         each = f"{min(hours):.1f} to {max(hours):.1f} a run"
         lines.append(f"# hours, if {runs[0].name} has this rate and MACs decide: {sum(hours):.1f} ({each})")
     else:
-        lines.append("# eit bench MODEL --mode train --batch-size 256 measures images/s; --images-per-s says the hours")
+        lines.append(
+            "# eit bench MODEL --mode train --batch-size 256 measures images/s; --images-per-s RATE prints the hours"
+        )
     return "\n".join(lines)

@@ -161,6 +161,12 @@ class Experiment(Section):
             if self.control is not None and self.control not in runs.axes[claim.axis]:
                 raise ValueError(f"control={self.control}: {claim.axis} has no such level")
 
+    @property
+    def default_budget(self) -> str:
+        """`short`, or the first where it has none of this name."""
+        budgets = self.runs.budgets
+        return "short" if "short" in budgets else next(iter(budgets))
+
     def budget(self, name: str) -> Budget:
         """
         Raises:

@@ -1,0 +1,142 @@
+"""The commands put together: the parser, exit status, and signals."""
+
+import os
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+import eit
+from eit.cli.analyze import analyze
+from eit.cli.bench import bench
+from eit.cli.convert import convert
+from eit.cli.data import data
+from eit.cli.eval import evaluate
+from eit.cli.export import export
+from eit.cli.models import models
+from eit.cli.output import print_error
+from eit.cli.predict import predict
+from eit.cli.push import push
+from eit.cli.recipes import recipes
+from eit.cli.reproduce import reproduce
+from eit.cli.train import train
+from eit.errors import UserError, is_out_of_memory
+
+
+class Commands(TyperGroup):
+    """Exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal, 1 anything else."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print_error(error)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # `eit models | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except FloatingPointError as error:
+            print_error(error)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            print_error(OSError(f"{error.filename}: {error.strerror}") if error.filename else error)
+            raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
+            if (line := _known_failure(error)) is None:
+                raise
+            print_error(RuntimeError(line))
+            raise typer.Exit(1) from None
+
+
+def _known_failure(error: Exception) -> str | None:
+    """One line for an error of torch that needs no traceback; None for any other error."""
+    if is_out_of_memory(error):
+        return "out of memory: give a smaller --batch-size or --size"
+    if "DataLoader worker" in str(error):
+        hint = "it was killed, or memory or /dev/shm ran out: try fewer data.workers"
+        return f"a loader process died ({str(error).splitlines()[0].rstrip('. ')}); {hint}"
+    if type(error).__name__.startswith("Dist") or "gloo" in str(error):  # torch's DistError and its subclasses
+        return "another process of this run ended; its own error line says why"
+    return None
+
+
+app = typer.Typer(
+    cls=Commands,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).",
+)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"eit {eit.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+# In the order in which `eit -h` lists them
+app.command()(train)
+app.command(name="eval")(evaluate)
+app.command()(predict)
+app.command()(export)
+app.command()(push)
+app.command()(analyze)
+app.command()(bench)
+app.command()(convert)
+app.add_typer(reproduce, name="reproduce")
+app.add_typer(models, name="models")
+app.add_typer(recipes, name="recipes")
+app.add_typer(data, name="data")
+
+
+def main() -> None:
+    # Until training has its own handler, Ctrl-C ends at once: an exception in the middle of an import would be lost.
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of the parser's
+            sys.excepthook(type(error), error, error.__traceback__)
+            _leave(1)
+        message = error.format_message().rstrip(".").replace("Value error, ", "")  # which pydantic adds
+        print_error(UserError(message + _hint(error)))
+        status = 2
+    _leave(status or 0)
+
+
+def _hint(error: Any) -> str:
+    """What to do about an error of the parser."""
+    if (context := getattr(error, "ctx", None)) is None:
+        return ""
+    if context.info_name == "train" and "No such option" in error.format_message():
+        return "; settings are key=value, such as train.epochs=2"
+    return f"; see {context.command_path} -h"
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process. Where it failed next to other ranks, end it at once: NCCL would wait for them, and torchrun for
+    this process."""
+    distributed = sys.modules.get("eit.distributed")
+    if distributed is not None and distributed.is_group():
+        if status:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        distributed.stop()
+    sys.exit(status)
+
+
+def _interrupted(*_: object) -> None:
+    os.write(2, b"eit: interrupted\n")
+    os._exit(130)

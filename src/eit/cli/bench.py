@@ -1,0 +1,168 @@
+"""`eit bench MODEL...`."""
+
+import json
+import os
+from enum import StrEnum
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eit.cli.options import Device, Json, Precision, Size, complete_model, file_to_write, start_alone
+from eit.cli.output import print_table
+from eit.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from eit.benchmark.bench import Measurement, Record
+
+
+class Mode(StrEnum):
+    """As `eit.benchmark.bench.MODES`."""
+
+    infer = "infer"
+    train = "train"
+
+
+class Runtime(StrEnum):
+    """As `eit.benchmark.bench.RUNTIMES`."""
+
+    eager = "eager"
+    compile = "compile"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+
+
+def bench(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="eit_mini, lsra/eit_mini; timm/NAME; weights files, run folders, digits.",
+            show_default=False,
+            autocompletion=complete_model,
+        ),
+    ],
+    modes: Annotated[
+        list[Mode] | None, typer.Option("--mode", help="Measure inference or training; repeatable; default: both.")
+    ] = None,
+    precisions: Annotated[
+        list[Precision] | None,
+        typer.Option("--precision", help="Compute in this precision; repeatable; default: fp32 and bf16."),
+    ] = None,
+    runtimes: Annotated[
+        list[Runtime] | None,
+        typer.Option("--runtime", help="Run the models by this runtime; repeatable; default: all that are installed."),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Images per batch; inference of a single image is measured too."),
+    ] = 16,
+    size: Size = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of CPU threads; default: torch's choice.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of rounds; each measures every combination once.")
+    ] = 5,
+    naive: Annotated[bool, typer.Option("--naive", help="Use a plain implementation as the baseline.")] = False,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure the peak memory of a step too.")] = True,
+    keep: Annotated[
+        bool, typer.Option("--keep-freed", help="Keep freed memory for the next step, as eit train does (Linux).")
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw a bar chart into FILE (.png, .pdf or .svg).")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure speed, and share of the matrix-multiply peak.
+
+    \b
+    eit bench eit_mini timm/deit_tiny_patch16_224 --runtime eager --runtime compile
+
+    Measured are inference (one image, and a batch) and training steps on random images, next to the peak of this
+    machine. Every round measures each combination once; medians and spread over the rounds are printed.
+    """
+    picture = file_to_write(out, "--out") if out else None
+    if threads is not None and threads > (cores := os.cpu_count() or 1):
+        raise UserError(f"--threads {threads}: this machine has {cores} cores; give at most {cores}")
+    from eit.benchmark.bench import DEFAULT_PRECISIONS, MODES, Options
+    from eit.benchmark.bench import bench as run
+    from eit.benchmark.sections import panels
+    from eit.memory import keep_freed
+    from eit.plots import bars
+    from eit.precision import PRECISIONS
+
+    if keep:
+        keep_freed()
+    options = Options(
+        batch_size,
+        size,
+        threads,
+        _values(modes) or MODES,
+        [name for name in PRECISIONS if name in (_values(precisions) or DEFAULT_PRECISIONS)],
+        _values(runtimes) or None,
+        rounds,
+        naive,
+        memory,
+        start_alone(device, "eit bench"),
+    )
+    record = run(names, options)
+    if picture:
+        bars(panels(record), picture)
+    if as_json:
+        print(json.dumps(record.as_json(), indent=2))
+    else:
+        print_record(record)
+
+
+def _values(given: list[Mode] | list[Precision] | list[Runtime] | None) -> list[str]:
+    """Each value once, in the order in which they were given."""
+    return list(dict.fromkeys(member.value for member in given or ()))
+
+
+def print_record(record: "Record") -> None:
+    """A table for each mode and batch, and what to know about them."""
+    from eit.benchmark.sections import is_latency, sections
+    from eit.console import out
+
+    for title, rows in sections(record).items():
+        out.print(f"\n{title}")
+        with_memory = any(row.memory is not None for row in rows)
+        unit = "ms" if is_latency(rows[0]) else "images/s"
+        head = ["model", "runtime", "precision", unit, "spread", "ratio", "of peak", *(["MiB"] if with_memory else [])]
+        print_table(head, [_cells(row, with_memory) for row in rows])
+    print(_footer(record))
+
+
+def _cells(row: "Measurement", with_memory: bool) -> list[str]:
+    from rich.markup import escape
+
+    from eit.benchmark.sections import rounded, speeds
+
+    values = speeds(row)
+    return [
+        escape(printable(row.arm.label)),
+        row.arm.runtime,
+        row.arm.precision,
+        rounded(median(values)),
+        f"{rounded(min(values))} to {rounded(max(values))}",
+        f"{median(row.ratios):.2f}",
+        f"{100 * row.share:.0f}%",
+        *(["-" if row.memory is None else f"{row.memory / 2**20:,.0f}"] if with_memory else []),
+    ]
+
+
+def _footer(record: "Record") -> str:
+    about = record.about
+    rounds = f"{about['rounds']} round{'s' if about['rounds'] > 1 else ''}"
+    lines = [f"{about['device']}, {about['threads']} threads; medians and spread of {rounds}"]
+    for precision, routes in record.peaks.items():
+        ways = sorted(((median(rates), name) for name, rates in routes.items()), reverse=True)
+        others = "".join(f"; {name} {rate / 1e9:,.0f}" for rate, name in ways[1:])
+        lines.append(f"matrix multiply peak, {precision}: {ways[0][0] / 1e9:,.0f} GFLOP/s by {ways[0][1]}{others}")
+    lines.append(f"ratio: speed by that of {record.baseline}; of peak: MACs x 2 x batch / time / peak of the precision")
+    if any(row.memory is not None for row in record.rows):
+        lines.append("MiB: peak memory of a step beyond the model and its images")
+    lines += [f"not measured: {reason}" for reason in record.left_out]
+    return "\n".join(map(printable, lines))

@@ -1,0 +1,148 @@
+"""`eit data check | show | prepare-imagenet | shard`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eit.cli.options import (
+    Json,
+    MaxPixels,
+    Overrides,
+    RecipeName,
+    RedirectingGroup,
+    ValFraction,
+    file_to_write,
+)
+from eit.cli.output import print_result
+
+
+class DataGroup(RedirectingGroup):
+    def redirect(self, words: list[str]) -> list[str] | None:
+        return ["data", "prepare-imagenet", *words[2:]] if words[:2] == ["prepare", "imagenet"] else None
+
+
+data = typer.Typer(cls=DataGroup, rich_markup_mode=None, help="Check, show, prepare or shard a data set.")
+
+
+@data.command()
+def check(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A folder with train/ and val/, or sklearn:digits.", show_default=False),
+    ],
+    val_fraction: ValFraction = None,
+    max_pixels: MaxPixels = None,
+    as_json: Json = False,
+) -> None:
+    """Read every image of a data set.
+
+    The exit status is 1 where training would fail.
+    """
+    from eit.data.datasets import check as run
+    from eit.data.images import MAX_PIXELS
+
+    report = run(path, max_pixels or MAX_PIXELS, val_fraction)
+    print_result(report, as_json, check_text(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@data.command()
+def show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[
+        str, typer.Option(metavar="FILE", help="Write the picture to FILE (.png, .pdf or .svg).")
+    ] = "grid.png",
+    images: Annotated[
+        int, typer.Option(metavar="N", min=1, max=400, help="Number of training images, and of validation images.")
+    ] = 24,
+    epoch: Annotated[int, typer.Option(metavar="N", min=0, help="Show the first batch of epoch N, from 0 on.")] = 0,
+) -> None:
+    """Draw what the model will see.
+
+    eit data show cifar10 data.root=PATH --out grid.png
+
+    The picture has images of the first training batch, augmented and mixed, and validation images.
+    """
+    from eit.config import load_recipe
+    from eit.plots import grid
+    from eit.training.preview import tiles
+
+    file = file_to_write(out, "--out")
+    trained, validated = tiles(load_recipe(recipe, overrides or ()), images, epoch)
+    grid([(f"training, first step of epoch {epoch + 1}", trained), ("validation", validated)], file)
+    print(f"{out}: {len(trained)} training and {len(validated)} validation images")
+
+
+@data.command()
+def prepare_imagenet(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="ARCHIVES", help="The folder of the ILSVRC2012 archives.", show_default=False),
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="The folder to write train/ and val/ into.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Unpack the ILSVRC2012 archives into class folders.
+
+    eit data prepare-imagenet DOWNLOADS imagenet
+
+    Needed, as downloaded, are ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz. Run
+    the same command again to resume; the images of every class are counted against the devkit.
+    """
+    from eit.data.prepare_imagenet import prepare_imagenet as run
+
+    done = run(Path(source).expanduser(), Path(target).expanduser())
+    text = f"{done['folder']}: {done['train']:,} training and {done['val']:,} validation images of {done['classes']}"
+    print_result(done, as_json, f"{text} classes")
+
+
+@data.command()
+def shard(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A data set, as in data.root.", show_default=False)],
+    out: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A new folder to write the shards into.", show_default=False)
+    ],
+    count: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of training shards; a multiple of the loader processes of all ranks is best.",
+        ),
+    ] = 64,
+    val_count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of validation shards.")] = 16,
+    val_fraction: ValFraction = None,
+    as_json: Json = False,
+) -> None:
+    """Pack a data set into webdataset shards.
+
+    With data.root=FOLDER they give the same batches as the data set; with data.dataset=wds/NAME they are read in turn,
+    as from an object store.
+    """
+    from eit.config import data_config
+    from eit.data.datasets import open_data
+    from eit.data.shards import write_shards
+
+    train_images, val_images = open_data(data_config(root=path, val_fraction=val_fraction))
+    done = write_shards(train_images, val_images, Path(out).expanduser(), count, val_count)
+    print_result(done, as_json, f"{out}: {done['shards']} shards of {done['train']:,} + {done['val']:,} images")
+
+
+def check_text(report: dict[str, Any]) -> str:
+    lines = []
+    for name, part in report["splits"].items():
+        counts = part["classes"].values()
+        lines.append(
+            f"{name}: {part['images']:,} images of {len(counts)} classes, {min(counts)} to {max(counts)} per class"
+        )
+        lines.append("  sizes: " + ", ".join(f"{s['width']}x{s['height']} ({s['images']:,})" for s in part["sizes"]))
+        lines += [f"  unreadable: {fault}" for fault in part["unreadable"][:20]]
+        if len(part["unreadable"]) > 20:
+            lines.append(f"  and {len(part['unreadable']) - 20} more unreadable (--json has all)")
+    lines += [f"problem: {problem}" for problem in report["problems"]]
+    return "\n".join([*lines, "ready to train" if report["ok"] else "not ready to train"])

@@ -1,0 +1,95 @@
+"""`eit export CKPT --format FORMAT`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from eit.cli.options import Checkpoint, Json, MaxPixels
+from eit.cli.output import print_result, program
+from eit.errors import UserError
+
+if TYPE_CHECKING:
+    from eit.export.exporter import Export
+    from eit.weights.card import Card
+
+Format = Literal["onnx", "openvino", "torch"]
+
+
+def export(
+    checkpoint: Checkpoint,
+    format: Annotated[Format, typer.Option(help="Write this format; torch: a torch.export program.")] = "onnx",
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write to FILE; default: next to the weights, with their name."),
+    ] = None,
+    int8: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Quantise to int8, with the images of this folder or data set to choose value ranges; default: fp32.",
+        ),
+    ] = None,
+    images: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of calibration images for --int8, evenly spaced.")
+    ] = 256,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own.",
+        ),
+    ] = None,
+    max_pixels: MaxPixels = None,
+    as_json: Json = False,
+) -> None:
+    """Write weights as an ONNX, OpenVINO or torch.export file.
+
+    eit export runs/pets --format onnx --int8 pets/train
+
+    The file is compared with torch before it is kept; eit predict and eit eval accept it in place of weights. Batch,
+    height and width are dynamic; classes and preprocessing are in the metadata.
+    """
+    if data and not int8:
+        raise UserError(f"--data {data} is for --int8, whose accuracy is measured on it: give --int8 PATH too")
+    from eit.data.datasets import open_evaluation
+    from eit.export import exporter
+    from eit.inference.evaluation_data import evaluation_config, match_classes
+    from eit.weights.load import load
+
+    file = Path(out).expanduser() if out else exporter.default_file(checkpoint, format)
+    exporter.check_request(format, file, int8 is not None)
+    model = load(checkpoint)
+    calibration = None
+    if int8:
+        config = evaluation_config(model.card, data, max_pixels=max_pixels)
+        labelled = match_classes(model.card, open_evaluation(config))
+        chosen = exporter.calibration_images(int8, images, config.max_pixels, config.val_fraction)
+        calibration = exporter.Calibration(chosen, labelled)
+    done = exporter.export(model, file, format, calibration)
+    print_result(json.loads(json.dumps(asdict(done), default=str)), as_json, export_text(done, model.card))
+
+
+def export_text(done: "Export", card: "Card") -> str:
+    parity = done.parity
+    sizes = " and ".join(f"{height}x{width}" for height, width in parity.sizes)
+    top1 = f"top-1 equal on {parity.images} photos"
+    if parity.ties:
+        shown = parity.images * len(parity.sizes)
+        top1 = f"top-1 equal on {shown - parity.ties} of {shown} photos, tied on the others,"
+    lines = [
+        f"{done.file}: {card.model}, {len(card.classes)} classes, {done.bytes / 1e6:.2f} MB; "
+        f"dynamic: {', '.join(done.dynamic)}",
+        f"{done.runtime} and torch agree: {top1} at {sizes}, logits within {parity.max_error:.1e}",
+    ]
+    if "height" not in done.dynamic:
+        lines.insert(1, f"height and width are fixed at {card.size}")
+    if int8 := done.int8:
+        lines[-1] = f"before int8: {lines[-1]}"
+        lines.append(
+            f"int8: top-1 {int8.top1:.2f}%, fp32 {int8.fp32_top1:.2f}%, on {int8.images:,} images; "
+            f"{int8.fp32_bytes / 1e6:.2f} MB without; ranges from {int8.calibrated_on} images"
+        )
+    return "\n".join([*lines, f"next: {program()} predict {done.file} IMAGE..."])

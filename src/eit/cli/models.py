@@ -1,0 +1,104 @@
+"""`eit models`, `eit models plot FILE`."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from eit.cli.options import Json, RedirectingGroup, file_to_write, refuse_before_command
+from eit.cli.output import print_table
+
+
+class ModelsGroup(RedirectingGroup):
+    def redirect(self, words: list[str]) -> list[str] | None:
+        for number, word in enumerate(words):
+            option, _, value = word.partition("=")
+            if option == "--plot":
+                return ["models", "plot", value or next(iter(words[number + 1 :]), "FILE")]
+        return None
+
+
+models = typer.Typer(cls=ModelsGroup, rich_markup_mode=None, invoke_without_command=True)
+
+
+@models.callback()
+def list_all(
+    context: typer.Context,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """List the models: sizes, costs and published results."""
+    refuse_before_command(context, json=as_json, markdown=markdown)
+    if context.invoked_subcommand is not None:
+        return
+    rows = describe_models()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    cells = [
+        (
+            r["name"],
+            f"{r['params']:,}",
+            f"{r['macs'] / 1e9:.3f} G",
+            f"{r['published_macs'] / 1e9:.3f} G",
+            str(r["tokens"]),
+            *("-" if r[key] is None else f"{r[key]}%" for key in ("published_top1", "published_top5")),
+        )
+        for r in rows
+    ]
+    head = ("model", "parameters", "MACs", "paper's FLOPs", "tokens", "top-1", "top-5")
+    if markdown:
+        print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)))
+        return
+    print_table(head, cells)
+    print_legend()
+
+
+@models.command()
+def plot(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="The picture to write: .png, .pdf or .svg.", show_default=False)
+    ],
+) -> None:
+    """Draw published top-1 against model size.
+
+    One panel is by parameters, one by multiply-accumulates; many model families are shown.
+    """
+    from eit.models.registry import published_results
+    from eit.plots import results
+
+    picture = file_to_write(file, "FILE")
+    points = [point for point in published_results() if point.params_m <= 100]
+    results(points, picture)
+    print(f"{file}: {len(points)} published models of {len({p.family for p in points})} families, up to 100 M")
+    print("parameters; ImageNet-1K alone, 224x224, no teacher. The sources are in published.csv of the package.")
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """Name, sizes, costs, and published results (None where there are none) of each model."""
+    from eit.models.complexity import complexity
+    from eit.models.registry import MODELS, VARIANTS, create_model
+
+    rows: list[dict[str, Any]] = []
+    for name, (variant, _) in MODELS.items():
+        model = create_model(name)
+        size = dict(tokens=model.grid_size[0] * model.grid_size[1], **asdict(complexity(model)))
+        own = asdict(variant)
+        if name not in VARIANTS:
+            own |= dict.fromkeys(key for key in own if key.startswith("published") or key == "weights")
+        rows.append(dict(name=name, **size, **own, weights_ship=False))
+    return rows
+
+
+def print_legend() -> None:
+    from eit.models.registry import AUTHORS_CODE
+
+    print(
+        "MACs: multiply-accumulates of one 224x224 image; next to them what the paper counts as FLOPs (no attention\n"
+        "products, but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus\n"
+        "has no published results.\n"
+        "The authors' weights are not included in this package. They are at\n"
+        f"{AUTHORS_CODE}/tree/main/model;\n"
+        "eit predict and eit eval accept their .pth files, eit convert makes safetensors of them."
+    )

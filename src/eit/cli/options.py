@@ -1,0 +1,181 @@
+"""Options and arguments that several commands share, with their checks and the shell's completion of them."""
+
+import os
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from eit.cli.output import program
+from eit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# -- Completion -------------------------------------------------------------------------------------------------------
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of the included recipes."""
+    from eit.config import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def complete_recipe_key(incomplete: str) -> list[str]:
+    """Keys of a recipe; only the user knows their values."""
+    from eit.config import recipe_keys
+
+    return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names of the zoo, alone and with a family; timm's once `timm/` is typed."""
+    from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS
+
+    names = [*MODELS, *(f"{family}/{name}" for family in FAMILIES for name in VARIANTS), TIMM]
+    if incomplete.startswith(TIMM):
+        import timm
+
+        names = [TIMM + name for name in timm.list_models()]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+# -- Types ------------------------------------------------------------------------------------------------------------
+
+
+class Precision(StrEnum):
+    """As `eit.precision.PRECISIONS`, which is not imported here, for it needs torch."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+PrecisionOrAuto = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="A weights file, a run folder (its best.safetensors is used), digits, or hf-hub:USER/NAME.",
+        show_default=False,
+    ),
+]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="An included recipe (eit recipes lists them), or PATH.yaml.",
+        show_default=False,
+        autocompletion=complete_recipe,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Change a key of the recipe, such as train.epochs=100; eit recipes show RECIPE prints all keys.",
+        show_default=False,
+        autocompletion=complete_recipe_key,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Compute on auto, cpu, mps, cuda or cuda:N.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, help="Number of loader processes; default: one per core, at most 16."),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Refuse images of more pixels than N; default: the limit used in training."),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, max=4096, help="Input height and width in pixels; default: each model's own."),
+]
+ValFraction = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION",
+        min=0,
+        max=1,
+        help="Hold out this share of train/ where there is no val/, as data.val_fraction does; default: none.",
+    ),
+]
+
+
+# -- Checks -----------------------------------------------------------------------------------------------------------
+
+
+class RedirectingGroup(TyperGroup):
+    """A group of commands that answers a known wrong spelling with the right one."""
+
+    def redirect(self, words: list[str]) -> list[str] | None:
+        """The right words for `words`, none of which is a command of the group; None where they are unknown."""
+        raise NotImplementedError
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and (right := self.redirect(list(args))):
+            raise UserError(
+                f"{ctx.command_path} {shlex.join(args)} is not a command: type {program()} {shlex.join(right)}"
+            )
+        return super().parse_args(ctx, args)
+
+
+def refuse_before_command(context: typer.Context, **options: bool) -> None:
+    """Raise a UserError where an option of a bare group stands before one of its commands, which would ignore it."""
+    if context.invoked_subcommand is not None and (given := [f"--{name}" for name, value in options.items() if value]):
+        raise UserError(f"{context.command_path} {given[0]} {context.invoked_subcommand}: leave {given[0]} out here")
+
+
+def file_to_write(name: str, option: str, also: str | None = None) -> Path:
+    """The path of a picture, or of a file that ends in `also`, in a folder that exists.
+
+    Raises:
+        UserError: another ending, or no such folder; before anything is computed.
+    """
+    from eit.plots import PICTURES
+
+    file = Path(name).expanduser()
+    known = [*PICTURES, *([also] if also else [])]
+    if file.suffix.lower() not in known:
+        raise UserError(f"{option} {name}: give a file name that ends in {', '.join(known[:-1])} or {known[-1]}")
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {name}: there is no folder {file.parent}; make it, or give another one")
+    return file
+
+
+def folder_to_write(name: str, option: str) -> Path:
+    """A folder that exists or can be made: checked before anything is computed, made once there is a result."""
+    folder = Path(name).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "read-only" if there.is_dir() else "a file"
+        raise UserError(f"{option} {name} cannot be written: {there} is {reason}; give another folder")
+    return folder
+
+
+def device_for(checkpoint: str, device: str) -> str:
+    """`device`, but the CPU for an exported file."""
+    from eit.inference.runtimes import is_exported
+
+    if not is_exported(checkpoint):
+        return device
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: {checkpoint} runs on the CPU; leave --device out")
+    return "cpu"
+
+
+def start_alone(device: str, command: str) -> "torch.device":
+    """The device of a command that runs in one process."""
+    from eit.distributed import start, world_size
+
+    found = start(device)
+    if world_size() > 1:
+        raise UserError(f"{command} runs in one process, torchrun started {world_size()}: start it without torchrun")
+    return found

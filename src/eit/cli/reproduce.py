@@ -1,0 +1,332 @@
+"""`eit reproduce list | run | plan | tables | again | curve`."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eit.cli.options import Json, RedirectingGroup, refuse_before_command
+from eit.cli.output import exit_stopped, print_error, print_result
+from eit.errors import UserError, few
+
+if TYPE_CHECKING:
+    from eit.reproduce.experiment import Cell, Experiment
+
+
+class ReproduceGroup(RedirectingGroup):
+    """Answers `eit reproduce NAME --plan` and the like, where the subcommand was an option once."""
+
+    def redirect(self, words: list[str]) -> list[str] | None:
+        names = [word.partition("=")[0] for word in words]
+        for option in ("list", "plan", "tables", "again", "curve"):
+            if f"--{option}" in names:
+                return ["reproduce", option, *_without_option(words, names.index(f"--{option}"), option)]
+        if words[0].startswith("-"):
+            return None if words[0] in ("-h", "--help", "--json") else ["reproduce", "run", "NAME", *words]
+        from eit.reproduce.experiment import experiment_names
+
+        known = words[0] in experiment_names() or words[0].endswith((".yaml", ".yml"))
+        return ["reproduce", "run", *words] if known else None
+
+
+def _without_option(words: list[str], number: int, command: str) -> list[str]:
+    """The words that follow the subcommand `command`, which is the option words[number]."""
+    _, given, value = words[number].partition("=")
+    rest = [*words[:number], *words[number + 1 :]]
+    if command == "list":
+        return []
+    if command in ("again", "curve") and not given:
+        value = rest.pop(number) if number < len(rest) else "RUN"
+    if command == "curve":
+        return [value]
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else "NAME"
+    return [name, value, *rest] if command == "again" else [name, *rest]
+
+
+reproduce = typer.Typer(cls=ReproduceGroup, rich_markup_mode=None, invoke_without_command=True)
+
+
+# -- Options ----------------------------------------------------------------------------------------------------------
+
+
+def complete_experiment(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from eit.reproduce.experiment import experiment_names
+
+    return [name for name in experiment_names() if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="An included experiment (eit reproduce list), or PATH.yaml.",
+        show_default=False,
+        autocompletion=complete_experiment,
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="BUDGET",
+        help="Choose how much is trained (eit reproduce list); default: short, or the experiment's first.",
+    ),
+]
+Results = Annotated[
+    str, typer.Option(metavar="FOLDER", help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN.")
+]
+Roots = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="NAME=PATH",
+        help="Read the data set NAME from PATH; repeatable; default: where the experiment says.",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="TEXT", help="Choose runs with TEXT in their name; repeatable; default: all runs."),
+]
+
+
+def _load(name: str, budget: str | None) -> tuple["Experiment", str, list["Cell"]]:
+    """The experiment, the budget, and the runs of this budget."""
+    from eit.reproduce.experiment import load
+
+    experiment = load(name)
+    chosen = budget or experiment.default_budget
+    return experiment, chosen, experiment.cells(chosen)
+
+
+def _choose(cells: Sequence["Cell"], only: Sequence[str], name: str) -> list["Cell"]:
+    """The runs with one of the texts `only` in their name; all of them where there is none."""
+    chosen = [cell for cell in cells if not only or any(text in cell.name for text in only)]
+    if not chosen:
+        raise UserError(f"--only {' '.join(only)}: no run of {name} has it in its name, such as {cells[0].name}")
+    return chosen
+
+
+def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
+    """Data set -> folder, of words NAME=PATH."""
+    known = list(dict.fromkeys(cell.data for cell in cells))
+    roots: dict[str, str] = {}
+    for word in words:
+        key, _, path = word.partition("=")
+        if not (key and path):
+            raise UserError(f"--data {word} is not NAME=PATH, such as --data {known[0]}=PATH")
+        if roots.setdefault(key, path) != path:
+            raise UserError(f"--data {key}=... is given twice, with {roots[key]} and {path}: give one of them")
+    if unknown := set(roots) - set(known):
+        raise UserError(f"--data {min(unknown)}=...: its data sets are {', '.join(known)}")
+    return roots
+
+
+# -- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@reproduce.callback()
+def group(context: typer.Context, as_json: Json = False) -> None:
+    """Train the paper's claims as experiments, and judge them.
+
+    eit reproduce run small_data --budget smoke
+    """
+    refuse_before_command(context, json=as_json)
+    if context.invoked_subcommand is None:
+        list_experiments(as_json)
+
+
+@reproduce.command(name="list")
+def list_experiments(as_json: Json = False) -> None:
+    """List the included experiments.
+
+    For each it prints what it shows, what it costs, and what would refute it.
+    """
+    from eit.reproduce.experiment import experiment_names, load
+
+    experiments = [load(name) for name in experiment_names()]
+    if as_json:
+        keys = ("name", "shows", "refuted")
+        rows = [
+            {key: getattr(e, key) for key in keys} | dict(budgets={n: b.cost for n, b in e.runs.budgets.items()})
+            for e in experiments
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    for e in experiments:
+        print(f"{e.name}\n    shows: {e.shows}\n    refuted if: {e.refuted}")
+        if e.of:
+            print(f"    uses the runs of {e.of}, with their budgets")
+        else:
+            for budget in e.budgets:
+                print(f"    --budget {budget}: {len(e.cells(budget))} runs; {e.budgets[budget].cost}")
+    print("run one with: eit reproduce run NAME --budget BUDGET")
+
+
+@reproduce.command()
+def run(
+    name: Name,
+    budget: BudgetOption = None,
+    results: Results = "results",
+    data: Roots = None,
+    only: Only = None,
+    as_json: Json = False,
+) -> None:
+    """Train and judge an experiment.
+
+    eit reproduce run small_data --budget smoke --results mine
+
+    Its runs are trained and measured; tables, a figure and verdicts are written to FOLDER/NAME/BUDGET. Finished runs
+    are kept, a stopped run is resumed. The tables are built from FOLDER alone.
+    """
+    experiment, budget, cells = _load(name, budget)
+    roots = _roots(data or (), cells)
+    chosen = _choose(cells, only or (), name)
+    from eit import distributed
+    from eit.memory import keep_freed
+    from eit.reproduce import runs
+    from eit.training.trainer import Stopped
+
+    keep_freed()
+    distributed.start()
+    try:
+        diverged = runs.run(chosen, experiment.runs.measure, Path(results), roots)
+    except Stopped as stop:
+        exit_stopped(stop)
+    _print_tables(experiment, budget, Path(results), as_json, diverged)
+    if diverged:
+        if distributed.is_main():
+            what = "was not finite; the lines above say where, and the same command tries again"
+            print_error(FloatingPointError(f"{len(diverged)} of {len(chosen)} runs: {few(diverged)}: the loss {what}"))
+        raise typer.Exit(1)
+
+
+@reproduce.command()
+def plan(
+    name: Name,
+    budget: BudgetOption = None,
+    results: Results = "results",
+    data: Roots = None,
+    only: Only = None,
+    images_per_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            min=0.001,
+            help="Estimate hours from this rate of all processes together; default: no hours.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the runs as eit train commands, with their cost.
+
+    eit reproduce plan imagenet --images-per-s 8000
+
+    Nothing is trained.
+    """
+    if images_per_s is not None and not math.isfinite(images_per_s):
+        raise UserError(f"--images-per-s {images_per_s} is no rate: give a number, such as 8000")
+    _, _, cells = _load(name, budget)
+    roots = _roots(data or (), cells)
+    from eit.reproduce.commands import commands, plan_text
+
+    rows = commands(_choose(cells, only or (), name), Path(results), roots, images_per_s)
+    print_result(dict(runs=[asdict(row) for row in rows]), as_json, plan_text(rows))
+
+
+@reproduce.command()
+def tables(name: Name, budget: BudgetOption = None, results: Results = "results", as_json: Json = False) -> None:
+    """Write tables, figure and verdicts of finished runs.
+
+    eit reproduce tables frequency --budget smoke
+
+    Nothing is trained; weights are not needed.
+    """
+    from eit import distributed
+
+    experiment, budget, _ = _load(name, budget)
+    distributed.start()
+    _print_tables(experiment, budget, Path(results), as_json)
+
+
+@reproduce.command()
+def again(
+    name: Name,
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="The run to repeat, such as digits-eit-seed-0.", show_default=False),
+    ],
+    budget: BudgetOption = None,
+    results: Results = "results",
+    data: Roots = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Train in this run folder; default: runs/again/RUN.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a finished run a second time, and compare.
+
+    eit reproduce again small_data digits-vit-seed-0 --budget smoke
+
+    Both runs are identical on the same machine and versions. Otherwise top-1 may differ by three standard deviations
+    over seeds; the exit status is 1 where it differs by more.
+    """
+    experiment, budget, cells = _load(name, budget)
+    roots = _roots(data or (), cells)
+    cell = next((cell for cell in cells if cell.name == run), None)
+    if cell is None:
+        raise UserError(f"RUN {run}: {name} has no such run with --budget {budget}, such as {cells[0].name}")
+    from eit import distributed
+    from eit.memory import keep_freed
+    from eit.reproduce import runs
+    from eit.training.trainer import Stopped
+
+    keep_freed()
+    distributed.start()
+    try:
+        second = runs.again(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}"))
+    except Stopped as stop:
+        exit_stopped(stop)
+    if distributed.is_main():
+        print_result(asdict(second) | dict(agrees=second.agrees), as_json, str(second))
+    raise typer.Exit(0 if second.agrees else 1)
+
+
+@reproduce.command()
+def curve(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_FOLDER", help="A run of the experiment imagenet, finished or not.", show_default=False
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare an ImageNet run with the published epochs.
+
+    eit reproduce curve results/imagenet/full/imagenet-mini
+    """
+    from eit.reproduce.published import compare
+
+    compared = compare(Path(folder))
+    print_result(asdict(compared), as_json, str(compared))
+
+
+def _print_tables(
+    experiment: "Experiment", budget: str, results: Path, as_json: bool, diverged: Sequence[str] = ()
+) -> None:
+    """Build the page of an experiment from its finished runs, and print it."""
+    from eit import distributed
+    from eit.reproduce.runs import read_results
+    from eit.reproduce.tables import build, verdicts
+
+    if not read_results(experiment, budget, results) and not diverged:
+        folder = results / experiment.runs.name / budget
+        raise UserError(f"{folder} has no finished run: train some with eit reproduce run, or give another --results")
+    if distributed.is_main():
+        page = build(experiment, budget, results)
+        print_result(verdicts(experiment, budget, results), as_json, f"{page.read_text()}\n{page}")

@@ -1,0 +1,59 @@
+"""`eit predict`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eit.weights.load import find_weights, read_card
+from tests.cli.conftest import assert_mistake, failed
+from tests.conftest import run_eit
+
+
+def test_included_weights_predict_and_say_how_good_they_are(tmp_path):
+    """Right after installation: their accuracy is what they say, and what results/ has for their seed."""
+    root = Path(__file__).parents[2]
+    found = json.loads(run_eit("eval", "digits", "--json", cwd=tmp_path).stdout)
+    card = read_card("digits")
+    assert found["top1"] == pytest.approx(card.metrics["val_top1"])
+    run = root / "results" / "digits" / f"seed-{card.recipe['seed']}"
+    assert json.loads((run / "summary.json").read_text())["last_top1"] == pytest.approx(found["top1"])
+    assert yaml.safe_load((run / "recipe.yaml").read_text()) == card.recipe
+    assert find_weights("eit_digits").stat().st_size < 1_500_000
+    subprocess.run([sys.executable, root / "tools" / "demo_images.py", tmp_path / "images"], check=True)
+    lines = run_eit("predict", "digits", "images", "--top", 1, cwd=tmp_path).stdout.splitlines()
+    assert len(lines) == 6 and all(Path(line.split()[0]).parent.name == line.split()[1] for line in lines)
+
+
+def test_files_and_a_list_on_stdin_are_predicted(trained):
+    files = [f"data/val/digit{i}/000.png" for i in range(3)]
+    listed = run_eit("predict", "runs/mine", "-", "--top", 2, cwd=trained, stdin="\n".join(files)).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == files
+    assert all(line.count("%") == 2 for line in listed.splitlines())
+    first = json.loads(run_eit("predict", "runs/mine", "data/val/digit0", "--json", cwd=trained).stdout.splitlines()[0])
+    assert first["image"] == files[0]
+    assert sum(label["probability"] for label in first["labels"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gone", "x.png"], ["no such image: x.png"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path, words, said):
+    assert_mistake(tmp_path, ["predict", *words], said)
+
+
+def test_mistakes_about_images(trained, tmp_path):
+    assert "no such image: gone.png" in failed(2, "predict", "runs/mine", "gone.png", cwd=trained)
+    (tmp_path / "text.png").write_text("text")
+    good = "data/val/digit0/000.png"
+    done = run_eit("predict", "runs/mine", tmp_path / "text.png", good, cwd=trained)
+    assert (done.returncode, done.stdout.split()[0]) == (2, good)
+    assert done.stderr.startswith("eit: ") and "text.png: no image" in done.stderr
+    assert "is no run folder" in failed(2, "predict", "data", good, cwd=trained)
+    assert "list on stdin is empty" in failed(2, "predict", "runs/mine", "-", cwd=trained, stdin="")
