@@ -156,7 +156,7 @@ def print_metrics(results: Sequence[tuple[dict[str, Any], "Metrics"]], settings:
 def metrics_text(metrics: "Metrics") -> str:
     from rich.cells import cell_len
 
-    from eit.plots import shorten
+    from eit.errors import shorten
 
     lines = [
         f"top-1 {metrics.top1:.2f}%  ({metrics.correct1} of {metrics.images})",
