@@ -238,7 +238,7 @@ def writes(words, world):
             return [world / load_recipe(recipe, given).run_folder()]
         case ["train", recipe, *given]:
             return [world / load_recipe(str(world / recipe), given).run_folder()]
-        case ["data", "shard", _, target, *_] | ["data", "prepare-imagenet", _, target, *_]:
+        case ["data", "shard", _, target, *_] | ["data", "prepare", _, _, target, *_]:
             return [world / target]
     return []
 

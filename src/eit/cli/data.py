@@ -1,7 +1,7 @@
-"""`eit data check | show | prepare-imagenet | shard`."""
+"""`eit data check | show | prepare | shard`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,19 +10,12 @@ from eit.cli.options import (
     MaxPixels,
     Overrides,
     RecipeName,
-    RedirectingGroup,
     ValFraction,
     file_to_write,
 )
 from eit.cli.output import print_result
 
-
-class DataGroup(RedirectingGroup):
-    def redirect(self, words: list[str]) -> list[str] | None:
-        return ["data", "prepare-imagenet", *words[2:]] if words[:2] == ["prepare", "imagenet"] else None
-
-
-data = typer.Typer(cls=DataGroup, rich_markup_mode=None, help="Check, show, prepare or shard a data set.")
+data = typer.Typer(rich_markup_mode=None, help="Check, show, prepare or shard a data set.")
 
 
 @data.command()
@@ -77,7 +70,8 @@ def show(
 
 
 @data.command()
-def prepare_imagenet(
+def prepare(
+    name: Annotated[Literal["imagenet"], typer.Argument(help="The data set.", show_default=False)],
     source: Annotated[
         str,
         typer.Argument(metavar="ARCHIVES", help="The folder of the ILSVRC2012 archives.", show_default=False),
@@ -89,14 +83,14 @@ def prepare_imagenet(
 ) -> None:
     """Unpack the ILSVRC2012 archives into class folders.
 
-    eit data prepare-imagenet DOWNLOADS imagenet
+    eit data prepare imagenet DOWNLOADS imagenet
 
     Needed, as downloaded, are ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz. Run
     the same command again to resume; the images of every class are counted against the devkit.
     """
-    from eit.data.prepare_imagenet import prepare_imagenet as run
+    from eit.data.prepare_imagenet import prepare_imagenet
 
-    done = run(Path(source).expanduser(), Path(target).expanduser())
+    done = prepare_imagenet(Path(source).expanduser(), Path(target).expanduser())
     text = f"{done['folder']}: {done['train']:,} training and {done['val']:,} validation images of {done['classes']}"
     print_result(done, as_json, f"{text} classes")
 

@@ -309,7 +309,7 @@ ARCHIVES = {
     "cifar-10-python.tar.gz": "tar xzf",
     "cifar-100-python.tar.gz": "tar xzf",
     "tiny-imagenet-200.zip": "unzip",
-    "ILSVRC2012_img_train.tar": "eit data prepare-imagenet",
+    "ILSVRC2012_img_train.tar": "eit data prepare imagenet",
 }
 
 
