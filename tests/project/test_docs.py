@@ -58,12 +58,12 @@ NOT_RUN = {
     "test_reliability.py::test_runs_killed_at_random_come_back_identical",
     "eit bench eit_mini": "minutes; test_bench.py::test_runtimes_batches_and_modes_are_measured",
     "python benchmarks/scale.py": "10 minutes, of measuring",
-    "eit reproduce run small_data --budget s": "minutes to hours; test_reproduce.py::test_finished_runs_are_kept",
+    "eit reproduce run small_data --budget s": "minutes to hours; test_runs.py::test_finished_runs_are_kept",
     "eit reproduce tables frequency": "after hours; "
-    "test_reproduce.py::test_tables_come_from_results_alone_without_weights",
-    "eit reproduce again": "after a run; test_reproduce.py::test_a_run_again_is_identical_or_within_the_spread",
-    "eit reproduce curve": "after days; test_reproduce.py::test_a_run_is_compared_epoch_by_epoch",
-    "python tools/release_weights.py": "after hours; test_reproduce.py::test_weights_are_prepared_for_a_release",
+    "test_tables.py::test_tables_come_from_results_alone_without_weights",
+    "eit reproduce again": "after a run; test_runs.py::test_a_run_again_is_identical_or_within_the_spread",
+    "eit reproduce curve": "after days; test_published.py::test_a_run_is_compared_epoch_by_epoch",
+    "python tools/release_weights.py": "after hours; test_tables.py::test_weights_are_prepared_for_a_release",
     "eit train cifar100 data.root=data data.download=true": "downloads; "
     "test_layouts.py::test_downloads_go_to_torchvision",
     "eit train cifar10 data.dataset=hfds/": "downloads; test_layouts.py::test_a_hugging_face_set_through_timm",

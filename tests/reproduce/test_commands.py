@@ -1,0 +1,33 @@
+"""The plan of an experiment as commands."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from eit.config import load_recipe
+from eit.reproduce import experiment as experiments
+from eit.reproduce.commands import commands
+from tests.conftest import run_eit
+
+ROOT = Path(__file__).parents[2]
+MATRICES = [name for name in experiments.experiment_names() if not experiments.load(name).of]
+BUDGETS = [(name, budget) for name in MATRICES for budget in experiments.load(name).budgets]
+
+
+def test_the_plan_s_commands_make_the_recipes():
+    for name, budget in (("small_data", "full"), ("ablation", "short"), ("imagenet", "full")):
+        runs = experiments.load(name).cells(budget)
+        plan = commands(runs, Path("results"), {}, 1000.0)
+        for cell, planned in zip(runs, plan, strict=True):
+            words = shlex.split(planned.command)
+            start = words.index("train") + 1
+            assert load_recipe(words[start], words[start + 1 :]) == cell.recipe(Path("results"), {})
+            rate = 1000.0 * plan[0].training_macs / plan[0].images
+            assert planned.hours == pytest.approx(planned.training_macs / rate / 3600)
+    assert (
+        f"{sum(run.training_macs for run in plan) / 1e18:.1f}e18 MACs"
+        in experiments.load("imagenet").budgets["full"].cost
+    )
+    text = run_eit("reproduce", "plan", "imagenet", "--images-per-s", "8000").stdout
+    assert text.startswith("torchrun --nproc-per-node=8 -m eit train imagenet_mini") and "a run)" in text
