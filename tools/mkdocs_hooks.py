@@ -14,7 +14,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-MOVED = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md"}  # pages outside docs/ -> on the site
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+MOVED = {"README.md": "index.md"} | {name: name for name in OUTSIDE}  # pages outside docs/ -> on the site
 # Code, which stays as it is, or a link or an image to a path: mark, text, path, anchor
 LINK = re.compile(r"^```.*?^```|(?<!\[)`[^`\n]+`|(!?)\[([^\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", re.M | re.S)
 
