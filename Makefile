@@ -2,9 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FAST := tests/models/test_eit.py tests/models/test_registry.py tests/models/test_complexity.py tests/test_config.py \
+  tests/test_plots.py tests/weights/test_load.py tests/training/test_optim.py tests/training/test_loss.py \
+  tests/data/test_layouts.py tests/data/test_images.py tests/analysis/test_frequency.py tests/reproduce/test_verdict.py \
+  tests/project/test_imports.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-fast test-slow check-results gpu lint format readme docs clean
+.PHONY: help demo test test-fast test-slow check-results check-docs gpu lint format readme docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +17,7 @@ help:
 	@echo "make test-fast  the tests of single functions, in under a minute"
 	@echo "make test-slow  the tests that make test leaves out"
 	@echo "make check-results  the tables and sentences of README.md and docs/ against results/"
+	@echo "make check-docs     every block of README.md and docs/, the examples, the site, the wheel"
 	@echo "make gpu        on a machine with a GPU: check, measure, train, in 10 minutes; GPU=\"--part check\" and other words"
 	@echo "make lint       formatting, lint and types"
 	@echo "make format     rewrite the sources as lint wants them"
@@ -42,19 +47,28 @@ demo: $(VENV)/installed
 	@rm -rf runs/demo
 	@$(BIN)/eit train digits out=runs/demo
 	@$(BIN)/python tools/demo_images.py runs/demo/images
-	@echo "predictions for a few scanned digits that were held out (the folder is the truth):"
+	@echo "predictions for a few scanned digits that were held out (the folder name is the true class):"
 	@$(BIN)/eit predict runs/demo runs/demo/images --top 3
 	@echo "try next: $(BIN)/eit train digits model.family=vit out=runs/vit"
 
+# Two processes with one thread each: most tests wait for imports or subprocesses.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Functions of one module, without training or subprocesses.
+test-fast: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -n 2 $(FAST)
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
 
 # What README.md and docs/ say against results/, and committed numbers against plain loops.
 check-results: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m 'results and not slow' tests/results
+	$(BIN)/python -m pytest -n 2 -m 'results and not slow'
+
+# Every block of README.md and docs/, the examples, the site, the wheel.
+check-docs: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'docs and not slow'
 
 # With what is installed: the interpreter of .venv where it is there, else PYTHON.
 gpu:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+THREADS = (
+    1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+)  # one each where tests run in parallel
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -20,7 +23,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(THREADS)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -397,7 +397,7 @@ def test_an_analysis_copies_the_constants_of_a_grid_once(pretend):
     analyze(model, images)
     pretend.waits.clear()
     analyze(model, images)
-    assert not [wait for wait in pretend.waits if "moments.py" not in wait and "probe.py" not in wait]
+    assert not [wait for wait in pretend.waits if "moments.py" not in wait and "hooks.py" not in wait]
 
 
 def test_moments_are_the_same_on_any_device(device):

@@ -67,7 +67,7 @@ def test_tf32_where_there_is_none_is_one_line(monkeypatch, device):
 def test_an_unknown_precision_is_one_line():
     with pytest.raises(UserError) as error:
         resolve_precision("int8", CPU)
-    assert str(error.value) == "'int8' is not one of 'auto', 'fp32', 'tf32', 'bf16', 'fp16'"
+    assert str(error.value) == "precision int8: one of auto, fp32, tf32, bf16, fp16 is expected"
 
 
 @pytest.mark.parametrize(

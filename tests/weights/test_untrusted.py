@@ -213,7 +213,7 @@ def test_a_pipe_named_like_an_image_is_not_waited_for(folder):
 
 def test_the_last_of_yaml_stays_safe():
     """The loader of recipes is a safe one, whatever it adds."""
-    assert issubclass(eit.config._UniqueKeys, yaml.SafeLoader)
+    assert issubclass(eit.config._UniqueKeys, yaml.constructor.SafeConstructor)
 
 
 def test_weights_of_nothing_are_refused(tmp_path):

@@ -38,7 +38,7 @@ def analyze(
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Use at most N images, evenly spaced.")] = 1000,
     pictures: Annotated[int, typer.Option(metavar="N", min=0, max=8, help="Number of images to show one by one.")] = 4,
     bands: Annotated[
-        bool, typer.Option("--bands", help="Measure accuracy under noise of each frequency band too.")
+        bool, typer.Option("--bands", help="Also measure accuracy with noise in each frequency band.")
     ] = False,
     filters: Annotated[
         bool,
@@ -57,7 +57,7 @@ def analyze(
     ] = 0.5,
     renormalize: Annotated[
         bool,
-        typer.Option("--renormalize/--no-renormalize", help="Leave attention to the class token out of distances."),
+        typer.Option("--renormalize/--no-renormalize", help="Ignore attention to the class token in distances."),
     ] = True,
     size: Size = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images per batch.")] = 16,
@@ -72,7 +72,7 @@ def analyze(
     eit analyze runs/eit runs/lsra runs/vit timm/vit_tiny_patch16_224 --data photos --out report
     eit analyze 'runs/eit*' 'runs/vit*' --data photos
 
-    A quoted pattern is a group: its runs are one curve, the mean, with a band of one standard deviation over the runs.
+    A quoted pattern groups runs. The report shows their mean with a band of one standard deviation.
     Groups are compared by the differences between runs trained with the same seed.
     """
     from eit.analysis.compare import Options, compare

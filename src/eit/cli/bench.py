@@ -64,7 +64,9 @@ def bench(
     rounds: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of rounds; each measures every combination once.")
     ] = 5,
-    naive: Annotated[bool, typer.Option("--naive", help="Use a plain implementation as the baseline.")] = False,
+    naive: Annotated[
+        bool, typer.Option("--naive", help="Also time a plain PyTorch implementation, as the baseline.")
+    ] = False,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure the peak memory of a step too.")] = True,
     keep: Annotated[
         bool, typer.Option("--keep-freed", help="Keep freed memory for the next step, as eit train does (Linux).")
@@ -75,7 +77,7 @@ def bench(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure speed, and share of the matrix-multiply peak.
+    """Measure speed, and its share of the machine's peak matrix-multiply rate.
 
     \b
     eit bench eit_mini timm/deit_tiny_patch16_224 --runtime eager --runtime compile

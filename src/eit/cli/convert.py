@@ -37,7 +37,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert other weights to a self-describing safetensors file.
+    """Convert weights of the authors or timm to a safetensors file with model metadata.
 
     Nothing in IN is executed. Where its shapes do not tell the model, name it with its arguments, here timm's ViT-Ti:
 

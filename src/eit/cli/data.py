@@ -22,15 +22,19 @@ data = typer.Typer(rich_markup_mode=None, help="Check, show, prepare or shard a 
 def check(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="A folder with train/ and val/, or sklearn:digits.", show_default=False),
+        typer.Argument(
+            metavar="PATH",
+            help="A data set folder in any layout that eit train reads, or sklearn:digits.",
+            show_default=False,
+        ),
     ],
     val_fraction: ValFraction = None,
     max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
-    """Read every image of a data set.
+    """Check every image of a data set for problems.
 
-    The exit status is 1 where training would fail.
+    The exit status is 1 if training would fail.
     """
     from eit.data.datasets import check as run
     from eit.data.images import MAX_PIXELS
@@ -53,7 +57,7 @@ def show(
     ] = 24,
     epoch: Annotated[int, typer.Option(metavar="N", min=0, help="Show the first batch of epoch N, from 0 on.")] = 0,
 ) -> None:
-    """Draw what the model will see.
+    """Draw training and validation images as the model sees them.
 
     eit data show cifar10 data.root=PATH --out grid.png
 

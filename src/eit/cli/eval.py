@@ -82,7 +82,7 @@ def evaluate(
 
     eit eval runs/pets --data more-pets --size 224 --size 288
 
-    Accuracies are percentages. Every image counts once, on any number of processes that torchrun starts. With several
+    Accuracies are percentages. Each image is counted once, also under torchrun. With several
     sizes and crop ratios, each size is measured with each ratio.
     """
     matrix = file_to_write(confusion, "--confusion", ".csv") if confusion else None

@@ -49,7 +49,7 @@ def export(
 
     eit export runs/pets --format onnx --int8 pets/train
 
-    The file is compared with torch before it is kept; eit predict and eit eval accept it in place of weights. Batch,
+    The file is kept only if its results match torch's. eit predict and eit eval accept it. Batch,
     height and width are dynamic; classes and preprocessing are in the metadata.
     """
     if data and not int8:

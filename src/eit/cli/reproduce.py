@@ -131,7 +131,7 @@ def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
 
 @reproduce.callback()
 def group(context: typer.Context, as_json: Json = False) -> None:
-    """Train the paper's claims as experiments, and judge them.
+    """Test the paper's claims with training experiments.
 
     eit reproduce run small_data --budget smoke
     """

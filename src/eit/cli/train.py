@@ -21,7 +21,7 @@ def train(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe, or resume its stopped run.
+    """Train a model from a recipe, or resume a stopped run.
 
     eit train cifar10 data.root=PATH name=mine train.epochs=100
 

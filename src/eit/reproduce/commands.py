@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-from eit.config import Recipe, changes, load_recipe
+import torch
+
+from eit.config import Model, Recipe, changes, load_recipe
 from eit.data.datasets import open_data
 from eit.models.complexity import training_macs
 from eit.models.registry import TIMM, create_model
@@ -61,12 +64,7 @@ def planned(cell: Cell, recipe: Recipe) -> Planned:
         train_images, _ = open_data(recipe.data)
         count, classes = len(train_images), len(train_images.classes)
     images = count * recipe.train.epochs
-    arguments = recipe.model.arguments()
-    if not recipe.model.name.startswith(TIMM):
-        arguments |= dict(family=recipe.model.family)
-    size, channels = recipe.data.image_size, recipe.model.in_chans or 3
-    model = create_model(recipe.model.name, num_classes=classes, img_size=size, **arguments)
-    macs = training_macs(model, (channels, size, size))
+    macs = macs_per_image(recipe.model.model_dump_json(), recipe.data.image_size, classes)
     return Planned(
         name=cell.name,
         command=f"{launcher} {words}",
@@ -74,6 +72,18 @@ def planned(cell: Cell, recipe: Recipe) -> Planned:
         training_macs=float(macs) * images,
         hours=None,
     )
+
+
+@cache
+def macs_per_image(section: str, size: int, classes: int) -> int:
+    """Multiply-accumulates of a training step, for one image, of the model of a recipe's `model` section as JSON."""
+    config = Model.model_validate_json(section)
+    arguments = config.arguments()
+    if not config.name.startswith(TIMM):
+        arguments |= dict(family=config.family)
+    with torch.device("meta"):  # shapes are enough
+        model = create_model(config.name, num_classes=classes, img_size=size, **arguments)
+    return training_macs(model, (config.in_chans or 3, size, size))
 
 
 def plan_text(runs: Sequence[Planned]) -> str:
