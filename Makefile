@@ -8,7 +8,7 @@ FAST := tests/models/test_eit.py tests/models/test_registry.py tests/models/test
   tests/project/test_imports.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-fast test-slow check-results check-docs gpu lint format readme docs clean
+.PHONY: help demo test test-fast test-slow check-results check-project gpu lint format readme docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,7 +17,7 @@ help:
 	@echo "make test-fast  the tests of single functions, in under a minute"
 	@echo "make test-slow  the tests that make test leaves out"
 	@echo "make check-results  the tables and sentences of README.md and docs/ against results/"
-	@echo "make check-docs     every block of README.md and docs/, the examples, the site, the wheel"
+	@echo "make check-project     what README.md, docs/ and examples/ say to run, the site, the wheel"
 	@echo "make gpu        on a machine with a GPU: check, measure, train, in 10 minutes; GPU=\"--part check\" and other words"
 	@echo "make lint       formatting, lint and types"
 	@echo "make format     rewrite the sources as lint wants them"
@@ -66,9 +66,9 @@ test-slow: $(VENV)/installed-test
 check-results: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m 'results and not slow'
 
-# Every block of README.md and docs/, the examples, the site, the wheel.
-check-docs: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'docs and not slow'
+# What README.md, docs/ and examples/ say to run; the site, the wheel, `make gpu` on the CPU.
+check-project: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'project and not slow'
 
 # With what is installed: the interpreter of .venv where it is there, else PYTHON.
 gpu:

@@ -12,10 +12,7 @@ from pathlib import Path
 
 import pytest
 
-THREADS = (
-    1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-)  # one each where tests run in parallel
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -23,7 +20,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), os.cpu_count() or 1))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

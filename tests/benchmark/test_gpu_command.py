@@ -20,6 +20,7 @@ def run(*words, **env):
     return subprocess.run(done, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.project
 def test_a_dry_run_does_every_part_and_leaves_few_small_files(tmp_path):
     done = run("--dry-run", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

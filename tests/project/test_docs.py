@@ -299,6 +299,7 @@ MESSAGES = [f"eit: {out_of_memory_advice(load_recipe('cifar10', ['data.batch_siz
 DONE: set[str] = set()
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page, world):
     faults = []
@@ -414,6 +415,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_site_has_the_signature_and_the_words_of_every_public_name(site, name):
     whole = (site / "api.html").read_text()
@@ -436,6 +438,7 @@ def references(page):
             yield tag, attributes, unescape(address)
 
 
+@pytest.mark.project
 def test_the_site_shows_the_figures_of_the_readme_and_its_links_lead_somewhere(site):
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", PAGES[0].read_text())
     images = [address for tag, _, address in references(site / "index.html") if tag == "img"]
@@ -446,6 +449,7 @@ def test_the_site_shows_the_figures_of_the_readme_and_its_links_lead_somewhere(s
                 assert (page.parent / address.partition("#")[0].partition("?")[0]).is_file(), f"{page.name}: {address}"
 
 
+@pytest.mark.project
 def test_the_site_has_tables_and_lists_where_the_pages_have_them(site):
     for page in PAGES:
         html = (site / (page.stem + ".html").replace("README", "index")).read_text()
@@ -457,6 +461,7 @@ def test_the_site_has_tables_and_lists_where_the_pages_have_them(site):
         assert not lost, f"{page.name}: {lost[0]}"
 
 
+@pytest.mark.project
 def test_no_page_of_the_site_loads_anything_from_another_host(site):
     for page in site.rglob("*.html"):
         for tag, attributes, address in references(page):
@@ -467,6 +472,7 @@ def test_no_page_of_the_site_loads_anything_from_another_host(site):
         assert not re.search(r"@import|url\(['\"]?(?:https?:)?//", sheet.read_text()), sheet.name
 
 
+@pytest.mark.project
 def test_the_site_has_no_helper_of_the_pages(site):
     assert not [file for file in site.glob("*.py")]
 

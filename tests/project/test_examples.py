@@ -19,6 +19,7 @@ from eit.weights.formats import save_weights
 from eit.weights.load import SHIPPED, read_card
 from tests.conftest import require, run_eit, save_digits
 
+pytestmark = pytest.mark.project
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

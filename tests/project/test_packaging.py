@@ -15,6 +15,7 @@ import yaml
 import eit
 from eit.config import recipe_names
 
+pytestmark = pytest.mark.project
 ROOT = Path(__file__).parents[2]
 
 
