@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 import eit
 from eit import distributed
-from tests.conftest import TINY, run_eit
+from tests.helpers.commands import run_eit
+from tests.helpers.training import TINY
 
 # -- GPUs, of which there are none
 

@@ -19,7 +19,7 @@ from eit.precision import (
 from eit.training import trainer as train_module
 from eit.training.checkpoint import load_state, newest_checkpoint
 from eit.training.trainer import train
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 from tests.helpers.training import recipe, train_until_killed
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))

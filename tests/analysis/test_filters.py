@@ -14,7 +14,8 @@ from eit.analysis.frequency import cut
 from eit.analysis.hooks import CannotMeasure, altered
 from eit.data.images import Images, View
 from eit.data.loaders import EvaluationLoader
-from tests.conftest import run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
 
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)
 VIEW = View(16, 16, "bicubic", (0.5,), (0.5,))

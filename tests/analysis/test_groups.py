@@ -19,7 +19,9 @@ from eit.config import load_recipe
 from eit.data.images import View
 from eit.errors import UserError
 from eit.training.trainer import train
-from tests.conftest import TINY, run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.training import TINY
 
 VIEW = View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
 

@@ -22,7 +22,10 @@ from eit.data.images import View
 from eit.errors import UserError
 from eit.training.trainer import train
 from eit.weights.load import find_weights, load
-from tests.conftest import TINY, require, run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.shared import require
+from tests.helpers.training import TINY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FILES = {"amplitude", "class_token", "diversity", "filter", "frequency", "heads", "images", "models"}

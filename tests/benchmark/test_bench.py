@@ -20,7 +20,8 @@ from eit.benchmark.naive import make_naive
 from eit.cli.bench import print_record
 from eit.errors import UserError
 from eit.models.complexity import complexity, training_macs
-from tests.conftest import require, run_eit
+from tests.helpers.commands import run_eit
+from tests.helpers.shared import require
 
 CPU = torch.device("cpu")
 TINY = dict(img_size=16, kernel_size=3, stride=1, pool_size=4, embed_dim=12, depth=3, num_heads=2, num_classes=5)

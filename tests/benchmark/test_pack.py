@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks import pack
 from eit.data.folders import read_folder
 from eit.errors import UserError
-from tests.conftest import save_digits
+from tests.helpers.images import save_digits
 
 PART_MIB = 0.012  # three parts of the digits below
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.conftest import TINY, run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.training import TINY
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from eit.cli.options import Precision, PrecisionOrAuto
 from eit.export.exporter import SUFFIXES
 from eit.precision import PRECISIONS
 from tests.cli.conftest import failed
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 
 
 def test_version():

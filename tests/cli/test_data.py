@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from tests.cli.conftest import assert_mistake
-from tests.conftest import TINY, run_eit
+from tests.helpers.commands import run_eit
+from tests.helpers.training import TINY
 
 
 def test_what_the_model_will_see_is_drawn(trained):

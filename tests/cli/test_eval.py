@@ -9,7 +9,8 @@ import pytest
 from eit.cli.eval import metrics_text
 from eit.inference.evaluate import Metrics
 from tests.cli.conftest import assert_mistake, failed
-from tests.conftest import run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
 
 
 def test_an_evaluation_measures_what_training_did(trained):

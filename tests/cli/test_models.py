@@ -6,7 +6,7 @@ import pytest
 
 import eit
 from tests.cli.conftest import assert_mistake
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 
 
 def test_models():

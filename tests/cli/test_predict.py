@@ -10,7 +10,7 @@ import yaml
 
 from eit.weights.load import find_weights, read_card
 from tests.cli.conftest import assert_mistake, failed
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 
 
 def test_included_weights_predict_and_say_how_good_they_are(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.cli.conftest import assert_mistake
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 
 
 def test_a_recipe_is_shown_resolved(tmp_path):

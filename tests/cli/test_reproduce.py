@@ -6,7 +6,7 @@ import pytest
 
 from eit.reproduce import experiment as experiments
 from tests.cli.conftest import assert_mistake
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 
 
 def test_the_list_says_what_each_shows_costs_and_what_refutes_it():

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.cli.conftest import assert_mistake, failed
-from tests.conftest import TINY, run_eit
+from tests.helpers.commands import run_eit
+from tests.helpers.training import TINY
 
 
 def test_train_without_a_recipe_prints_the_recipes():

@@ -9,7 +9,7 @@ from eit.config import Data
 from eit.data.datasets import check, open_data, open_evaluation
 from eit.data.images import MAX_PIXELS
 from eit.errors import UserError
-from tests.conftest import save_digits
+from tests.helpers.images import save_digits
 
 
 def test_an_image_folder(folder):

@@ -17,7 +17,7 @@ from eit.data.datasets import check, open_data, open_evaluation
 from eit.data.images import MAX_PIXELS, Images
 from eit.data.layouts import FASHION, class_names, read_idx
 from eit.errors import UserError
-from tests.conftest import require
+from tests.helpers.shared import require
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 RNG = np.random.default_rng(0)

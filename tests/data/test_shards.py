@@ -34,8 +34,10 @@ from eit.inference.evaluate import evaluate
 from eit.training.trainer import train
 from eit.weights.formats import save_weights
 from eit.weights.load import read_card
-from tests.conftest import TINY, require, run_eit, save_digits
-from tests.helpers.training import log, same, train_until_killed, weights
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.shared import require
+from tests.helpers.training import TINY, log, same, train_until_killed, weights
 
 CPU = torch.device("cpu")
 VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)

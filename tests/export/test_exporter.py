@@ -21,7 +21,8 @@ from eit.inference.runtimes import ExportedModel
 from eit.weights.card import Card
 from eit.weights.formats import read_weights, save_weights
 from eit.weights.load import load
-from tests.conftest import run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
 
 FILES = dict(onnx="digits.onnx", openvino="digits.xml", torch="digits.pt2")
 

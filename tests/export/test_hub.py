@@ -23,7 +23,9 @@ from eit.data.images import decode, normalise
 from eit.export.hub import model_card, without_paths
 from eit.weights.formats import save_weights
 from eit.weights.load import read_card
-from tests.conftest import TINY, run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.training import TINY
 from tests.weights.test_load import card as make_card
 
 

@@ -15,7 +15,22 @@ from eit.config import load_recipe
 from eit.randomness import Stream
 from eit.training import trainer as trainer_module
 from eit.training.trainer import train
-from tests.conftest import TINY, launcher
+from tests.helpers.commands import launcher
+
+# A model that trains in seconds
+TINY = [
+    "model.kernel_size=3",
+    "model.stride=1",
+    "model.pool_size=4",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "data.image_size=16",
+    "data.batch_size=8",
+    "data.workers=0",
+    "train.epochs=2",
+    "train.warmup_epochs=1",
+]
 
 
 def recipe(folder, *overrides, base="cifar10"):

@@ -6,7 +6,7 @@ from eit.config import load_recipe
 from eit.data.images import decode, normalise
 from eit.inference.predict import expand, predict
 from eit.training.trainer import train
-from tests.conftest import TINY
+from tests.helpers.training import TINY
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from timm.models import save_for_hf
 
 import eit
-from tests.conftest import SHARED, require
+from tests.helpers.shared import SHARED, require
 
 SUITE = SHARED / "tools" / "run_timm_suite.py"
 SIBLING = "vit_tiny_patch16_224"  # timm's own, which sets what is asked

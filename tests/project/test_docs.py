@@ -33,10 +33,13 @@ from eit.config import load_recipe, recipe_names
 from eit.data.prepare_imagenet import prepare_imagenet
 from eit.errors import UserError
 from eit.training.global_batch import out_of_memory_advice
-from tests.conftest import TINY, require, run_eit, save_digits
 from tests.data.test_layouts import RNG, write_idx, write_tiny_imagenet
 from tests.data.test_prepare_imagenet import good
 from tests.data.test_prepare_imagenet import write as write_archives
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.shared import require
+from tests.helpers.training import TINY
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

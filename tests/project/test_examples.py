@@ -17,7 +17,9 @@ import eit
 from eit.export.hub import write_folder
 from eit.weights.formats import save_weights
 from eit.weights.load import SHIPPED, read_card
-from tests.conftest import require, run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.shared import require
 
 pytestmark = pytest.mark.project
 EXAMPLES = Path(__file__).parents[2] / "examples"

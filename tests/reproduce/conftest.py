@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 
 # Two models, two seeds, on the digits
 TINY = """

@@ -8,7 +8,7 @@ import pytest
 from eit.config import load_recipe
 from eit.reproduce import experiment as experiments
 from eit.reproduce.commands import commands
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 
 ROOT = Path(__file__).parents[2]
 MATRICES = [name for name in experiments.experiment_names() if not experiments.load(name).of]

@@ -10,7 +10,7 @@ from eit.config import load_recipe
 from eit.errors import UserError
 from eit.models.registry import VARIANTS
 from eit.reproduce.published import compare, published_curve
-from tests.conftest import SHARED, require
+from tests.helpers.shared import SHARED, require
 
 
 def write_run(folder, model, lines):

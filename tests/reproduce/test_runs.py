@@ -15,7 +15,7 @@ from eit.reproduce.tables import frequency_table
 from eit.reproduce.verdict import (
     HOLDS,
 )  # fmt: skip
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 from tests.reproduce.conftest import TINY
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from eit.config import load_recipe
 from eit.reproduce import experiment as experiments
 from eit.reproduce.runs import read_results
 from eit.reproduce.tables import digest, disagreement, figure
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 from tests.reproduce.conftest import TINY
 
 ROOT = Path(__file__).parents[2]

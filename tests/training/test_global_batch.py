@@ -12,8 +12,8 @@ from eit.config import load_recipe
 from eit.training.global_batch import micro_batches_per_step, out_of_memory_advice
 from eit.training.run_folder import RunFolder
 from eit.training.trainer import train
-from tests.conftest import TINY, launcher
-from tests.helpers.training import log, recipe, train_until_killed, weights
+from tests.helpers.commands import launcher
+from tests.helpers.training import TINY, log, recipe, train_until_killed, weights
 from tests.test_distributed import DETERMINISTIC
 
 

@@ -8,7 +8,7 @@ from eit.plots import Tile, grid
 from eit.training import trainer as train_module
 from eit.training.preview import tiles
 from eit.training.trainer import train
-from tests.conftest import TINY
+from tests.helpers.training import TINY
 
 
 @pytest.mark.parametrize("more", [[], ["augment.pad_crop=0", "augment.crop_scale=[0.5,1]", "augment.erasing=0.5"]])

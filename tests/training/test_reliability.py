@@ -26,8 +26,10 @@ from eit.training import trainer as train_module
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
 from eit.training.trainer import train
 from eit.weights.formats import read_safetensors
-from tests.conftest import TINY, require, run_eit, save_digits
-from tests.helpers.training import children, finish, long_run, recipe, same, train_until_killed, weights
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.shared import require
+from tests.helpers.training import TINY, children, finish, long_run, recipe, same, train_until_killed, weights
 from tests.test_distributed import DETERMINISTIC
 
 ROOT = Path(__file__).parents[2]

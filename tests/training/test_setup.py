@@ -15,8 +15,7 @@ from eit.training.trainer import train
 from eit.weights.card import Card
 from eit.weights.formats import save_weights
 from eit.weights.load import read_card
-from tests.conftest import TINY
-from tests.helpers.training import recipe, same, train_until_killed, weights
+from tests.helpers.training import TINY, recipe, same, train_until_killed, weights
 
 
 def test_fine_tuning_starts_from_a_checkpoint(folder):

@@ -11,7 +11,7 @@ import pytest
 
 from eit.data.workers import STOP_SIGNALS
 from eit.training.checkpoint import saved_steps
-from tests.conftest import run_eit
+from tests.helpers.commands import run_eit
 from tests.helpers.training import children, finish, long_run
 
 

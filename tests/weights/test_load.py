@@ -18,8 +18,8 @@ from eit.training.run_folder import read_recipe
 from eit.training.setup import build_model
 from eit.weights.card import Card
 from eit.weights.formats import save_weights
-from tests.conftest import run_eit
 from tests.helpers import reference
+from tests.helpers.commands import run_eit
 
 SMALL = dict(img_size=16, kernel_size=3, stride=1, pool_size=4, embed_dim=16, depth=2, num_heads=2)
 

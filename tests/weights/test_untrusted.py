@@ -19,7 +19,9 @@ from eit.data.datasets import open_data
 from eit.data.folders import image_files
 from eit.weights.formats import save_weights
 from eit.weights.load import load
-from tests.conftest import TINY, run_eit, save_digits
+from tests.helpers.commands import run_eit
+from tests.helpers.images import save_digits
+from tests.helpers.training import TINY
 from tests.weights.test_load import SMALL, card
 
 # -- Headers that lie
