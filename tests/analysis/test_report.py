@@ -227,6 +227,7 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(tmp_path):
     assert {file.stem for file in (tmp_path / "csv").iterdir()} == FILES | {"mine"}
 
 
+@pytest.mark.project
 def test_an_interruption_leaves_the_earlier_report_whole(tmp_path, monkeypatch):
     write(tmp_path, [measured()])
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -307,6 +308,7 @@ def test_words_where_models_cannot_be_compared():
     assert "a and b: one image has no standard error" in " ".join(sentences(single))
 
 
+@pytest.mark.project
 def test_names_with_control_characters_are_drawn_and_printed_as_boxes(tmp_path):
     from xml.etree import ElementTree
 
@@ -328,6 +330,7 @@ def test_one_model_that_cannot_be_measured_does_not_cost_the_others(data, tmp_pa
     assert "ResNet has neither" in page and "Grad-CAM</span>" in page and not (tmp_path / "csv/robustness.csv").exists()
 
 
+@pytest.mark.project
 def test_a_report_inside_its_own_images_does_not_feed_on_itself(data, tmp_path):
     shutil.copytree(data / "val", tmp_path / "photos")
     for _ in range(2):
@@ -352,6 +355,7 @@ def browser():
         found.close()
 
 
+@pytest.mark.project
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [

@@ -117,6 +117,7 @@ def test_every_round_measures_every_arm_in_turns(monkeypatch):
     assert all(len(rates) == 3 and min(rates) > 0 for rates in peaks["fp32"].values())
 
 
+@pytest.mark.project
 def test_runtimes_batches_and_modes_are_measured(monkeypatch):
     require(find_spec("openvino") is not None, "openvino is not installed")
     compiled = []
@@ -230,6 +231,7 @@ def test_peak_memory_sees_what_is_held_at_once():
     assert found == pytest.approx([64, 168], abs=2), done.stderr
 
 
+@pytest.mark.project
 def test_json_chart_and_memory(tmp_path):
     words = ["bench", "digits", "--mode", "train", "--precision", "fp32", "--runtime", "eager", "--size", "32"]
     done = run_eit(*words, "--rounds", "1", "--json", "--out", tmp_path / "bars.png")

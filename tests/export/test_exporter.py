@@ -128,6 +128,7 @@ def test_any_batch_and_any_size(home, file):
     assert done.returncode == 2 and "makes no token of so few pixels" in done.stderr
 
 
+@pytest.mark.project
 @pytest.mark.parametrize(
     ("arguments", "fixed"),
     [
@@ -219,6 +220,7 @@ def test_top1_may_differ_in_ties_alone():
     assert len(set(model(photos(model.card.view, (8, 8))).argmax(1).tolist())) > 1  # alike, they would prove little
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_int8_is_smaller_and_its_accuracy_is_measured(home, form):
     file = f"int8{Path(FILES[form]).suffix}"

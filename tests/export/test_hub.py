@@ -246,6 +246,7 @@ def test_timm_loads_the_folder_in_a_fresh_process_and_sees_the_same_pixels(home)
     assert done.stdout.strip() == eit.load(home / "pushed").card.classes[int(logits.argmax())]
 
 
+@pytest.mark.project
 def test_transformers_loads_the_folder_and_its_pipeline_names_the_classes(home):
     file, x, logits = image_and_logits(home)
     torch.save((x, logits), home / "expected.pt")
@@ -363,6 +364,7 @@ def hub(tmp_path):
     server.shutdown()
 
 
+@pytest.mark.project
 def test_pushed_to_the_hub_and_back(home, hub, tmp_path):
     handler, env = hub
     weights = (home / "pushed" / "model.safetensors").read_bytes()

@@ -88,6 +88,7 @@ def test_mean_iou():
     assert halves == pytest.approx(100 * (9 + twos / (ones + twos)) / 11, rel=1e-4)
 
 
+@pytest.mark.project
 def test_the_example_trains_and_draws(tmp_path):
     words = ["--steps", "4", "--scenes", "25", "--out", tmp_path / "out"]
     code = "import segmentation as s; s.BACKBONE |= dict(embed_dim=16, depth=3, num_heads=2); s.main()"

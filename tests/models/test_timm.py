@@ -43,6 +43,7 @@ def lite_as_eit_mini(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("models", ["eit_mini", pytest.param("eit_*", marks=pytest.mark.slow)])
 def test_timms_own_suite_passes_with_as_many_tests_as_for_timms_vit(models):
     require(SUITE.exists(), "shared/tools/run_timm_suite.py is not beside the checkout")
@@ -76,6 +77,7 @@ CHANGED = dict(
 )
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("arguments", CHANGED.values(), ids=CHANGED)
 def test_a_changed_model_comes_back_through_timm_in_a_fresh_process(arguments, tmp_path):
     model = timm.create_model(**(dict(model_name="eit_mini") | arguments)).eval()

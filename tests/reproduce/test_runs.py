@@ -231,6 +231,7 @@ def test_an_environment_is_compared_by_its_parts(ran):
     assert flat["torch"] and flat["model"] == environment["cpu"]["model"] and "command" not in flat
 
 
+@pytest.mark.results
 def test_the_cheapest_run_of_the_tables_can_be_trained_again(tmp_path):
     """Identical on the machine that made it, else within three standard deviations over seeds."""
     words = ("reproduce", "again", "small_data", "digits-eit-seed-0", "--budget", "smoke")
