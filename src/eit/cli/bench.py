@@ -77,7 +77,7 @@ def bench(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure speed, and its share of the machine's peak matrix-multiply rate.
+    """Measure speed, and its share of the machine's peak.
 
     \b
     eit bench eit_mini timm/deit_tiny_patch16_224 --runtime eager --runtime compile

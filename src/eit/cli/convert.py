@@ -37,7 +37,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert weights of the authors or timm to a safetensors file with model metadata.
+    """Convert the authors' or timm's weights to safetensors.
 
     Nothing in IN is executed. Where its shapes do not tell the model, name it with its arguments, here timm's ViT-Ti:
 
