@@ -11,8 +11,9 @@ from PIL import Image
 
 import eit
 from eit.analysis import report
+from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.compare import Comparison, Options, compare
-from eit.analysis.figures import AnalyzedModel, figures
+from eit.analysis.figures import figures
 from eit.analysis.findings import sentences
 from eit.analysis.measure import analyze
 from eit.analysis.pictures import example, take

@@ -10,10 +10,6 @@ from eit.reproduce import experiment as experiments
 from eit.reproduce.commands import commands
 from tests.helpers.commands import run_eit
 
-ROOT = Path(__file__).parents[2]
-MATRICES = [name for name in experiments.experiment_names() if not experiments.load(name).of]
-BUDGETS = [(name, budget) for name in MATRICES for budget in experiments.load(name).budgets]
-
 
 def test_the_plan_s_commands_make_the_recipes():
     for name, budget in (("small_data", "full"), ("ablation", "short"), ("imagenet", "full")):

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from eit.analysis import accuracy_figures, attention_figures, frequency_figures, token_figures
-from eit.analysis.analyzed_model import AnalyzedModel as AnalyzedModel
-from eit.analysis.analyzed_model import curves
+from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.panels import Figure
 
 FIGURES = (  # their keys

@@ -116,8 +116,8 @@ class RedirectingGroup(TyperGroup):
     """A group of commands that answers a known wrong spelling with the right one."""
 
     def redirect(self, words: list[str]) -> list[str] | None:
-        """The right words for `words`, none of which is a command of the group; None where they are unknown."""
-        raise NotImplementedError
+        """The right words for `words`, none of which is a command of the group; None if they are unknown."""
+        return None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and (right := self.redirect(list(args))):

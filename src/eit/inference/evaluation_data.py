@@ -25,7 +25,7 @@ def evaluation_config(
     Of the recipe in untrusted weights only a folder is believed: addresses of data sets can run commands.
 
     Raises:
-        UserError: `dataset` is no name of timm; or nothing is given, and the weights name no data set that is believed.
+        UserError: `dataset` is not a name of timm; or nothing is given and the weights name no trusted data set.
     """
     own = card.data
     if dataset and "/" not in dataset:

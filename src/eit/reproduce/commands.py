@@ -10,8 +10,9 @@ import torch
 from eit.config import Model, Recipe, changes, load_recipe
 from eit.data.datasets import open_data
 from eit.models.complexity import training_macs
-from eit.models.registry import TIMM, create_model
+from eit.models.registry import create_model
 from eit.reproduce.experiment import Cell
+from eit.training.setup import create_arguments
 
 SETS = {  # training images, classes
     "digits": (1437, 10),
@@ -78,11 +79,8 @@ def planned(cell: Cell, recipe: Recipe) -> Planned:
 def macs_per_image(section: str, size: int, classes: int) -> int:
     """Multiply-accumulates of a training step, for one image, of the model of a recipe's `model` section as JSON."""
     config = Model.model_validate_json(section)
-    arguments = config.arguments()
-    if not config.name.startswith(TIMM):
-        arguments |= dict(family=config.family)
     with torch.device("meta"):  # shapes are enough
-        model = create_model(config.name, num_classes=classes, img_size=size, **arguments)
+        model = create_model(config.name, num_classes=classes, img_size=size, **create_arguments(config))
     return training_macs(model, (config.in_chans or 3, size, size))
 
 

@@ -224,7 +224,7 @@ def reuse_identical_run(recipe: Recipe, results: Path) -> bool:
 
 
 def measure_run(recipe: Recipe, measure: Measure, device: torch.device) -> None:
-    """Write what is measured of a finished run beside it."""
+    """Measure a finished run, and write the result into its folder."""
     measured = measurements(recipe, measure, device)
     write_file(recipe.run_folder() / MEASURED, as_text(measured))
 

@@ -89,7 +89,7 @@ def part_for(parts: dict[str, Any], name: str, results: Sequence[Result], usual:
 
 
 def build(experiment: Experiment, budget: str, results: Path) -> Path:
-    """Write the page, README.md, and the figure of a budget beside its runs."""
+    """Write the page, README.md, and the figure of a budget next to its runs."""
     folder, finished = results / experiment.name / budget, read_results(experiment, budget, results)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / PAGE, page(experiment, budget, results))

@@ -7,9 +7,8 @@ from eit.config import Recipe
 from eit.console import say
 from eit.data.order import SampleOrder
 from eit.errors import UserError
-from eit.training.checkpoint import saved_steps
 from eit.training.optim import base_rate
-from eit.training.run_folder import read_recipe
+from eit.training.run_folder import resumable_recipe
 
 
 def micro_batches_per_step(recipe: Recipe) -> int:
@@ -36,9 +35,9 @@ def micro_batches_per_step(recipe: Recipe) -> int:
 def recorded_global_batch(recipe: Recipe) -> int | None:
     """The global batch of the run in the recipe's folder. None if there is none, or the recipe has another batch."""
     folder = recipe.run_folder()
-    if not saved_steps(folder) or not (folder / "recipe.yaml").is_file():
+    before = resumable_recipe(folder)
+    if before is None:
         return None
-    before = read_recipe(folder)
     if (before.data.batch_size, before.train.accumulate) != (recipe.data.batch_size, recipe.train.accumulate):
         return None
     try:

@@ -130,6 +130,11 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def resumable_recipe(path: Path) -> Recipe | None:
+    """The recipe of the run in the folder `path`, or None if there is no checkpoint to resume from."""
+    return read_recipe(path) if saved_steps(path) and (path / "recipe.yaml").is_file() else None
+
+
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The summary of the finished run in the folder `path`; None if it is not finished, or summary.json is damaged."""
     try:

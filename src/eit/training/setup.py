@@ -10,8 +10,7 @@ from eit.data.images import View
 from eit.errors import UserError
 from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
-from eit.training.checkpoint import saved_steps
-from eit.training.run_folder import read_recipe
+from eit.training.run_folder import resumable_recipe
 from eit.weights.card import Card
 from eit.weights.convert import default_mean_std
 from eit.weights.load import load_weights, read_card
@@ -24,10 +23,8 @@ def recorded_model(recipe: Recipe) -> Model | None:
 
     A run with a checkpoint does not need the weights that it started from.
     """
-    folder = recipe.run_folder()
-    if not saved_steps(folder) or not (folder / "recipe.yaml").is_file():
-        return None
-    return read_recipe(folder).model
+    before = resumable_recipe(recipe.run_folder())
+    return None if before is None else before.model
 
 
 def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recipe:
@@ -64,6 +61,12 @@ def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recip
     return changed_recipe
 
 
+def create_arguments(section: Model) -> dict[str, Any]:
+    """What `create_model` takes of a model section besides the name. Models of timm have no family."""
+    arguments = section.arguments()
+    return arguments if section.name.startswith(TIMM) else arguments | dict(family=section.family)
+
+
 def build_model(recipe: Recipe, classes: int, initial: bool = True) -> Any:
     """The model with initial values from the seed, or with the weights of `model.pretrained`.
 
@@ -71,11 +74,9 @@ def build_model(recipe: Recipe, classes: int, initial: bool = True) -> Any:
     """
     section, size = recipe.model, recipe.data.image_size
     set_seed(Stream.INITIAL_VALUES, recipe.seed)
-    arguments = section.arguments()
+    arguments = create_arguments(section)
     if section.name.startswith(TIMM):
         arguments["pretrained"] = section.pretrained is True and initial
-    else:
-        arguments["family"] = section.family
     model = create_model(section.name, num_classes=classes, img_size=size, **arguments)
     if section.pretrained is True and section.reset_head:
         model.reset_classifier(classes)
@@ -125,10 +126,9 @@ def make_view(recipe: Recipe) -> View:
 
 def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
     """The card that is saved with the weights."""
-    is_timm = recipe.model.name.startswith(TIMM)
     return Card(
         model=recipe.model.name,
-        arguments=recipe.model.arguments() | ({} if is_timm else {"family": recipe.model.family}),
+        arguments=create_arguments(recipe.model),
         classes=classes,
         mean=view.mean,
         std=view.std,

@@ -94,7 +94,7 @@ def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
-    """The weights of a .pth file. An argparse.Namespace is allowed beside them, as the authors' files have one."""
+    """The weights of a .pth file. An argparse.Namespace is allowed next to them, as in the authors' files."""
     content = read_pickle(file, argparse.Namespace)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -116,9 +116,9 @@ def read_pickle(file: Path, *allowed: type) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if file.read_bytes()[:1] not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
-            raise UserError(f"{file} is no checkpoint (.safetensors or .pth)") from None
+            raise UserError(f"{file} is not a checkpoint (.safetensors or .pth)") from None
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {name.group(1)}" if name else "it is no checkpoint"
+        what = f"it asks for {name.group(1)}" if name else "it is not a checkpoint"
         raise UserError(
             f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code"
         ) from None
