@@ -21,7 +21,16 @@ from eit.reproduce.runs import Result, read_results
 from eit.reproduce.verdict import Gap, Verdict, contrast, correct, weigh
 
 PAGE, FIGURE = "README.md", "figure.png"
-COLOURS = {"eit": "#0057b8", "lsra": "#e69f00", "vit": "#d55e00", "resnet": "#777777"}
+COLOURS = {  # models of other names are grey
+    "eit": "#0057b8",
+    "eit_zero": "#56b4e9",
+    "eit_mean": "#009e73",
+    "no_convolution": "#cc79a7",
+    "lsra": "#e69f00",
+    "lsra_identity": "#8c5a00",
+    "vit": "#d55e00",
+    "resnet": "#777777",
+}
 DASHES: dict[str, Any] = {"initial": (0, (3, 2)), "trained": "-"}
 
 
