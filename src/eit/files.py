@@ -1,5 +1,6 @@
-"""Files that survive a crash: written whole or not at all."""
+"""Files that survive a crash, written whole or not at all; and text files of any editor."""
 
+import codecs
 import os
 import shutil
 from pathlib import Path
@@ -30,3 +31,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def text_lines(content: bytes) -> list[str]:
+    """The lines of a text file that are not empty: UTF-8 or UTF-16, with or without a byte-order mark, LF or CRLF.
+
+    Bytes that are not UTF-8 stay as Python keeps them in file names (surrogateescape).
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+    lines = (line.removesuffix("\r") for line in text.split("\0" if "\0" in text else "\n"))
+    return [line for line in lines if line.strip()]

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,9 @@ import torchvision
 from timm.data import resolve_data_config
 
 from eit.config import data_config, parse_recipe
-from eit.console import say
+from eit.console import say, track
 from eit.data.datasets import DIGITS, AnyImages, open_evaluation
-from eit.data.images import MAX_PIXELS, Images, View
+from eit.data.images import MAX_PIXELS, Images, UnreadableImage, View
 from eit.data.layouts import read_layout
 from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, nearest, shorten
@@ -266,3 +267,29 @@ def choose_images(
         images = Images(["unknown"], [0] * len(files), files, files, max_pixels)
     assert not isinstance(images, ImageStream)  # those have a data.dataset
     return images.evenly(count)
+
+
+def readable_images(images: Images) -> Images:
+    """`images` without those that cannot be read: each is named in a line. All are decoded once.
+
+    Raises:
+        UserError: none can be read.
+    """
+
+    def fault(index: int) -> str | None:
+        try:
+            images.read(index, 3)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = list(track(pool.map(fault, range(len(images))), "reading images", len(images)))
+    unreadable = [text for text in faults if text]
+    if len(unreadable) == len(images):
+        raise UserError(f"none of {len(images)} images can be read; the first: {unreadable[0]}")
+    for text in unreadable[:10]:
+        say(f"left out: {text}")
+    if len(unreadable) > 10:
+        say(f"left out: {len(unreadable) - 10} more unreadable images")
+    return images.subset(i for i, text in enumerate(faults) if not text) if unreadable else images
