@@ -66,7 +66,7 @@ def export(
     if int8:
         config = evaluation_config(model.card, data, max_pixels=max_pixels)
         labelled = match_classes(model.card, open_evaluation(config))
-        chosen = exporter.calibration_images(int8, images, config.max_pixels, config.val_fraction)
+        chosen = exporter.calibration_images(int8, images, config)
         calibration = exporter.Calibration(chosen, labelled)
     done = exporter.export(model, file, format, calibration)
     print_result(json.loads(json.dumps(asdict(done), default=str)), as_json, export_text(done, model.card))

@@ -24,11 +24,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from eit.analysis.subjects import choose_images
-from eit.config import data_config
-from eit.data.datasets import DIGITS, AnyImages, open_data
+from eit.config import Data, data_config
+from eit.data.datasets import AnyImages, open_unlabelled
 from eit.data.images import Images, View, normalise, to_mode, to_uint8
-from eit.data.layouts import read_layout
 from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
 from eit.files import write_file
@@ -188,19 +186,16 @@ def photos(view: View, size: tuple[int, int]) -> Tensor:
     return normalise(torch.stack(images), view.mean, view.std)
 
 
-def calibration_images(path: str, count: int, max_pixels: int, val_fraction: float | None = None) -> Images:
+def calibration_images(path: str, count: int, config: Data) -> Images:
     """At most `count` images, evenly spaced: a data set's training images, or otherwise all below the folder.
+
+    They are read as `config` says, the section of the data that int8 is measured on.
 
     Raises:
         UserError: no such path, or no images there.
     """
-    root = Path(path).expanduser()
-    if path == DIGITS or (root / "train").is_dir() or (root.is_dir() and read_layout(root, max_pixels)):
-        images, _ = open_data(data_config(root=path, max_pixels=max_pixels, val_fraction=val_fraction or 0.2))
-        if not isinstance(images, Images):
-            raise UserError(f"--int8 {path}: these images come in turn; a folder of images is expected")
-        return images.evenly(count)
-    return choose_images(path, count, labelled=False, max_pixels=max_pixels)
+    settings = dict(max_pixels=config.max_pixels, val_fraction=config.val_fraction, pixel_range=config.pixel_range)
+    return open_unlabelled(data_config(root=path, **settings), "train").evenly(count)
 
 
 def _suffix(format: str) -> str:

@@ -45,7 +45,7 @@ def check_unchanged(state: State, progress: Progress, run: Path) -> None:
     """Raise a UserError if the run of a checkpoint had other data, another global batch or another teacher."""
     saved = state["progress"]["fixed"]
     for key, now in progress.fixed.items():
-        if (before := saved.get(key)) != now:
+        if (before := saved.get(key, now)) != now:  # earlier versions recorded less
             advice = f"set {key}={before}" if key.startswith("data.") else "set another out="
             raise UserError(f"{run} was trained with another {key}: {before}, now {now}; {advice}")
 
