@@ -46,7 +46,7 @@ def convert(
     """
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")
-    from eit.config import model_arguments, parse_overrides
+    from eit.config import Model, model_arguments, parse_overrides
     from eit.weights.convert import recognise
     from eit.weights.formats import read_weights, save_weights
     from eit.weights.load import find_weights
@@ -54,7 +54,9 @@ def convert(
     file = find_weights(source)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(state, file, model, model_arguments(parse_overrides(arguments or [])), size or 224)
+        card = recognise(
+            state, file, model, model_arguments(parse_overrides(arguments or [], schema=Model)), size or 224
+        )
     elif model or arguments or size:
         raise UserError(f"{file} says itself that it is {card.model}: leave out --model, --size and ARGUMENT=VALUE")
     if classes:

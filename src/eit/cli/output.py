@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,13 +17,33 @@ if TYPE_CHECKING:
     from eit.training.trainer import Stopped
 
 
+def prepare_streams() -> None:
+    """Let the streams take any name: one outside the encoding is printed as \\u72ac, one that is not UTF-8 is read.
+
+    What is written to a closed stream is lost, and a closed stdin is empty.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the whole process)
+        elif hasattr(stream, "reconfigure"):  # not a replacement, as notebooks and test tools have
+            stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+
+
+def drop_output() -> None:
+    """Let the end of the process write what is left of stdout nowhere: its reader is gone, or its disk is full."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_error(error: Exception) -> None:
     """One line; where every rank has the same error, from rank 0."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"eit: {printable(str(error))}", file=sys.stderr)
-    elif not getattr(error, "__notes__", []):
-        print(f"eit [rank {rank}]: {printable(str(error))}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads it any more
+        if rank == "0":
+            print(f"eit: {printable(str(error))}", file=sys.stderr)
+        elif not getattr(error, "__notes__", []):
+            print(f"eit [rank {rank}]: {printable(str(error))}", file=sys.stderr)
 
 
 def print_result(result: Any, as_json: bool, text: str) -> None:

@@ -329,4 +329,8 @@ def _print_tables(
         raise UserError(f"{folder} has no finished run: train some with eit reproduce run, or give another --results")
     if distributed.is_main():
         page = build(experiment, budget, results)
-        print_result(verdicts(experiment, budget, results) if as_json else None, as_json, f"{page.read_text()}\n{page}")
+        print_result(
+            verdicts(experiment, budget, results) if as_json else None,
+            as_json,
+            f"{page.read_text(encoding='utf-8')}\n{page}",
+        )

@@ -27,7 +27,8 @@ def stop_signals() -> Iterator[Callable[[], list[float]]]:
         return
     previous_handlers = {signum: signal.signal(signum, handle) for signum in STOP_SIGNALS}
     read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
+    if hasattr(os, "set_blocking"):  # Windows needs it for sockets alone
+        os.set_blocking(write_end, False)
     previous_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_exit_at_second_interrupt, args=(read_end,), daemon=True)
     watcher.start()
@@ -54,7 +55,8 @@ def _exit_at_second_interrupt(read_end: int) -> None:
                 os._exit(130)
 
 
-os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a loader process must not write to our pipe
+if hasattr(os, "register_at_fork"):  # a loader process must not write to our pipe
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def first_signal(counts: Sequence[float]) -> int:
