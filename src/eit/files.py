@@ -4,6 +4,9 @@ import os
 import re
 import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from eit.errors import UserError
@@ -49,7 +52,8 @@ def write_file(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            # Names of files need not be UTF-8: they are written as the file system has them.
+            f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -60,6 +64,16 @@ def write_file(path: Path, content: bytes | str) -> None:
         raise OSError(error.errno, room, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for the context. Windows leaves what a runtime still holds open; its clean-up removes that later."""
+    folder = Path(tempfile.mkdtemp(prefix="eit-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -54,6 +54,8 @@ def read_yaml(text: str, schema: Any) -> Any:
             if (tag := getattr(event, "tag", None)) is not None:
                 raise _error(event, f"the tag {tag!r} is not allowed: write the value without it")
         node = yaml.compose(text, Loader)
+    except UserError:
+        raise
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"it is not plain YAML{line}: {shorten(error.problem or str(error), 80)}") from None

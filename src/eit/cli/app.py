@@ -16,7 +16,7 @@ from eit.cli.data import data
 from eit.cli.eval import evaluate
 from eit.cli.export import export
 from eit.cli.models import models
-from eit.cli.output import drop_output, prepare_streams, print_error
+from eit.cli.output import drop_output, has_option, prepare_streams, print_error, use_options_of
 from eit.cli.predict import predict
 from eit.cli.push import push
 from eit.cli.recipes import recipes
@@ -27,6 +27,16 @@ from eit.errors import UserError, first_line, is_out_of_memory
 
 class Commands(TyperGroup):
     """Exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal, 1 anything else."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, words = super().resolve_command(ctx, args)
+        own: Any = command
+        for word in words:
+            if word not in getattr(own, "commands", {}):
+                break
+            own = own.commands[word]
+        use_options_of(own)
+        return name, command, words
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -80,7 +90,9 @@ def _known_failure(error: BaseException) -> str | None:
     """One line for an error of another package that needs no traceback; None for any other error."""
     assert isinstance(error, Exception)
     if is_out_of_memory(error):
-        return "out of memory: give a smaller --batch-size or --size"
+        smaller = " or ".join(option for option in ("--batch-size", "--size") if has_option(option))
+        advice = f"give a smaller {smaller}" if smaller else "end other programs, or take a larger machine"
+        return f"out of memory: {advice}"
     if "DataLoader worker" in str(error):
         hint = "it was killed, or memory or /dev/shm ran out: try fewer data.workers"
         return f"a loader process died ({str(error).splitlines()[0].rstrip('. ')}); {hint}"

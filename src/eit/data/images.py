@@ -50,7 +50,8 @@ def decode(
             width, height = image.size
             if width * height > max_pixels:
                 raise UnreadableImage(
-                    f"{name or file}: {width}x{height} is more than the {max_pixels} pixels that data.max_pixels allows"
+                    f"{name or file}: {width}x{height} is more than data.max_pixels={max_pixels} allows; "
+                    f"to read it, set data.max_pixels={width * height}"
                 )
             return (load or whole)(image, channels)
     except UnreadableImage:
