@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from eit.errors import UserError
+from eit.files import expand_path
 
 
 def convert(
@@ -13,11 +14,15 @@ def convert(
         str,
         typer.Argument(
             metavar="IN",
+            parser=expand_path,
             help="Weights of the authors' code or of timm: a .pth or .safetensors file.",
             show_default=False,
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="OUT", parser=expand_path, help="The .safetensors file to write.", show_default=False),
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="ARGUMENT=VALUE", help="Set an argument of the model, see eit.EIT.", show_default=False),
@@ -32,6 +37,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="FILE",
+            parser=expand_path,
             help="Read class names from FILE, one per line, in the order of the logits; default: those of IN, else "
             "ImageNet's for 1000 classes, else numbers.",
         ),
