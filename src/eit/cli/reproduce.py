@@ -12,6 +12,7 @@ import typer
 from eit.cli.options import Json, RedirectingGroup, refuse_before_command
 from eit.cli.output import exit_stopped, print_error, print_result
 from eit.errors import UserError, few
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.reproduce.experiment import Cell, Experiment
@@ -64,6 +65,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
+        parser=expand_path,
         help="An included experiment (eit reproduce list), or PATH.yaml.",
         show_default=False,
         autocompletion=complete_experiment,
@@ -78,7 +80,10 @@ BudgetOption = Annotated[
     ),
 ]
 Results = Annotated[
-    str, typer.Option(metavar="FOLDER", help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN.")
+    str,
+    typer.Option(
+        metavar="FOLDER", parser=expand_path, help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN."
+    ),
 ]
 Roots = Annotated[
     list[str] | None,
@@ -117,6 +122,7 @@ def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
     roots: dict[str, str] = {}
     for word in words:
         key, _, path = word.partition("=")
+        path = expand_path(path)
         if not (key and path):
             raise UserError(f"--data {word} is not NAME=PATH, such as --data {known[0]}=PATH")
         if roots.setdefault(key, path) != path:
@@ -264,7 +270,8 @@ def again(
     results: Results = "results",
     data: Roots = None,
     out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Train in this run folder; default: runs/again/RUN.")
+        str | None,
+        typer.Option(metavar="FOLDER", parser=expand_path, help="Train in this run folder; default: runs/again/RUN."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -301,7 +308,10 @@ def curve(
     folder: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_FOLDER", help="A run of the experiment imagenet, finished or not.", show_default=False
+            metavar="RUN_FOLDER",
+            parser=expand_path,
+            help="A run of the experiment imagenet, finished or not.",
+            show_default=False,
         ),
     ],
     as_json: Json = False,
@@ -329,4 +339,8 @@ def _print_tables(
         raise UserError(f"{folder} has no finished run: train some with eit reproduce run, or give another --results")
     if distributed.is_main():
         page = build(experiment, budget, results)
-        print_result(verdicts(experiment, budget, results) if as_json else None, as_json, f"{page.read_text()}\n{page}")
+        print_result(
+            verdicts(experiment, budget, results) if as_json else None,
+            as_json,
+            f"{page.read_text(encoding='utf-8')}\n{page}",
+        )

@@ -289,7 +289,8 @@ def _convert(file: Any, max_pixels: int, where: Any, convert: Any, exif: bytes |
         width, height = image.size
         if width * height > max_pixels:
             raise UnreadableImage(
-                f"{where}: {width}x{height} is more than the {max_pixels} pixels that data.max_pixels allows"
+                f"{where}: {width}x{height} is more than data.max_pixels={max_pixels} allows; "
+                f"to read it, set data.max_pixels={width * height}"
             )
         if exif:
             image.info["exif"] = exif

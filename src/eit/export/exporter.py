@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from eit.data.datasets import AnyImages, open_unlabelled
 from eit.data.images import Images, View, normalise, to_mode, to_uint8
 from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
-from eit.files import write_file
+from eit.files import temporary_folder, write_file
 from eit.inference.evaluate import evaluate
 from eit.inference.runtimes import INPUT, KEY, OUTPUT, RUNTIMES, need
 from eit.models.eit import EIT
@@ -124,9 +123,9 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
     check_request(format, file, calibration is not None)
     model = copy.deepcopy(model).cpu().eval()  # the caller's model stays on its device
     dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        written = Path(folder) / file.name
-        graph = Path(folder) / "graph.onnx"  # the source of ONNX and OpenVINO files
+    with temporary_folder() as folder, _quiet():
+        written = folder / file.name
+        graph = folder / "graph.onnx"  # the source of ONNX and OpenVINO files
         program = _program(model, dynamic)
         if format == "torch":
             torch.export.save(program, written, extra_files={KEY: card_text(model.card, digest(model.state_dict()))})
@@ -138,7 +137,7 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
         int8 = None
         if calibration is not None:
             fp32_bytes = _size(written)
-            quantised = Path(folder) / "int8.onnx"
+            quantised = folder / "int8.onnx"
             _quantise(graph, quantised, calibration.images, model.card.view)
             run = _convert(quantised, written, model.card)
             int8 = _judge(model, run, calibration, fp32_bytes)

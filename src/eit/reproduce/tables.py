@@ -134,7 +134,7 @@ def page(experiment: Experiment, budget: str, folder: Path) -> str:
 def disagreement(experiment: Experiment, budget: str, results: Path) -> Path | None:
     """The page or the figure that is missing or shows something else than the runs in `results`, if one does."""
     folder, finished = results / experiment.name / budget, read_results(experiment, budget, results)
-    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, results):
+    if not (folder / PAGE).exists() or (folder / PAGE).read_text(encoding="utf-8") != page(experiment, budget, results):
         return folder / PAGE
     return None if shows(folder / FIGURE, finished) else folder / FIGURE
 
