@@ -42,8 +42,8 @@ ROOMS = {
         {"datasets", "loaders", "prepare_imagenet"},
         {"shards"},
     ],
-    "weights": [{"__init__", "card"}, {"formats"}, {"fit"}, {"convert"}, {"load"}],
-    "inference": [{"__init__", "predict", "runtimes", "evaluate", "evaluation_data", "confusion"}],
+    "weights": [{"__init__", "card"}, {"formats"}, {"compatibility"}, {"convert"}, {"load"}],
+    "inference": [{"__init__", "exported_models", "evaluation_data", "confusion"}, {"evaluate"}, {"predict"}],
     "training": [
         {"__init__", "step_reports", "signals", "optim", "loss", "checkpoint", "folder_lock"},
         {"run_folder"},

@@ -23,7 +23,7 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
 from eit.weights.card import Card
-from eit.weights.load import SHIPPED, find_weights, load, names_weights
+from eit.weights.load import INCLUDED, find_weights, is_weights_name, load
 
 TORCHVISION = "torchvision/"
 
@@ -118,7 +118,7 @@ def check_names(names: Sequence[str]) -> None:
     """Raise a UserError for a name that `open_subjects` would refuse, before anything is computed."""
     for name, _ in expand_groups(names):
         kind, _, plain = name.partition("/")
-        if names_weights(name) or name in MODELS or (kind in FAMILIES and plain in VARIANTS):
+        if is_weights_name(name) or name in MODELS or (kind in FAMILIES and plain in VARIANTS):
             continue
         if name.startswith(TIMM):
             check_timm_name(name)
@@ -127,9 +127,9 @@ def check_names(names: Sequence[str]) -> None:
             if plain not in known:
                 raise UserError(f"torchvision has no model {plain!r}{nearest(plain, known)}")
         else:
-            near = nearest(name, [*MODELS, *SHIPPED])
+            near = nearest(name, [*MODELS, *INCLUDED])
             raise UserError(
-                f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(SHIPPED)}, "
+                f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(INCLUDED)}, "
                 f"{', '.join(MODELS)}, lsra/eit_mini and so on, timm/NAME, torchvision/NAME)"
             )
 
@@ -152,7 +152,7 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 def _open(name: str, label: str) -> Subject:
     kind, _, plain = name.partition("/")
-    if names_weights(name):
+    if is_weights_name(name):
         model = load(name)
         digest = hashlib.sha256(find_weights(name).read_bytes()).hexdigest()
         return Subject(label, "trained", model, model.card.view, name, digest, model.card)

@@ -53,14 +53,14 @@ def convert(
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")
     from eit.config import Model, model_arguments, parse_overrides
-    from eit.weights.convert import recognise
+    from eit.weights.convert import infer_card
     from eit.weights.formats import read_weights, save_weights
     from eit.weights.load import find_weights
 
     file = find_weights(source)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(
+        card = infer_card(
             state, file, model, model_arguments(parse_overrides(arguments or [], schema=Model)), size or 224
         )
     elif model or arguments or size:

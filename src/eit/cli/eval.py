@@ -102,7 +102,7 @@ def evaluate(
     from eit.inference.evaluate import evaluate as run
     from eit.inference.evaluate import make_views
     from eit.inference.evaluation_data import evaluation_config, match_classes
-    from eit.inference.runtimes import load
+    from eit.inference.exported_models import load
     from eit.memory import keep_freed
     from eit.precision import resolve_precision
 
@@ -130,7 +130,7 @@ def evaluate(
 
 def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int]) -> None:
     """Raise a UserError where the model does not compute in this precision, or takes no images of these sizes."""
-    from eit.inference.runtimes import ExportedModel
+    from eit.inference.exported_models import ExportedModel
     from eit.models.registry import check_size
 
     exported = isinstance(model, ExportedModel)

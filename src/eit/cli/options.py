@@ -165,7 +165,7 @@ def folder_to_write(name: str, option: str) -> Path:
 
 def device_for(checkpoint: str, device: str) -> str:
     """`device`, but the CPU for an exported file."""
-    from eit.inference.runtimes import is_exported
+    from eit.inference.exported_models import is_exported
 
     if not is_exported(checkpoint):
         return device

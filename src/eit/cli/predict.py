@@ -35,9 +35,9 @@ def predict(
     An image that cannot be read gets an error line and exit status 2; the other images are still predicted.
     """
     from eit.distributed import start
+    from eit.inference.exported_models import load
     from eit.inference.predict import expand
     from eit.inference.predict import predict as run
-    from eit.inference.runtimes import load
 
     listed = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
     files = expand(listed)

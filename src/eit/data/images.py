@@ -474,7 +474,7 @@ def compose(name: str) -> str:
 # -- Views -------------------------------------------------------------------------------------------------------------
 
 
-def not_a_thread(image: Image.Image) -> Image.Image:
+def limit_aspect_ratio(image: Image.Image) -> Image.Image:
     """The centre of an image that is more than 8 times as long as wide: resized, it would grow without bound."""
     width, height = image.size
     if max(width, height) > 8 * min(width, height):
@@ -484,7 +484,7 @@ def not_a_thread(image: Image.Image) -> Image.Image:
 
 def resize_and_crop(image: Image.Image, resize: int, size: int, interpolation: str) -> Image.Image:
     """Shorter side to `resize` pixels, then the centre `size` x `size`: what evaluation and prediction see."""
-    image = not_a_thread(image)
+    image = limit_aspect_ratio(image)
     if min(image.size) != resize:
         image = TF.resize(image, [resize], InterpolationMode(interpolation), antialias=True)
     return TF.center_crop(image, [size]) if image.size != (size, size) else image

@@ -30,9 +30,9 @@ from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
 from eit.files import temporary_folder, write_file
 from eit.inference.evaluate import evaluate
-from eit.inference.runtimes import INPUT, KEY, OUTPUT, RUNTIMES, need
+from eit.inference.exported_models import INPUT, KEY, OUTPUT, RUNTIMES, import_runtime
 from eit.models.eit import EIT
-from eit.weights.card import Card, card_text
+from eit.weights.card import Card, serialize_card
 from eit.weights.formats import digest
 from eit.weights.load import find_weights
 
@@ -107,7 +107,7 @@ def check_request(format: str, file: Path, int8: bool) -> None:
     if int8 and format == "torch":
         raise UserError("--int8 is for --format onnx and openvino")
     for module in NEEDED[format]:
-        need(module, f"--format {format}")
+        import_runtime(module, f"--format {format}")
 
 
 def export(model: Any, file: Path, format: str, calibration: Calibration | None = None) -> Export:
@@ -128,7 +128,9 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
         graph = folder / "graph.onnx"  # the source of ONNX and OpenVINO files
         program = _program(model, dynamic)
         if format == "torch":
-            torch.export.save(program, written, extra_files={KEY: card_text(model.card, digest(model.state_dict()))})
+            torch.export.save(
+                program, written, extra_files={KEY: serialize_card(model.card, digest(model.state_dict()))}
+            )
             run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
         else:
             _write_onnx(program, graph, model.card, dynamic)
@@ -301,7 +303,7 @@ def _runtime(format: str) -> str:
     if format == "torch":
         return f"torch.export {torch.__version__.partition('+')[0]}"
     name, module = dict(onnx=("ONNX Runtime", "onnxruntime"), openvino=("OpenVINO", "openvino"))[format]
-    return f"{name} {need(module, '').__version__.partition('-')[0]}"
+    return f"{name} {import_runtime(module, '').__version__.partition('-')[0]}"
 
 
 @contextmanager

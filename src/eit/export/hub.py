@@ -23,7 +23,7 @@ from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, MODELS, TIMM
 from eit.weights.card import Card
 from eit.weights.formats import weights_bytes
-from eit.weights.load import HUB, SHIPPED, load, read_card
+from eit.weights.load import HUB, INCLUDED, load, read_card
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
 BEST, FINAL = "best.safetensors", "final.safetensors"  # in a run folder
@@ -147,7 +147,7 @@ def without_paths(card: Card) -> Card:
 
 
 def _is_path(value: str) -> bool:
-    return value not in (DIGITS, *SHIPPED) and not value.startswith((TIMM, HUB))
+    return value not in (DIGITS, *INCLUDED) and not value.startswith((TIMM, HUB))
 
 
 def model_card(

@@ -114,7 +114,7 @@ class Card(BaseModel):
         return int(self.data.get("max_pixels", MAX_PIXELS))
 
 
-def known_card(header: dict[str, Any], source: str) -> Card:
+def parse_card(header: dict[str, Any], source: str) -> Card:
     """The card of `source`, of a model that this version can make.
 
     Raises:
@@ -142,7 +142,7 @@ def _preset(card: Card) -> dict[str, str]:
     return FAMILIES[card.arguments.get("family", "eit")]
 
 
-def card_text(card: Card, sha256: str) -> str:
+def serialize_card(card: Card, sha256: str) -> str:
     """The card as files hold it, with the checksum of the weights and the whole preset, which may change later."""
     header = card.model_dump(mode="json")
     if not card.model.startswith(TIMM):
