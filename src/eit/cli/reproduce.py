@@ -19,33 +19,30 @@ if TYPE_CHECKING:
 
 
 class ReproduceGroup(RedirectingGroup):
-    """Answers `eit reproduce NAME --plan` and the like, where the subcommand was an option once."""
+    """Answers old spellings, `eit reproduce NAME [--plan]`, with the command that replaced them."""
 
     def redirect(self, words: list[str]) -> list[str] | None:
-        names = [word.partition("=")[0] for word in words]
-        for option in ("list", "plan", "tables", "again", "curve"):
-            if f"--{option}" in names:
-                return ["reproduce", option, *_without_option(words, names.index(f"--{option}"), option)]
+        for number, word in enumerate(words):
+            option, given, value = word.partition("=")
+            if (command := option.removeprefix("--")) in (
+                "list",
+                "plan",
+                "tables",
+                "again",
+                "curve",
+            ) and option != command:
+                rest = words[:number] + words[number + 1 :]
+                if command in ("again", "curve") and not given:
+                    value = rest.pop(number) if number < len(rest) else "RUN"
+                name = rest.pop(0) if rest and not rest[0].startswith("-") else "NAME"
+                right = dict(list=[], curve=[value], again=[name, value, *rest])
+                return ["reproduce", command, *right.get(command, [name, *rest])]
         if words[0].startswith("-"):
             return None if words[0] in ("-h", "--help", "--json") else ["reproduce", "run", "NAME", *words]
         from eit.reproduce.experiment import experiment_names
 
-        known = words[0] in experiment_names() or words[0].endswith((".yaml", ".yml"))
-        return ["reproduce", "run", *words] if known else None
-
-
-def _without_option(words: list[str], number: int, command: str) -> list[str]:
-    """The words that follow the subcommand `command`, which is the option words[number]."""
-    _, given, value = words[number].partition("=")
-    rest = [*words[:number], *words[number + 1 :]]
-    if command == "list":
-        return []
-    if command in ("again", "curve") and not given:
-        value = rest.pop(number) if number < len(rest) else "RUN"
-    if command == "curve":
-        return [value]
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else "NAME"
-    return [name, value, *rest] if command == "again" else [name, *rest]
+        is_experiment = words[0] in experiment_names() or words[0].endswith((".yaml", ".yml"))
+        return ["reproduce", "run", *words] if is_experiment else None
 
 
 reproduce = typer.Typer(cls=ReproduceGroup, rich_markup_mode=None, invoke_without_command=True)
@@ -235,12 +232,12 @@ def plan(
     Nothing is trained.
     """
     if images_per_s is not None and not math.isfinite(images_per_s):
-        raise UserError(f"--images-per-s {images_per_s} is no rate: give a number, such as 8000")
+        raise UserError(f"--images-per-s {images_per_s} is not a rate: give a number, such as 8000")
     _, _, cells = _load(name, budget)
     roots = _roots(data or (), cells)
-    from eit.reproduce.commands import commands, plan_text
+    from eit.reproduce.plan import plan_runs, plan_text
 
-    rows = commands(_choose(cells, only or (), name), Path(results), roots, images_per_s)
+    rows = plan_runs(_choose(cells, only or (), name), Path(results), roots, images_per_s)
     print_result(dict(runs=[asdict(row) for row in rows]), as_json, plan_text(rows))
 
 
@@ -279,8 +276,8 @@ def again(
 
     eit reproduce again small_data digits-vit-seed-0 --budget smoke
 
-    Both runs are identical on the same machine and versions. Otherwise top-1 may differ by three standard deviations
-    over seeds; the exit status is 1 where it differs by more.
+    On the same machine and versions, both runs are identical. Elsewhere, top-1 may differ by three standard deviations
+    over seeds; the exit status is 1 if it differs by more.
     """
     experiment, budget, cells = _load(name, budget)
     roots = _roots(data or (), cells)
@@ -295,7 +292,7 @@ def again(
     keep_freed()
     distributed.start()
     try:
-        second = runs.again(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}"))
+        second = runs.rerun(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}"))
     except Stopped as stop:
         exit_stopped(stop)
     if distributed.is_main():
@@ -320,9 +317,9 @@ def curve(
 
     eit reproduce curve results/imagenet/full/imagenet-mini
     """
-    from eit.reproduce.published import compare
+    from eit.reproduce.published import compare_curve
 
-    compared = compare(Path(folder))
+    compared = compare_curve(Path(folder))
     print_result(asdict(compared), as_json, str(compared))
 
 
