@@ -13,8 +13,8 @@ from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.figures import figures
 from eit.analysis.findings import faults, sentences, token_table
 from eit.analysis.groups import MEASURES, pairs, spreads
+from eit.analysis.inputs import Subject, expand_groups, open_subjects
 from eit.analysis.measure import analyze
-from eit.analysis.subjects import Subject, expand_groups, open_subjects
 from eit.config import load_recipe
 from eit.data.images import View
 from eit.errors import UserError

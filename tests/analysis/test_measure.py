@@ -12,7 +12,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 import eit
-from eit.analysis import pictures
+from eit.analysis import image_maps
 from eit.analysis.attention import head_distances
 from eit.analysis.frequency import shares
 from eit.analysis.hooks import CannotMeasure, watch
@@ -488,7 +488,7 @@ def test_accuracy_falls_where_the_model_looks_for_its_answer():
 def test_pictures_of_an_image():
     model, x = small(), images(2)
     model.head.weight.grad = mine = torch.ones_like(model.head.weight)
-    taken, missing = pictures.take(model, x, with_rollout=True, with_grad_cam=True)
+    taken, missing = image_maps.take(model, x, with_rollout=True, with_grad_cam=True)
     assert len(taken) == 2 and missing == []
     assert model.head.weight.grad is mine and model.blocks[0].norm1.weight.grad is None
     for one in taken:
@@ -511,18 +511,18 @@ def test_pictures_of_an_image():
 
 def test_what_cannot_be_shown_is_said():
     swin = timm_model("swin_tiny_patch4_window7_224")
-    (one,), missing = pictures.take(swin, images(1, (224, 224)), with_rollout=True, with_grad_cam=True)
+    (one,), missing = image_maps.take(swin, images(1, (224, 224)), with_rollout=True, with_grad_cam=True)
     assert one.rollout is None and one.class_attention is None and len(one.energy) == 12
     assert missing == ["Grad-CAM of SwinTransformer: it has no blocks with a norm1 to look at"]
-    (one,), missing = pictures.take(timm_model("pit_ti_224"), images(1, (224, 224)), with_rollout=True)
+    (one,), missing = image_maps.take(timm_model("pit_ti_224"), images(1, (224, 224)), with_rollout=True)
     assert one.rollout is None and missing == ["attention rollout: its layers have different numbers of tokens"]
     registers = timm_model("vit_little_patch16_reg4_gap_256")
-    (one,), _ = pictures.take(registers, images(1, (256, 256)))
+    (one,), _ = image_maps.take(registers, images(1, (256, 256)))
     assert one.class_attention is None  # it has no class token
 
 
 def test_the_spectrum_of_a_wave_is_two_points():
     x = torch.arange(16)
     wave = torch.cos(2 * math.pi * 3 * x / 16).expand(1, 16, 16)
-    found = pictures.spectrum(wave)
+    found = image_maps.spectrum(wave)
     assert sorted(map(tuple, (found > found.max() - 0.1).nonzero().tolist())) == [(8, 5), (8, 11)]

@@ -15,9 +15,9 @@ from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.compare import Comparison, Options, compare
 from eit.analysis.figures import figures
 from eit.analysis.findings import sentences
+from eit.analysis.image_maps import example, take
+from eit.analysis.inputs import Subject, check_names, choose_images, open_subjects, readable_images
 from eit.analysis.measure import analyze
-from eit.analysis.pictures import example, take
-from eit.analysis.subjects import Subject, check_names, choose_images, open_subjects, readable_images
 from eit.config import load_recipe
 from eit.data.images import View
 from eit.errors import UserError

@@ -12,7 +12,9 @@ import eit
 SOURCE = Path(eit.__file__).parent
 # The floors of the house, lowest first; a module or package imports from lower floors only.
 FLOORS = [
-    {"errors", "files"},
+    {"errors"},
+    {"files"},
+    {"plain_yaml"},
     {"config", "distributed", "memory", "precision", "randomness"},
     {"console", "environment"},
     {"plots"},
@@ -54,8 +56,8 @@ ROOMS = {
         {"frequency", "class_token"},
         {"attention", "smoothing", "transfer"},
         {"hooks"},
-        {"measure", "pictures", "filters"},
-        {"subjects", "robustness"},
+        {"measure", "image_maps", "filters"},
+        {"inputs", "robustness"},
         {"analyzed_model"},
         {"groups", "panels"},
         {"accuracy_figures", "attention_figures", "frequency_figures", "token_figures"},
@@ -67,7 +69,7 @@ ROOMS = {
     "benchmark": [{"__init__", "matmul_peak", "naive"}, {"bench"}, {"sections"}],
     "reproduce": [
         {"__init__", "experiment", "published"},
-        {"runs", "commands"},
+        {"runs", "plan"},
         {"verdict"},
         {"tables", "forest"},
     ],

@@ -6,10 +6,10 @@ from statistics import fmean
 from typing import Any
 
 from eit.analysis.filters import Filtered
+from eit.analysis.image_maps import Example, Picture
+from eit.analysis.inputs import Subject
 from eit.analysis.measure import Analysis
-from eit.analysis.pictures import Example, Picture
 from eit.analysis.robustness import Band
-from eit.analysis.subjects import Subject
 
 
 @dataclass

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eit.analysis import filters, pictures, robustness
+from eit.analysis import filters, image_maps, robustness
 from eit.analysis.analyzed_model import AnalyzedModel, shape
 from eit.analysis.frequency import RHO
 from eit.analysis.hooks import CannotMeasure
+from eit.analysis.inputs import open_subjects, readable_images
 from eit.analysis.measure import analyze
 from eit.analysis.panels import MARKERS, PALETTE
-from eit.analysis.subjects import open_subjects, readable_images
 from eit.console import say, track
 from eit.data.images import Images, denormalise
 from eit.data.loaders import EvaluationLoader
@@ -58,7 +58,7 @@ def compare(
         UserError: an unknown name, images none of which can be read, or no model that can be measured.
     """
     if options.grad_cam:
-        pictures.check_grad_cam()
+        image_maps.check_grad_cam()
     images = readable_images(images)
     comparison = Comparison([], [], images.names)
     shown = images.evenly(options.pictures)
@@ -84,10 +84,10 @@ def compare(
             _accuracy(analyzed, images, device, options)
         if len(shown) and subject.state != "initial" and like is None:  # of a group's runs one is enough
             batch = next(iter(EvaluationLoader(shown, subject.view, len(shown), 0, device)))
-            analyzed.pictures, missing = pictures.take(subject.model, batch.images, options.rollout, options.grad_cam)
+            analyzed.pictures, missing = image_maps.take(subject.model, batch.images, options.rollout, options.grad_cam)
             analyzed.missing += missing
             pixels = denormalise(batch.images, subject.view.mean, subject.view.std)
-            analyzed.examples = [pictures.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
+            analyzed.examples = [image_maps.example(name, x) for name, x in zip(shown.names, pixels, strict=True)]
         if subject.state != "initial":
             for text in analyzed.missing:
                 say(f"{analyzed.name}: no {text}")

@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from eit.data.order import SampleOrder
 from eit.environment import environment
 from eit.errors import UserError, few, first_line, nearest
 from eit.export.exporter import export
+from eit.files import temporary_folder
 from eit.inference import exported_models as exported
 from eit.memory import MALLOC, is_measurable, peak_bytes
 from eit.models.complexity import complexity, training_macs
@@ -165,9 +165,9 @@ def bench(names: Sequence[str], options: Options) -> Record:
         resolve_precision(precision, options.device)
     runtimes, left_out = check_runtimes(options)
     subjects = open_models(names, options)
-    with tempfile.TemporaryDirectory() as folder, _many_compilations():
+    with temporary_folder() as folder, _many_compilations():
         arms = [arm for name in subjects for arm in arms_of(name, subjects[name], runtimes, options, left_out)]
-        steps, files = prepare(arms, subjects, Path(folder), options.device, left_out)
+        steps, files = prepare(arms, subjects, folder, options.device, left_out)
         if not steps:
             raise UserError(f"nothing to measure: {'; '.join(left_out)}")
         seconds, peaks = interleave(steps, options)

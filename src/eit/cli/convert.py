@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from eit.errors import UserError
-from eit.files import text_lines
+from eit.files import expand_path, text_lines
 
 
 def convert(
@@ -16,11 +16,15 @@ def convert(
         str,
         typer.Argument(
             metavar="IN",
+            parser=expand_path,
             help="Weights of the authors' code or of timm: a .pth or .safetensors file.",
             show_default=False,
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="OUT", parser=expand_path, help="The .safetensors file to write.", show_default=False),
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="ARGUMENT=VALUE", help="Set an argument of the model, see eit.EIT.", show_default=False),
@@ -35,6 +39,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="FILE",
+            parser=expand_path,
             help="Read class names from FILE, one per line, in the order of the logits; default: those of IN, "
             "otherwise assumed: ImageNet's for 1000 classes, or numbers.",
         ),
@@ -79,7 +84,7 @@ def convert(
     """
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")
-    from eit.config import model_arguments, parse_overrides
+    from eit.config import Model, model_arguments, parse_overrides
     from eit.weights.convert import amend, infer_card, preprocessing_of_timm
     from eit.weights.formats import read_weights, save_weights
     from eit.weights.load import find_weights
@@ -87,7 +92,7 @@ def convert(
     file = find_weights(source)
     state, card = read_weights(file)
     if card is None:
-        card = infer_card(state, file, model, model_arguments(parse_overrides(arguments or [])), size)
+        card = infer_card(state, file, model, model_arguments(parse_overrides(arguments or [], schema=Model)), size)
     elif model or arguments or size:
         raise UserError(f"{file} says itself that it is {card.model}: leave out --model, --size and ARGUMENT=VALUE")
     known: dict[str, Any] = preprocessing_of_timm(like, card.size) if like else {}

@@ -18,6 +18,7 @@ from eit.cli.options import (
 )
 from eit.cli.output import print_table
 from eit.errors import UserError
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.inference.evaluate import Metrics
@@ -28,7 +29,9 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="Evaluate on this data set or folder of classes; default: the run's own data set."
+            metavar="PATH",
+            parser=expand_path,
+            help="Evaluate on this data set or folder of classes; default: the run's own data set.",
         ),
     ] = None,
     dataset: Annotated[
@@ -67,7 +70,9 @@ def evaluate(
     ] = "fp32",
     confusion: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write the confusion matrix to FILE (.png, .pdf, .svg or .csv)."),
+        typer.Option(
+            metavar="FILE", parser=expand_path, help="Write the confusion matrix to FILE (.png, .pdf, .svg or .csv)."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,

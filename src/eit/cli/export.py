@@ -1,6 +1,7 @@
 """`eit export CKPT --format FORMAT`."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +11,7 @@ import typer
 from eit.cli.options import Checkpoint, Json, MaxPixels
 from eit.cli.output import print_result, program
 from eit.errors import UserError
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.export.exporter import Export
@@ -25,6 +27,7 @@ def export(
         str | None,
         typer.Option(
             metavar="FILE",
+            parser=expand_path,
             help="Write to FILE; default: next to the weights, with their name; -int8 is added for --int8.",
         ),
     ] = None,
@@ -32,6 +35,7 @@ def export(
         str | None,
         typer.Option(
             metavar="PATH",
+            parser=expand_path,
             help="Quantise to int8, with the images of this folder or data set to choose value ranges; default: fp32.",
         ),
     ] = None,
@@ -42,6 +46,7 @@ def export(
         str | None,
         typer.Option(
             metavar="PATH",
+            parser=expand_path,
             help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own, or if "
             "it is not here the images of --int8 that set no range.",
         ),
@@ -67,7 +72,7 @@ def export(
     from eit.export import exporter
     from eit.weights.load import load
 
-    file = Path(out).expanduser() if out else exporter.default_file(checkpoint, format, int8 is not None)
+    file = Path(out) if out else exporter.default_file(checkpoint, format, int8 is not None)
     exporter.check_request(format, file, int8 is not None)
     model = load(checkpoint)
     calibration = exporter.open_calibration(model.card, int8, images, data, max_pixels) if int8 else None
@@ -95,4 +100,4 @@ def export_text(done: "Export", card: "Card") -> str:
             f"int8: top-1 {int8.top1:.2f}%, fp32 {int8.fp32_top1:.2f}%, on {int8.images:,} images; "
             f"{int8.fp32_bytes / 1e6:.2f} MB without; ranges from {int8.calibrated_on} images"
         )
-    return "\n".join([*lines, f"next: {program()} predict {done.file} IMAGE..."])
+    return "\n".join([*lines, f"next: {program()} predict {shlex.quote(str(done.file))} IMAGE..."])

@@ -9,7 +9,7 @@ import typer
 from eit.cli.options import Checkpoint, Device, MaxPixels, device_for
 from eit.cli.output import print_error
 from eit.errors import UserError, printable
-from eit.files import text_lines
+from eit.files import expand_path, text_lines
 
 
 def predict(
@@ -18,6 +18,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE...",
+            parser=expand_path,
             help="Image files, folders of images, or - to read a list of files from stdin.",
             show_default=False,
         ),

@@ -8,7 +8,6 @@ import copy
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,15 +22,14 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from eit.analysis.subjects import choose_images, readable_images
-from eit.config import data_config
-from eit.data.datasets import DIGITS, AnyImages, open_data, open_evaluation
+from eit.analysis.inputs import readable_images
+from eit.config import Data, data_config
+from eit.data.datasets import DIGITS, AnyImages, open_evaluation, open_unlabelled
 from eit.data.images import Images, View, normalise, to_mode, to_uint8
-from eit.data.layouts import read_layout
 from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
 from eit.export.hub import without_paths
-from eit.files import write_file
+from eit.files import temporary_folder, write_file
 from eit.inference.evaluate import evaluate
 from eit.inference.evaluation_data import evaluation_config, match_classes
 from eit.inference.exported_models import INPUT, KEY, OUTPUT, RUNTIMES, import_runtime
@@ -142,9 +140,9 @@ def export(
     model = copy.deepcopy(model).cpu().eval()  # the caller's model stays on its device
     model.card = without_paths(model.card)
     dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        written = Path(folder) / file.name
-        graph = Path(folder) / "graph.onnx"  # the source of ONNX and OpenVINO files
+    with temporary_folder() as folder, _quiet():
+        written = folder / file.name
+        graph = folder / "graph.onnx"  # the source of ONNX and OpenVINO files
         program = _program(model, dynamic)
         if format == "torch":
             torch.export.save(
@@ -158,7 +156,7 @@ def export(
         int8 = None
         if calibration is not None:
             fp32_bytes = _size(written)
-            quantised = Path(folder) / "int8.onnx"
+            quantised = folder / "int8.onnx"
             _quantise(graph, quantised, calibration.images, model.card.view)
             run = _convert(quantised, written, model.card)
             int8 = _measure_int8(model, run, calibration, fp32_bytes)
@@ -225,7 +223,7 @@ def open_calibration(
     own = str(card.data.get("root") or "")
     is_here = own == DIGITS or (own and Path(own).expanduser().is_dir()) or "/" in str(card.data.get("dataset") or "")
     config = evaluation_config(card, data or (None if is_here else path), max_pixels=max_pixels)
-    chosen = readable_images(calibration_images(path, count, config.max_pixels, config.val_fraction))
+    chosen = readable_images(calibration_images(path, count, config))
     try:
         labelled = match_classes(card, open_evaluation(config))
     except UserError as error:
@@ -244,19 +242,16 @@ def _without(images: Images, others: Images) -> Images:
     return images.subset(kept)
 
 
-def calibration_images(path: str, count: int, max_pixels: int, val_fraction: float | None = None) -> Images:
+def calibration_images(path: str, count: int, config: Data) -> Images:
     """At most `count` images, evenly spaced: a data set's training images, or otherwise all below the folder.
+
+    They are read as `config` says, the section of the data that int8 is measured on.
 
     Raises:
         UserError: no such path, or no images there.
     """
-    root = Path(path).expanduser()
-    if path == DIGITS or (root / "train").is_dir() or (root.is_dir() and read_layout(root, max_pixels)):
-        images, _ = open_data(data_config(root=path, max_pixels=max_pixels, val_fraction=val_fraction or 0.2))
-        if not isinstance(images, Images):
-            raise UserError(f"--int8 {path}: these images come in turn; a folder of images is expected")
-        return images.evenly(count)
-    return choose_images(path, count, labelled=False, max_pixels=max_pixels)
+    settings = dict(max_pixels=config.max_pixels, val_fraction=config.val_fraction, pixel_range=config.pixel_range)
+    return open_unlabelled(data_config(root=path, **settings), "train").evenly(count)
 
 
 def _suffix(format: str) -> str:

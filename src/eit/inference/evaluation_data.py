@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from eit.config import Data, data_config
 from eit.console import say
@@ -34,7 +34,7 @@ def evaluation_config(
         raise UserError(
             f"--dataset {dataset}: a name of timm is expected, such as wds/NAME; for a folder give --data {dataset}"
         )
-    given = dict(root=data, dataset=dataset, val_split=split)
+    given: dict[str, Any] = dict(root=data, dataset=dataset, val_split=split)
     if not (data or dataset):
         if "/" in str(own.get("dataset") or ""):
             name, root = own["dataset"], own.get("root") or "ROOT"
@@ -47,7 +47,7 @@ def evaluation_config(
             raise UserError("these weights do not name a data set: give --data PATH")
         if own["root"] != DIGITS and not own.get("dataset") and not Path(str(own["root"])).expanduser().is_dir():
             raise UserError(f"the data set that these weights name, {own['root']}, is not here: give --data PATH")
-    given["val_fraction"] = own.get("val_fraction")
+    given |= dict(val_fraction=own.get("val_fraction"), pixel_range=card.pixel_range)
     return data_config(max_pixels=max_pixels or card.max_pixels, **{k: v for k, v in given.items() if v is not None})
 
 

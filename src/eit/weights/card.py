@@ -75,6 +75,10 @@ class Card(BaseModel):
             raise ValueError("a section of the recipe has no keys")
         if not isinstance(self.data.get("max_pixels", 1), int):
             raise ValueError("data.max_pixels is not a number")
+        if (pair := self.data.get("pixel_range")) is not None:
+            low, high = pair
+            if not float(low) < float(high):
+                raise ValueError("the range of pixels is none")
         return self
 
     def create_model(self) -> EIT:
@@ -108,6 +112,12 @@ class Card(BaseModel):
     def data(self) -> dict[str, Any]:
         """The recipe's section on data; empty where there is none."""
         return (self.recipe or {}).get("data") or {}
+
+    @property
+    def pixel_range(self) -> tuple[float, float] | None:
+        """The values of grey images of more than 8 bits that the run took for black and white; None: the default."""
+        pair = self.data.get("pixel_range")
+        return None if pair is None else (float(pair[0]), float(pair[1]))
 
     @property
     def max_pixels(self) -> int:

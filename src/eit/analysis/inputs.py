@@ -16,12 +16,10 @@ from timm.data import resolve_data_config
 
 from eit.config import data_config, parse_recipe
 from eit.console import say, track
-from eit.data.datasets import DIGITS, AnyImages, open_evaluation
+from eit.data.datasets import DIGITS, open_evaluation, open_unlabelled
 from eit.data.images import MAX_PIXELS, Images, UnreadableImage, View
-from eit.data.layouts import read_layout
 from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, nearest, shorten
-from eit.inference.predict import expand
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
@@ -248,23 +246,13 @@ def choose_images(
     if path != DIGITS and not root.exists():
         hint = f"; did you mean {DIGITS}?" if path in DIGITS else ""
         raise UserError(f"no such folder, image or data set: {path}{hint}")
-    images: AnyImages | None = None
+    if not labelled:
+        return open_unlabelled(config, "val", without).evenly(count)
     try:
-        pair = None if path == DIGITS else read_layout(root, max_pixels)
-        if pair is not None:
-            images = pair[1]
-        elif path == DIGITS or labelled or (root / "val").is_dir():
-            images = open_evaluation(config)
+        images = open_evaluation(config)
     except UserError as error:
         option = labelled if isinstance(labelled, str) else "--bands"
-        raise UserError(f"{option} needs labelled images: {error}" if labelled else str(error)) from None
-    if images is None:
-        files = expand([str(root)])
-        if without is not None:
-            files = [file for file in files if not Path(file).resolve().is_relative_to(without.resolve())]
-        if not files:
-            raise UserError(f"no images below {path}, but for the figures in {without}")
-        images = Images(["unknown"], [0] * len(files), files, files, max_pixels)
+        raise UserError(f"{option} needs labelled images: {error}") from None
     assert not isinstance(images, ImageStream)  # those have a data.dataset
     return images.evenly(count)
 
