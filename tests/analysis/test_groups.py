@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from eit.analysis.subjects import Subject, expand_groups, open_subjects
 from scipy import stats
 
 import eit
@@ -14,7 +15,6 @@ from eit.analysis.figures import figures
 from eit.analysis.findings import faults, sentences, token_table
 from eit.analysis.groups import MEASURES, pairs, spreads
 from eit.analysis.measure import analyze
-from eit.analysis.subjects import Subject, expand_groups, open_subjects
 from eit.config import load_recipe
 from eit.data.images import View
 from eit.errors import UserError

@@ -5,13 +5,13 @@ import math
 import pytest
 import timm
 import torch
+from eit.analysis.subjects import Subject
 
 import eit
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.class_token import HARDLY, ClassTokenMeter
 from eit.analysis.findings import faults, percent, token_table
 from eit.analysis.measure import analyze
-from eit.analysis.subjects import Subject
 from eit.data.images import View
 
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)

@@ -1,7 +1,7 @@
 """`eit.analyze`: frequencies and attention of every layer of a vision model, in one pass over the images."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
@@ -17,6 +17,7 @@ from eit.analysis.moments import Moments
 from eit.analysis.smoothing import Smoothing, SmoothingMeter
 from eit.analysis.transfer import Transfer, TransferMeter
 from eit.errors import UserError
+from eit.inference.evaluate import evaluation_mode
 from eit.precision import float32_products
 
 M = TypeVar("M")
@@ -128,17 +129,15 @@ def analyze(
     """
     if not 0 < rho < math.sqrt(2):
         raise UserError(f"rho={rho}: a frequency between 0 and sqrt(2) is expected, 1 is an axis's Nyquist frequency")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"analyze takes a model, as eit.load gives it, not {type(model).__name__}")
+    if not isinstance(images, Iterable) or isinstance(images, str | bytes | Mapping):
+        raise UserError(f"analyze takes normalised images (B, channels, height, width), not {type(images).__name__}")
     model = unwrapped(model)
     run = _Run(model, rho, renormalize)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with watch(model, run.tokens, run.heads, run.lacks, run.flow):
-            for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
-                run.images(batch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(model), watch(model, run.tokens, run.heads, run.lacks, run.flow):
+        for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+            run.images(batch)
     return run.result()
 
 
