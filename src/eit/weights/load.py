@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import logging as hub_logging
 
-from eit.errors import UserError, first_line
+from eit.errors import UserError
+from eit.hub_access import hub_reason, prepare_hub
 from eit.models.eit import EIT, our_names
 from eit.models.registry import head_names
 from eit.weights.card import Card
@@ -112,11 +112,11 @@ def names_weights(name: str) -> bool:
 def _fetch(name: str) -> Path:
     """The weights of a repository on the Hugging Face hub, kept in its cache; a revision stands behind an @."""
     repo, _, revision = name.removeprefix(HUB).partition("@")
-    hub_logging.set_verbosity_error()  # its retries; what it fails by is said below
+    prepare_hub()
     try:
         return Path(hf_hub_download(repo, "model.safetensors", revision=revision or None))
     except Exception as error:  # of the hub, of its HTTP library, of the network
-        raise UserError(f"{name} cannot be fetched: {first_line(error)}") from None
+        raise UserError(f"{name} cannot be fetched: {hub_reason(error)}") from None
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
