@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import logging as hub_logging
 
 from eit.console import say
-from eit.errors import UserError, first_line
+from eit.errors import UserError
+from eit.hub_access import hub_reason, prepare_hub
 from eit.models.eit import EIT, our_names
 from eit.models.registry import head_names
 from eit.weights.card import Card
@@ -128,13 +128,13 @@ def is_weights_name(name: str) -> bool:
 def _fetch(name: str) -> Path:
     """The weights of a repository on the Hugging Face hub, kept in its cache; a revision stands behind an @."""
     repo, _, revision = name.removeprefix(HUB).partition("@")
-    hub_logging.set_verbosity_error()  # its retries; its error is reported below
+    prepare_hub()
     failures = []
     for file in TIMM_FILES:
         try:
             weights = Path(hf_hub_download(repo, file, revision=revision or None))
         except Exception as error:  # of the hub, of its HTTP library, of the network
-            failures.append(first_line(error))
+            failures.append(hub_reason(error))
             continue
         with suppress(Exception):  # weights of eit push do not need it
             hf_hub_download(repo, "config.json", revision=revision or None)
