@@ -21,7 +21,7 @@ from pydantic import (
 from eit.errors import UserError, nearest, shorten
 
 try:
-    from yaml import CSafeLoader as SafeLoader  # ten times as fast, where libyaml is there
+    from yaml import CSafeLoader as SafeLoader  # ten times as fast, if libyaml is installed
 except ImportError:
     from yaml import SafeLoader  # type: ignore[assignment]
 

@@ -23,7 +23,7 @@ def convert(
         typer.Argument(metavar="ARGUMENT=VALUE", help="Set an argument of the model, see eit.EIT.", show_default=False),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name the model; default: recognised by the shapes of IN.")
+        str | None, typer.Option(metavar="NAME", help="Name the model; default: it is recognised by the shapes of IN.")
     ] = None,
     size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Input height and width in pixels; default: 224.")
@@ -32,14 +32,14 @@ def convert(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Read class names from FILE, one per line, in the order of the logits; default: those of IN, else "
-            "ImageNet's for 1000 classes, else numbers.",
+            help="Read class names from FILE, one per line, in the order of the logits; default: those of IN, "
+            "otherwise ImageNet's for 1000 classes, otherwise numbers.",
         ),
     ] = None,
 ) -> None:
     """Convert the authors' or timm's weights to safetensors.
 
-    Nothing in IN is executed. Where its shapes do not tell the model, name it with its arguments, here timm's ViT-Ti:
+    Code in IN is never executed. If its shapes do not identify the model, name it with its arguments, as for ViT-Ti:
 
     \b
     eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3
@@ -56,7 +56,7 @@ def convert(
     if card is None:
         card = recognise(state, file, model, model_arguments(parse_overrides(arguments or [])), size or 224)
     elif model or arguments or size:
-        raise UserError(f"{file} says itself that it is {card.model}: leave out --model, --size and ARGUMENT=VALUE")
+        raise UserError(f"{file} already names its model, {card.model}: leave out --model, --size and ARGUMENT=VALUE")
     if classes:
         card = card.model_copy(update=dict(classes=read_class_names(classes, len(card.classes))))
     try:

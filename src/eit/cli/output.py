@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_error(error: Exception) -> None:
-    """One line; where every rank has the same error, from rank 0."""
+    """One line; if every rank has the same error, only from rank 0."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"eit: {printable(str(error))}", file=sys.stderr)

@@ -30,7 +30,7 @@ def predict(
 
     eit predict digits 7.png
 
-    An image that cannot be read gets an error line and exit status 2; the other images are still predicted.
+    If an image cannot be read, a line says so and the exit status is 2. The other images are still predicted.
     """
     from eit.distributed import start
     from eit.inference.predict import expand

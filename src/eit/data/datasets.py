@@ -69,7 +69,7 @@ def _read_timm_pair(config: Data) -> tuple[AnyImages, AnyImages]:
 
 
 def open_evaluation(config: Data) -> AnyImages:
-    """What to evaluate on: the validation images, where there are any, else the class folders of `data.root`."""
+    """The images to evaluate on: the validation images, or if there are none, the class folders of `data.root`."""
     if config.root == DIGITS:
         return _open(config)[1]
     if _is_timms(config):

@@ -34,7 +34,7 @@ def decode(
 ) -> Image.Image:
     """An image file -> upright PIL image of mode RGB (3 channels) or L (1), whatever it was stored as.
 
-    `name` stands for the file in messages where it is an open one. `load` decodes instead of `whole`.
+    `name` stands for the file in messages if it is an open one. `load` decodes instead of `whole`.
 
     EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped, as torchvision and timm do.
 

@@ -24,7 +24,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from eit.analysis.subjects import choose_images
+from eit.analysis.inputs import choose_images
 from eit.config import data_config
 from eit.data.datasets import DIGITS, AnyImages, open_data
 from eit.data.images import Images, View, normalise, to_mode, to_uint8
@@ -100,11 +100,12 @@ def default_file(checkpoint: str, format: str) -> Path:
 def check_request(format: str, file: Path, int8: bool) -> None:
     """Raise a UserError, before anything is computed, if `export` could not write `file`."""
     if file.suffix != _suffix(format):
-        raise UserError(f"--out {file}: a file of --format {format} ends in {_suffix(format)}")
+        raise UserError(f"--out {file}: give a name that ends in {_suffix(format)} for --format {format}")
     if not file.parent.is_dir():
-        raise UserError(f"--out {file}: there is no folder {file.parent}")
+        raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or give another one")
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"--out {file}: {'it is a folder' if file.is_dir() else f'{file.parent} is read-only'}")
+        reason = "it is a folder" if file.is_dir() else f"{file.parent} is read-only"
+        raise UserError(f"--out {file}: {reason}; give another file")
     if not file.exists() and any(part.exists() for part in _parts(file)):
         raise UserError(f"--out {file}: {_parts(file)[1].name} next to it belongs to another file; give another name")
     if int8 and format == "torch":
@@ -198,7 +199,7 @@ def calibration_images(path: str, count: int, max_pixels: int, val_fraction: flo
     if path == DIGITS or (root / "train").is_dir() or (root.is_dir() and read_layout(root, max_pixels)):
         images, _ = open_data(data_config(root=path, max_pixels=max_pixels, val_fraction=val_fraction or 0.2))
         if not isinstance(images, Images):
-            raise UserError(f"--int8 {path}: these images come in turn; a folder of images is expected")
+            raise UserError(f"--int8 {path}: streamed images cannot be used; give a folder of images")
         return images.evenly(count)
     return choose_images(path, count, labelled=False, max_pixels=max_pixels)
 

@@ -48,10 +48,10 @@ def evaluation_config(
 
 
 def match_classes(card: Card, images: ImageSet) -> ImageSet:
-    """`images` with the model's class numbers: by name, or by order where converted weights have names of their own.
+    """`images` with the model's class numbers: by name, or by order if converted weights have names of their own.
 
     Raises:
-        UserError: the images have classes that the model does not know, or come in turn with other class numbers.
+        UserError: the images have classes that the model does not know, or are streamed with other class numbers.
     """
     unknown = [name for name in images.classes if name not in card.classes]
     if isinstance(images, ImageStream):
@@ -60,7 +60,7 @@ def match_classes(card: Card, images: ImageSet) -> ImageSet:
         if not unknown:
             raise UserError(
                 f"the data have the model's classes in another order or number ({len(images.classes)} classes, the "
-                f"model {len(card.classes)}), and are read in turn, where they cannot be renumbered"
+                f"model {len(card.classes)}), and they are streamed, so they cannot be renumbered"
             )
     elif not unknown:
         number = {name: i for i, name in enumerate(card.classes)}

@@ -20,7 +20,7 @@ class Prediction:
 
     Attributes:
         image: the file, as it was given.
-        labels: (class name, probability in 0..1), the most likely first; empty where the image cannot be read.
+        labels: (class name, probability in 0..1), the most likely first; empty if the image cannot be read.
         fault: why it cannot be read, in one line.
     """
 

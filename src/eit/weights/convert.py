@@ -19,7 +19,7 @@ def recognise(
 ) -> Card:
     """A card for weights without one: their shapes are matched to the four published models.
 
-    `model` and `arguments` (of `eit.EIT`) say what the weights are where the shapes alone do not.
+    `model` and `arguments` (of `eit.EIT`) say what the weights are if the shapes alone do not.
     """
     arguments = dict(arguments or {})
     if "pre_logits.fc.weight" in state and state["pre_logits.fc.weight"].ndim == 2:

@@ -120,7 +120,7 @@ def read_pickle(file: Path, *allowed: type) -> Any:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {name.group(1)}" if name else "it is not a checkpoint"
         raise UserError(
-            f"{file} is refused: {what}; only tensors and plain values are read, for else it could run code"
+            f"{file} is refused: {what}; only tensors and plain values are read, because other content could run code"
         ) from None
     except Exception as error:  # the unpickler meets a damaged file with almost any exception
         raise UserError(f"{file} is not a readable checkpoint ({type(error).__name__}: {first_line(error)})") from None
