@@ -12,6 +12,7 @@ import typer
 from eit.cli.options import Json, RedirectingGroup, refuse_before_command
 from eit.cli.output import exit_stopped, print_error, print_result
 from eit.errors import UserError, few
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.reproduce.experiment import Cell, Experiment
@@ -63,6 +64,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
+        parser=expand_path,
         help="An included experiment (eit reproduce list), or PATH.yaml.",
         show_default=False,
         autocompletion=complete_experiment,
@@ -77,7 +79,10 @@ BudgetOption = Annotated[
     ),
 ]
 Results = Annotated[
-    str, typer.Option(metavar="FOLDER", help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN.")
+    str,
+    typer.Option(
+        metavar="FOLDER", parser=expand_path, help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN."
+    ),
 ]
 Roots = Annotated[
     list[str] | None,
@@ -116,6 +121,7 @@ def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
     roots: dict[str, str] = {}
     for word in words:
         key, _, path = word.partition("=")
+        path = expand_path(path)
         if not (key and path):
             raise UserError(f"--data {word} is not NAME=PATH, such as --data {known[0]}=PATH")
         if roots.setdefault(key, path) != path:
@@ -256,7 +262,8 @@ def again(
     results: Results = "results",
     data: Roots = None,
     out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Train in this run folder; default: runs/again/RUN.")
+        str | None,
+        typer.Option(metavar="FOLDER", parser=expand_path, help="Train in this run folder; default: runs/again/RUN."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -286,7 +293,10 @@ def curve(
     folder: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_FOLDER", help="A run of the experiment imagenet, finished or not.", show_default=False
+            metavar="RUN_FOLDER",
+            parser=expand_path,
+            help="A run of the experiment imagenet, finished or not.",
+            show_default=False,
         ),
     ],
     as_json: Json = False,
@@ -328,4 +338,8 @@ def _print_tables(
         raise UserError(f"{folder} has no finished run: train some with eit reproduce run, or give another --results")
     if distributed.is_main():
         page = build(experiment, budget, results)
-        print_result(verdicts(experiment, budget, results) if as_json else None, as_json, f"{page.read_text()}\n{page}")
+        print_result(
+            verdicts(experiment, budget, results) if as_json else None,
+            as_json,
+            f"{page.read_text(encoding='utf-8')}\n{page}",
+        )

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_recipe, parse_yaml
+from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_overrides, parse_recipe, parse_yaml
 from eit.errors import UserError, nearest
+from eit.files import expand_path, read_text
+from eit.plain_yaml import KeysOf
 
 LAYER_METRICS = ("share", "share_with_dc", "diversity", "distance", "entropy", "class_token")  # one value per layer
 COUNTED = ("params", "macs", "published_macs")  # metrics without a spread over seeds
@@ -21,6 +23,7 @@ ORDER = ["small_data", "ablation", "pooling", "frequency", "diversity", "imagene
 
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+Settings = Annotated[dict[str, Any], KeysOf(Recipe)]
 
 
 class Level(Section):
@@ -28,7 +31,7 @@ class Level(Section):
 
     recipe: str | None = None
     processes: Count | None = None
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: Settings = Field(default_factory=dict)
 
 
 class Budget(Section):
@@ -37,9 +40,9 @@ class Budget(Section):
     cost: str
     levels: dict[str, list[str]] = Field(default_factory=dict)
     """axis -> its levels in this budget; default: all of them"""
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: Settings = Field(default_factory=dict)
     """recipe keys of every run"""
-    adjust: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    adjust: dict[str, Settings] = Field(default_factory=dict)
     """level -> recipe keys of its runs, set after those of the level itself"""
 
 
@@ -286,20 +289,17 @@ def read(name: str) -> Experiment:
     if name in experiment_names():
         text = resources.files("eit.reproduce.experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     elif name.endswith((".yaml", ".yml")):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {name}: {error}") from None
+        text = read_text(expand_path(name), "experiment")
     else:
         known = ", ".join(experiment_names())
         raise UserError(
             f"unknown experiment {name!r}{nearest(name, experiment_names())} (known: {known}, or a PATH.yaml)"
         )
-    values = parse_yaml(text, name, "an experiment: axes:, budgets: and claims:")
+    values = parse_yaml(text, name, Experiment, "an experiment: axes:, budgets: and claims:")
     axes = values.get("axes")
     for axis, levels in axes.items() if isinstance(axes, dict) else ():
         if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
-            values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
+            values["axes"][axis] = {str(level): dict(set=parse_overrides([f"{axis}={level}"])) for level in levels}
     try:
         experiment = Experiment.model_validate(dict(name=Path(name).stem) | values)
     except ValidationError as error:

@@ -134,7 +134,7 @@ def page(experiment: Experiment, budget: str, folder: Path) -> str:
 def stale_file(experiment: Experiment, budget: str, results: Path) -> Path | None:
     """The page or the figure, if it is missing or was not built from the runs in `results`; otherwise None."""
     folder, finished = results / experiment.name / budget, read_results(experiment, budget, results)
-    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, results):
+    if not (folder / PAGE).exists() or (folder / PAGE).read_text(encoding="utf-8") != page(experiment, budget, results):
         return folder / PAGE
     return None if is_current_figure(folder / FIGURE, finished) else folder / FIGURE
 
