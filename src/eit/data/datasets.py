@@ -116,9 +116,9 @@ def _read_timm_pair(config: Data) -> tuple[AnyImages, AnyImages]:
 
 
 def open_evaluation(config: Data) -> AnyImages:
-    """What to evaluate on: the validation images, where there are any, else the class folders of `data.root`.
+    """The images to evaluate on: the validation images, or if there are none, the class folders of `data.root`.
 
-    What was left out of folders is said.
+    Files that were left out of folders are named.
     """
     images = _open_evaluation(config)
     images.classes = [compose(name) for name in images.classes]
@@ -154,7 +154,7 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
     Training images are those that no validation image is taken from. What was left out of folders is said.
 
     Raises:
-        UserError: no such folder, no images there, or images that come in turn.
+        UserError: no such folder, no images there, or a stream of images.
     """
     divided = config.model_copy(update=dict(val_fraction=config.val_fraction or 0.2))
     if config.root == DIGITS or _is_timms(config) or read_layout(_folder(config), config.max_pixels, config.dataset):
@@ -169,7 +169,7 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
         else:
             images = _all_below(root, config.max_pixels, without)
     if not isinstance(images, Images):
-        raise UserError(f"{config.root}: these images come in turn; a folder of images is expected")
+        raise UserError(f"{config.root}: these images are a stream; give a folder of images")
     for note in _left_out(Path(config.root), images):
         say(note)
     images.pixel_range = config.pixel_range

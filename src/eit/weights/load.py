@@ -111,7 +111,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
             if (path / name).is_file():
                 return path / name
         if not (path / "recipe.yaml").is_file():
-            raise UserError(f"{path} is no run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
+            raise UserError(f"{path} is not a run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
     if not path.is_file():
         raise UserError(
@@ -143,6 +143,6 @@ def _fetch(name: str) -> Path:
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
-    """What a weights file, or a run folder's, says about itself; None where it says nothing."""
+    """What a weights file, or a run folder's, says about itself; None if it says nothing."""
     file = find_weights(path)
     return read_weights(file)[1] if file.suffix == ".safetensors" else None
