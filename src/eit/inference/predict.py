@@ -14,11 +14,12 @@ from torch import Tensor
 
 from eit.console import say
 from eit.data.folders import describe_left_out, list_images
-from eit.data.images import UnreadableImage, decode, normalise, whole
+from eit.data.images import UnreadableImage, decode, normalise, to_mode, upright
 from eit.errors import UserError
 from eit.inference.evaluate import evaluation_mode
 from eit.inference.exported_models import load
 from eit.precision import float32_products
+from eit.weights.card import Card
 
 BATCH_PIXELS = 1 << 24  # of the model's inputs at a time: weights may ask for large ones
 
@@ -109,7 +110,8 @@ def _named(image: Any, number: int) -> list[tuple[str, Any]]:
 def _predict(
     model: Any, images: Sequence[tuple[str, Any]], top: int, batch_size: int, max_pixels: int | None
 ) -> Iterator[Prediction]:
-    view, limit = model.card.view, max_pixels or model.card.max_pixels
+    card: Card = model.card
+    view, limit = card.view, max_pixels or card.max_pixels
     device = next((p.device for p in model.parameters()), torch.device("cpu"))  # exported ones have none
     batch_size = max(1, min(batch_size, BATCH_PIXELS // view.size**2))
     for start in range(0, len(images), batch_size):
@@ -117,9 +119,9 @@ def _predict(
         for name, image in images[start : start + batch_size]:
             try:
                 if isinstance(image, Image.Image):
-                    decoded = _in_memory(name, image, view.channels, limit)
+                    decoded = _in_memory(name, image, card, limit)
                 else:
-                    decoded = decode(image, view.channels, limit, pixel_range=model.card.pixel_range)
+                    decoded = decode(image, view.channels, limit, pixel_range=card.pixel_range)
                 pixels.append(view.pixels(decoded))
                 predictions.append(Prediction(name, []))
             except UnreadableImage as error:
@@ -137,17 +139,17 @@ def _predict(
                     fault = f"{prediction.image}: the model's outputs are NaN or infinite"
                     prediction = replace(prediction, fault=fault)
                 else:
-                    labels = [(model.card.classes[i], p) for i, p in zip(best, probabilities, strict=True)]
+                    labels = [(card.classes[i], p) for i, p in zip(best, probabilities, strict=True)]
                     prediction = replace(prediction, labels=labels)
             yield prediction
 
 
-def _in_memory(name: str, image: Image.Image, channels: int, limit: int) -> Image.Image:
+def _in_memory(name: str, image: Image.Image, card: Card, limit: int) -> Image.Image:
     """A PIL image, which may be a file that is not yet decoded -> upright, of mode RGB or L."""
     if image.width * image.height > limit:
         raise UnreadableImage(f"{name}: {image.width}x{image.height} is more than the {limit} pixels of max_pixels")
     try:
-        return whole(image.copy(), channels)
+        return to_mode(upright(image.copy()), card.in_chans, card.pixel_range)
     except Exception as error:  # of Pillow's decoders
         raise UnreadableImage(f"{name}: {str(error) or type(error).__name__}") from None
 
