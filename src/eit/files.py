@@ -93,19 +93,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def text_lines(content: bytes) -> list[str]:
-    """The lines of a text file that are not empty: UTF-8 or UTF-16, with or without a byte-order mark, LF or CRLF.
-
-    Bytes that are not UTF-8 stay as Python keeps them in file names (surrogateescape).
-    """
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = content.decode("utf-16")
-    else:
-        text = content.decode("utf-8-sig", errors="surrogateescape")
-    lines = (line.removesuffix("\r") for line in text.split("\0" if "\0" in text else "\n"))
-    return [line for line in lines if line.strip()]
-
-
 def open_regular(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
     """`open` for a regular file. A link is not followed, and a pipe is not waited for.
 
@@ -150,3 +137,16 @@ def read_json(path: Path) -> Any:
         return json.loads(read_regular(path), parse_constant=refuse)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
+
+
+def text_lines(content: bytes) -> list[str]:
+    """The lines of a text file that are not empty: UTF-8 or UTF-16, with or without a byte-order mark, LF or CRLF.
+
+    Bytes that are not UTF-8 stay as Python keeps them in file names (surrogateescape).
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+    lines = (line.removesuffix("\r") for line in text.split("\0" if "\0" in text else "\n"))
+    return [line for line in lines if line.strip()]

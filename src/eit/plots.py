@@ -43,9 +43,9 @@ def curves(lines: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Path) -> None:
-    """A confusion matrix, counts[truth][prediction], as .png, .pdf or .svg.
+    """Draw a confusion matrix, counts[truth][prediction], as .png, .pdf or .svg.
 
-    The colour is the share of the row. Counts stand in the cells up to 20 classes, names at the axes up to 40.
+    The colour is the share of the row. Up to 20 classes have counts in the cells, up to 40 have names at the axes.
     """
     import numpy as np
     from matplotlib.colors import PowerNorm
@@ -119,7 +119,7 @@ def grid(sections: Sequence[tuple[str, Sequence[Tile]]], file: Path, columns: in
 
 
 class Point(NamedTuple):
-    """A model: parameters in millions, multiply-accumulates in G, ImageNet-1K top-1 in percent, as published or not."""
+    """A model: parameters in millions, multiply-accumulates in G, ImageNet-1K top-1 in percent."""
 
     family: str
     model: str
@@ -131,9 +131,9 @@ class Point(NamedTuple):
 
 
 def results(points: Sequence[Point], file: Path, highlight: str = "EIT", **options: Any) -> None:
-    """Top-1 against parameters, and against multiply-accumulates: a line per family, dashed without a pyramid.
+    """Draw top-1 against parameters and against multiply-accumulates: one line per family, dashed without a pyramid.
 
-    What was published is hollow, what was measured filled. `options` are those of `save`.
+    Published results are hollow, measured results filled. `options` are those of `save`.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -123,7 +123,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, words, said):
 
 def test_mistakes_about_a_trained_model(trained, tmp_path):
     error = failed(2, "eval", "runs/mine", "--size", 16, "--size", 3, cwd=trained)
-    assert error.startswith("eit: --size 3: eit_mini makes no token of so few pixels") and error.endswith(" 4")
+    assert error.startswith("eit: --size 3 is too small for eit_mini") and error.endswith(" 4")
     assert "Invalid value for '--crop-ratio'" in failed(2, "eval", "runs/mine", "--crop-ratio", 1.5, cwd=trained)
     save_digits(tmp_path / "other")
     for part in ("train", "val"):

@@ -59,7 +59,7 @@ def test_mistakes_about_images(trained, tmp_path):
     done = run_eit("predict", "runs/mine", tmp_path / "text.png", good, cwd=trained)
     assert (done.returncode, done.stdout.split()[0]) == (2, good)
     assert done.stderr.startswith("eit: ") and "text.png: no image" in done.stderr
-    assert "is no run folder" in failed(2, "predict", "data", good, cwd=trained)
+    assert "is not a run folder" in failed(2, "predict", "data", good, cwd=trained)
     assert "list on stdin is empty" in failed(2, "predict", "runs/mine", "-", cwd=trained, stdin="")
 
 

@@ -14,7 +14,7 @@ SOURCE = Path(eit.__file__).parent
 FLOORS = [
     {"errors"},
     {"files"},
-    {"plain_yaml"},
+    {"plain_yaml", "hub_access"},
     {"config", "distributed", "memory", "precision", "randomness"},
     {"console", "environment"},
     {"plots"},

@@ -30,7 +30,7 @@ def convert(
         typer.Argument(metavar="ARGUMENT=VALUE", help="Set an argument of the model, see eit.EIT.", show_default=False),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name the model; default: recognised by the shapes of IN.")
+        str | None, typer.Option(metavar="NAME", help="Name the model; default: it is recognised by the shapes of IN.")
     ] = None,
     size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Input height and width in pixels; default: 224.")
@@ -75,7 +75,7 @@ def convert(
 ) -> None:
     """Convert weights of the authors, of timm or of your own training loop to safetensors.
 
-    Nothing in IN is executed. If its shapes do not tell the model, name it with its arguments, here timm's ViT-Ti:
+    Code in IN is never executed. If its shapes do not identify the model, name it with its arguments, as for ViT-Ti:
 
     \b
     eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3 --like timm/vit_tiny_patch16_224
@@ -94,7 +94,7 @@ def convert(
     if card is None:
         card = infer_card(state, file, model, model_arguments(parse_overrides(arguments or [], schema=Model)), size)
     elif model or arguments or size:
-        raise UserError(f"{file} says itself that it is {card.model}: leave out --model, --size and ARGUMENT=VALUE")
+        raise UserError(f"{file} already names its model, {card.model}: leave out --model, --size and ARGUMENT=VALUE")
     known: dict[str, Any] = preprocessing_of_timm(like, card.size) if like else {}
     if classes:
         known["classes"] = read_class_names(classes, len(card.classes))

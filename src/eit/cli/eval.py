@@ -36,7 +36,9 @@ def evaluate(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name a data set of timm, as data.dataset does: wds/NAME, hfds/NAME ..."),
+        typer.Option(
+            metavar="NAME", help="Evaluate on a data set of timm: wds/NAME, hfds/NAME and others, as for data.dataset."
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -66,7 +68,8 @@ def evaluate(
         bool, typer.Option("--flip", help="Average probabilities over each image and its mirror image.")
     ] = False,
     precision: Annotated[
-        PrecisionOrAuto, typer.Option(help="Compute in this precision; auto: bf16 on a GPU that has it, else fp32.")
+        PrecisionOrAuto,
+        typer.Option(help="Compute in this precision; auto: bf16 on a GPU that supports it, otherwise fp32."),
     ] = "fp32",
     confusion: Annotated[
         str | None,
@@ -131,7 +134,7 @@ def evaluate(
 
 
 def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int]) -> None:
-    """Raise a UserError where the model does not compute in this precision, or takes no images of these sizes."""
+    """Raise a UserError if the model does not compute in this precision, or does not accept these sizes."""
     from eit.inference.exported_models import ExportedModel
     from eit.models.registry import check_size
 

@@ -32,8 +32,8 @@ def predict(
 
     eit predict digits 7.png
 
-    An image that cannot be read gets an error line, with --json an object with `fault`, and exit status 2; the others
-    are still predicted.
+    If an image cannot be read, a line says so (with --json an object with `fault`) and the exit status is 2. The other
+    images are still predicted.
     """
     from eit.distributed import start
     from eit.inference.exported_models import load

@@ -22,9 +22,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from eit.analysis.inputs import readable_images
 from eit.config import Data, data_config
-from eit.data.datasets import DIGITS, AnyImages, open_evaluation, open_unlabelled
+from eit.data.datasets import DIGITS, AnyImages, open_evaluation, open_unlabelled, readable_images
 from eit.data.images import Images, View, normalise, to_mode, to_uint8
 from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
@@ -102,11 +101,12 @@ def default_file(checkpoint: str, format: str, int8: bool = False) -> Path:
 def check_request(format: str, file: Path, int8: bool) -> None:
     """Raise a UserError, before anything is computed, if `export` could not write `file`."""
     if file.suffix != _suffix(format):
-        raise UserError(f"--out {file}: a file of --format {format} ends in {_suffix(format)}")
+        raise UserError(f"--out {file}: give a name that ends in {_suffix(format)} for --format {format}")
     if not file.parent.is_dir():
-        raise UserError(f"--out {file}: there is no folder {file.parent}")
+        raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or give another one")
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"--out {file}: {'it is a folder' if file.is_dir() else f'{file.parent} is read-only'}")
+        reason = "it is a folder" if file.is_dir() else f"{file.parent} is read-only"
+        raise UserError(f"--out {file}: {reason}; give another file")
     if not file.exists() and any(part.exists() for part in _parts(file)):
         raise UserError(f"--out {file}: {_parts(file)[1].name} next to it belongs to another file; give another name")
     if int8 and format == "torch":

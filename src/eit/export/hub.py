@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
@@ -18,6 +18,7 @@ from eit import __version__
 from eit.data.datasets import DIGITS
 from eit.errors import UserError, few, first_line, printable
 from eit.files import temporary_folder, write_file
+from eit.hub_access import prepare_hub
 from eit.models.complexity import complexity
 from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, MODELS, TIMM
@@ -116,7 +117,7 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
         raise UserError(f"--repo {repo}: USER/NAME is expected")
     with temporary_folder() as staging:
         write_folder(checkpoint, staging, name or repo.rpartition("/")[2], license, repo)
-        hub_logging.set_verbosity_error()  # no lines on retries; the error is reported below
+        prepare_hub()
         try:
             api = HfApi(library_name="eit", library_version=__version__)
             address = api.create_repo(repo, private=private or None, exist_ok=True)  # None: the owner's default
@@ -125,6 +126,8 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
             api.upload_folder(repo_id=repo, folder_path=staging, commit_message=f"Upload by eit {__version__}")
         except UserError:
             raise
+        except OfflineModeIsEnabled:
+            raise UserError(f"--repo {repo}: the hub cannot be reached; --to FOLDER writes a local folder") from None
         except Exception as error:  # from the hub, its HTTP library or the network
             raise UserError(f"--repo {repo}: {_line(error)}") from None
     return str(address)

@@ -38,8 +38,8 @@ class Metrics:
             sum_b n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3).
         correct1: images that are right.
         correct5: images that are among the first five.
-        per_class: class -> images, top1 (recall; None without images), precision (None where it is never predicted), f1
-            (None where neither).
+        per_class: class -> images, top1 (recall; None without images), precision (None if it is never predicted), f1
+            (None if neither exists).
         pairs: (truth, prediction) -> images, those that occur.
     """
 
@@ -217,7 +217,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 def make_views(
     view: View, sizes: Sequence[int] = (), crop_ratios: Sequence[float] = ()
 ) -> dict[tuple[int, float], View]:
-    """(size, crop ratio) -> `view` with these, for each size with each crop ratio; where none is given, as in `view`.
+    """(size, crop ratio) -> `view` with these, for each size with each crop ratio; if none is given, as in `view`.
 
     A crop ratio is the centre crop's share of the resized shorter side.
     """

@@ -26,7 +26,7 @@ from eit.weights.load import say_assumptions
 KEY = "eit"  # of the metadata that holds the card
 INPUT, OUTPUT = "images", "logits"
 Run = Callable[[np.ndarray], np.ndarray]
-Port = tuple[str, list[Any]]  # name and shape of an input or output; a dynamic axis is no int
+Port = tuple[str, list[Any]]  # name and shape of an input or output; a dynamic axis is not an int
 
 
 class ExportedModel(nn.Module):
@@ -47,7 +47,7 @@ class ExportedModel(nn.Module):
         return torch.from_numpy(logits).to(x.device)
 
     def check_size(self, size: int) -> None:
-        """Raise a UserError where images of `size` pixels are not taken."""
+        """Raise a UserError if images of `size` pixels are not accepted."""
         if self.fixed_size and size != self.card.size:
             raise UserError(f"--size {size}: {self.file} was exported for {self.card.size} pixels alone")
         with torch.device("meta"):
@@ -156,7 +156,7 @@ def _read_card(file: Path, text: str | None) -> Card:
 
 
 def _check_signature(file: Path, card: Card, ports: list[Port]) -> None:
-    """Raise a UserError where inputs and outputs are not those of the card's model."""
+    """Raise a UserError if inputs and outputs are not those of the card's model."""
     if [name for name, _ in ports] != [INPUT, OUTPUT]:
         raise UserError(f"{file} has {', '.join(name for name, _ in ports)}, instead of {INPUT} and {OUTPUT}")
     images, logits = (shape for _, shape in ports)

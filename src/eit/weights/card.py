@@ -25,8 +25,8 @@ class Card(BaseModel):
         model: a name of the zoo, or timm/NAME. A card made for eit_plus_mini has eit_mini of the family eit_plus.
         arguments: of `eit.create_model`: family and all but num_classes and img_size.
         classes: names, in the order of the logits.
-        mean: of pixels in 0..1, one a channel.
-        std: of pixels in 0..1, one a channel.
+        mean: of pixels in 0..1, one value per channel.
+        std: of pixels in 0..1, one value per channel.
         size: pixels of the model's square input.
         resize: pixels of the shorter side before the centre crop.
         interpolation: of the resize.
@@ -78,7 +78,7 @@ class Card(BaseModel):
         if (pair := self.data.get("pixel_range")) is not None:
             low, high = pair
             if not float(low) < float(high):
-                raise ValueError("the range of pixels is none")
+                raise ValueError("data.pixel_range is not LOW below HIGH")
         return self
 
     def create_model(self) -> EIT:
@@ -110,7 +110,7 @@ class Card(BaseModel):
 
     @property
     def data(self) -> dict[str, Any]:
-        """The recipe's section on data; empty where there is none."""
+        """The recipe's section on data; empty if there is none."""
         return (self.recipe or {}).get("data") or {}
 
     @property

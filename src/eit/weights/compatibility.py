@@ -1,4 +1,4 @@
-"""Whether weights fit a model, and what differs where they do not."""
+"""Whether weights fit a model, and what differs if they do not."""
 
 import sys
 from typing import Any

@@ -208,7 +208,7 @@ def read_pickle(file: Path) -> Any:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {name.group(1)}" if name else "it is not a checkpoint"
         raise UserError(
-            f"{file} is refused: {what}; only tensors and plain values are read, as anything else could run code. "
+            f"{file} is refused: {what}; only tensors and plain values are read, because other content could run code. "
             "To save the weights alone where it was made: torch.save(model.state_dict(), 'weights.pth')"
         ) from None
     except Exception as error:  # the unpickler meets a damaged file with almost any exception

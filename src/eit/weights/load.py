@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from huggingface_hub.utils import logging as hub_logging
 
 from eit.console import say
-from eit.errors import UserError, first_line
+from eit.errors import UserError
+from eit.hub_access import hub_reason, prepare_hub
 from eit.models.eit import EIT, our_names
 from eit.models.registry import head_names
 from eit.weights.card import Card
@@ -112,7 +112,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
             if (path / name).is_file():
                 return path / name
         if not (path / "recipe.yaml").is_file():
-            raise UserError(f"{path} is no run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
+            raise UserError(f"{path} is not a run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
     if not path.is_file():
         raise UserError(
@@ -129,7 +129,7 @@ def is_weights_name(name: str) -> bool:
 def _fetch(name: str) -> Path:
     """The weights of a repository on the Hugging Face hub, kept in its cache; a revision stands behind an @."""
     repo, _, revision = name.removeprefix(HUB).partition("@")
-    hub_logging.set_verbosity_error()  # its retries; its error is reported below
+    prepare_hub()
     weights, *others = TIMM_FILES
     try:
         try:
@@ -139,13 +139,13 @@ def _fetch(name: str) -> Path:
                 raise
             file = hf_hub_download(repo, others[0], revision=revision or None)
     except Exception as error:  # of the hub, of its HTTP library, of the network
-        raise UserError(f"{name} cannot be fetched: {first_line(error)}") from None
+        raise UserError(f"{name} cannot be fetched: {hub_reason(error)}") from None
     with suppress(Exception):  # weights of eit push do not need it
         hf_hub_download(repo, "config.json", revision=revision or None)
     return Path(file)
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
-    """What a weights file, or a run folder's, says about itself; None where it says nothing."""
+    """What a weights file, or a run folder's, says about itself; None if it says nothing."""
     file = find_weights(path)
     return read_weights(file)[1] if file.suffix == ".safetensors" else None
