@@ -1,12 +1,13 @@
 """Pictures: curves of a run, confusion matrices, image grids, published results. Matplotlib is imported when needed."""
 
-import os
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eit.errors import UserError, shorten
+from eit.files import write_file
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -239,13 +240,11 @@ def save(figure: Any, file: Path, **options: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    temporary = file.with_name(f".{file.name}")
+    picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box is drawn instead
-        try:
-            figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
-            os.replace(temporary, file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        figure.savefig(picture, format=file.suffix[1:].lower(), **options)
+    try:
+        write_file(file, picture.getvalue())
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None

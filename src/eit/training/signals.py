@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from eit.data.workers import STOP_SIGNALS
+from eit.data.workers import STOP_SIGNALS, waiting
 
 
 @contextmanager
@@ -16,24 +16,30 @@ def stop_signals() -> Iterator[Callable[[], list[float]]]:
     """Within the context, `STOP_SIGNALS` do not end the process; the value, called, has 1.0 for each that was received.
 
     The training loop reads it and stops. A second SIGINT ends the process at once.
+
+    Raises:
+        StopRequested: in the context, as `eit.data.workers.waiting` says.
     """
     received: set[int] = set()
 
     def handle(signum: int, _: Any) -> None:
         received.add(signum)
+        waiting.request_stop()
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield lambda: [0.0] * len(STOP_SIGNALS)
         return
     previous_handlers = {signum: signal.signal(signum, handle) for signum in STOP_SIGNALS}
     read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
+    if hasattr(os, "set_blocking"):  # Windows needs it for sockets alone
+        os.set_blocking(write_end, False)
     previous_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_exit_at_second_interrupt, args=(read_end,), daemon=True)
     watcher.start()
     try:
         yield lambda: [float(signum in received) for signum in STOP_SIGNALS]
     finally:
+        waiting.stop.clear()
         signal.set_wakeup_fd(previous_wakeup)
         for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)
@@ -54,7 +60,8 @@ def _exit_at_second_interrupt(read_end: int) -> None:
                 os._exit(130)
 
 
-os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a loader process must not write to our pipe
+if hasattr(os, "register_at_fork"):  # a loader process must not write to our pipe
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def first_signal(counts: Sequence[float]) -> int:
