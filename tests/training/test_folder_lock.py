@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import eit
 from eit.config import load_recipe
 from eit.training import folder_lock
 from eit.training.run_folder import RunFolder
+from eit.training.trainer import save_epoch
 
 HERE = socket.gethostname()
 NONE = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
@@ -87,6 +89,7 @@ if __name__ == "__main__":
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     from eit.config import load_recipe
     from eit.training.run_folder import RunFolder
+from eit.training.trainer import save_epoch
     from tests.training.test_folder_lock import refuse
     if number:
         fcntl.flock = refuse(number)
@@ -174,7 +177,7 @@ def test_a_run_that_is_refused_holds_nothing(folder, monkeypatch, number):
         monkeypatch.setattr(fcntl, "flock", refuse(number))
     with open_run(folder):
         pass
-    (folder / "log.jsonl").write_text('{"step": 1}\n')
+    (folder / "checkpoints" / "step-1").mkdir(parents=True)
     with pytest.raises(eit.UserError, match="another recipe") as refused:
         open_run(folder, "optim.lr=0.5")
     with open_run(folder):
@@ -301,10 +304,60 @@ def test_a_run_whose_lock_was_taken_over_ends_and_leaves_it_alone(folder, monkey
         (folder / ".lock-soft").unlink()
         hold(folder, host="elsewhere", pid=7)
         wait_for(lambda: not refreshers())  # which would keep the other's lock alive
-        for write in (lambda: run.log_epoch({}, 3), run.finish):
+        for write in (run.check, run.finish):
             with pytest.raises(eit.UserError, match="was taken over by process 7 on elsewhere"):
                 write()
     assert (folder / ".lock-soft").exists() and "elsewhere" in (folder / ".lock").read_text()
+
+
+def remake(folder):
+    """Another process removed the folder, and its run holds the new one."""
+    shutil.rmtree(folder)
+    hold(folder, pid=os.getppid(), start=folder_lock._describe(os.getppid())["start"])
+
+
+def remake_and_end(folder):
+    remake(folder)
+    (folder / ".lock").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (shutil.rmtree, "was removed while this process trained in it"),
+        (lambda folder: folder.rename(folder.with_name("moved")), "was removed while"),
+        (lambda folder: (folder / ".lock").unlink(), "was removed while"),
+        (remake, f"was taken over by process {os.getppid()} on .*: it was replaced; this process ends here"),
+        (remake_and_end, "was taken over by an unknown process: it was replaced"),
+    ],
+)
+def test_a_folder_that_was_removed_or_remade_is_noticed_before_the_next_save(folder, change, said):
+    with open_run(folder) as run:
+        run.check()
+        change(folder)
+        before = sorted(folder.rglob("*"))
+        for write in (run.check, run.finish, lambda: save_epoch(run, None, 1)):
+            with pytest.raises(eit.UserError, match=said):
+                write()
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_system_whose_file_numbers_change_does_not_end_a_run(folder, monkeypatch):
+    with open_run(folder) as run:
+        monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+        run.check()
+
+
+@pytest.mark.parametrize("content", ["[" * 100000, "9" * 5000, '{"pid": "x", "host": 3}', "\ud800", "null"])
+def test_a_lock_with_any_content_names_an_unknown_process(folder, content):
+    folder.mkdir()
+    (folder / ".lock").write_text(content, errors="surrogatepass")
+    with open(folder / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(
+            eit.UserError, match="in use by another process .an unknown process.|in use by another proc"
+        ):
+            open_run(folder)
 
 
 def test_a_forked_process_does_not_release_the_soft_lock(tmp_path):

@@ -234,6 +234,17 @@ def test_ranks_that_see_different_data_refuse_at_the_start(tmp_path):
     assert not list(tmp_path.rglob("log.jsonl"))
 
 
+def test_ranks_with_another_recipe_refuse_at_the_start(tmp_path):
+    for rank in range(2):
+        save_digits(tmp_path / f"machine{rank}" / "data")
+    status, errors = two_machines(
+        tmp_path, RANK.replace("main()", "sys.argv += ['seed=' + os.environ['RANK']]; main()")
+    )
+    assert status == [2, 2] and errors[1] == "", errors
+    assert errors[0].startswith("eit: the ranks do not agree: seed is 0 on rank 0, 1 on rank 1; start all with one")
+    assert not list(tmp_path.rglob("recipe.yaml"))
+
+
 def test_images_that_one_rank_alone_cannot_read_stop_both(tmp_path):
     """The same names and labels on two machines; on one of them three files are damaged."""
     for rank in range(2):
@@ -380,7 +391,7 @@ import json, os, sys, time
 from eit.training.run_folder import RunFolder
 from eit.config import load_recipe
 from eit.training.trainer import train
-log, seen = RunFolder.log_epoch, {}
+show, seen = RunFolder.show_epoch, {}
 def note(name):
     pages = int(open('/proc/self/statm').read().split()[1])
     files = [os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')]
@@ -388,10 +399,10 @@ def note(name):
     children = open(f'/proc/self/task/{os.getpid()}/children').read().split()
     seen[name] = dict(memory=pages * os.sysconf('SC_PAGE_SIZE'), files=len(files), children=len(children))
 def watched(self, line, classes):
-    log(self, line, classes)
+    show(self, line, classes)
     if line['epoch'] + 1 in (int(sys.argv[1]), int(sys.argv[2])):
         note(line['epoch'] + 1)
-RunFolder.log_epoch = watched
+RunFolder.show_epoch = watched
 note('start')
 train(load_recipe('digits', sys.argv[3:]))
 for _ in range(100):  # the thread that feeds a loader process closes its pipe a moment after that process is gone

@@ -10,7 +10,7 @@ import eit
 from eit.config import load_recipe
 from eit.data.datasets import open_data
 from eit.training import trainer as train_module
-from eit.training.setup import build_model, choose_trainable, resolve_architecture
+from eit.training.setup import build_model, check_single_images, choose_trainable, make_view, resolve_architecture
 from eit.training.trainer import train
 from eit.weights.card import Card
 from eit.weights.formats import save_weights
@@ -281,3 +281,38 @@ def test_a_real_lack_of_memory_is_one_line(folder, monkeypatch):
         eit.UserError, match="out of memory with data.batch_size=8 at data.image_size=16: set data.batch"
     ):
         train(recipe(folder))
+
+
+def single_images(folder, *words):
+    """The recipe and model of batches of one image."""
+    off = ["augment.mixup=0", "augment.cutmix=0", "data.batch_size=1", "data.image_size=32"]
+    r = resolve_architecture(recipe(folder, *off, *words))
+    model = build_model(r, 3)
+    choose_trainable(r, model)
+    return r, model
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "efficientnet_b0"])
+def test_a_batch_of_one_image_is_one_line_if_batch_norms_cannot_learn_from_it(folder, name):
+    r, model = single_images(folder, f"model.name=timm/{name}")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(eit.UserError, match=f"data.batch_size=1: timm/{name} has batch norms, .*set data.batch_size=2"):
+        check_single_images(r, model, make_view(r))
+    assert same(before, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.name=timm/resnet10t", "data.image_size=64"],  # four values per channel
+        ["model.name=timm/resnet10t", "optim.trainable=head"],  # frozen norms
+        ["model.name=timm/resnet10t", "data.batch_size=2"],
+        ["model.name=timm/vit_tiny_patch16_224"],
+        [],
+    ],
+)
+def test_a_batch_of_one_image_is_taken_if_the_model_can(folder, words):
+    r, model = single_images(folder, *words)
+    state = torch.get_rng_state()
+    check_single_images(r, model, make_view(r))
+    assert torch.equal(torch.get_rng_state(), state)
