@@ -1,4 +1,4 @@
-"""Kill -9 training at random moments and continue it: `python tests/helpers/chaos.py N [--seed SEED] [--fault FAULT]`.
+"""Kill -9 training at random moments and continue it: `python tests/helpers/chaos.py N [--seed SEED] [--fault FAULT] [--small]`.
 
 Each of N trials takes a variant of the digits recipe (1 or 2 processes, 0 or 2 workers, fp32 or bf16, accumulation,
 EMA, dropout), kills all its processes once to three times, at a random step, while a checkpoint is being written or in
@@ -37,6 +37,7 @@ from eit.weights.formats import read_safetensors
 EPOCHS, STEPS = 3, 22
 SHORT = [f"train.epochs={EPOCHS}", "train.warmup_epochs=1", "train.save_every=5", "out=run"]
 SHORT += ["train.ema_decay=0.9", "model.attn_drop_rate=0.1", "model.drop_path_rate=0.1"]
+SMALL = ["model.embed_dim=16", "model.depth=2", "model.num_heads=2"]
 # A global batch of 64 in each, or as near as three can share
 VARIANTS = {
     "1 process, 2 workers": (1, ["data.batch_size=64", "data.cache=false", "data.workers=2"]),
@@ -287,5 +288,7 @@ if __name__ == "__main__":
     parser.add_argument("trials", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--small", action="store_true", help="train a model of 16 channels")
     words = parser.parse_args()
+    SHORT += SMALL if words.small else []
     sys.exit(main(words.trials, words.seed, words.fault))
