@@ -55,7 +55,7 @@ def test_curves_that_cannot_be_drawn_replace_no_error_and_release_the_folder(fol
         pass
 
 
-def test_a_run_leaves_what_it_promises(folder):
+def test_a_run_leaves_what_it_promises(folder, drawn_curves):
     r = recipe(folder, "train.ema_decay=0.9")
     summary = train(r)
     run = r.run_folder()
