@@ -23,7 +23,7 @@ from eit.export.exporter import export
 from eit.inference.evaluate import evaluate
 from eit.inference.predict import predict
 from eit.precision import float32_products
-from eit.training.checkpoint import Writer
+from eit.training.checkpoint import BackgroundWriter
 from eit.training.loss import Distillation, make_criterion
 from eit.weights.formats import digest
 
@@ -474,7 +474,7 @@ def test_the_writer_does_not_wait_for_a_gpu_but_its_thread_does(monkeypatch):
         a, b = torch.zeros(2).to(pretend.device), torch.ones(1, 2).to(pretend.device)
         pretend.waits.clear()
         pretend.copies = 0
-        with Writer() as writer:
+        with BackgroundWriter() as writer:
             writer.submit(lambda state, more: steps.append((state["a"].tolist(), more)), dict(a=a, b=[b]), 7)
             assert pretend.waits == [] and pretend.copies == 2
             a += 5
@@ -488,7 +488,7 @@ def test_from_mps_the_writer_copies_before_it_returns():
     seen = []
     with pretended("mps") as pretend:
         a = torch.zeros(2).to(pretend.device)
-        with Writer() as writer:
+        with BackgroundWriter() as writer:
             writer.submit(lambda state: seen.append(state["a"].tolist()), dict(a=a))
             assert len(pretend.waits) == 2  # to the device, and back
             a += 5
@@ -502,7 +502,7 @@ def test_on_cuda_the_writer_gets_what_was_there_while_the_gpu_was_still_busy():
     torch.cuda.synchronize()
     torch.cuda._sleep(1 << 29)  # cycles, a third of a second or so
     large += 1
-    with Writer() as writer:
+    with BackgroundWriter() as writer:
         writer.submit(lambda state: seen.append((state["a"].is_pinned(), state["a"].unique().tolist())), dict(a=large))
         assert not torch.cuda.current_stream().query()  # the copy is still to come
         large += 5

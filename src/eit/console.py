@@ -14,8 +14,22 @@ from eit.errors import printable
 
 T = TypeVar("T")
 
+
+class Messages(Console):
+    """Progress and warnings. If nobody reads them any more (`2>&1 | head -1`, a lost terminal), the work goes on."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Messages(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str, any_rank: bool = False) -> None:

@@ -1,16 +1,62 @@
-"""Files that survive a crash: written whole or not at all."""
+"""Paths as people give them, text files as they write them, and files that survive a crash: whole or not at all."""
 
+import json
 import os
+import re
 import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
+
+from eit.errors import UserError
+
+MOST_TEXT = 64 << 20  # bytes
+
+
+def expand_path(path: str) -> str:
+    """`path` with ~ and variables such as $HOME replaced, which a shell leaves as they are behind `=` or in quotes.
+
+    An unknown user or variable stays as it is. So do addresses, such as https://, pipe: and hf-hub:.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:", path):
+        return path
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not a text file; `what` it should be is named, such as `recipe`.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"cannot read {what} {path}: it is not a file")
+        with open(path, "rb") as file:
+            content = file.read(MOST_TEXT + 1)
+        if len(content) > MOST_TEXT:
+            raise UserError(f"cannot read {what} {path}: it has more than {MOST_TEXT >> 20} MiB")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {what} {path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error  # ValueError: a null character in the name
+        raise UserError(f"cannot read {what} {path}: {reason}") from None
 
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write durably: the file is either the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+        temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
+        with open(temporary, "xb") as f:
+            # Names of files need not be UTF-8: they are written as the file system has them.
+            f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -20,13 +66,73 @@ def write_file(path: Path, content: bytes | str) -> None:
         room = f"{error.strerror}; {len(content):,} bytes are needed, {free:,} are free"
         raise OSError(error.errno, room, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for the context. Windows leaves what a runtime still holds open; its clean-up removes that later."""
+    folder = Path(tempfile.mkdtemp(prefix="eit-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make the names in `folder` durable, if the system can: Windows opens no folders."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
+    """`open` for a regular file. A link is not followed, and a pipe is not waited for.
+
+    Raises:
+        OSError: the file is missing, or is a link, a folder, a pipe or a device; or what `open` raises.
+    """
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if path.is_symlink():
+        raise OSError(None, "it is a link, not a regular file", str(path))
+    file = open(path, mode, opener=lambda name, own: os.open(name, own | flags, 0o666), **options)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(None, "it is not a regular file", str(path))
+    return file
+
+
+def read_regular(path: Path, most: int = MOST_TEXT) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: as `open_regular`, or the file is longer.
+    """
+    with open_regular(path) as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(None, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a regular file.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: it is not JSON, as NaN is not, or is nested too deeply.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{path} has {name}, which is not JSON")
+
+    try:
+        return json.loads(read_regular(path), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None

@@ -21,6 +21,8 @@ def keep_freed(most: int = 2**31 - 1) -> None:
     of the whole process, so commands do it, not the library. An allocator that the environment tunes is left alone.
     """
     tuned = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if os.name == "nt":  # which cannot open the process as a library
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     if mallopt is not None and not tuned:
         trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h

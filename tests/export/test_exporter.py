@@ -16,8 +16,8 @@ import eit
 from eit.cli.export import export_text
 from eit.data.images import decode, normalise
 from eit.export.exporter import Export, Int8, Parity, compare, default_file, export, photos
+from eit.inference.exported_models import ExportedModel
 from eit.inference.predict import predict
-from eit.inference.runtimes import ExportedModel
 from eit.weights.card import Card
 from eit.weights.formats import read_weights, save_weights
 from eit.weights.load import load
@@ -102,7 +102,7 @@ def test_other_runtimes_find_names_and_preprocessing_in_the_file(home):
     assert "RGB images in 0..1, shorter side" in onnx.load(home / "digits.onnx").doc_string
     assert (
         json.loads(
-            eit.inference.runtimes.openvino_core().read_model(home / "digits.xml").get_rt_info("eit").astype(str)
+            eit.inference.exported_models.openvino_core().read_model(home / "digits.xml").get_rt_info("eit").astype(str)
         )
         == card
     )

@@ -1,11 +1,11 @@
-"""Kill -9 training at random moments and continue it: `python tests/helpers/chaos.py N [--seed SEED] [--fault FAULT] [--small]`.
+"""Kill -9 training at random moments and continue it: `python tests/helpers/chaos.py N [--seed SEED] [--fault FAULT]`.
 
 Each of N trials takes a variant of the digits recipe (1 or 2 processes, 0 or 2 workers, fp32 or bf16, accumulation,
 EMA, dropout), kills all its processes once to three times, at a random step, while a checkpoint is being written or in
 evaluation, continues it, and compares with the run that nobody disturbed: weights, moving average, optimizer and log
 must be identical, to the bit. A line a kill, and a summary; status 1 where a trial differs.
 
-A fault is put into the code on purpose, to see that the comparison can fail.
+A fault is put into the code on purpose, to see that the comparison can fail. With --small, the model has 16 channels.
 """
 
 import argparse

@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,8 @@ from eit.data.order import SampleOrder
 from eit.environment import environment
 from eit.errors import UserError, few, first_line, nearest
 from eit.export.exporter import export
-from eit.inference import runtimes as exported
+from eit.files import temporary_folder
+from eit.inference import exported_models as exported
 from eit.memory import MALLOC, is_measurable, peak_bytes
 from eit.models.complexity import complexity, training_macs
 from eit.models.eit import EIT
@@ -43,7 +43,7 @@ from eit.randomness import Stream, set_seed
 from eit.training.optim import make_optimizer
 from eit.weights.card import Card
 from eit.weights.convert import default_class_names, default_mean_std
-from eit.weights.load import SHIPPED, load, names_weights
+from eit.weights.load import INCLUDED, is_weights_name, load
 
 MODES = ("infer", "train")
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -166,9 +166,9 @@ def bench(names: Sequence[str], options: Options) -> Record:
         resolve_precision(precision, options.device)
     runtimes, left_out = check_runtimes(options)
     subjects = open_models(names, options)
-    with tempfile.TemporaryDirectory() as folder, _many_compilations():
+    with temporary_folder() as folder, _many_compilations():
         arms = [arm for name in subjects for arm in arms_of(name, subjects[name], runtimes, options, left_out)]
-        steps, files = prepare(arms, subjects, Path(folder), options.device, left_out)
+        steps, files = prepare(arms, subjects, folder, options.device, left_out)
         if not steps:
             raise UserError(f"nothing to measure: {'; '.join(left_out)}")
         seconds, peaks = interleave(steps, options)
@@ -217,7 +217,7 @@ def _check_runtime(runtime: str, options: Options) -> None:
         if "infer" not in options.modes:
             raise UserError(f"--runtime {runtime} does not train: --mode infer")
         for module in ("onnx", "onnxscript", "onnxruntime", runtime):
-            exported.need(module, f"--runtime {runtime}")
+            exported.import_runtime(module, f"--runtime {runtime}")
     if runtime == "compile" and options.device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -247,7 +247,7 @@ def open_model(name: str, size: int | None) -> Any:
     kind, _, plain = name.partition("/")
     if exported.is_exported(name):
         raise UserError(f"{name} is an exported file: give the weights, and the runtimes by --runtime")
-    if names_weights(name):
+    if is_weights_name(name):
         model: Any = load(name)
         if size is not None:
             check_size(model, size, model.card.size, name)
@@ -262,8 +262,8 @@ def open_model(name: str, size: int | None) -> Any:
         family, plain = None, name
     else:
         raise UserError(
-            f"unknown model {name!r}{nearest(name, [*MODELS, *SHIPPED])} (known: {', '.join(MODELS)}, lsra/eit_mini "
-            f"and so on, timm/NAME, a weights file, a run folder, {', '.join(SHIPPED)})"
+            f"unknown model {name!r}{nearest(name, [*MODELS, *INCLUDED])} (known: {', '.join(MODELS)}, lsra/eit_mini "
+            f"and so on, timm/NAME, a weights file, a run folder, {', '.join(INCLUDED)})"
         )
     set_seed(Stream.INITIAL_VALUES, 0)
     model = create_model(plain, family, **({} if size is None else dict(img_size=size)))

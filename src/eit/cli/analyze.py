@@ -11,6 +11,7 @@ import typer
 from eit.cli.options import Device, Json, MaxPixels, Size, Workers, folder_to_write, start_alone
 from eit.cli.output import print_table
 from eit.errors import printable
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.analysis.compare import Comparison
@@ -21,6 +22,7 @@ def analyze(
         list[str],
         typer.Argument(
             metavar="MODEL...",
+            parser=expand_path,
             help="Weights files, run folders, digits; eit_mini, lsra/eit_mini; timm/NAME, torchvision/NAME. A quoted "
             "pattern ('runs/eit*') stands for several runs, shown as one curve.",
             show_default=False,
@@ -29,11 +31,15 @@ def analyze(
     data: Annotated[
         str,
         typer.Option(
-            metavar="PATH", help="Analyse images of this folder (of any depth) or data set.", show_default=False
+            metavar="PATH",
+            parser=expand_path,
+            help="Analyse images of this folder (of any depth) or data set.",
+            show_default=False,
         ),
     ],
     out: Annotated[
-        str, typer.Option(metavar="FOLDER", help="Write report.html, figures/ and csv/ into FOLDER.")
+        str,
+        typer.Option(metavar="FOLDER", parser=expand_path, help="Write report.html, figures/ and csv/ into FOLDER."),
     ] = "analysis",
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Use at most N images, evenly spaced.")] = 1000,
     pictures: Annotated[int, typer.Option(metavar="N", min=0, max=8, help="Number of images to show one by one.")] = 4,

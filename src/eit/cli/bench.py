@@ -11,6 +11,7 @@ import typer
 from eit.cli.options import Device, Json, Precision, Size, complete_model, file_to_write, start_alone
 from eit.cli.output import print_table
 from eit.errors import UserError, printable
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.benchmark.bench import Measurement, Record
@@ -37,6 +38,7 @@ def bench(
         list[str],
         typer.Argument(
             metavar="MODEL...",
+            parser=expand_path,
             help="eit_mini, lsra/eit_mini; timm/NAME; weights files, run folders, digits.",
             show_default=False,
             autocompletion=complete_model,
@@ -72,7 +74,8 @@ def bench(
         bool, typer.Option("--keep-freed", help="Keep freed memory for the next step, as eit train does (Linux).")
     ] = False,
     out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw a bar chart into FILE (.png, .pdf or .svg).")
+        str | None,
+        typer.Option(metavar="FILE", parser=expand_path, help="Draw a bar chart into FILE (.png, .pdf or .svg)."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,

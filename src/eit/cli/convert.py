@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from eit.errors import UserError
+from eit.files import expand_path
 
 
 def convert(
@@ -13,11 +14,15 @@ def convert(
         str,
         typer.Argument(
             metavar="IN",
+            parser=expand_path,
             help="Weights of the authors' code or of timm: a .pth or .safetensors file.",
             show_default=False,
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="OUT", parser=expand_path, help="The .safetensors file to write.", show_default=False),
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="ARGUMENT=VALUE", help="Set an argument of the model, see eit.EIT.", show_default=False),
@@ -32,6 +37,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="FILE",
+            parser=expand_path,
             help="Read class names from FILE, one per line, in the order of the logits; default: those of IN, else "
             "ImageNet's for 1000 classes, else numbers.",
         ),
@@ -46,15 +52,17 @@ def convert(
     """
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")
-    from eit.config import model_arguments, parse_overrides
-    from eit.weights.convert import recognise
+    from eit.config import Model, model_arguments, parse_overrides
+    from eit.weights.convert import infer_card
     from eit.weights.formats import read_weights, save_weights
     from eit.weights.load import find_weights
 
     file = find_weights(source)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(state, file, model, model_arguments(parse_overrides(arguments or [])), size or 224)
+        card = infer_card(
+            state, file, model, model_arguments(parse_overrides(arguments or [], schema=Model)), size or 224
+        )
     elif model or arguments or size:
         raise UserError(f"{file} says itself that it is {card.model}: leave out --model, --size and ARGUMENT=VALUE")
     if classes:

@@ -18,6 +18,7 @@ from eit.cli.options import (
 )
 from eit.cli.output import print_table
 from eit.errors import UserError
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.inference.evaluate import Metrics
@@ -28,7 +29,9 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="Evaluate on this data set or folder of classes; default: the run's own data set."
+            metavar="PATH",
+            parser=expand_path,
+            help="Evaluate on this data set or folder of classes; default: the run's own data set.",
         ),
     ] = None,
     dataset: Annotated[
@@ -67,7 +70,9 @@ def evaluate(
     ] = "fp32",
     confusion: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write the confusion matrix to FILE (.png, .pdf, .svg or .csv)."),
+        typer.Option(
+            metavar="FILE", parser=expand_path, help="Write the confusion matrix to FILE (.png, .pdf, .svg or .csv)."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -97,7 +102,7 @@ def evaluate(
     from eit.inference.evaluate import evaluate as run
     from eit.inference.evaluate import make_views
     from eit.inference.evaluation_data import evaluation_config, match_classes
-    from eit.inference.runtimes import load
+    from eit.inference.exported_models import load
     from eit.memory import keep_freed
     from eit.precision import resolve_precision
 
@@ -125,7 +130,7 @@ def evaluate(
 
 def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int]) -> None:
     """Raise a UserError where the model does not compute in this precision, or takes no images of these sizes."""
-    from eit.inference.runtimes import ExportedModel
+    from eit.inference.exported_models import ExportedModel
     from eit.models.registry import check_size
 
     exported = isinstance(model, ExportedModel)

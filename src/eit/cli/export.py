@@ -1,6 +1,7 @@
 """`eit export CKPT --format FORMAT`."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +11,7 @@ import typer
 from eit.cli.options import Checkpoint, Json, MaxPixels
 from eit.cli.output import print_result, program
 from eit.errors import UserError
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.export.exporter import Export
@@ -23,12 +25,15 @@ def export(
     format: Annotated[Format, typer.Option(help="Write this format; torch: a torch.export program.")] = "onnx",
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write to FILE; default: next to the weights, with their name."),
+        typer.Option(
+            metavar="FILE", parser=expand_path, help="Write to FILE; default: next to the weights, with their name."
+        ),
     ] = None,
     int8: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
+            parser=expand_path,
             help="Quantise to int8, with the images of this folder or data set to choose value ranges; default: fp32.",
         ),
     ] = None,
@@ -39,6 +44,7 @@ def export(
         str | None,
         typer.Option(
             metavar="PATH",
+            parser=expand_path,
             help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own.",
         ),
     ] = None,
@@ -59,14 +65,14 @@ def export(
     from eit.inference.evaluation_data import evaluation_config, match_classes
     from eit.weights.load import load
 
-    file = Path(out).expanduser() if out else exporter.default_file(checkpoint, format)
+    file = Path(out) if out else exporter.default_file(checkpoint, format)
     exporter.check_request(format, file, int8 is not None)
     model = load(checkpoint)
     calibration = None
     if int8:
         config = evaluation_config(model.card, data, max_pixels=max_pixels)
         labelled = match_classes(model.card, open_evaluation(config))
-        chosen = exporter.calibration_images(int8, images, config.max_pixels, config.val_fraction)
+        chosen = exporter.calibration_images(int8, images, config)
         calibration = exporter.Calibration(chosen, labelled)
     done = exporter.export(model, file, format, calibration)
     print_result(json.loads(json.dumps(asdict(done), default=str)), as_json, export_text(done, model.card))
@@ -92,4 +98,4 @@ def export_text(done: "Export", card: "Card") -> str:
             f"int8: top-1 {int8.top1:.2f}%, fp32 {int8.fp32_top1:.2f}%, on {int8.images:,} images; "
             f"{int8.fp32_bytes / 1e6:.2f} MB without; ranges from {int8.calibrated_on} images"
         )
-    return "\n".join([*lines, f"next: {program()} predict {done.file} IMAGE..."])
+    return "\n".join([*lines, f"next: {program()} predict {shlex.quote(str(done.file))} IMAGE..."])

@@ -8,6 +8,7 @@ import typer
 
 from eit.cli.options import Json, RedirectingGroup, file_to_write, refuse_before_command
 from eit.cli.output import print_table
+from eit.files import expand_path
 
 
 class ModelsGroup(RedirectingGroup):
@@ -58,7 +59,10 @@ def list_all(
 @models.command()
 def plot(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="The picture to write: .png, .pdf or .svg.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FILE", parser=expand_path, help="The picture to write: .png, .pdf or .svg.", show_default=False
+        ),
     ],
 ) -> None:
     """Draw published top-1 against model size.

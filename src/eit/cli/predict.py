@@ -9,6 +9,7 @@ import typer
 from eit.cli.options import Checkpoint, Device, MaxPixels, device_for
 from eit.cli.output import print_error
 from eit.errors import UserError, printable
+from eit.files import expand_path
 
 
 def predict(
@@ -17,6 +18,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE...",
+            parser=expand_path,
             help="Image files, folders of images, or - to read a list of files from stdin.",
             show_default=False,
         ),
@@ -33,9 +35,9 @@ def predict(
     An image that cannot be read gets an error line and exit status 2; the other images are still predicted.
     """
     from eit.distributed import start
+    from eit.inference.exported_models import load
     from eit.inference.predict import expand
     from eit.inference.predict import predict as run
-    from eit.inference.runtimes import load
 
     listed = [line for name in images for line in (sys.stdin.read().splitlines() if name == "-" else [name]) if line]
     files = expand(listed)

@@ -12,39 +12,37 @@ import typer
 from eit.cli.options import Json, RedirectingGroup, refuse_before_command
 from eit.cli.output import exit_stopped, print_error, print_result
 from eit.errors import UserError, few
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.reproduce.experiment import Cell, Experiment
 
 
 class ReproduceGroup(RedirectingGroup):
-    """Answers `eit reproduce NAME --plan` and the like, where the subcommand was an option once."""
+    """Answers old spellings, `eit reproduce NAME [--plan]`, with the command that replaced them."""
 
     def redirect(self, words: list[str]) -> list[str] | None:
-        names = [word.partition("=")[0] for word in words]
-        for option in ("list", "plan", "tables", "again", "curve"):
-            if f"--{option}" in names:
-                return ["reproduce", option, *_without_option(words, names.index(f"--{option}"), option)]
+        for number, word in enumerate(words):
+            option, given, value = word.partition("=")
+            if (command := option.removeprefix("--")) in (
+                "list",
+                "plan",
+                "tables",
+                "again",
+                "curve",
+            ) and option != command:
+                rest = words[:number] + words[number + 1 :]
+                if command in ("again", "curve") and not given:
+                    value = rest.pop(number) if number < len(rest) else "RUN"
+                name = rest.pop(0) if rest and not rest[0].startswith("-") else "NAME"
+                right = dict(list=[], curve=[value], again=[name, value, *rest])
+                return ["reproduce", command, *right.get(command, [name, *rest])]
         if words[0].startswith("-"):
             return None if words[0] in ("-h", "--help", "--json") else ["reproduce", "run", "NAME", *words]
         from eit.reproduce.experiment import experiment_names
 
-        known = words[0] in experiment_names() or words[0].endswith((".yaml", ".yml"))
-        return ["reproduce", "run", *words] if known else None
-
-
-def _without_option(words: list[str], number: int, command: str) -> list[str]:
-    """The words that follow the subcommand `command`, which is the option words[number]."""
-    _, given, value = words[number].partition("=")
-    rest = [*words[:number], *words[number + 1 :]]
-    if command == "list":
-        return []
-    if command in ("again", "curve") and not given:
-        value = rest.pop(number) if number < len(rest) else "RUN"
-    if command == "curve":
-        return [value]
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else "NAME"
-    return [name, value, *rest] if command == "again" else [name, *rest]
+        is_experiment = words[0] in experiment_names() or words[0].endswith((".yaml", ".yml"))
+        return ["reproduce", "run", *words] if is_experiment else None
 
 
 reproduce = typer.Typer(cls=ReproduceGroup, rich_markup_mode=None, invoke_without_command=True)
@@ -64,6 +62,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
+        parser=expand_path,
         help="An included experiment (eit reproduce list), or PATH.yaml.",
         show_default=False,
         autocompletion=complete_experiment,
@@ -78,7 +77,10 @@ BudgetOption = Annotated[
     ),
 ]
 Results = Annotated[
-    str, typer.Option(metavar="FOLDER", help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN.")
+    str,
+    typer.Option(
+        metavar="FOLDER", parser=expand_path, help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN."
+    ),
 ]
 Roots = Annotated[
     list[str] | None,
@@ -117,6 +119,7 @@ def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
     roots: dict[str, str] = {}
     for word in words:
         key, _, path = word.partition("=")
+        path = expand_path(path)
         if not (key and path):
             raise UserError(f"--data {word} is not NAME=PATH, such as --data {known[0]}=PATH")
         if roots.setdefault(key, path) != path:
@@ -229,12 +232,12 @@ def plan(
     Nothing is trained.
     """
     if images_per_s is not None and not math.isfinite(images_per_s):
-        raise UserError(f"--images-per-s {images_per_s} is no rate: give a number, such as 8000")
+        raise UserError(f"--images-per-s {images_per_s} is not a rate: give a number, such as 8000")
     _, _, cells = _load(name, budget)
     roots = _roots(data or (), cells)
-    from eit.reproduce.commands import commands, plan_text
+    from eit.reproduce.plan import plan_runs, plan_text
 
-    rows = commands(_choose(cells, only or (), name), Path(results), roots, images_per_s)
+    rows = plan_runs(_choose(cells, only or (), name), Path(results), roots, images_per_s)
     print_result(dict(runs=[asdict(row) for row in rows]), as_json, plan_text(rows))
 
 
@@ -264,7 +267,8 @@ def again(
     results: Results = "results",
     data: Roots = None,
     out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Train in this run folder; default: runs/again/RUN.")
+        str | None,
+        typer.Option(metavar="FOLDER", parser=expand_path, help="Train in this run folder; default: runs/again/RUN."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -272,8 +276,8 @@ def again(
 
     eit reproduce again small_data digits-vit-seed-0 --budget smoke
 
-    Both runs are identical on the same machine and versions. Otherwise top-1 may differ by three standard deviations
-    over seeds; the exit status is 1 where it differs by more.
+    On the same machine and versions, both runs are identical. Elsewhere, top-1 may differ by three standard deviations
+    over seeds; the exit status is 1 if it differs by more.
     """
     experiment, budget, cells = _load(name, budget)
     roots = _roots(data or (), cells)
@@ -288,7 +292,7 @@ def again(
     keep_freed()
     distributed.start()
     try:
-        second = runs.again(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}"))
+        second = runs.rerun(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}"))
     except Stopped as stop:
         exit_stopped(stop)
     if distributed.is_main():
@@ -301,7 +305,10 @@ def curve(
     folder: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_FOLDER", help="A run of the experiment imagenet, finished or not.", show_default=False
+            metavar="RUN_FOLDER",
+            parser=expand_path,
+            help="A run of the experiment imagenet, finished or not.",
+            show_default=False,
         ),
     ],
     as_json: Json = False,
@@ -310,9 +317,9 @@ def curve(
 
     eit reproduce curve results/imagenet/full/imagenet-mini
     """
-    from eit.reproduce.published import compare
+    from eit.reproduce.published import compare_curve
 
-    compared = compare(Path(folder))
+    compared = compare_curve(Path(folder))
     print_result(asdict(compared), as_json, str(compared))
 
 
@@ -329,4 +336,8 @@ def _print_tables(
         raise UserError(f"{folder} has no finished run: train some with eit reproduce run, or give another --results")
     if distributed.is_main():
         page = build(experiment, budget, results)
-        print_result(verdicts(experiment, budget, results) if as_json else None, as_json, f"{page.read_text()}\n{page}")
+        print_result(
+            verdicts(experiment, budget, results) if as_json else None,
+            as_json,
+            f"{page.read_text(encoding='utf-8')}\n{page}",
+        )

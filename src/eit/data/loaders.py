@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -232,6 +233,13 @@ class EvaluationLoader:
             valid = min(self.batch_size, len(self.images) - block * self.batch_size)
             yield Batch(normalise(pixels, self.view.mean, self.view.std), labels, valid)
 
+    def _worker_count(self) -> int | None:
+        """None by default, but 0 if images are in memory, or few and small: processes would take longer to start."""
+        is_quick = isinstance(self.images.sources[0], np.ndarray) or (
+            len(self.images) < 256 and fits_in_memory(self.images, self.view)
+        )
+        return 0 if self.workers is None and is_quick else self.workers
+
     def _read(self) -> Iterable[tuple[Tensor, Tensor]]:
         last = len(self.images) - 1
         keys = [[min(block * self.batch_size + i, last) for i in range(self.batch_size)] for block in self.own_blocks]
@@ -239,7 +247,7 @@ class EvaluationLoader:
             _Pixels(self.images, self.view),
             batch_sampler=keys,
             collate_fn=collate,
-            **worker_options(self.workers, self.device),
+            **worker_options(self._worker_count(), self.device),
         )
         for pixels, labels, faults, _ in loader:
             if faults:

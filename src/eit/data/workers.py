@@ -19,7 +19,8 @@ from eit.memory import keep_freed
 
 MOST_WORKERS = 16
 PREFETCH = 4  # batches of each worker
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # preemption, Ctrl-C, Slurm's --signal=USR1
+# Preemption, Ctrl-C, and Slurm's --signal=USR1, which Windows does not have
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 HostBatch = tuple[Tensor, Tensor, list[str], Tensor]  # of `collate`

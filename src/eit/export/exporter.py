@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,18 +23,16 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from eit.analysis.subjects import choose_images
-from eit.config import data_config
-from eit.data.datasets import DIGITS, AnyImages, open_data
+from eit.config import Data, data_config
+from eit.data.datasets import AnyImages, open_unlabelled
 from eit.data.images import Images, View, normalise, to_mode, to_uint8
-from eit.data.layouts import read_layout
 from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
-from eit.files import write_file
+from eit.files import temporary_folder, write_file
 from eit.inference.evaluate import evaluate
-from eit.inference.runtimes import INPUT, KEY, OUTPUT, RUNTIMES, need
+from eit.inference.exported_models import INPUT, KEY, OUTPUT, RUNTIMES, import_runtime
 from eit.models.eit import EIT
-from eit.weights.card import Card, card_text
+from eit.weights.card import Card, serialize_card
 from eit.weights.formats import digest
 from eit.weights.load import find_weights
 
@@ -110,7 +107,7 @@ def check_request(format: str, file: Path, int8: bool) -> None:
     if int8 and format == "torch":
         raise UserError("--int8 is for --format onnx and openvino")
     for module in NEEDED[format]:
-        need(module, f"--format {format}")
+        import_runtime(module, f"--format {format}")
 
 
 def export(model: Any, file: Path, format: str, calibration: Calibration | None = None) -> Export:
@@ -126,12 +123,14 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
     check_request(format, file, calibration is not None)
     model = copy.deepcopy(model).cpu().eval()  # the caller's model stays on its device
     dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        written = Path(folder) / file.name
-        graph = Path(folder) / "graph.onnx"  # the source of ONNX and OpenVINO files
+    with temporary_folder() as folder, _quiet():
+        written = folder / file.name
+        graph = folder / "graph.onnx"  # the source of ONNX and OpenVINO files
         program = _program(model, dynamic)
         if format == "torch":
-            torch.export.save(program, written, extra_files={KEY: card_text(model.card, digest(model.state_dict()))})
+            torch.export.save(
+                program, written, extra_files={KEY: serialize_card(model.card, digest(model.state_dict()))}
+            )
             run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
         else:
             _write_onnx(program, graph, model.card, dynamic)
@@ -140,7 +139,7 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
         int8 = None
         if calibration is not None:
             fp32_bytes = _size(written)
-            quantised = Path(folder) / "int8.onnx"
+            quantised = folder / "int8.onnx"
             _quantise(graph, quantised, calibration.images, model.card.view)
             run = _convert(quantised, written, model.card)
             int8 = _judge(model, run, calibration, fp32_bytes)
@@ -188,19 +187,16 @@ def photos(view: View, size: tuple[int, int]) -> Tensor:
     return normalise(torch.stack(images), view.mean, view.std)
 
 
-def calibration_images(path: str, count: int, max_pixels: int, val_fraction: float | None = None) -> Images:
+def calibration_images(path: str, count: int, config: Data) -> Images:
     """At most `count` images, evenly spaced: a data set's training images, or otherwise all below the folder.
+
+    They are read as `config` says, the section of the data that int8 is measured on.
 
     Raises:
         UserError: no such path, or no images there.
     """
-    root = Path(path).expanduser()
-    if path == DIGITS or (root / "train").is_dir() or (root.is_dir() and read_layout(root, max_pixels)):
-        images, _ = open_data(data_config(root=path, max_pixels=max_pixels, val_fraction=val_fraction or 0.2))
-        if not isinstance(images, Images):
-            raise UserError(f"--int8 {path}: these images come in turn; a folder of images is expected")
-        return images.evenly(count)
-    return choose_images(path, count, labelled=False, max_pixels=max_pixels)
+    settings = dict(max_pixels=config.max_pixels, val_fraction=config.val_fraction, pixel_range=config.pixel_range)
+    return open_unlabelled(data_config(root=path, **settings), "train").evenly(count)
 
 
 def _suffix(format: str) -> str:
@@ -307,7 +303,7 @@ def _runtime(format: str) -> str:
     if format == "torch":
         return f"torch.export {torch.__version__.partition('+')[0]}"
     name, module = dict(onnx=("ONNX Runtime", "onnxruntime"), openvino=("OpenVINO", "openvino"))[format]
-    return f"{name} {need(module, '').__version__.partition('-')[0]}"
+    return f"{name} {import_runtime(module, '').__version__.partition('-')[0]}"
 
 
 @contextmanager

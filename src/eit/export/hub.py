@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import tempfile
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
@@ -18,13 +17,13 @@ from timm.models import save_for_hf
 from eit import __version__
 from eit.data.datasets import DIGITS
 from eit.errors import UserError, few, first_line, printable
-from eit.files import write_file
+from eit.files import temporary_folder, write_file
 from eit.models.complexity import complexity
 from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, MODELS, TIMM
 from eit.weights.card import Card
 from eit.weights.formats import weights_bytes
-from eit.weights.load import HUB, SHIPPED, load, read_card
+from eit.weights.load import HUB, INCLUDED, load, read_card
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
 BEST, FINAL = "best.safetensors", "final.safetensors"  # in a run folder
@@ -115,8 +114,8 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
         raise UserError(f"--repo {repo}: {first_line(error)}") from None
     if "/" not in repo:
         raise UserError(f"--repo {repo}: USER/NAME is expected")
-    with tempfile.TemporaryDirectory() as staging:
-        write_folder(checkpoint, Path(staging), name or repo.rpartition("/")[2], license, repo)
+    with temporary_folder() as staging:
+        write_folder(checkpoint, staging, name or repo.rpartition("/")[2], license, repo)
         hub_logging.set_verbosity_error()  # no lines on retries; the error is reported below
         try:
             api = HfApi(library_name="eit", library_version=__version__)
@@ -148,7 +147,7 @@ def without_paths(card: Card) -> Card:
 
 
 def _is_path(value: str) -> bool:
-    return value not in (DIGITS, *SHIPPED) and not value.startswith((TIMM, HUB))
+    return value not in (DIGITS, *INCLUDED) and not value.startswith((TIMM, HUB))
 
 
 def model_card(
@@ -222,10 +221,10 @@ def _data_name(data: dict[str, Any]) -> str | None:
 def _config(model: Any, license: str | None) -> dict[str, Any]:
     """config.json as timm writes it, without the argument that transformers would pass twice."""
     card: Card = model.card
-    with tempfile.TemporaryDirectory() as staging:
+    with temporary_folder() as staging:
         config = dict(label_names=card.classes)
         save_for_hf(model, staging, model_config=config, data_config=card.timm_cfg, safe_serialization=True)
-        found: dict[str, Any] = json.loads((Path(staging) / CONFIG).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
     found["model_args"].pop("num_classes", None)  # transformers passes the outer one as well, and fails
     for key in ("license", "origin_url"):  # of the published weights, which these are not
         found["pretrained_cfg"].pop(key, None)

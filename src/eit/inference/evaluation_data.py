@@ -1,7 +1,7 @@
 """Which images weights are evaluated on, with the class numbers of the weights."""
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from eit.config import Data, data_config
 from eit.console import say
@@ -32,7 +32,7 @@ def evaluation_config(
         raise UserError(
             f"--dataset {dataset}: a name of timm is expected, such as wds/NAME; for a folder give --data {dataset}"
         )
-    given = dict(root=data, dataset=dataset, val_split=split)
+    given: dict[str, Any] = dict(root=data, dataset=dataset, val_split=split)
     if not (data or dataset):
         if "/" in str(own.get("dataset") or ""):
             name, root = own["dataset"], own.get("root") or "ROOT"
@@ -43,7 +43,7 @@ def evaluation_config(
         given |= dict(root=own.get("root"), dataset=own.get("dataset"))
         if not own.get("root"):
             raise UserError("these weights do not name a data set: give --data PATH")
-    given["val_fraction"] = own.get("val_fraction")
+    given |= dict(val_fraction=own.get("val_fraction"), pixel_range=card.pixel_range)
     return data_config(max_pixels=max_pixels or card.max_pixels, **{k: v for k, v in given.items() if v is not None})
 
 

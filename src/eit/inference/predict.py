@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from eit.data.folders import EXTENSIONS
+from eit.console import say
+from eit.data.folders import describe_left_out, list_images
 from eit.data.images import UnreadableImage, decode, normalise
 from eit.errors import UserError
 from eit.precision import float32_products
@@ -55,7 +56,9 @@ def predict(
         pixels, predictions = [], []
         for name in map(str, images[start : start + batch_size]):
             try:
-                pixels.append(view.pixels(decode(name, view.channels, max_pixels or model.card.max_pixels)))
+                most = max_pixels or model.card.max_pixels
+                image = decode(name, view.channels, most, pixel_range=model.card.pixel_range)
+                pixels.append(view.pixels(image))
                 predictions.append(Prediction(name, []))
             except UnreadableImage as error:
                 predictions.append(Prediction(name, [], str(error)))
@@ -75,10 +78,12 @@ def expand(paths: Sequence[str]) -> list[str]:
     files: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            inside, left_out = list_images(Path(path))
+            if note := describe_left_out(path, left_out):
+                say(note)
             if not inside:
-                raise UserError(f"no images below {path} (read are {' '.join(EXTENSIONS)})")
-            files += inside
+                raise UserError(f"no images below {path}; docs/data.md lists the formats")
+            files += sorted(inside)
         elif os.path.exists(path):
             files.append(path)
         else:

@@ -64,6 +64,10 @@ class Card(BaseModel):
             raise ValueError("mean and std do not fit the model's channels")
         if not isinstance(self.data, dict) or not isinstance(self.data.get("max_pixels", 1), int):
             raise ValueError("the recipe is none")
+        if (pair := self.data.get("pixel_range")) is not None:
+            low, high = pair
+            if not float(low) < float(high):
+                raise ValueError("the range of pixels is none")
         return self
 
     def create_model(self) -> EIT:
@@ -99,12 +103,18 @@ class Card(BaseModel):
         return (self.recipe or {}).get("data") or {}
 
     @property
+    def pixel_range(self) -> tuple[float, float] | None:
+        """The values of grey images of more than 8 bits that the run took for black and white; None: the default."""
+        pair = self.data.get("pixel_range")
+        return None if pair is None else (float(pair[0]), float(pair[1]))
+
+    @property
     def max_pixels(self) -> int:
         """The cap on an image's pixels that the run had."""
         return int(self.data.get("max_pixels", MAX_PIXELS))
 
 
-def known_card(header: dict[str, Any], source: str) -> Card:
+def parse_card(header: dict[str, Any], source: str) -> Card:
     """The card of `source`, of a model that this version can make.
 
     Raises:
@@ -132,7 +142,7 @@ def _preset(card: Card) -> dict[str, str]:
     return FAMILIES[card.arguments.get("family", "eit")]
 
 
-def card_text(card: Card, sha256: str) -> str:
+def serialize_card(card: Card, sha256: str) -> str:
     """The card as files hold it, with the checksum of the weights and the whole preset, which may change later."""
     header = card.model_dump(mode="json")
     if not card.model.startswith(TIMM):

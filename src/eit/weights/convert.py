@@ -10,11 +10,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from eit.errors import UserError
 from eit.models.registry import VARIANTS, create_model
 from eit.weights.card import Card
-from eit.weights.fit import check_fit
+from eit.weights.compatibility import check_compatible
 from eit.weights.formats import StateDict
 
 
-def recognise(
+def infer_card(
     state: StateDict, file: Path, model: str | None = None, arguments: Mapping[str, Any] | None = None, size: int = 224
 ) -> Card:
     """A card for weights without one: their shapes are matched to the four published models.
@@ -32,7 +32,7 @@ def recognise(
         with torch.device("meta"):
             twin = create_model(name, num_classes=classes, img_size=size, **arguments)
         if model:
-            check_fit(twin, state, str(file))
+            check_compatible(twin, state, str(file))
         if {k: v.shape for k, v in twin.state_dict().items()} == shapes:
             channels = twin.patch_embed.proj.in_channels
             mean, std = default_mean_std(channels)

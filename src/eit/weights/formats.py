@@ -19,7 +19,7 @@ from torch import Tensor
 from eit.errors import UserError, first_line
 from eit.files import write_file
 from eit.models.eit import our_names
-from eit.weights.card import Card, card_text, known_card
+from eit.weights.card import Card, parse_card, serialize_card
 
 StateDict = Mapping[str, Tensor]
 
@@ -48,11 +48,11 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
         return state, None
     header, said = _read_header(metadata["eit"], file)
     _check_digest(state, said, file)
-    return state, known_card(header, str(file))
+    return state, parse_card(header, str(file))
 
 
 def _read_header(text: str | bytes, file: Path) -> tuple[dict[str, Any], str]:
-    """What `card_text` wrote: the card, and the checksum of the weights."""
+    """What `serialize_card` wrote: the card, and the checksum of the weights."""
     try:
         header = json.loads(text)
         return header, header.pop("sha256")
@@ -74,7 +74,7 @@ def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
             if any(archive.getinfo(name).file_size > 1 << 26 for name in described):
                 raise ValueError("its description is too long")
             header, said = _read_header(archive.read(described[0]), file)
-            card = known_card(header, str(file))
+            card = parse_card(header, str(file))
             with torch.device("meta"):
                 own = card.create_model().state_dict()
             listed = json.loads(archive.read(described[1]))["config"]
@@ -133,7 +133,7 @@ def save_weights(path: Path, state: StateDict, card: Card) -> None:
 def weights_bytes(state: StateDict, card: Card) -> bytes:
     """A safetensors file with its card, and a checksum, for safetensors itself loads flipped bits without a word."""
     plain = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    return safetensors.torch.save(plain, metadata={"format": "pt", "eit": card_text(card, digest(plain))})
+    return safetensors.torch.save(plain, metadata={"format": "pt", "eit": serialize_card(card, digest(plain))})
 
 
 def digest(state: StateDict) -> str:

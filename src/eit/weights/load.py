@@ -13,12 +13,12 @@ from eit.errors import UserError, first_line
 from eit.models.eit import EIT, our_names
 from eit.models.registry import head_names
 from eit.weights.card import Card
-from eit.weights.convert import recognise
-from eit.weights.fit import check_fit, resample_positions
+from eit.weights.compatibility import check_compatible, resample_positions
+from eit.weights.convert import infer_card
 from eit.weights.formats import StateDict, read_weights
 
 HUB = "hf-hub:"
-SHIPPED = {name: Path(__file__).with_name("eit_digits.safetensors") for name in ("digits", "eit_digits")}
+INCLUDED = {name: Path(__file__).with_name("eit_digits.safetensors") for name in ("digits", "eit_digits")}
 
 
 def load(path: str | os.PathLike[str]) -> EIT:
@@ -37,10 +37,10 @@ def load(path: str | os.PathLike[str]) -> EIT:
     file = find_weights(path)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(state, file)
+        card = infer_card(state, file)
     with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
         model: Any = card.create_model()  # timm's classes too
-    check_fit(model, state, str(file))
+    check_compatible(model, state, str(file))
     if isinstance(model, EIT):
         model.load_state_dict(state, strict=True, assign=True)
     else:  # models of timm keep buffers that are not in the file
@@ -75,7 +75,7 @@ def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_h
         own = {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
         state = {k: v for k, v in state.items() if not k.startswith(heads)} | own
     state = resample_positions(model, dict(state), name)
-    check_fit(model, state, name)
+    check_compatible(model, state, name)
     model.load_state_dict(state, strict=True)
     return model
 
@@ -88,8 +88,8 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     if str(path).startswith(HUB):
         return _fetch(str(path))
     path = Path(path)
-    if str(path) in SHIPPED and not path.exists():
-        return SHIPPED[str(path)]
+    if str(path) in INCLUDED and not path.exists():
+        return INCLUDED[str(path)]
     if path.is_dir():
         for name in ("best.safetensors", "final.safetensors", "model.safetensors"):
             if (path / name).is_file():
@@ -99,14 +99,14 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
     if not path.is_file():
         raise UserError(
-            f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(SHIPPED)} is expected"
+            f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(INCLUDED)} is expected"
         )
     return path
 
 
-def names_weights(name: str) -> bool:
+def is_weights_name(name: str) -> bool:
     """Whether `find_weights` has a place to look for `name`."""
-    return Path(name).exists() or name in SHIPPED or name.startswith(HUB)
+    return Path(name).exists() or name in INCLUDED or name.startswith(HUB)
 
 
 def _fetch(name: str) -> Path:

@@ -10,7 +10,7 @@ from eit.models.registry import head_names
 from eit.weights.formats import StateDict
 
 
-def check_fit(model: Any, state: StateDict, source: str) -> None:
+def check_compatible(model: Any, state: StateDict, source: str) -> None:
     """Raise a UserError that says how `state` differs from what `model` needs."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]

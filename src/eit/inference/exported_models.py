@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from eit.errors import UserError, first_line
 from eit.models.registry import check_size
-from eit.weights.card import Card, known_card
+from eit.weights.card import Card, parse_card
 from eit.weights.load import load as load_model
 
 KEY = "eit"  # of the metadata that holds the card
@@ -72,7 +72,7 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in RUNTIMES and not Path(path).is_dir()
 
 
-def need(module: str, what: str) -> ModuleType:
+def import_runtime(module: str, what: str) -> ModuleType:
     """The module of a runtime.
 
     Raises:
@@ -88,7 +88,7 @@ def need(module: str, what: str) -> ModuleType:
 
 def open_onnx(file: Path) -> ExportedModel:
     """A .onnx file, run by ONNX Runtime on as many threads as torch has."""
-    ort = need("onnxruntime", f"running {file}")
+    ort = import_runtime("onnxruntime", f"running {file}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors, which are raised as well
@@ -110,7 +110,7 @@ def openvino_core() -> Any:
 
 def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
     """A .xml file, run by OpenVINO on as many threads as torch has, in `f32` or `bf16`."""
-    need("openvino", f"running {file}")
+    import_runtime("openvino", f"running {file}")
     try:
         core = openvino_core()
         model = core.read_model(file)
@@ -139,7 +139,7 @@ def _read_card(file: Path, text: str | None) -> Card:
     if text is None:
         raise UserError(f"{file} was not written by eit export: it lacks the metadata {KEY!r} (classes, preprocessing)")
     try:
-        return known_card(json.loads(text), str(file))
+        return parse_card(json.loads(text), str(file))
     except UserError:
         raise
     except (ValueError, RecursionError):

@@ -15,17 +15,15 @@ from timm.data import resolve_data_config
 
 from eit.config import data_config, parse_recipe
 from eit.console import say
-from eit.data.datasets import DIGITS, AnyImages, open_evaluation
+from eit.data.datasets import DIGITS, open_evaluation, open_unlabelled
 from eit.data.images import MAX_PIXELS, Images, View
-from eit.data.layouts import read_layout
 from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, nearest, shorten
-from eit.inference.predict import expand
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
 from eit.weights.card import Card
-from eit.weights.load import SHIPPED, find_weights, load, names_weights
+from eit.weights.load import INCLUDED, find_weights, is_weights_name, load
 
 TORCHVISION = "torchvision/"
 
@@ -120,7 +118,7 @@ def check_names(names: Sequence[str]) -> None:
     """Raise a UserError for a name that `open_subjects` would refuse, before anything is computed."""
     for name, _ in expand_groups(names):
         kind, _, plain = name.partition("/")
-        if names_weights(name) or name in MODELS or (kind in FAMILIES and plain in VARIANTS):
+        if is_weights_name(name) or name in MODELS or (kind in FAMILIES and plain in VARIANTS):
             continue
         if name.startswith(TIMM):
             check_timm_name(name)
@@ -129,9 +127,9 @@ def check_names(names: Sequence[str]) -> None:
             if plain not in known:
                 raise UserError(f"torchvision has no model {plain!r}{nearest(plain, known)}")
         else:
-            near = nearest(name, [*MODELS, *SHIPPED])
+            near = nearest(name, [*MODELS, *INCLUDED])
             raise UserError(
-                f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(SHIPPED)}, "
+                f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(INCLUDED)}, "
                 f"{', '.join(MODELS)}, lsra/eit_mini and so on, timm/NAME, torchvision/NAME)"
             )
 
@@ -154,7 +152,7 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 def _open(name: str, label: str) -> Subject:
     kind, _, plain = name.partition("/")
-    if names_weights(name):
+    if is_weights_name(name):
         model = load(name)
         digest = hashlib.sha256(find_weights(name).read_bytes()).hexdigest()
         return Subject(label, "trained", model, model.card.view, name, digest, model.card)
@@ -247,22 +245,12 @@ def choose_images(
     if path != DIGITS and not root.exists():
         hint = f"; did you mean {DIGITS}?" if path in DIGITS else ""
         raise UserError(f"no such folder, image or data set: {path}{hint}")
-    images: AnyImages | None = None
+    if not labelled:
+        return open_unlabelled(config, "val", without).evenly(count)
     try:
-        pair = None if path == DIGITS else read_layout(root, max_pixels)
-        if pair is not None:
-            images = pair[1]
-        elif path == DIGITS or labelled or (root / "val").is_dir():
-            images = open_evaluation(config)
+        images = open_evaluation(config)
     except UserError as error:
         option = labelled if isinstance(labelled, str) else "--bands"
-        raise UserError(f"{option} needs labelled images: {error}" if labelled else str(error)) from None
-    if images is None:
-        files = expand([str(root)])
-        if without is not None:
-            files = [file for file in files if not Path(file).resolve().is_relative_to(without.resolve())]
-        if not files:
-            raise UserError(f"no images below {path}, but for the figures in {without}")
-        images = Images(["unknown"], [0] * len(files), files, files, max_pixels)
+        raise UserError(f"{option} needs labelled images: {error}") from None
     assert not isinstance(images, ImageStream)  # those have a data.dataset
     return images.evenly(count)
