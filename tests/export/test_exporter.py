@@ -288,26 +288,9 @@ def test_bad_requests_are_one_line(home, words, line):
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["eval", "digits.onnx", "--data", "images/val", "--device", "cuda"], "digits.onnx runs on the CPU"),
-        (["eval", "digits.xml", "--data", "images/val", "--precision", "bf16"], "--precision bf16"),
-        (["predict", "none.onnx", "images"], "no exported model at none.onnx"),
-        (["predict", "cut.onnx", "images"], "cut.onnx is not a readable ONNX file"),
-        (["predict", "cut.xml", "images"], "cut.xml is not a readable OpenVINO model"),
-        (["predict", "cut.pt2", "images"], "cut.pt2 is not a program that eit export wrote"),
-        (["predict", "foreign.onnx", "images"], "foreign.onnx was not written by eit export: it lacks the metadata"),
-        (["predict", "foreign.xml", "images"], "foreign.xml was not written by eit export: it lacks the metadata"),
-        (["predict", "card.onnx", "images"], "card.onnx: its metadata 'eit' is damaged"),
-        (["predict", "nested.onnx", "images"], "nested.onnx: its metadata 'eit' is damaged"),
-        (["predict", "recipe.onnx", "images"], "recipe.onnx: its description of the model is damaged"),
-        (["predict", "other.onnx", "images"], "other.onnx has x, y, instead of images and logits"),
-        (["predict", "fewer.onnx", "images"], "its card says ['batch', 3, 'height', 'width'] and ['batch', 2]"),
-        (["train", "digits", "model.pretrained=digits.onnx", "out=run"], "digits.onnx is an exported model"),
-    ],
-)
-def test_files_that_cannot_be_run_are_one_line(home, words, line):
+@pytest.fixture(scope="module")
+def unusable(home):
+    """`home` with files that are cut, foreign, or do not say what they should."""
     for name in ("digits.onnx", "digits.xml", "digits.pt2"):
         (home / name.replace("digits", "cut")).write_bytes((home / name).read_bytes()[:2000])
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
@@ -328,7 +311,30 @@ def test_files_that_cannot_be_run_are_one_line(home, words, line):
     model = onnx.load(home / "digits.onnx")
     onnx.helper.set_model_props(model, {"eit": card.model_copy(update=dict(classes=["a", "b"])).model_dump_json()})
     onnx.save(model, home / "fewer.onnx")
-    done = run_eit(*words, cwd=home)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["eval", "digits.onnx", "--data", "images/val", "--device", "cuda"], "digits.onnx runs on the CPU"),
+        (["eval", "digits.xml", "--data", "images/val", "--precision", "bf16"], "--precision bf16"),
+        (["predict", "none.onnx", "images"], "no exported model at none.onnx"),
+        (["predict", "cut.onnx", "images"], "cut.onnx is not a readable ONNX file"),
+        (["predict", "cut.xml", "images"], "cut.xml is not a readable OpenVINO model"),
+        (["predict", "cut.pt2", "images"], "cut.pt2 is not a program that eit export wrote"),
+        (["predict", "foreign.onnx", "images"], "foreign.onnx was not written by eit export: it lacks the metadata"),
+        (["predict", "foreign.xml", "images"], "foreign.xml was not written by eit export: it lacks the metadata"),
+        (["predict", "card.onnx", "images"], "card.onnx: its metadata 'eit' is damaged"),
+        (["predict", "nested.onnx", "images"], "nested.onnx: its metadata 'eit' is damaged"),
+        (["predict", "recipe.onnx", "images"], "recipe.onnx: its description of the model is damaged"),
+        (["predict", "other.onnx", "images"], "other.onnx has x, y, instead of images and logits"),
+        (["predict", "fewer.onnx", "images"], "its card says ['batch', 3, 'height', 'width'] and ['batch', 2]"),
+        (["train", "digits", "model.pretrained=digits.onnx", "out=run"], "digits.onnx is an exported model"),
+    ],
+)
+def test_files_that_cannot_be_run_are_one_line(unusable, words, line):
+    done = run_eit(*words, cwd=unusable)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

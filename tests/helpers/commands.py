@@ -1,5 +1,6 @@
 """`eit` run as a user runs it: in this process, in forks of one that has imported the package, or under torchrun."""
 
+import atexit
 import importlib.util
 import logging
 import multiprocessing
@@ -104,10 +105,14 @@ def _run_here(words, files, cwd, env) -> int:
         stack.enter_context(patch.dict(os.environ, env))
         stack.enter_context(patch.object(sys, "argv", [PROGRAM, *words]))
         stack.enter_context(patch.object(sys.modules["__main__"], "__package__", "eit"))  # for the program's name
-        try:
-            eit.cli.main()
-        except SystemExit as end:
-            return end.code or 0
+        return _status_of_main()
+
+
+def _status_of_main() -> int:
+    try:
+        eit.cli.main()
+    except SystemExit as end:
+        return end.code or 0
     return 0
 
 
@@ -131,7 +136,11 @@ def _become(words, cwd, env, out, err, prepare) -> None:
     sys.modules["__main__"].__package__ = "eit"
     if prepare is not None:
         prepare()
-    eit.cli.main()
+    status = _status_of_main()
+    atexit._run_exitfuncs()  # they wait for loader processes, so no frame may hold the loader, as sys.exit would here
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _start(words, cwd, out, err, env=None, prepare=None):
