@@ -132,6 +132,7 @@ def _become(words, cwd, env, out, err, prepare) -> None:
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the system's, of loaders
     sys.argv = [PROGRAM, *words]
     sys.modules["__main__"].__package__ = "eit"
     if prepare is not None:
