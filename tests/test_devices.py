@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eit
-from eit.analysis import pictures, robustness
+from eit.analysis import image_maps, robustness
 from eit.analysis.measure import analyze
 from eit.analysis.moments import Moments
 from eit.config import Loss
@@ -422,7 +422,7 @@ def test_moments_are_the_same_on_any_device(device):
 
 def test_pictures_are_the_same_on_any_device(device):
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    taken = [pictures.take(two_layers().to(place), images.to(place), True)[0] for place in (CPU, device)]
+    taken = [image_maps.compute_maps(two_layers().to(place), images.to(place), True)[0] for place in (CPU, device)]
     for one, other in zip(*taken, strict=True):
         torch.testing.assert_close(other.energy, one.energy, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(other.rollout, one.rollout, atol=1e-3, rtol=1e-3)
@@ -444,7 +444,7 @@ def test_what_is_measured_and_predicted_is_computed_in_float32_not_tf32(files):
     assert torch.backends.cudnn.allow_tf32
     list(predict(model, files[:1]))
     analyze(model, torch.randn(1, 3, 8, 8))
-    pictures.take(model, torch.randn(1, 3, 8, 8))
+    image_maps.compute_maps(model, torch.randn(1, 3, 8, 8))
     robustness.band_accuracy(model, EvaluationLoader(labelled(files), model.card.view, 5, 0, CPU), model.card.view)
     assert len(seen) >= 4 and not any(seen) and torch.backends.cudnn.allow_tf32
 

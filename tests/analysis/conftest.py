@@ -9,7 +9,7 @@ from eit.analysis import report
 @pytest.fixture
 def no_figure_files(monkeypatch):
     """Figures are drawn in the page alone."""
-    monkeypatch.setattr(report, "publish", lambda figure, folder: None)
+    monkeypatch.setattr(report, "save_for_print", lambda figure, folder: None)
 
 
 @pytest.fixture

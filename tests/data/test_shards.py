@@ -442,7 +442,7 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             train_loader(images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), config, augment, CPU)
-    with pytest.raises(UserError, match="these images come in turn already"):
+    with pytest.raises(UserError, match="these images are a stream"):
         write_shards(images, images, tmp_path / "again", 2, 1)
     info = json.loads(Path(streamed.root, INFO).read_text())
     del info["classes"]
@@ -459,7 +459,7 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
 
 @pytest.mark.parametrize("root", ["pipe:touch {0}/ran #", "http://x/';touch {0}/ran;'"])
 def test_an_address_that_is_a_command_is_refused(streamed, tmp_path, root):
-    with pytest.raises(UserError, match="is refused, for a shell would see it"):
+    with pytest.raises(UserError, match="is refused, because a shell would execute it"):
         open_data(streamed.model_copy(update=dict(root=root.format(tmp_path))))
     info = json.loads(Path(streamed.root, INFO).read_text())
     info["splits"]["train"]["filenames"][0] = f"pipe:touch {tmp_path}/ran #"

@@ -132,7 +132,7 @@ def shard(
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of training shards; a multiple of the loader processes of all ranks is best.",
+            help="Number of training shards, best a multiple of the loader processes of all ranks.",
         ),
     ] = 64,
     val_count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of validation shards.")] = 16,
@@ -143,8 +143,8 @@ def shard(
 ) -> None:
     """Pack a data set into webdataset shards.
 
-    With data.root=FOLDER they give the same batches as the data set; with data.dataset=wds/NAME they are read in turn,
-    as from an object store.
+    With data.root=FOLDER they give the same batches as the data set. With data.dataset=wds/NAME they are streamed, as
+    from an object store.
     """
     from eit.config import data_config
     from eit.data.datasets import open_data

@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,6 +16,8 @@ from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.reproduce.experiment import Cell, Experiment
+
+T = TypeVar("T")
 
 
 class ReproduceGroup(RedirectingGroup):
@@ -87,7 +89,7 @@ Roots = Annotated[
     typer.Option(
         "--data",
         metavar="NAME=PATH",
-        help="Read the data set NAME from PATH; repeatable; default: where the experiment says.",
+        help="Read the data set NAME from PATH; repeatable; default: the path in the experiment.",
     ),
 ]
 Only = Annotated[
@@ -106,7 +108,7 @@ def _load(name: str, budget: str | None) -> tuple["Experiment", str, list["Cell"
 
 
 def _choose(cells: Sequence["Cell"], only: Sequence[str], name: str) -> list["Cell"]:
-    """The runs with one of the texts `only` in their name; all of them where there is none."""
+    """The runs with one of the texts `only` in their name; without texts, all of them."""
     chosen = [cell for cell in cells if not only or any(text in cell.name for text in only)]
     if not chosen:
         raise UserError(f"--only {' '.join(only)}: no run of {name} has it in its name, such as {cells[0].name}")
@@ -190,16 +192,9 @@ def run(
     roots = _roots(data or (), cells)
     chosen = _choose(cells, only or (), name)
     from eit import distributed
-    from eit.memory import keep_freed
     from eit.reproduce import runs
-    from eit.training.trainer import Stopped
 
-    keep_freed()
-    distributed.start()
-    try:
-        diverged = runs.run(chosen, experiment.runs.measure, Path(results), roots)
-    except Stopped as stop:
-        exit_stopped(stop)
+    diverged = _train(lambda: runs.run(chosen, experiment.runs.measure, Path(results), roots))
     _print_tables(experiment, budget, Path(results), as_json, diverged)
     if diverged:
         if distributed.is_main():
@@ -285,16 +280,9 @@ def again(
     if cell is None:
         raise UserError(f"RUN {run}: {name} has no such run with --budget {budget}, such as {cells[0].name}")
     from eit import distributed
-    from eit.memory import keep_freed
     from eit.reproduce import runs
-    from eit.training.trainer import Stopped
 
-    keep_freed()
-    distributed.start()
-    try:
-        second = runs.rerun(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}"))
-    except Stopped as stop:
-        exit_stopped(stop)
+    second = _train(lambda: runs.rerun(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}")))
     if distributed.is_main():
         print_result(asdict(second) | dict(agrees=second.agrees), as_json, str(second))
     raise typer.Exit(0 if second.agrees else 1)
@@ -321,6 +309,20 @@ def curve(
 
     compared = compare_curve(Path(folder))
     print_result(asdict(compared), as_json, str(compared))
+
+
+def _train(function: Callable[[], T]) -> T:
+    """Call a function that trains; a signal ends the process with the run saved."""
+    from eit import distributed
+    from eit.memory import keep_freed
+    from eit.training.trainer import Stopped
+
+    keep_freed()
+    distributed.start()
+    try:
+        return function()
+    except Stopped as stop:
+        exit_stopped(stop)
 
 
 def _print_tables(

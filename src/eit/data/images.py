@@ -225,14 +225,14 @@ def decode(
 ) -> Image.Image:
     """An image file -> upright PIL image of mode RGB (3 channels) or L (1), whatever it was stored as.
 
-    `name` stands for the file in messages where it is an open one. `load` decodes instead of `whole`. `examine` is
+    `name` stands for the file in messages if it is an open one. `load` decodes instead of `whole`. `examine` is
     called with the opened file first.
 
     The orientation is applied; other metadata are not read, and may be damaged. Grey pixels of more than 8 bits are
     scaled to 8 (`to_8_bits`), transparency is dropped, as torchvision and timm do.
 
     Raises:
-        UnreadableImage: no image, of a format that is not read, damaged, or of more than `max_pixels` by its header.
+        UnreadableImage: not an image, of a format that is not read, damaged, or of more than `max_pixels` pixels.
     """
 
     def convert(image: Image.Image) -> Image.Image:

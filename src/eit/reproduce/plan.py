@@ -67,11 +67,7 @@ def plan_run(cell: Cell, recipe: Recipe) -> PlannedRun:
     images = count * recipe.train.epochs
     macs = macs_per_image(recipe.model.model_dump_json(), recipe.data.image_size, classes)
     return PlannedRun(
-        name=cell.name,
-        command=f"{launcher} {words}",
-        images=images,
-        training_macs=float(macs) * images,
-        hours=None,
+        name=cell.name, command=f"{launcher} {words}", images=images, training_macs=float(macs) * images, hours=None
     )
 
 

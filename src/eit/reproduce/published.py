@@ -98,16 +98,9 @@ def compare_curve(folder: Path) -> CurveComparison:
     rows = []
     for line in lines:
         theirs = curve[min(line["epoch"] + 1, len(curve) - 1)]
-        rows.append(
-            dict(
-                epoch=line["epoch"],
-                top1=line["val_top1"],
-                published_top1=theirs["top1"],
-                difference=line["val_top1"] - theirs["top1"],
-                train_loss=line["train_loss"],
-                published_train_loss=theirs["train_loss"],
-            )
-        )
+        top1s = dict(top1=line["val_top1"], published_top1=theirs["top1"], difference=line["val_top1"] - theirs["top1"])
+        losses = dict(train_loss=line["train_loss"], published_train_loss=theirs["train_loss"])
+        rows.append(dict(epoch=line["epoch"]) | top1s | losses)
     late = [row["difference"] for row in rows if row["epoch"] >= 20]
     worst = min(late, default=None)
     if len(rows) == len(curve):

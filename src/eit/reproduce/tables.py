@@ -354,11 +354,7 @@ def ablation_table(experiment: Experiment, results: Sequence[Result]) -> list[st
     return lines
 
 
-TABLES: dict[str, Any] = {
-    "ablation": ablation_table,
-    "frequency": frequency_table,
-    "diversity": diversity_table,
-}
+TABLES: dict[str, Any] = {"ablation": ablation_table, "frequency": frequency_table, "diversity": diversity_table}
 
 
 # -- Figures ----------------------------------------------------------------------------------------------------------

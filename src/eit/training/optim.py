@@ -23,7 +23,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, order: SampleOrder) -> torc
 
 
 def peak_lr(recipe: Recipe, order: SampleOrder) -> float:
-    """The peak learning rate: `optim.lr`, in proportion to the global batch where `optim.lr_batch` is set."""
+    """The peak learning rate: `optim.lr`, in proportion to the global batch if `optim.lr_batch` is set."""
     return recipe.optim.lr * order.global_batch / (recipe.optim.lr_batch or order.global_batch)
 
 
@@ -40,10 +40,10 @@ def make_lr_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, order: S
 
 
 def largest_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The largest rate of the parameter groups, which differ where `optim.layer_decay` is set."""
+    """The largest rate of the parameter groups, which differ if `optim.layer_decay` is set."""
     return max(group["lr"] for group in optimizer.param_groups)
 
 
 def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step changes nothing where `optimizer.found_inf` is 1, as in the fused optimizers of torch."""
+    """Whether its step changes nothing if `optimizer.found_inf` is 1, as in the fused optimizers of torch."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

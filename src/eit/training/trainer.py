@@ -350,7 +350,7 @@ class Trainer:
         if max_norm := self.recipe.optim.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         if self.skips_updates:
-            # x - x is NaN for infinity and NaN, otherwise 0. The optimizer changes nothing where found_inf is 1.
+            # x - x is NaN for infinity and NaN, otherwise 0. The optimizer changes nothing if found_inf is 1.
             self.optimizer.found_inf = ((shared[:2] - shared[:2]) != 0).any().float()
             self.optimizer.step()
         else:
