@@ -300,8 +300,9 @@ def test_the_end_of_a_group_is_the_end_of_both(machine, monkeypatch):
 # -- Processes
 
 
-def train(folder, out, ranks, *overrides):
-    done = run_eit("train", "cifar10", *TINY, f"data.root={folder}", f"out={out}", *overrides, ranks=ranks)
+def train(folder, out, ranks, *overrides, **options):
+    words = ["train", "cifar10", *TINY, f"data.root={folder}", f"out={out}", *overrides]
+    done = run_eit(*words, ranks=ranks, **options)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -315,7 +316,7 @@ DETERMINISTIC = [
 
 def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path):
     one = train(folder, tmp_path / "one", 0, *DETERMINISTIC, "data.batch_size=8")
-    two = train(folder, tmp_path / "two", 2, *DETERMINISTIC, "data.batch_size=4")
+    two = train(folder, tmp_path / "two", 2, *DETERMINISTIC, "data.batch_size=4", torchrun=True)
     for a, b in zip(one, two, strict=True):
         for key in ("train_loss", "val_loss"):
             assert a[key] == pytest.approx(b[key], rel=1e-4)
@@ -356,7 +357,7 @@ def test_what_one_rank_meets_is_said_and_counted_for_all(folder, tmp_path):
 
 
 def test_the_accuracy_of_a_run_on_two_ranks_is_that_of_its_weights_with_batch_norm_too(folder, tmp_path):
-    words = ["model.name=timm/resnet10t", "data.batch_size=4", "train.ema_decay=0.5"]
+    words = ["model.name=timm/test_resnet", "data.batch_size=4", "train.ema_decay=0.5"]
     line = train(folder, tmp_path / "run", 2, *words)[-1]
     done = run_eit("eval", tmp_path / "run" / "final.safetensors", "--json", "--batch-size", 4)
     found = json.loads(done.stdout)

@@ -10,9 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +20,8 @@ from eit.config import load_recipe
 from eit.training import folder_lock
 from eit.training.run_folder import RunFolder
 from eit.training.trainer import save_epoch
+from tests.helpers.commands import FORKS
+from tests.helpers.training import wait_for
 
 HERE = socket.gethostname()
 NONE = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
@@ -89,10 +89,10 @@ if __name__ == "__main__":
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     from eit.config import load_recipe
     from eit.training.run_folder import RunFolder
-from eit.training.trainer import save_epoch
-    from tests.training.test_folder_lock import refuse
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
     if number:
-        fcntl.flock = refuse(number)
+        fcntl.flock = flock
     run = RunFolder(folder, load_recipe("digits"))
     if not os.fork():
         sys.exit()
@@ -112,10 +112,8 @@ def other_process(folder, number=0):
     """A process that holds `folder` and has loader workers of each kind; `number`: the error of its flock, if any."""
     script = folder.parent / "holder.py"
     script.write_text(HOLDER)
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     words = [sys.executable, str(script), str(folder), str(number)]
-    holder = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True, env=environment)
+    holder = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert holder.stdout.readline() == b"\n"
         yield holder
@@ -279,13 +277,6 @@ def test_a_name_that_is_older_than_the_marker_is_not_trusted_at_once(folder, clo
         open_run(folder)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def refreshers():
     return [thread for thread in threading.enumerate() if thread.name == "run folder's lock"]
 
@@ -371,11 +362,23 @@ def test_a_forked_process_does_not_release_the_soft_lock(tmp_path):
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_system_without_fcntl_has_the_soft_lock(folder):
-    code = "import sys; sys.modules['fcntl'] = None; from pathlib import Path; from eit.config import load_recipe; "
-    code += "from eit.training.run_folder import RunFolder; from eit import UserError; "
-    code += "run = RunFolder(Path(sys.argv[1]), load_recipe('digits'))\n"
-    code += "try: RunFolder(run.path, load_recipe('digits'))\nexcept UserError: print('refused')"
-    words = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.stdout == "refused\n" and done.stderr.count("the file .lock-soft locks it instead") == 2, done.stderr
+def hold_twice_without_fcntl(folder, said):
+    """In a new process."""
+    sys.stderr = said.open("w", buffering=1)
+    for name in [*sys.modules]:
+        if name.split(".")[0] == "filelock" or name in ("eit.training.folder_lock", "eit.training.run_folder"):
+            del sys.modules[name]
+    sys.modules["fcntl"] = None
+    from eit.training.run_folder import RunFolder
+
+    run = RunFolder(folder, load_recipe("digits"))
+    with pytest.raises(eit.UserError, match="is in use by another run of this process"):
+        RunFolder(run.path, load_recipe("digits"))
+
+
+def test_a_system_without_fcntl_has_the_soft_lock(folder, tmp_path):
+    process = FORKS.Process(target=hold_twice_without_fcntl, args=(folder, tmp_path / "said"))
+    process.start()
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0 and said.count("the file .lock-soft locks it instead") == 2, said

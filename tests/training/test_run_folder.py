@@ -67,7 +67,7 @@ def test_curves_and_tensorboard_that_cannot_be_written_are_one_warning_each(fold
         pass
 
 
-def test_a_run_leaves_what_it_promises(folder):
+def test_a_run_leaves_what_it_promises(folder, drawn_curves):
     r = recipe(folder, "train.ema_decay=0.9")
     summary = train(r)
     run = r.run_folder()
