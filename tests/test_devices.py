@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eit
-from eit.analysis import pictures, robustness
+from eit.analysis import image_maps, robustness
 from eit.analysis.measure import analyze
 from eit.analysis.moments import Moments
 from eit.config import Loss
@@ -23,7 +23,7 @@ from eit.export.exporter import export
 from eit.inference.evaluate import evaluate
 from eit.inference.predict import predict
 from eit.precision import float32_products
-from eit.training.checkpoint import Writer
+from eit.training.checkpoint import BackgroundWriter
 from eit.training.loss import Distillation, make_criterion
 from eit.weights.formats import digest
 
@@ -413,7 +413,9 @@ def test_moments_are_the_same_on_any_device(device):
 
 def test_pictures_are_the_same_on_any_device(device):
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    taken = [pictures.take(eit.load("digits").to(place), images.to(place), True)[0] for place in (CPU, device)]
+    taken = [
+        image_maps.compute_maps(eit.load("digits").to(place), images.to(place), True)[0] for place in (CPU, device)
+    ]
     for one, other in zip(*taken, strict=True):
         torch.testing.assert_close(other.energy, one.energy, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(other.rollout, one.rollout, atol=1e-3, rtol=1e-3)
@@ -435,7 +437,7 @@ def test_what_is_measured_and_predicted_is_computed_in_float32_not_tf32(files):
     assert torch.backends.cudnn.allow_tf32
     list(predict(model, files[:1]))
     analyze(model, torch.randn(1, 3, 8, 8))
-    pictures.take(model, torch.randn(1, 3, 8, 8))
+    image_maps.compute_maps(model, torch.randn(1, 3, 8, 8))
     robustness.band_accuracy(model, EvaluationLoader(labelled(files), model.card.view, 5, 0, CPU), model.card.view)
     assert len(seen) >= 4 and not any(seen) and torch.backends.cudnn.allow_tf32
 
@@ -465,7 +467,7 @@ def test_the_writer_does_not_wait_for_a_gpu_but_its_thread_does(monkeypatch):
         a, b = torch.zeros(2).to(pretend.device), torch.ones(1, 2).to(pretend.device)
         pretend.waits.clear()
         pretend.copies = 0
-        with Writer() as writer:
+        with BackgroundWriter() as writer:
             writer.submit(lambda state, more: steps.append((state["a"].tolist(), more)), dict(a=a, b=[b]), 7)
             assert pretend.waits == [] and pretend.copies == 2
             a += 5
@@ -479,7 +481,7 @@ def test_from_mps_the_writer_copies_before_it_returns():
     seen = []
     with pretended("mps") as pretend:
         a = torch.zeros(2).to(pretend.device)
-        with Writer() as writer:
+        with BackgroundWriter() as writer:
             writer.submit(lambda state: seen.append(state["a"].tolist()), dict(a=a))
             assert len(pretend.waits) == 2  # to the device, and back
             a += 5
@@ -493,7 +495,7 @@ def test_on_cuda_the_writer_gets_what_was_there_while_the_gpu_was_still_busy():
     torch.cuda.synchronize()
     torch.cuda._sleep(1 << 29)  # cycles, a third of a second or so
     large += 1
-    with Writer() as writer:
+    with BackgroundWriter() as writer:
         writer.submit(lambda state: seen.append((state["a"].is_pinned(), state["a"].unique().tolist())), dict(a=large))
         assert not torch.cuda.current_stream().query()  # the copy is still to come
         large += 5

@@ -177,6 +177,15 @@ class Data(Section):
     """share of training images that may be unreadable"""
     max_pixels: Count = 89_478_485
     """images with more pixels are refused before they are decoded"""
+    pixel_range: tuple[float, float] | None = None
+    """values that are black and white in grey images of more than 8 bits; null: 0 and 65535, and float is refused"""
+
+    @field_validator("pixel_range")
+    @classmethod
+    def _from_low_to_high(cls, pair: tuple[float, float] | None) -> tuple[float, float] | None:
+        if pair is not None and not pair[0] < pair[1]:
+            raise ValueError("give the value that is black and then a higher one, that is white")
+        return pair
 
     @model_validator(mode="before")
     @classmethod
@@ -390,6 +399,7 @@ _SUCH = {
     "loss.class_weights": "balanced or {cat: 2, dog: 1}",
     "optim.freeze": "[patch_embed, blocks.0]",
     "optim.betas": "[0.9, 0.999]",
+    "data.pixel_range": "[0, 4095]",
     "augment.crop_scale": "[0.08, 1]",
     "augment.crop_aspect": "[0.75, 1.33]",
     "name": "my-run_2",

@@ -48,7 +48,7 @@ class Advance(Protocol):
 def progress(title: str, total: int, start: int = 0, every: float = 10.0) -> Iterator[Advance]:
     """A bar of `total` steps; call the value with the steps done and `name=value` fields to show behind it.
 
-    Where there is no terminal, a plain line appears every `every` seconds, so a short task prints nothing.
+    Without a terminal, a plain line appears every `every` seconds, so a short task prints nothing.
     """
     done, began, last = start, time.monotonic(), time.monotonic()
     if not distributed.is_main():

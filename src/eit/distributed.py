@@ -1,7 +1,7 @@
 """Rank, world and a few collectives; everything works without torchrun too.
 
 Two groups: that of the devices (NCCL on GPUs), for gradients and what a step shares, and one of gloo, for objects and
-for waiting. NCCL ends the process where a collective takes longer than its limit, which is therefore for training
+for waiting. NCCL ends the process if a collective takes longer than its limit, which is therefore for training
 alone: what rank 0 does while the others wait (download, read, measure, write) goes through gloo.
 """
 
@@ -76,7 +76,7 @@ def same_everywhere(text: str) -> UserError:
 
 
 def _gpu_of_rank() -> int:
-    """The index of this process's GPU: LOCAL_RANK, or 0 where each process sees one (srun --gpus-per-task=1)."""
+    """The index of this process's GPU: LOCAL_RANK, or 0 if each process sees one (srun --gpus-per-task=1)."""
     return 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -100,11 +100,11 @@ def _join(device: torch.device, store: dist.Store, rank: int, world: int) -> Non
 
 
 def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """`store` with a prefix that the processes of this start alone share.
+    """`store` with a prefix that only the processes of this start share.
 
-    torchrun keeps its store when it restarts them, and they would wait for addresses that dead ones left there. Its
-    count of restarts is no prefix: it differs between nodes (pytorch issue 135712). So each rank asks rank 0, with a
-    word of its own that no dead process knows, and again until it is answered.
+    torchrun keeps its store when it restarts processes, and they would wait for addresses of dead processes. torchrun's
+    count of restarts cannot be the prefix, because it differs between nodes (pytorch issue 135712). So each rank asks
+    rank 0, with a word of its own that no dead process knows, until it gets an answer.
     """
     word, deadline = uuid4().hex, time.monotonic() + JOIN.total_seconds()
     waiting = set(range(1, world)) if rank == 0 else {rank}

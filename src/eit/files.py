@@ -1,13 +1,16 @@
 """Paths as people give them, text files as they write them, and files that survive a crash: whole or not at all."""
 
+import codecs
+import json
 import os
 import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from eit.errors import UserError
 
@@ -51,7 +54,8 @@ def write_file(path: Path, content: bytes | str) -> None:
     """Write durably: the file is either the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
+        with open(temporary, "xb") as f:
             # Names of files need not be UTF-8: they are written as the file system has them.
             f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
@@ -63,7 +67,8 @@ def write_file(path: Path, content: bytes | str) -> None:
         room = f"{error.strerror}; {len(content):,} bytes are needed, {free:,} are free"
         raise OSError(error.errno, room, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -86,3 +91,62 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
+    """`open` for a regular file. A link is not followed, and a pipe is not waited for.
+
+    Raises:
+        OSError: the file is missing, or is a link, a folder, a pipe or a device; or what `open` raises.
+    """
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if path.is_symlink():
+        raise OSError(None, "it is a link, not a regular file", str(path))
+    file = open(path, mode, opener=lambda name, own: os.open(name, own | flags, 0o666), **options)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(None, "it is not a regular file", str(path))
+    return file
+
+
+def read_regular(path: Path, most: int = MOST_TEXT) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: as `open_regular`, or the file is longer.
+    """
+    with open_regular(path) as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(None, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a regular file.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: it is not JSON, as NaN is not, or is nested too deeply.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{path} has {name}, which is not JSON")
+
+    try:
+        return json.loads(read_regular(path), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def text_lines(content: bytes) -> list[str]:
+    """The lines of a text file that are not empty: UTF-8 or UTF-16, with or without a byte-order mark, LF or CRLF.
+
+    Bytes that are not UTF-8 stay as Python keeps them in file names (surrogateescape).
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+    lines = (line.removesuffix("\r") for line in text.split("\0" if "\0" in text else "\n"))
+    return [line for line in lines if line.strip()]

@@ -442,7 +442,7 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             train_loader(images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), config, augment, CPU)
-    with pytest.raises(UserError, match="these images come in turn already"):
+    with pytest.raises(UserError, match="these images are a stream"):
         write_shards(images, images, tmp_path / "again", 2, 1)
     info = json.loads(Path(streamed.root, INFO).read_text())
     del info["classes"]
@@ -459,7 +459,7 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
 
 @pytest.mark.parametrize("root", ["pipe:touch {0}/ran #", "http://x/';touch {0}/ran;'"])
 def test_an_address_that_is_a_command_is_refused(streamed, tmp_path, root):
-    with pytest.raises(UserError, match="is refused, for a shell would see it"):
+    with pytest.raises(UserError, match="is refused, because a shell would execute it"):
         open_data(streamed.model_copy(update=dict(root=root.format(tmp_path))))
     info = json.loads(Path(streamed.root, INFO).read_text())
     info["splits"]["train"]["filenames"][0] = f"pipe:touch {tmp_path}/ran #"
@@ -560,13 +560,11 @@ def test_an_unreadable_image_of_a_stream_counts_against_the_budget_and_stops_an_
         assert len(loader.bad.seen) == 1
         loader.bad.check(1)
     err = capsys.readouterr().err
-    assert err.count("unreadable image") == 2 and "wds/colours, before image" in err and "UnidentifiedImage" in err
+    assert err.count("unreadable image") == 2 and "wds/colours, before image" in err and "no image" in err
     with pytest.raises(UserError, match=r"1 of 40 training images are unreadable"):
         loader.bad.allowed = 0
         loader.bad.check(2)  # both of two ranks met it
-    with pytest.raises(
-        UserError, match=r"wds/colours, before image 1 of shard validation-00001\.tar: UnidentifiedImage"
-    ):
+    with pytest.raises(UserError, match=r"wds/colours, before image 1 of shard validation-00001\.tar: .*no image"):
         list(evaluation_loader(val_images, VIEW, 4, workers, CPU))
 
 
@@ -605,7 +603,7 @@ def test_an_image_of_a_stream_with_damaged_exif_or_too_many_pixels_is_an_unreada
     assert len(list(evaluation_loader(val_images, VIEW, 5, 0, CPU))) == 2
     config = streamed.model_copy(update=dict(max_pixels=100))
     _, val_images = open_data(config)
-    with pytest.raises(UserError, match=r"wds/colours.*DecompressionBombError"):
+    with pytest.raises(UserError, match=r"wds/colours.*16x16 is more than the 100 pixels"):
         list(evaluation_loader(val_images, VIEW, 5, 0, CPU))
 
     def damaged(image):
@@ -613,7 +611,7 @@ def test_an_image_of_a_stream_with_damaged_exif_or_too_many_pixels_is_an_unreada
             raise struct.error("unpack requires a buffer of 4 bytes")
         return image
 
-    monkeypatch.setattr(streaming.ImageOps, "exif_transpose", damaged)
+    monkeypatch.setattr(streaming, "upright", damaged)
     loader = train_loader(train_images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), streamed, Augment(), CPU)
     seen = [n for x, _, _ in loader.epoch(0) for n in numbers(x)]
     assert 7 not in seen and len(loader.bad.seen) == 1 and "unpack requires" in next(iter(loader.bad.seen))

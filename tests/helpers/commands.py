@@ -1,14 +1,20 @@
 """`eit` run as a user runs it."""
 
-import atexit
-import json
+import importlib.util
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import warnings
+from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+import eit.cli
 
 
 def launcher(ranks: int = 0) -> list[str]:
@@ -20,56 +26,77 @@ def launcher(ranks: int = 0) -> list[str]:
     return [*torchrun, "-m", "eit"]
 
 
-class Zygote:
-    """Runs commands in forks of one process, tests/helpers/zygote.py."""
+@contextmanager
+def _stream(name: str, file: Path):
+    """The file takes the place of stdin, stdout or stderr, for Python and for libraries written in C."""
+    number = ("stdin", "stdout", "stderr").index(name)
+    if number:
+        getattr(sys, name).flush()
+    kept, new = os.dup(number), os.open(file, os.O_RDWR)
+    os.dup2(new, number)
+    os.close(new)
+    try:
+        with patch.object(sys, name, os.fdopen(number, "w" if number else "r", buffering=1, closefd=False)) as stream:
+            yield
+            stream.flush()
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
 
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
 
-    def run(self, words, cwd, stdin, env, timeout):
-        if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.zygote"],
-                cwd=Path(__file__).parents[2],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            atexit.register(self.process.kill)
-        with tempfile.TemporaryDirectory() as folder:
-            streams = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
-            for file in streams.values():
-                file.touch()
-            streams["stdin"].write_text(stdin or "")
-            request = dict(words=words, cwd=str(cwd or os.getcwd()), env=env, **{k: str(v) for k, v in streams.items()})
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-            assert line, f"tests/helpers/zygote.py died with status {self.process.wait()}: see its errors above"
-            pid = int(line)
-            alarm = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
-            alarm.start()
+@contextmanager
+def _as_in_a_new_process():
+    """Warnings and log messages go to stderr, not to pytest; signal handlers and threads are put back at the end."""
+    handlers, logging.root.handlers = logging.root.handlers, []
+    interrupt, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            for category in (ImportWarning, ResourceWarning, PendingDeprecationWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = lambda *words, **_: sys.stderr.write(warnings.formatwarning(*words[:4]))
+            yield
+    finally:
+        logging.root.handlers = handlers
+        signal.signal(signal.SIGINT, interrupt)
+        torch.set_num_threads(threads)
+
+
+def _run_here(words: list[str], cwd, stdin: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    """`eit WORDS...` in this process, which has imported the package."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        for file in streams:
+            file.write_text(stdin if file.name == "stdin" else "")
+        program = importlib.util.find_spec("eit.__main__").origin
+        with ExitStack() as stack:
+            for file in streams:
+                stack.enter_context(_stream(file.name, file))
+            stack.enter_context(_as_in_a_new_process())
+            stack.enter_context(chdir(cwd or os.getcwd()))
+            stack.enter_context(patch.dict(os.environ, env))
+            stack.enter_context(patch.object(sys, "argv", [program, *words]))
+            stack.enter_context(patch.object(sys.modules["__main__"], "__package__", "eit"))  # for the program's name
             try:
-                status = int(self.process.stdout.readline())
-            finally:
-                alarm.cancel()
-            out, err = (streams[name].read_text(errors="replace") for name in ("stdout", "stderr"))
-            return subprocess.CompletedProcess([*launcher(), *words], status, out, err)
-
-
-_zygote = Zygote()
+                eit.cli.main()
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+        out, err = (file.read_text(errors="replace") for file in streams[1:])
+    return subprocess.CompletedProcess([*launcher(), *words], status, out, err)
 
 
 def run_eit(*words, cwd=None, ranks: int = 0, stdin: str | None = None, env=None, timeout=300):
-    """`eit WORDS...` as a process of its own, under torchrun with `ranks` processes if given."""
-    if not ranks and "PYTHONPATH" not in (env or {}):
-        whole = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-        return _zygote.run(list(map(str, words)), cwd, stdin, whole, timeout)
+    """`eit WORDS...` in this process; as processes under torchrun if `ranks` is given, and with another PYTHONPATH."""
+    words, env = [str(word) for word in words], {"OMP_NUM_THREADS": "1"} | (env or {})
+    if not ranks and "PYTHONPATH" not in env:
+        return _run_here(words, cwd, stdin or "", env)
     return subprocess.run(
-        [*launcher(ranks), *map(str, words)],
+        [*launcher(ranks), *words],
         cwd=cwd,
         input=stdin,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        env=os.environ | env,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -132,7 +132,7 @@ def test_another_input_size_is_declared_and_the_position_table_interpolated_once
         model.set_input_size((120, 144))
         torch.testing.assert_close(model(x), expected)
     assert model.img_size == (120, 144) and model.grid_size == model.patch_embed.grid_size(120, 144)
-    with pytest.raises(ValueError, match="img_size=4 is smaller than the stem needs"):
+    with pytest.raises(ValueError, match="img_size=4 is too small"):
         model.set_input_size(4)
     assert model.img_size == (120, 144)
 

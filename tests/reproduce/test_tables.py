@@ -12,7 +12,7 @@ import eit
 from eit.config import load_recipe
 from eit.reproduce import experiment as experiments
 from eit.reproduce.runs import read_results
-from eit.reproduce.tables import digest, disagreement, figure
+from eit.reproduce.tables import digest, figure, stale_file
 from tests.helpers.commands import run_eit
 from tests.reproduce.conftest import TINY
 
@@ -54,17 +54,17 @@ def test_tables_of_an_experiment_that_was_changed_since_are_refused(ran, tmp_pat
 def test_a_page_or_a_figure_that_disagrees_with_its_runs_is_seen(ran, tmp_path):
     shutil.copytree(ran / "results", tmp_path / "results")
     experiment = experiments.load(str(ran / "tiny.yaml"))
-    assert disagreement(experiment, "tiny", tmp_path / "results") is None
+    assert stale_file(experiment, "tiny", tmp_path / "results") is None
     folder = tmp_path / "results" / "tiny" / "tiny"
     page = (folder / "README.md").read_text()
     (folder / "README.md").write_text(page.replace("holds", "does not hold"))
-    assert disagreement(experiment, "tiny", tmp_path / "results").name == "README.md"
+    assert stale_file(experiment, "tiny", tmp_path / "results").name == "README.md"
     (folder / "README.md").write_text(page)
     measured = folder / "digits-eit-seed-0" / "measured.json"
     values = json.loads(measured.read_text())
     values["trained"]["share"][0] += 0.1  # which the page does not show
     measured.write_text(json.dumps(values))
-    assert disagreement(experiment, "tiny", tmp_path / "results").name == "figure.png"
+    assert stale_file(experiment, "tiny", tmp_path / "results").name == "figure.png"
 
 
 def test_figures_of_each_experiment_are_drawn(ran, tmp_path):

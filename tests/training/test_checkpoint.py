@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import eit
-from eit.training.checkpoint import Writer, load_checkpoint, load_state, newest_checkpoint, save_checkpoint, saved_steps
+from eit.training.checkpoint import (
+    BackgroundWriter,
+    load_checkpoint,
+    load_state,
+    newest_checkpoint,
+    save_checkpoint,
+    saved_steps,
+)
 from tests.weights.test_load import SMALL, card
 
 
@@ -152,7 +159,7 @@ def test_the_writer_writes_what_was_there_when_it_was_asked():
         seen.append((name, tensors["a"].tolist(), tensors["b"][0].tolist()))
 
     a, b = torch.zeros(2), torch.ones(1)
-    with Writer() as writer:
+    with BackgroundWriter() as writer:
         writer.submit(call, "first", dict(a=a, b=[b]))
         a += 5
         b += 5
@@ -165,12 +172,12 @@ def test_an_error_of_the_writer_is_raised_by_what_follows(capsys):
         raise OSError("no room")
 
     for following in (lambda w: w.wait(), lambda w: w.submit(print), lambda w: None):
-        with pytest.raises(OSError, match="no room"), Writer() as writer:
+        with pytest.raises(OSError, match="no room"), BackgroundWriter() as writer:
             writer.submit(fail)
             writer._pool.shutdown()
-            assert str(writer.fault()) == "no room"
+            assert str(writer.error()) == "no room"
             following(writer)
-    with pytest.raises(KeyError), Writer() as writer:  # the first error is the one to raise
+    with pytest.raises(KeyError), BackgroundWriter() as writer:  # the first error is the one to raise
         writer.submit(fail)
         raise KeyError
     assert capsys.readouterr().err == "no room\n"

@@ -5,7 +5,7 @@ import pytest
 import eit
 from eit.config import load_recipe
 from eit.data.order import SampleOrder
-from eit.training.optim import make_optimizer, make_schedule
+from eit.training.optim import make_lr_scheduler, make_optimizer
 
 
 def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
@@ -13,7 +13,7 @@ def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
     order = SampleOrder(1_281_167, 128, 1, 8, 3, 0)
     model = eit.create_model("eit_mini", depth=1)
     optimizer = make_optimizer(r, model, order)
-    schedule = make_schedule(r, optimizer, order)
+    schedule = make_lr_scheduler(r, optimizer, order)
 
     def rate(step):
         schedule.step_update(step)
@@ -54,7 +54,7 @@ def test_each_layer_learns_slower_than_the_next():
     r = load_recipe("digits", ["optim.layer_decay=0.5", "optim.warmup_lr=1e-3", "train.warmup_epochs=0"])
     model = eit.create_model("eit_mini", depth=3)
     optimizer = make_optimizer(r, model, SampleOrder(64, 64, 1, 1, 1, 0))
-    make_schedule(r, optimizer, SampleOrder(64, 64, 1, 1, 1, 0)).step_update(0)
+    make_lr_scheduler(r, optimizer, SampleOrder(64, 64, 1, 1, 1, 0)).step_update(0)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     of = {name: rate[id(p)] / 3e-3 for name, p in model.named_parameters()}
     assert of["head.weight"] == pytest.approx(1)

@@ -99,7 +99,7 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(folder, capsys):
 def test_a_folder_that_is_no_run_folder_is_left_alone(folder):
     """The data themselves, say."""
     before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(eit.UserError, match="is not empty and is no run folder"):
+    with pytest.raises(eit.UserError, match="is not empty and is not a run folder"):
         train(recipe(folder, f"out={folder}"))
     assert sorted(p.name for p in folder.iterdir()) == before
 

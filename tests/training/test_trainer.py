@@ -267,7 +267,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypat
             "a batch of 40 .* is larger than the 36 training images; set data.batch_size=36 or less",
         ),
         (["data.batch_size=7"], "data.batch_size=7 is odd"),
-        (["data.image_size=2"], "img_size=2 is smaller than the stem needs"),
+        (["data.image_size=2"], "img_size=2 is too small"),
         (["model.embed_dim=17"], "embed_dim=17 is not a multiple of num_heads=2"),
         (["model.in_chans=2"], "model.in_chans=2: images are read with 1 or 3 channels"),
         (["model.schedule=[2]"], "1 entries for depth=2"),

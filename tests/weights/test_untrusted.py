@@ -16,7 +16,7 @@ import eit
 from eit.cli.app import app
 from eit.config import load_recipe
 from eit.data.datasets import open_data
-from eit.data.folders import image_files
+from eit.data.folders import list_images
 from eit.weights.formats import save_weights
 from eit.weights.load import load
 from tests.helpers.commands import run_eit
@@ -133,7 +133,7 @@ def call(capsys, *words, status=0):
 def test_class_names_with_separators_or_markup_are_names_and_nothing_else(tmp_path, monkeypatch, capsys):
     """From weights, which are a stranger's: shown by predict, eval and its tables, with nothing written elsewhere."""
     model = eit.create_model("eit_mini", num_classes=len(NAMES), **SMALL)
-    save_weights(tmp_path / "w.safetensors", model.state_dict(), card(classes=NAMES))
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), card(classes=NAMES, guessed=("classes",)))
     pixels = np.zeros((16, 16, 3), np.uint8)
     for i in range(len(NAMES)):
         (tmp_path / "data" / f"class{i}").mkdir(parents=True)
@@ -190,19 +190,19 @@ def test_a_link_out_of_the_data_folder_shows_nothing_of_what_is_there(folder, tm
 
 def test_links_in_a_circle_end(folder):
     inside = folder / "train" / "digit0"
-    before = image_files(inside)
+    before = list_images(inside).files
     (inside / "itself").symlink_to(inside)
     (inside / "above").symlink_to(folder / "train")
     (inside / "root").symlink_to("/")
     (inside / "broken").symlink_to("nowhere")
-    assert image_files(inside) == before
+    assert list_images(inside).files == before
     other = folder / "val" / "digit0"  # beside it, links are followed
     (inside / "more").symlink_to(other)
-    assert len(image_files(inside)) == len(before) + len(image_files(other))
+    assert len(list_images(inside).files) == len(before) + len(list_images(other).files)
     for name in "abc":  # in turn from one to the other
         (other / name).symlink_to(inside)
         (inside / name).symlink_to(other)
-    assert len(image_files(inside)) < 100
+    assert len(list_images(inside).files) < 100
 
 
 def test_a_pipe_named_like_an_image_is_not_waited_for(folder):

@@ -24,7 +24,7 @@ def analyze(
             metavar="MODEL...",
             parser=expand_path,
             help="Weights files, run folders, digits; eit_mini, lsra/eit_mini; timm/NAME, torchvision/NAME. A quoted "
-            "pattern ('runs/eit*') stands for several runs, shown as one curve.",
+            "pattern ('runs/eit*') stands for several runs, which are shown as one curve.",
             show_default=False,
         ),
     ],
@@ -33,7 +33,7 @@ def analyze(
         typer.Option(
             metavar="PATH",
             parser=expand_path,
-            help="Analyse images of this folder (of any depth) or data set.",
+            help="Analyse the images below this folder, or those of a data set.",
             show_default=False,
         ),
     ],
@@ -48,11 +48,11 @@ def analyze(
     ] = False,
     filters: Annotated[
         bool,
-        typer.Option("--filters", help="Measure accuracy with each layer's tokens low-passed and high-passed too."),
+        typer.Option("--filters", help="Also measure accuracy with each layer's tokens low-passed and high-passed."),
     ] = False,
-    rollout: Annotated[bool, typer.Option("--rollout", help="Show attention rollout too.")] = False,
+    rollout: Annotated[bool, typer.Option("--rollout", help="Also show attention rollout.")] = False,
     grad_cam: Annotated[
-        bool, typer.Option("--grad-cam", help="Show Grad-CAM too; needs pip install 'eit[analysis]'.")
+        bool, typer.Option("--grad-cam", help="Also show Grad-CAM; needs pip install 'eit[analysis]'.")
     ] = False,
     initial: Annotated[
         bool,
@@ -83,8 +83,8 @@ def analyze(
     """
     from eit.analysis.compare import Options, compare
     from eit.analysis.findings import faults, summary
+    from eit.analysis.inputs import check_names, choose_images
     from eit.analysis.report import write
-    from eit.analysis.subjects import check_names, choose_images
     from eit.data.images import MAX_PIXELS
 
     used_device = start_alone(device, "eit analyze")

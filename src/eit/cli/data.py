@@ -16,6 +16,15 @@ from eit.cli.options import (
 from eit.cli.output import print_result
 from eit.files import expand_path
 
+PixelRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Values that are black and white in grey images of more than 8 bits, as data.pixel_range sets them; "
+        "default: 0 and 65535, and images of float pixels are refused.",
+    ),
+]
+
 data = typer.Typer(rich_markup_mode=None, help="Check, show, prepare or shard a data set.")
 
 
@@ -32,16 +41,17 @@ def check(
     ],
     val_fraction: ValFraction = None,
     max_pixels: MaxPixels = None,
+    pixel_range: PixelRange = None,
     as_json: Json = False,
 ) -> None:
     """Check every image of a data set for problems.
 
-    The exit status is 1 if training would fail.
+    The exit status is 1 if training would fail. Warnings are about what training does not notice.
     """
     from eit.data.datasets import check as run
     from eit.data.images import MAX_PIXELS
 
-    report = run(path, max_pixels or MAX_PIXELS, val_fraction)
+    report = run(path, max_pixels or MAX_PIXELS, val_fraction, pixel_range)
     print_result(report, as_json, check_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
@@ -122,23 +132,28 @@ def shard(
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of training shards; a multiple of the loader processes of all ranks is best.",
+            help="Number of training shards, best a multiple of the loader processes of all ranks.",
         ),
     ] = 64,
     val_count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of validation shards.")] = 16,
     val_fraction: ValFraction = None,
+    max_pixels: MaxPixels = None,
+    pixel_range: PixelRange = None,
     as_json: Json = False,
 ) -> None:
     """Pack a data set into webdataset shards.
 
-    With data.root=FOLDER they give the same batches as the data set; with data.dataset=wds/NAME they are read in turn,
-    as from an object store.
+    With data.root=FOLDER they give the same batches as the data set. With data.dataset=wds/NAME they are streamed, as
+    from an object store.
     """
     from eit.config import data_config
     from eit.data.datasets import open_data
+    from eit.data.images import MAX_PIXELS
     from eit.data.shards import write_shards
 
-    train_images, val_images = open_data(data_config(root=path, val_fraction=val_fraction))
+    most = max_pixels or MAX_PIXELS
+    config = data_config(root=path, val_fraction=val_fraction, max_pixels=most, pixel_range=pixel_range)
+    train_images, val_images = open_data(config)
     done = write_shards(train_images, val_images, Path(out), count, val_count)
     print_result(done, as_json, f"{out}: {done['shards']} shards of {done['train']:,} + {done['val']:,} images")
 
@@ -151,8 +166,15 @@ def check_text(report: dict[str, Any]) -> str:
             f"{name}: {part['images']:,} images of {len(counts)} classes, {min(counts)} to {max(counts)} per class"
         )
         lines.append("  sizes: " + ", ".join(f"{s['width']}x{s['height']} ({s['images']:,})" for s in part["sizes"]))
+        ranges = [
+            f"{kind}: {seen['lowest']:,.6g} to {seen['highest']:,.6g} ({seen['images']:,})"
+            for kind, seen in part["pixels"].items()
+        ]
+        lines.append("  pixel values: " + "; ".join(ranges))
         lines += [f"  unreadable: {fault}" for fault in part["unreadable"][:20]]
         if len(part["unreadable"]) > 20:
             lines.append(f"  and {len(part['unreadable']) - 20} more unreadable (--json has all)")
-    lines += [f"problem: {problem}" for problem in report["problems"]]
-    return "\n".join([*lines, "ready to train" if report["ok"] else "not ready to train"])
+    for kind in ("note", "warning", "problem"):
+        lines += [f"{kind}: {text}" for text in report[f"{kind}s"]]
+    verdict = "can be trained on, but see the warnings" if report["warnings"] else "ready to train"
+    return "\n".join([*lines, verdict if report["ok"] else "not ready to train"])

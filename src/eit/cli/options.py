@@ -49,7 +49,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 class Precision(StrEnum):
-    """As `eit.precision.PRECISIONS`, which is not imported here, for it needs torch."""
+    """As `eit.precision.PRECISIONS`, which is not imported here, because it needs torch."""
 
     fp32 = "fp32"
     tf32 = "tf32"
@@ -107,7 +107,7 @@ ValFraction = Annotated[
         metavar="FRACTION",
         min=0,
         max=1,
-        help="Hold out this share of train/ where there is no val/, as data.val_fraction does; default: none.",
+        help="Hold out this share of train/ if there is no val/, as data.val_fraction does; default: none.",
     ),
 ]
 
@@ -131,7 +131,7 @@ class RedirectingGroup(TyperGroup):
 
 
 def refuse_before_command(context: typer.Context, **options: bool) -> None:
-    """Raise a UserError where an option of a bare group stands before one of its commands, which would ignore it."""
+    """Raise a UserError if an option of a bare group stands before one of its commands, which would ignore it."""
     if context.invoked_subcommand is not None and (given := [f"--{name}" for name, value in options.items() if value]):
         raise UserError(f"{context.command_path} {given[0]} {context.invoked_subcommand}: leave {given[0]} out here")
 
@@ -165,7 +165,7 @@ def folder_to_write(name: str, option: str) -> Path:
 
 def device_for(checkpoint: str, device: str) -> str:
     """`device`, but the CPU for an exported file."""
-    from eit.inference.runtimes import is_exported
+    from eit.inference.exported_models import is_exported
 
     if not is_exported(checkpoint):
         return device

@@ -66,7 +66,7 @@ def name_options(text: str) -> str:
 
 
 def print_error(error: Exception) -> None:
-    """One line; where every rank has the same error, from rank 0."""
+    """One line; if every rank has the same error, only from rank 0."""
     rank = os.environ.get("RANK", "0")
     text = printable(name_options(str(error)))
     with suppress(OSError):  # nobody reads it any more

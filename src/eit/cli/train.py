@@ -28,7 +28,7 @@ def train(
 
     eit train cifar10 data.root=PATH name=mine train.epochs=100
 
-    The run folder is runs/NAME, or out=FOLDER. Its recipe.yaml holds every key with its value; copy it and change its
+    The run folder is runs/NAME, or out=FOLDER. Its recipe.yaml has every key with its value. Copy it and change its
     name to make a recipe of your own.
     """
     if recipe is None:

@@ -2,16 +2,21 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
 
 from eit import distributed
 from eit.config import Data, data_config
 from eit.console import say, track
-from eit.data.folders import read_folder
-from eit.data.images import Images, UnreadableImage
+from eit.data.folders import describe_left_out, find_parts, is_class_folder, list_images, read_folder
+from eit.data.images import Images, PixelRange, UnreadableImage, compose, pixel_kind
 from eit.data.layouts import LAYOUTS, download, read_digits, read_layout
 from eit.data.timm_datasets import ImageStream, read_timm
 from eit.errors import UserError, few
@@ -25,39 +30,81 @@ def open_data(config: Data) -> tuple[AnyImages, AnyImages]:
 
     Layouts: `sklearn:digits`; those of `layouts.py` (CIFAR, idx files, Tiny-ImageNet-200, shards); train/CLASS/image
     and val/CLASS/image; train/CLASS/image alone with `data.val_fraction`. `data.dataset` may name one of timm instead.
+    What was left out of folders is said.
 
     Raises:
         UserError: one line that names the folder, file or class at fault.
     """
-    train, val = _open(config)
-    if train.classes != val.classes:
-        raise UserError(f"{config.root}: {_class_difference(train.classes, val.classes)}")
-    if len(train.classes) < 2:
-        raise UserError(f"{config.root or config.dataset} has one class, {train.classes[0]!r}: at least two are needed")
+    train, val, notes = _open_pair(config)
+    for note in [*notes, *_class_warnings(train, val)]:
+        say(note)
     return train, val
 
 
-def _open(config: Data) -> tuple[AnyImages, AnyImages]:
+def _open_pair(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
+    """`open_data` and what it says."""
+    train, val, notes = _open(config)
+    for images in (train, val):
+        images.classes = [compose(name) for name in images.classes]
+        if isinstance(images, Images):
+            images.pixel_range = config.pixel_range
+    if train.classes != val.classes:
+        raise UserError(f"{config.root or config.dataset}: {_class_difference(train.classes, val.classes)}")
+    if len(train.classes) < 2:
+        raise UserError(f"{config.root or config.dataset} has one class, {train.classes[0]!r}: at least two are needed")
+    return train, val, notes
+
+
+def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     if config.root == DIGITS:
-        return split(read_digits(), config.val_fraction or 0.2)
+        return *split(read_digits(), config.val_fraction or 0.2), []
     if _is_timms(config):
         if config.download and distributed.world_size() > 1:  # once
             distributed.on_main(lambda: _read_timm_pair(config) and None)
-        return _read_timm_pair(config)
+        return *_read_timm_pair(config), []
     root = _folder(config)
     if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
-        return pair
-    if not (root / "train").is_dir():
-        hint = "; it has val/ only, which eit eval takes" if (root / "val").is_dir() else ""
-        raise UserError(
-            f"{root} has no train/ folder (train/CLASS/image.png and val/CLASS/image.png are expected){hint}"
-        )
-    train = read_folder(root / "train", config.max_pixels)
-    if (root / "val").is_dir():
-        return train, read_folder(root / "val", config.max_pixels)
-    if config.val_fraction is None:
+        return *pair, [note for images in pair for note in _left_out(root, images)]
+    parts = find_parts(root)
+    if "train" not in parts:
+        raise UserError(f"{root} has no train/ folder ({EXPECTED}){_hint(root, parts)}")
+    train = read_folder(parts["train"], config.max_pixels)
+    notes = _left_out(parts["train"], train)
+    if (part := _validation_part(parts, config.val_fraction)) is None:
         raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1 (eit data check: --val-fraction 0.1)")
-    return split(train, config.val_fraction)
+    if part == "train":
+        assert config.val_fraction is not None
+        pair = split(train, config.val_fraction)
+    else:
+        pair = train, read_folder(parts[part], config.max_pixels)
+        notes += _left_out(parts[part], pair[1])
+    if part == "test":
+        notes.append(f"{root} has no val/ folder: {parts['test'].name}/ has the validation images")
+    elif "test" in parts:
+        notes.append(f"{parts['test']} is not used in training")
+    return *pair, notes
+
+
+EXPECTED = "train/CLASS/image.png and val/CLASS/image.png are expected"
+
+
+def _hint(root: Path, parts: dict[str, Path]) -> str:
+    if parts and not is_class_folder(root):
+        return f"; it has {' and '.join(f'{path.name}/' for path in parts.values())} only, which eit eval takes"
+    return f"; move its class folders into {root / 'train'}" if is_class_folder(root) else ""
+
+
+def _validation_part(parts: dict[str, Path], val_fraction: float | None) -> str | None:
+    """The part that the validation images are in: val, a share of train, or test; None if there are none."""
+    if "val" in parts:
+        return "val"
+    if "train" in parts and val_fraction is not None:
+        return "train"
+    return "test" if "test" in parts else None
+
+
+def _left_out(folder: Path, images: Images) -> list[str]:
+    return [text] if (text := describe_left_out(folder, images.left_out)) else []
 
 
 def _is_timms(config: Data) -> bool:
@@ -69,7 +116,20 @@ def _read_timm_pair(config: Data) -> tuple[AnyImages, AnyImages]:
 
 
 def open_evaluation(config: Data) -> AnyImages:
-    """What to evaluate on: the validation images, where there are any, else the class folders of `data.root`."""
+    """The images to evaluate on: the validation images, or if there are none, the class folders of `data.root`.
+
+    Files that were left out of folders are named.
+    """
+    images = _open_evaluation(config)
+    images.classes = [compose(name) for name in images.classes]
+    if isinstance(images, Images):
+        images.pixel_range = config.pixel_range
+        for note in _left_out(Path(config.root), images):
+            say(note)
+    return images
+
+
+def _open_evaluation(config: Data) -> AnyImages:
     if config.root == DIGITS:
         return _open(config)[1]
     if _is_timms(config):
@@ -77,13 +137,85 @@ def open_evaluation(config: Data) -> AnyImages:
     root = _folder(config)
     if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
         return pair[1]
-    if (root / "val").is_dir():
-        return read_folder(root / "val", config.max_pixels)
-    if (root / "train").is_dir():
-        if config.val_fraction is None:
-            raise UserError(f"{root} has train/ but no val/: give the folder to evaluate on, such as {root / 'train'}")
-        return split(read_folder(root / "train", config.max_pixels), config.val_fraction)[1]
-    return read_folder(root, config.max_pixels)
+    parts = {} if is_class_folder(root, config.val_fraction is not None) else find_parts(root)
+    if not parts:
+        return read_folder(root, config.max_pixels)
+    if (part := _validation_part(parts, config.val_fraction)) is None:
+        raise UserError(f"{root} has train/ but no val/: give the folder to evaluate on, such as {root / 'train'}")
+    images = read_folder(parts[part], config.max_pixels)
+    if part == "test":
+        say(f"{root} has no val/ folder: {parts['test'].name}/ is evaluated")
+    return split(images, config.val_fraction)[1] if part == "train" and config.val_fraction else images
+
+
+def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path | None = None) -> Images:
+    """Images whose labels do not matter: those of a part of a data set, else all below `data.root` but for `without`.
+
+    Training images are those that no validation image is taken from. What was left out of folders is said.
+
+    Raises:
+        UserError: no such folder, no images there, or a stream of images.
+    """
+    divided = config.model_copy(update=dict(val_fraction=config.val_fraction or 0.2))
+    if config.root == DIGITS or _is_timms(config) or read_layout(_folder(config), config.max_pixels, config.dataset):
+        images = _open(divided)[part == "val"]
+    else:
+        root = _folder(config)
+        parts = {} if is_class_folder(root) else find_parts(root)
+        if part == "train" and part in parts:
+            images = _open(divided)[0]
+        elif part in parts:
+            images = read_folder(parts[part], config.max_pixels)
+        else:
+            images = _all_below(root, config.max_pixels, without)
+    if not isinstance(images, Images):
+        raise UserError(f"{config.root}: these images are a stream; give a folder of images")
+    for note in _left_out(Path(config.root), images):
+        say(note)
+    images.pixel_range = config.pixel_range
+    return images
+
+
+def readable_images(images: Images) -> Images:
+    """`images` without those that cannot be read: each is named in a line. All are decoded once.
+
+    Raises:
+        UserError: none can be read.
+    """
+
+    def fault(index: int) -> str | None:
+        try:
+            images.read(index, 3)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = list(track(pool.map(fault, range(len(images))), "reading images", len(images)))
+    unreadable = [text for text in faults if text]
+    if len(unreadable) == len(images):
+        raise UserError(f"none of {len(images)} images can be read; the first: {unreadable[0]}")
+    for text in unreadable[:10]:
+        say(f"left out: {text}")
+    if len(unreadable) > 10:
+        say(f"left out: {len(unreadable) - 10} more unreadable images")
+    return images.subset(i for i, text in enumerate(faults) if not text) if unreadable else images
+
+
+def _all_below(root: Path, max_pixels: int, without: Path | None) -> Images:
+    """All images below `root`, sorted by path, with one class `unknown`."""
+    files, left_out = list_images(root)
+    there = describe_left_out(root, left_out)
+    if files and without is not None:
+        own = without.resolve()
+        files = [file for file in files if not Path(file).resolve().is_relative_to(own)]
+        there = there or f"but for those in {without}"
+    if not files:
+        raise UserError(
+            f"no images below {root}" + (f"; {there}" if there else "") + "; docs/data.md lists the formats"
+        )
+    files.sort()
+    return Images(["unknown"], [0] * len(files), files, files, max_pixels, left_out=left_out)
 
 
 def split(images: Images, val_fraction: float) -> tuple[Images, Images]:
@@ -128,51 +260,129 @@ def _class_difference(train: list[str], val: list[str]) -> str:
     for where, names in (("train/", sorted(set(train) - set(val))), ("val/", sorted(set(val) - set(train)))):
         if names:
             parts.append(f"only in {where}: {few(names, 5)}")
-    return "train/ and val/ have different classes; " + "; ".join(parts)
+    if twice := [name for name, count in Counter(train + val).items() if count > 2]:
+        parts.append(f"more than one class is called {few(twice, 5)}")
+    return "train/ and val/ have different classes; " + ("; ".join(parts) or "they are in another order")
 
 
-def check(root: str, max_pixels: int, val_fraction: float | None = None) -> dict[str, Any]:
-    """Read every image below `root`, and report counts, classes, sizes and everything that training would trip over."""
-    report: dict[str, Any] = dict(root=root, splits={}, problems=[])
-    config = data_config(root=root, val_fraction=val_fraction, max_pixels=max_pixels)
+def _class_warnings(train: AnyImages, val: AnyImages) -> list[str]:
+    """Classes without images, which train all the same."""
+    warnings = []
+    for images, kind in ((train, "training"), (val, "validation")):
+        if isinstance(images, Images):
+            used = set(images.labels)
+            if missing := [name for label, name in enumerate(images.classes) if label not in used]:
+                classes = "1 class has" if len(missing) == 1 else f"{len(missing)} classes have"
+                warnings.append(f"{classes} no {kind} images: {few(missing, 5)}")
+    return warnings
+
+
+# -- eit data check ---------------------------------------------------------------------------------------------------
+
+
+def check(
+    root: str, max_pixels: int, val_fraction: float | None = None, pixel_range: PixelRange | None = None
+) -> dict[str, Any]:
+    """Read every image below `root`, and report counts, classes, sizes, pixel values and what training trips over.
+
+    `problems` are what training stops at; `warnings` are what it does not notice.
+    """
+    report: dict[str, Any] = dict(root=root, splits={}, problems=[], warnings=[], notes=[])
+    config = data_config(root=root, val_fraction=val_fraction, max_pixels=max_pixels, pixel_range=pixel_range)
     listed: dict[str, Any] = {}
     try:
-        listed["train"], listed["val"] = open_data(config)
+        listed["train"], listed["val"], report["notes"] = _open_pair(config)
     except UserError as error:
-        folder = _folder(config)
         report["problems"].append(str(error))
-        for name in ("train", "val"):  # what is there is read all the same
-            if (folder / name).is_dir():
-                with suppress(UserError):  # it was reported above
-                    listed[name] = read_folder(folder / name, max_pixels)
+        for name, path in find_parts(_folder(config)).items():  # what is there is read all the same
+            with suppress(UserError):  # it was reported above
+                listed[name] = replace(read_folder(path, max_pixels), pixel_range=pixel_range)
+                report["notes"] += _left_out(path, listed[name])
     for name, images in listed.items():
-        sizes: Counter[tuple[int, int]] = Counter()
-        unreadable = []
-
-        def size_of(index: int, images: Images = images) -> tuple[int, int] | str:
-            try:
-                return images.read(index, 3).size
-            except UnreadableImage as error:
-                return str(error)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for result in track(pool.map(size_of, range(len(images))), f"reading {name}", len(images)):
-                if isinstance(result, str):
-                    unreadable.append(result)
-                else:
-                    sizes[result] += 1
-        per_class = Counter(images.labels)
-        report["splits"][name] = dict(
-            images=len(images),
-            classes={c: per_class[i] for i, c in enumerate(images.classes)},
-            sizes=[dict(width=w, height=h, images=n) for (w, h), n in sizes.most_common(10)],
-            smallest=min((min(size) for size in sizes), default=None),
-            largest=max((max(size) for size in sizes), default=None),
-            unreadable=unreadable,
-        )
+        part, readable = _check_images(name, images)
+        report["splits"][name] = part
+        if empty := [c for c, count in readable.items() if not count and part["classes"][c]]:
+            report["warnings"].append(f"no image of {few(empty, 5)} in {name}/ can be read")
+        report["warnings"] += _range_warnings(part["pixels"], pixel_range)
+        unreadable = part["unreadable"]
         budget = int(Data().bad_image_budget * len(images)) if name == "train" else 0
         if len(unreadable) > budget:
             allowed = f"; {budget} are tolerated (data.bad_image_budget)" if name == "train" else ""
             report["problems"].append(f"{len(unreadable)} unreadable images in {name}/: {unreadable[0]}{allowed}")
+    if "train" in listed and "val" in listed:
+        report["warnings"] += _class_warnings(listed["train"], listed["val"])
     report["ok"] = not report["problems"]
     return report
+
+
+def _check_images(name: str, images: Images) -> tuple[dict[str, Any], dict[str, int]]:
+    """What `check` reports of a part, and the number of readable images of each class."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    unreadable: list[str] = []
+    pixels: dict[str, dict[str, float]] = {}
+    readable = [0] * len(images.classes)
+
+    def read(index: int) -> tuple[tuple[int, int] | None, str, tuple[str, float, float] | None]:
+        values: list[tuple[str, float, float]] = []
+        try:
+            return images.read(index, 3, examine=lambda image: values.append(_pixel_values(image))).size, "", values[0]
+        except UnreadableImage as error:
+            return None, str(error), values[0] if values else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = track(pool.map(read, range(len(images))), f"reading {name}", len(images))
+        for label, (size, fault, values) in zip(images.labels, results, strict=True):
+            if size is None:
+                unreadable.append(fault)
+            else:
+                sizes[size] += 1
+                readable[label] += 1
+            if values is not None:
+                kind, low, high = values
+                seen = pixels.setdefault(kind, dict(images=0, lowest=low, highest=high))
+                seen |= dict(
+                    images=seen["images"] + 1, lowest=min(seen["lowest"], low), highest=max(seen["highest"], high)
+                )
+    names, per_class = distinct_names(images.classes), Counter(images.labels)
+    part = dict(
+        images=len(images),
+        classes={c: per_class[i] for i, c in enumerate(names)},
+        sizes=[dict(width=w, height=h, images=n) for (w, h), n in sizes.most_common(10)],
+        smallest=min((min(size) for size in sizes), default=None),
+        largest=max((max(size) for size in sizes), default=None),
+        pixels=pixels,
+        left_out=dict(images.left_out),
+        unreadable=unreadable,
+    )
+    return part, dict(zip(names, readable, strict=True))
+
+
+def distinct_names(classes: Sequence[str]) -> list[str]:
+    """Class names with their number behind those that stand there twice, as some of ImageNet's do."""
+    count = Counter(classes)
+    return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(classes)]
+
+
+def _pixel_values(image: Image.Image) -> tuple[str, float, float]:
+    """Kind, lowest and highest value of the pixels of an opened file."""
+    kind = pixel_kind(image)
+    if image.mode == "F":
+        values = np.asarray(image)
+        values = values[np.isfinite(values)]
+        return kind, float(values.min(initial=0)), float(values.max(initial=0))
+    image.load()
+    extrema: Any = image.getextrema()
+    pairs = extrema if isinstance(extrema[0], tuple) else [extrema]
+    return kind, min(low for low, _ in pairs), max(high for _, high in pairs)
+
+
+def _range_warnings(pixels: dict[str, dict[str, float]], pixel_range: PixelRange | None) -> list[str]:
+    """A warning if grey images of 16 bits use a small part of the range that is assumed."""
+    seen = pixels.get("16 bits")
+    if pixel_range is not None or seen is None or not 0 < seen["highest"] < 2**15:
+        return []
+    white = 2 ** int(seen["highest"]).bit_length() - 1
+    return [
+        f"16-bit images end at {seen['highest']:,.0f}, but 65,535 is white: {max(white // 257, 1)} of 256 levels are "
+        f"left; set data.pixel_range=[0,{white}] (eit data check: --pixel-range 0 {white})"
+    ]

@@ -1,76 +1,371 @@
 """Images -> pixels as a model sees them: decoding, upright, 8 bits, resized, normalised."""
 
 import hashlib
+import io
 import os
+import re
 import stat
+import threading
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from eit.errors import first_line
+
 MAX_PIXELS = 89_478_485  # Pillow's own bound on what it decodes without a warning
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` refuses before it decodes
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about metadata, which are not used
+
+PixelRange = tuple[float, float]  # the values that become black and white
 
 
 class UnreadableImage(Exception):
     """An image that cannot be decoded, or is too large to be; the message names it and the reason."""
 
 
+# -- Formats ----------------------------------------------------------------------------------------------------------
+
+# Pillow would start Ghostscript (EPS), open what is inside in any format (IPTC), or unpack without a bound (FITS). The
+# others it does not decode.
+REFUSED_FORMATS = {"EPS", "IPTC", "FITS", "BUFR", "GRIB", "HDF5", "WMF", "MPEG", "FPX", "MIC", "PDF", "PALM"}
+
+
+COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # tried first
+
+
+def image_extensions() -> frozenset[str]:
+    """Extensions, in lower case, of all formats that this Pillow reads, plugins such as pillow-heif included."""
+    return _registry()[0]
+
+
+def image_formats() -> tuple[str, ...]:
+    """Pillow's names of these formats. What a file contains decides, not its name."""
+    return _registry()[1]
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file has the extension of an image that is read."""
+    return os.path.splitext(name)[1].lower() in image_extensions()
+
+
+def _registry() -> tuple[frozenset[str], tuple[str, ...]]:
+    Image.init()
+    return _read_registry(len(Image.EXTENSION))
+
+
+@cache
+def _read_registry(_: int) -> tuple[frozenset[str], tuple[str, ...]]:
+    known = {ending: "JPEG" if form == "MPO" else form for ending, form in Image.EXTENSION.items()}
+    read = {e: f for e, f in known.items() if f in Image.OPEN and f not in REFUSED_FORMATS}
+    common = [form for form in COMMON_FORMATS if form in read.values()]
+    return frozenset(read), tuple(dict.fromkeys([*common, *read.values()]))
+
+
+# -- Metadata ---------------------------------------------------------------------------------------------------------
+
+ORIENTATION = 0x0112  # EXIF tag; 1: upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def orientation(image: Image.Image) -> int:
+    """The orientation by EXIF or XMP, 1 to 8; 1 if there is none, or it cannot be read."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of Pillow's parsers; the pixels are what counts
+        return 1
+    return value if value in TURNS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its orientation says. Other metadata are not read: they can be damaged."""
+    image.load()
+    turn = TURNS.get(orientation(image))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):  # it has been turned
+        turned.info.pop(key, None)
+    return turned
+
+
+def without_metadata(content: bytes) -> tuple[bytes, bytes | None] | None:
+    """A PNG, JPEG or AVIF file without metadata, and its EXIF data; None for other formats.
+
+    For files that Pillow refuses: damaged metadata that nothing needs are no reason not to read the pixels.
+    """
+    exif = None
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        kept, start = [content[:8]], 8
+        while start + 12 <= len(content):
+            kind, end = content[start + 4 : start + 8], start + 12 + int.from_bytes(content[start : start + 4])
+            if kind == b"eXIf":
+                exif = b"Exif\0\0" + content[start + 8 : end - 4]
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+                kept.append(content[start:end])
+            start = end
+        return b"".join(kept), exif
+    if content[:2] == b"\xff\xd8":
+        kept, start = [content[:2]], 2
+        while start + 4 <= len(content) and content[start] == 0xFF and content[start + 1] != 0xDA:  # start of scan
+            marker, length = content[start + 1], int.from_bytes(content[start + 2 : start + 4])
+            if marker == 0xFF:  # a fill byte
+                start += 1
+                continue
+            segment = content[start : start + 2 + length]
+            if marker == 0xE1 and segment[4:8] == b"Exif":
+                exif = segment[4:]
+            # Kept of APP0 to APP15 and comments: JFIF and Adobe's APP14, which tell the colour space
+            if marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE) or (marker == 0xE0 and length >= 16):
+                kept.append(segment)
+            start += 2 + length
+        return b"".join((*kept, content[start:])), exif
+    if content[4:8] == b"ftyp":
+        return re.sub(rb"(infe[\s\S]{8})Exif", rb"\1skip", content[: 1 << 20]) + content[1 << 20 :], None
+    return None
+
+
+# -- Pixels -----------------------------------------------------------------------------------------------------------
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Whether the pixels are of one channel of more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def pixel_kind(image: Image.Image) -> str:
+    """What the pixels of an opened, not yet loaded file are, as `eit data check` reports it."""
+    if image.mode == "F":
+        return "float"
+    if is_wide(image):
+        return "32 bits" if image.mode == "I" else "16 bits"
+    return "16 bits, of which Pillow reads the upper 8" if _is_reduced(image) else "8 bits"
+
+
+def _is_reduced(image: Image.Image) -> bool:
+    """Whether an opened file has 16 bits per channel in colour or with transparency, of which Pillow reads 8."""
+    tile = next(iter(getattr(image, "tile", ())), None)
+    arguments = tile[3] if tile else ""
+    raw_mode = str(arguments[0] if isinstance(arguments, tuple) else arguments)
+    return not is_wide(image) and re.search(";16[BLN]", raw_mode) is not None
+
+
+def declared_range(image: Image.Image) -> PixelRange | None:
+    """The range of a TIFF file that says that its grey pixels have fewer than 16 bits, such as 12."""
+    bits = getattr(image, "tag_v2", {}).get(258) if image.mode == "I;16" else None  # BitsPerSample
+    return (0, 2 ** bits[0] - 1) if bits and bits[0] < 16 else None
+
+
+def to_8_bits(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
+    """A grey image of more than 8 bits -> mode L. 0 to 65535 become black to white, or `pixel_range`.
+
+    Raises:
+        ValueError: float pixels, or those of 32 bits beyond 0..65535, without a range; pixels that are not numbers.
+    """
+    values = np.asarray(image)
+    if image.mode == "F" and not np.isfinite(values).all():
+        raise ValueError("some pixels are not finite numbers")
+    if pixel_range is not None:
+        low, high = pixel_range
+        scaled = (values.astype(np.float32) - low) * (255 / (high - low))
+        return Image.fromarray((scaled.clip(0, 255) + 0.5).astype(np.uint8))
+    if image.mode == "F" or (image.mode == "I" and (values.min() < 0 or values.max() > 65535)):
+        kind = "32-bit float pixels" if image.mode == "F" else "32-bit pixels"
+        raise ValueError(
+            f"{kind} have no defined range (here {values.min():g} to {values.max():g}): set data.pixel_range=[LOW,HIGH]"
+        )
+    return Image.fromarray((values / 257 + 0.5).astype(np.uint8))
+
+
+def to_mode(image: Image.Image, channels: int, pixel_range: PixelRange | None = None) -> Image.Image:
+    """An image of any mode -> RGB (3 channels) or L (1)."""
+    if is_wide(image):
+        image = to_8_bits(image, pixel_range)
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert({1: "L", 3: "RGB"}[channels])
+
+
+# -- Files ------------------------------------------------------------------------------------------------------------
+
+pillow_open = Image.open  # which `careful_pillow` replaces for a while
+Load = Callable[[Image.Image, int], Image.Image]  # of an image, decoded or not, and the number of channels
+ImageFile = str | os.PathLike[str] | IO[bytes]
+
+
 def decode(
-    file: str | os.PathLike[str] | IO[bytes],
+    file: ImageFile,
     channels: int = 3,
     max_pixels: int = MAX_PIXELS,
     name: str = "",
-    load: "Load | None" = None,
+    load: Load | None = None,
+    pixel_range: PixelRange | None = None,
+    examine: Callable[[Image.Image], None] | None = None,
 ) -> Image.Image:
     """An image file -> upright PIL image of mode RGB (3 channels) or L (1), whatever it was stored as.
 
-    `name` stands for the file in messages where it is an open one. `load` decodes instead of `whole`.
+    `name` stands for the file in messages if it is an open one. `load` decodes instead of `whole`. `examine` is
+    called with the opened file first.
 
-    EXIF rotation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped, as torchvision and timm do.
+    The orientation is applied; other metadata are not read, and may be damaged. Grey pixels of more than 8 bits are
+    scaled to 8 (`to_8_bits`), transparency is dropped, as torchvision and timm do.
 
     Raises:
-        UnreadableImage: not an image, damaged, or of more than `max_pixels` by its header.
+        UnreadableImage: not an image, of a format that is not read, damaged, or of more than `max_pixels` pixels.
     """
-    try:
-        if isinstance(file, str | os.PathLike) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise UnreadableImage(f"{name or file}: no regular file")  # a pipe would be waited for
-        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-            Image.MAX_IMAGE_PIXELS = max_pixels
-        with Image.open(file) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UnreadableImage(
-                    f"{name or file}: {width}x{height} is more than data.max_pixels={max_pixels} allows; "
-                    f"to read it, set data.max_pixels={width * height}"
-                )
-            return (load or whole)(image, channels)
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadableImage(f"{name or file}: no image, or of an unknown format") from None
-    except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"{name or file}: {error}") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImage(f"{name or file}: {reason or type(error).__name__}") from None
+
+    def convert(image: Image.Image) -> Image.Image:
+        if pixel_range is not None and _is_reduced(image):
+            raise UnreadableImage(
+                f"{name or file}: data.pixel_range is for grey pixels; Pillow reads 8 of the 16 bits of a colour image"
+            )
+        declared = declared_range(image)
+        if examine is not None:
+            examine(image)
+        if is_wide(image):
+            image = to_mode(upright(image), channels, pixel_range or declared)
+        return (load or whole)(image, channels)
+
+    return _open(file, max_pixels, name, convert)
 
 
 def whole(image: Image.Image, channels: int) -> Image.Image:
     """An opened file -> all of its pixels, upright, of mode RGB or L."""
-    return to_mode(ImageOps.exif_transpose(image), channels)
+    return to_mode(upright(image), channels)
 
 
-Load = Callable[[Image.Image, int], Image.Image]  # of an image, decoded or not, and the number of channels
+def _open(file: ImageFile, max_pixels: int, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`convert` of the opened file; a second time without its metadata if that fails."""
+    where = name or file
+    try:
+        if isinstance(file, str | os.PathLike) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise UnreadableImage(f"{where}: no regular file")  # a pipe would be waited for
+        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            return _convert(file, max_pixels, where, convert)
+        except (UnreadableImage, MemoryError, Image.DecompressionBombError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:  # the file cannot be read
+                raise
+            if (again := _convert_pixels(file, max_pixels, where, convert)) is None:
+                raise
+            return again
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage(f"{where}: no image, or of a format that is not read") from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{where}: {error}") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImage(f"{where}: {reason or type(error).__name__}") from None
+
+
+def _convert(file: Any, max_pixels: int, where: Any, convert: Any, exif: bytes | None = None) -> Image.Image:
+    with pillow_open(file, formats=image_formats()) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UnreadableImage(
+                f"{where}: {width}x{height} is more than data.max_pixels={max_pixels} allows; "
+                f"to read it, set data.max_pixels={width * height}"
+            )
+        if exif:
+            image.info["exif"] = exif
+        result: Image.Image = convert(image)
+        return result
+
+
+def _convert_pixels(file: Any, max_pixels: int, where: Any, convert: Any) -> Image.Image | None:
+    """As `_convert`, of the file without its metadata; None if that fails too."""
+    try:
+        if isinstance(file, str | os.PathLike):
+            with open(file, "rb") as opened:
+                content = opened.read(LARGEST_REPAIR + 1)
+        else:
+            file.seek(0)
+            content = file.read(LARGEST_REPAIR + 1)
+        if len(content) > LARGEST_REPAIR:
+            return None
+        if content[:4] in (b"II*\0", b"MM\0*"):  # Pillow parses a TIFF's EXIF data after the pixels
+
+            def without_exif(image: Any) -> Image.Image:
+                turn = image.tag_v2.get(ORIENTATION, 1)
+                if declared_range(image) or _is_reduced(image):
+                    raise ValueError("its range would be lost")
+                image.load_end = lambda: None
+                image.load()
+                plain = image.copy()  # has no tags
+                return convert(plain.transpose(TURNS[turn]) if turn in TURNS else plain)
+
+            return _convert(io.BytesIO(content), max_pixels, where, without_exif)
+        if (stripped := without_metadata(content)) is None:
+            return None
+        return _convert(io.BytesIO(stripped[0]), max_pixels, where, convert, stripped[1])
+    except UnreadableImage:
+        raise
+    except Exception:
+        return None
+
+
+LARGEST_REPAIR = 1 << 28  # bytes of a file
+_limits: list[int] = []  # max_pixels of each `careful_pillow` that is open
+_lock = threading.Lock()
+
+
+@contextmanager
+def careful_pillow(max_pixels: int) -> Iterator[None]:
+    """While it is open, other packages' `PIL.Image.open` reads as `decode` does: these formats, this many pixels.
+
+    What it returns is decoded and upright. For readers of data sets, which open images themselves.
+    """
+
+    def careful_open(file: Any, mode: str = "r", formats: Any = None) -> Image.Image:
+        return _open(file, min(_limits, default=MAX_PIXELS), "an image" if hasattr(file, "read") else "", _plain)
+
+    with _lock:
+        if not _limits:
+            Image.open = careful_open  # type: ignore[assignment]
+        _limits.append(max_pixels)
+    try:
+        yield
+    finally:
+        with _lock:
+            _limits.remove(max_pixels)
+            if not _limits:
+                Image.open = pillow_open
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    declared = declared_range(image)
+    plain = upright(image).copy()
+    plain.info = {key: value for key, value in plain.info.items() if key == "transparency"}
+    return to_8_bits(plain, declared) if declared else plain
+
+
+# -- Sets of images ---------------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):
@@ -91,31 +386,46 @@ class Images:
     names: list[str]
     sources: list[Any]
     max_pixels: int = MAX_PIXELS
+    pixel_range: PixelRange | None = None  # of grey images of more than 8 bits, see `to_8_bits`
+    left_out: Counter[str] = field(default_factory=Counter)  # what lies next to the images and was not read
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int, channels: int, load: Load | None = None) -> Image.Image:
+    def read(
+        self,
+        index: int,
+        channels: int,
+        load: Load | None = None,
+        examine: Callable[[Image.Image], None] | None = None,
+    ) -> Image.Image:
         """Image `index` as RGB (3 channels) or L (1): whole, or what `load` makes of the file or of the whole image.
 
         Raises:
             UnreadableImage
         """
         source = self.sources[index]
-        if isinstance(source, np.ndarray):
-            image = to_mode(Image.fromarray(source), channels)
-            return load(image, channels) if load else image
         if isinstance(source, str):
-            return decode(source, channels, self.max_pixels, load=load)
+            return decode(source, channels, self.max_pixels, "", load, self.pixel_range, examine)
+        name = self.names[index]
+        opened: Any
         try:
-            opened = source.open()
-        except (OSError, ValueError) as error:
-            raise UnreadableImage(f"{self.names[index]}: {error}") from None
-        if isinstance(opened, Image.Image):
-            image = to_mode(opened, channels)
+            if isinstance(source, np.ndarray):
+                opened = Image.fromarray(source)
+            else:
+                with careful_pillow(self.max_pixels):  # a data set of another package may decode
+                    opened = source.open()
+            image = None
+            if isinstance(opened, Image.Image):
+                if examine is not None:
+                    examine(opened)
+                image = to_mode(opened, channels, self.pixel_range)
+        except Exception as error:  # packages that read data sets raise their own
+            raise UnreadableImage(f"{name}: {first_line(error)}") from None
+        if image is not None:
             return load(image, channels) if load else image
         with opened:
-            return decode(opened, channels, self.max_pixels, self.names[index], load)
+            return decode(opened, channels, self.max_pixels, name, load, self.pixel_range, examine)
 
     def subset(self, indices: Iterable[int]) -> "Images":
         indices = list(indices)
@@ -131,23 +441,40 @@ class Images:
         count = min(count, len(self))
         return self.subset(i * len(self) // count for i in range(count))
 
+    def sizes(self) -> list[int]:
+        """Bytes of each image as stored; -1 if not known, or if the file is gone."""
+        with ThreadPoolExecutor(32) as pool:  # network disks answer slowly, but many at a time
+            parts = [self.sources[start : start + 4096] for start in range(0, len(self), 4096)]
+            return [size for part in pool.map(lambda part: [_size(source) for source in part], parts) for size in part]
+
     def digest(self) -> str:
-        """A hash of names and labels: two processes with the same one see the same data."""
+        """A hash of classes, names and labels: two processes with the same one see the same data."""
         lines = "\n".join([*self.classes, *(f"{n} {y}" for n, y in zip(self.names, self.labels, strict=True))])
         return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
-
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("32-bit float pixels have no defined range")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert({1: "L", 3: "RGB"}[channels])
+    def size_digest(self) -> str:
+        """A hash of the images' sizes in bytes. An image that is replaced by one of the same size is not noticed."""
+        return hashlib.sha256(" ".join(map(str, self.sizes())).encode()).hexdigest()[:16]
 
 
-def not_a_thread(image: Image.Image) -> Image.Image:
+def _size(source: Any) -> int:
+    if isinstance(source, str):
+        try:
+            return os.stat(source).st_size
+        except OSError:
+            return -1
+    return source.nbytes if isinstance(source, np.ndarray) else getattr(source, "stored_size", -1)
+
+
+def compose(name: str) -> str:
+    """A name in Unicode's composed form (NFC), in which names are compared: macOS may write the decomposed one."""
+    return unicodedata.normalize("NFC", name)
+
+
+# -- Views -------------------------------------------------------------------------------------------------------------
+
+
+def limit_aspect_ratio(image: Image.Image) -> Image.Image:
     """The centre of an image that is more than 8 times as long as wide: resized, it would grow without bound."""
     width, height = image.size
     if max(width, height) > 8 * min(width, height):
@@ -157,7 +484,7 @@ def not_a_thread(image: Image.Image) -> Image.Image:
 
 def resize_and_crop(image: Image.Image, resize: int, size: int, interpolation: str) -> Image.Image:
     """Shorter side to `resize` pixels, then the centre `size` x `size`: what evaluation and prediction see."""
-    image = not_a_thread(image)
+    image = limit_aspect_ratio(image)
     if min(image.size) != resize:
         image = TF.resize(image, [resize], InterpolationMode(interpolation), antialias=True)
     return TF.center_crop(image, [size]) if image.size != (size, size) else image

@@ -6,22 +6,25 @@ A layout is a pair of functions in `LAYOUTS`: one finds it below a folder, one r
 import gzip
 import hashlib
 import json
+import math
 import os
+import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from eit.console import track
-from eit.data.folders import EXTENSIONS, read_folder
-from eit.data.images import Images
+from eit.data.folders import read_folder
+from eit.data.images import Images, image_extensions
 from eit.errors import UserError, few, nearest
+from eit.files import open_regular, read_json
 
 Pair = tuple[Images, Images]  # training, validation
 
@@ -116,19 +119,31 @@ def _read_idx(folder: Path, max_pixels: int) -> Pair:
     return arrays[0], arrays[1]
 
 
+MAX_IDX = 1 << 30  # bytes of values; EMNIST, the largest of its kind, has 638 million
+
+
 def read_idx(file: Path, axes: int) -> Any:
-    """The uint8 array of an idx file (the format stands on the MNIST page): 0, 0, type, axes, sizes, values."""
+    """The uint8 array of an idx file (the format stands on the MNIST page): 0, 0, type, axes, sizes, values.
+
+    A packed file is unpacked no further than its header says.
+    """
+    start = 4 + 4 * axes
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with open(file, "rb") as opened, gzip.open(opened) if file.suffix == ".gz" else opened as stream:
+            header = stream.read(start)
+            if header[:4] != bytes((0, 0, 8, axes)) or len(header) < start:
+                raise UserError(f"{file} is not an idx file of {axes}-dimensional bytes")
+            shape = [int(n) for n in np.frombuffer(header[4:], ">u4")]
+            expected = math.prod(shape)
+            if expected > MAX_IDX:
+                raise UserError(f"{file} says that it has {expected:,} bytes of values; at most {MAX_IDX:,} are read")
+            values = stream.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    start = 4 + 4 * axes
-    if content[:4] != bytes((0, 0, 8, axes)) or len(content) < start:
-        raise UserError(f"{file} is no idx file of {axes}-dimensional bytes")
-    shape = np.frombuffer(content[4:start], ">u4").astype(int)
-    if len(content) - start != shape.prod() or not shape.all():
-        raise UserError(f"{file} has {len(content) - start:,} bytes of values, its header says {shape.prod():,}")
-    return np.frombuffer(content[start:], np.uint8).reshape(shape)
+    if len(values) != expected or not expected:
+        there = f"more than {expected:,}" if len(values) > expected else f"{len(values):,}"
+        raise UserError(f"{file} has {there} bytes of values, its header says {expected:,}")
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _plain_or_gz(folder: Path, name: str) -> Path:
@@ -158,7 +173,7 @@ def _read_tiny(root: Path, max_pixels: int) -> Pair:
         raise UserError(f"{root / 'train'} lacks {what}; {again}")
     counts = Counter(train.labels)
     for label, wnid in enumerate(train.classes):
-        boxes = root / "train" / wnid / f"{wnid}_boxes.txt"  # a line an image
+        boxes = root / "train" / wnid / f"{wnid}_boxes.txt"  # one line per image
         if boxes.is_file() and (said := len(boxes.read_text().split("\n")) - 1) > counts[label]:
             raise UserError(f"{boxes.parent} has {counts[label]} images, {boxes.name} lists {said}: {again}")
     if (root / "val" / "images").is_dir():
@@ -182,7 +197,7 @@ def _read_tiny_val(folder: Path, wnids: list[str], max_pixels: int) -> Images:
         name, wnid = [*line.split("\t"), "", ""][:2]
         source = folder / "images" / name
         if wnid not in number or Path(name).name != name:
-            raise UserError(f"{file}: {line[:60]!r} is no line of an image and a class of train/")
+            raise UserError(f"{file}: the line {line[:60]!r} does not name an image and a class of train/")
         if not source.is_file():
             raise UserError(f"{source} is missing: val_annotations.txt names it")
         labels.append(number[wnid])
@@ -194,7 +209,7 @@ def _read_tiny_val(folder: Path, wnids: list[str], max_pixels: int) -> Images:
 
 
 def class_names(words: Path, wnids: Sequence[str]) -> list[str]:
-    """The first word of each WordNet id of a words.txt (`id<TAB>word, word`), all and the id where two share it."""
+    """The first word of each WordNet id in words.txt (`id<TAB>word, word`); if two ids share it, all words and id."""
     lines = (line.partition("\t") for line in words.read_text().splitlines())
     said = {wnid: text for wnid, _, text in lines}
     first = [said.get(wnid, wnid).split(",")[0] for wnid in wnids]
@@ -209,15 +224,20 @@ SHARDING = ".sharding.json"  # there while shards are being written
 SPLITS = {"train": "train", "val": "validation"}  # our names -> those in the info
 
 
+MAX_MEMBER = 1 << 30  # bytes of an image in a shard
+MAX_NOTE = 1 << 20  # bytes of a class number, a note, or a name in a shard
+
+
 class Member(NamedTuple):
     """A file inside a tar file that is not compressed."""
 
     tar: str
     offset: int
     size: int
+    stored_size: int  # of the image that it was written from
 
     def open(self) -> IO[bytes]:
-        with open(self.tar, "rb") as f:
+        with open_regular(Path(self.tar)) as f:
             f.seek(self.offset)
             return BytesIO(f.read(self.size))
 
@@ -229,15 +249,17 @@ def _find_shards(root: Path) -> Path | None:
 
 def _read_shards(root: Path, max_pixels: int) -> Pair:
     file = root / INFO
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file} is missing: eit data shard, which writes it last, did not end; run it again")
     try:
-        info = json.loads(file.read_text())
-        splits = {name: info["splits"][split]["filenames"] for name, split in SPLITS.items()}
+        info = read_json(file)
+        splits = {name: list(info["splits"][split]["filenames"]) for name, split in SPLITS.items()}
         lengths = {name: list(info["splits"][split]["shard_lengths"]) for name, split in SPLITS.items()}
         classes = [str(name) for name in info["classes"]]
         if any(len(splits[name]) != len(lengths[name]) for name in splits):
             raise ValueError("filenames and shard_lengths differ in number")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} does not describe train and validation shards with classes, as eit data shard does ({error!r}); "
@@ -245,6 +267,8 @@ def _read_shards(root: Path, max_pixels: int) -> Pair:
         ) from None
     pairs = []
     for name, files in splits.items():
+        for shard in files:
+            check_shard_name(shard, str(file))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(track(pool.map(index_shard, [root / f for f in files]), f"indexing {name} shards", len(files)))
         for shard, part, length in zip(files, parts, lengths[name], strict=True):
@@ -268,28 +292,67 @@ class Sample(NamedTuple):
     member: Member
 
 
+def check_shard_name(name: Any, source: str) -> None:
+    """Raise a UserError unless `name`, which `source` gives, is one of a file below the folder of the shards."""
+    parts = re.split(r"[/\\]", name) if isinstance(name, str) else [""]
+    if "" in parts or ".." in parts or ":" in parts[0]:
+        raise UserError(f"{source} names the shard {name!r}: a file below its own folder is expected")
+
+
+class PlainMember(tarfile.TarInfo):
+    """A member of a shard. One that would unpack to more than is there is refused before it is read."""
+
+    def isreg(self) -> bool:
+        if self.issparse() or self.size > MAX_MEMBER:
+            what = "is sparse" if self.issparse() else f"has {self.size:,} bytes, at most {MAX_MEMBER:,} are read"
+            raise tarfile.ReadError(f"member {self.name} {what}")
+        return super().isreg()
+
+
+class _Headers(BufferedReader):
+    """A tar file of which headers and notes are read, none of them large."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_NOTE:
+            raise tarfile.ReadError(f"a header or note of more than {MAX_NOTE:,} bytes")
+        return super().read(size)
+
+
 def index_shard(file: Path) -> list[Sample]:
     """The samples of a webdataset shard (KEY.png and so on, KEY.cls, optionally KEY.json with a name)."""
     parts: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(file, "r:") as tar:
+        with (
+            open_regular(file, buffering=0) as raw,
+            tarfile.open(fileobj=_Headers(cast(FileIO, raw)), mode="r:", tarinfo=PlainMember) as tar,
+        ):
+            length = os.fstat(raw.fileno()).st_size
             for member in tar:
                 key, _, kind = os.path.basename(member.name).partition(".")
+                if not member.isreg():
+                    continue  # a folder, or a link, which would lead elsewhere
+                if member.offset_data + member.size > length:
+                    raise tarfile.ReadError(f"member {member.name} is cut: it has {member.size:,} bytes")
                 sample = parts.setdefault(os.path.join(os.path.dirname(member.name), key), {})
                 if kind in ("cls", "json"):
+                    if member.size > MAX_NOTE:
+                        raise tarfile.ReadError(f"member {member.name} has {member.size:,} bytes")
                     content = tar.extractfile(member)
                     sample[kind] = json.loads(content.read()) if content else None
-                elif f".{kind}" in EXTENSIONS:
-                    sample["image"] = Member(str(file), member.offset_data, member.size)
-    except (OSError, tarfile.TarError, ValueError) as error:
+                elif f".{kind.lower()}" in image_extensions():
+                    sample["image"] = member.offset_data, member.size
+    except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
         raise UserError(f"shard {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     samples = []
     for key, sample in parts.items():
         if "image" not in sample or not isinstance(sample.get("cls"), int) or sample["cls"] < 0:
             raise UserError(f"shard {file}: sample {key} has no image, or no class number in {key}.cls")
         note = sample.get("json")
-        name = note.get("name", key) if isinstance(note, dict) else key
-        samples.append(Sample(key, sample["cls"], str(name), sample["image"]))
+        note = note if isinstance(note, dict) else {}
+        offset, size = sample["image"]
+        stored = note.get("size")
+        member_ = Member(str(file), offset, size, stored if isinstance(stored, int) else size)
+        samples.append(Sample(key, sample["cls"], str(note.get("name", key)), member_))
     return samples
 
 
@@ -314,7 +377,7 @@ ARCHIVES = {
 
 
 def read_layout(root: Path, max_pixels: int, dataset: str | None = None) -> Pair | None:
-    """Training and validation images of a published layout below `root`; None where there is none.
+    """Training and validation images of a published layout below `root`; None if there is none.
 
     Where several lie there, `dataset` says which is meant.
     """

@@ -49,7 +49,7 @@ def train_loader(
     if isinstance(images, ImageStream):
         if config.cache or augment.repeats > 1:
             key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"
-            raise UserError(f"{key} needs images with random access: data.dataset={config.dataset} comes in turn")
+            raise UserError(f"{key} needs images with random access: data.dataset={config.dataset} is a stream")
         return StreamLoader(images, view, order, config, augment, device)
     if (config.cache is None and fits_in_memory(images, view) and not augment.by_image) or config.cache:
         return CachedLoader(images, view, order, config.bad_image_budget, augment, device)

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from eit.console import progress, say
 from eit.errors import UserError
+from eit.files import sync_folder, write_file
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
@@ -39,7 +41,7 @@ class Devkit:
 
 
 def prepare_imagenet(source: Path, target: Path) -> dict[str, Any]:
-    """Unpack the three archives of `source` into the image folder `target`, or go on where a stopped run left it.
+    """Unpack the three archives of `source` into the image folder `target`, or continue a stopped run.
 
     An archive whose part of `target` is complete is not needed any more. The validation images come first: they take
     minutes, the training images hours.
@@ -53,26 +55,32 @@ def prepare_imagenet(source: Path, target: Path) -> dict[str, Any]:
     source, target = source.expanduser(), target.expanduser()
     devkit = read_devkit(_archive(source, DEVKIT))
     train, val, words, work = (target / name for name in ("train", "val", "words.txt", ".unpacking"))
-    with _reading(target):
-        val_done, train_done = _complete(val, devkit.val), _complete(train, devkit.train)
-    todo = [name for name, done in ((VAL, val_done), (TRAIN, train_done)) if len(done) < len(devkit.words)]
+
+    def completed() -> tuple[set[str], set[str], list[str]]:
+        """The complete classes of val/ and of train/, and the archives that are still needed."""
+        with _reading(target):
+            val_done, train_done = _complete(val, devkit.val), _complete(train, devkit.train)
+        parts = ((VAL, val_done), (TRAIN, train_done))
+        return val_done, train_done, [name for name, done in parts if len(done) < len(devkit.words)]
+
+    _, _, todo = completed()
     archives = {name: _archive(source, name) for name in todo}
     classes = _list_classes(archives[TRAIN], devkit) if TRAIN in archives else []
     if todo or work.exists() or not words.exists():
-        with _writing(target):
-            if (work / "train").exists():  # the class that a stopped run was at; its val/ may be all, and is taken up
-                shutil.rmtree(work / "train")
-            for folder in (work, train, val):
-                folder.mkdir(parents=True, exist_ok=True)
-            lines = "".join(f"{wnid}\t{text}\n" for wnid, text in devkit.words.items())
-            (work / "words.txt").write_text(lines, encoding="utf-8")
-            (work / "words.txt").replace(words)
-        if VAL in archives:
-            _unpack_val(archives[VAL], devkit, val_done, work / "val", val)
-        if TRAIN in archives:
-            _unpack_train(archives[TRAIN], classes, devkit, train_done, work / "train", train)
-        with _writing(work):
-            shutil.rmtree(work)
+        with _locked(target):
+            val_done, train_done, todo = completed()  # by the process that held the lock until now
+            with _writing(target):
+                if (work / "train").exists():  # the class that a stopped run was at; its val/ may be all
+                    shutil.rmtree(work / "train")
+                for folder in (work, train, val):
+                    folder.mkdir(parents=True, exist_ok=True)
+                write_file(words, "".join(f"{wnid}\t{text}\n" for wnid, text in devkit.words.items()))
+            if VAL in todo:
+                _unpack_val(archives[VAL], devkit, val_done, work / "val", val)
+            if TRAIN in todo:
+                _unpack_train(archives[TRAIN], classes, devkit, train_done, work / "train", train)
+            with _writing(work):
+                shutil.rmtree(work)
     else:
         say(f"{target} is complete already: nothing to do")
     images = dict(train=sum(devkit.train.values()), val=len(devkit.truth))
@@ -112,7 +120,7 @@ def _list_classes(archive: Path, devkit: Devkit) -> list[tarfile.TarInfo]:
     names = [member.name.removesuffix(".tar") for member in members]
     for wnid in names:
         if wnid not in devkit.train:
-            raise UserError(f"{archive} holds {wnid}.tar, which is no class of {DEVKIT}")
+            raise UserError(f"{archive} has {wnid}.tar, which is not a class of {DEVKIT}")
     if missing := sorted(devkit.train.keys() - set(names)):
         some = f"{missing[0]}.tar, one of {len(missing)} missing of the {len(devkit.train)} in {DEVKIT}"
         raise UserError(f"{archive} is truncated, or another archive: it has no {some}")
@@ -183,7 +191,31 @@ def _place(where: str, part: Path, folder: Path, count: int) -> None:
         present = len(os.listdir(part)) if part.exists() else 0
         if present != count:
             raise UserError(f"{where} is truncated or damaged: {present} images of {folder.name}, not {count}")
+        for name in os.listdir(part):  # on the disk before the class counts as complete
+            with open(part / name, "r+b") as image:
+                os.fsync(image.fileno())
+        sync_folder(part)
         part.rename(folder)
+        sync_folder(folder.parent)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keep other processes out of `target`. The lock ends with the process; its file stays."""
+    lock = FileLock(target / ".lock")
+    try:
+        with _writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{target} is in use by another eit data prepare: wait for it, or stop it; if there is none, "
+            f"remove {lock.lock_file}"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _complete(folder: Path, counts: Mapping[str, int]) -> set[str]:
@@ -191,7 +223,7 @@ def _complete(folder: Path, counts: Mapping[str, int]) -> set[str]:
     classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     for wnid in classes:
         if wnid not in counts:
-            raise UserError(f"{folder / wnid} is no class of {DEVKIT}: remove it, or choose another TARGET")
+            raise UserError(f"{folder / wnid} is not a class of {DEVKIT}: remove it, or choose another TARGET")
         images = sum(name.endswith(".JPEG") for name in os.listdir(folder / wnid))
         if images != counts[wnid]:
             raise UserError(f"{folder / wnid} has {images} images, not {counts[wnid]}: remove it and run this again")

@@ -9,11 +9,9 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
-from eit.data.images import View, to_mode, whole
+from eit.data.images import View, orientation, to_mode, whole
 
 Kept = dict[int, Any]  # scale -> the last file, decoded at 1 / scale of its size
-
-ORIENTATION = 0x0112  # EXIF tag; 1: upright
 
 
 class ResizedCrop:
@@ -34,7 +32,7 @@ class ResizedCrop:
 
         The decoded image is stored in `kept`, for the next copy of this file in repeated augmentation.
         """
-        scales = image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) == 1
+        scales = image.format == "JPEG" and orientation(image) == 1
         if not scales:
             image = decoded(image, channels, kept)
         width, height = image.size

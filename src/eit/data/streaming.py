@@ -3,27 +3,30 @@
 import logging
 import os
 import sys
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from eit import distributed
 from eit.config import Augment, Data
 from eit.data.augment import ImageTransform, image_transform
-from eit.data.images import View, normalise, to_mode
+from eit.data.images import UnreadableImage, View, careful_pillow, normalise, to_mode, upright
+from eit.data.layouts import PlainMember
 from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
 from eit.data.timm_datasets import ImageStream, one_shard, shard_names
 from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_count, worker_options
-from eit.errors import UserError
+from eit.errors import UserError, first_line
 from eit.randomness import Stream, generator, seed_of, seeded
 
 
@@ -176,7 +179,7 @@ class _Turn(IterableDataset):
     ) -> None:
         self.dataset, self.channels, self.prepare, self.counters = dataset, channels, prepare, counters
         self.name, self.classes, self.shard = images.config.dataset, len(images.classes), shard
-        self.max_pixels = images.config.max_pixels
+        self.max_pixels, self.pixel_range = images.config.max_pixels, images.config.pixel_range
 
     def __iter__(self) -> Iterator[Sample]:
         """Samples, each with the faults before it. A sample without pixels, with one fault, ends the stream early."""
@@ -191,9 +194,9 @@ class _Turn(IterableDataset):
                 if last or lost:
                     break
                 try:
-                    image = to_mode(ImageOps.exif_transpose(image), self.channels)
+                    image = to_mode(upright(image), self.channels, self.pixel_range)
                 except Exception as error:  # as in `eit.data.images.decode`
-                    faults.append(repr(error))
+                    faults.append(first_line(error))
                     continue
                 with seeded(Stream.TURN, *self.counters, worker, turn):
                     pixels, box = self.prepare(image)
@@ -230,7 +233,7 @@ class _Shards(IterableDataset):
 def _skipped(reader: Any, max_pixels: int) -> Iterator[tuple[list[str], list[str]]]:
     """Collect the images and the shards that a reader of timm skips because it cannot read them.
 
-    Images of more than `max_pixels` count as unreadable.
+    Images are read as everywhere (`careful_pillow`), shards as tar files that are not packed, with plain members.
     """
     # timm's ReaderWds takes no webdataset `handler`: it hard-codes `log_and_continue`, which logs the error, skips the
     # sample or shard, and raises TypeErrors. Exchanging it would need private parts of both; its log needs none.
@@ -245,15 +248,36 @@ def _skipped(reader: Any, max_pixels: int) -> Iterator[tuple[list[str], list[str
             if found := shards.intersection(arguments):  # webdataset adds the file's name to errors of the shard
                 lost.append(f"{found.pop()} cannot be read: {type(error).__name__}: {arguments[0]}")
             else:
-                faults.append(repr(error) if error else record.getMessage())
+                if isinstance(error, UnreadableImage):
+                    faults.append(str(error))
+                else:
+                    faults.append(repr(error) if error else record.getMessage())
 
     log, collect = logging.getLogger("timm.data.readers.reader_wds"), Collect()
     log.addHandler(collect)
     propagate, log.propagate = log.propagate, False
-    cap, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, -(-max_pixels // 2)  # Pillow refuses more than twice as many
     try:
-        yield faults, lost
+        with careful_pillow(max_pixels), _careful_tarfile():
+            yield faults, lost
     finally:
-        Image.MAX_IMAGE_PIXELS = cap
         log.removeHandler(collect)
         log.propagate = propagate
+
+
+@contextmanager
+def _careful_tarfile() -> Iterator[None]:
+    """While it is open, webdataset unpacks nothing: a small shard would become gigabytes."""
+    try:
+        from webdataset import tariterators  # type: ignore[import-untyped]
+    except ImportError:  # the reader is another one
+        yield
+        return
+
+    def careful_open(fileobj: Any, mode: str) -> tarfile.TarFile:
+        return tarfile.open(fileobj=fileobj, mode="r|", tarinfo=PlainMember)
+
+    tariterators.tarfile = SimpleNamespace(open=careful_open, TarFile=tarfile.TarFile)
+    try:
+        yield
+    finally:
+        tariterators.tarfile = tarfile

@@ -15,8 +15,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from eit.config import Data
 from eit.console import track
 from eit.data.images import Images
-from eit.data.layouts import INFO
+from eit.data.layouts import INFO, check_shard_name
 from eit.errors import UserError, first_line, nearest
+from eit.files import open_regular
 
 TIMM_PREFIXES = ("hfds", "hfids", "tfds", "torch", "wds")
 
@@ -41,6 +42,7 @@ class ImageStream:
     config: Data
     split: str
     shards: int  # number of webdataset's tar files; 0 for other readers
+    sizes: tuple[int, ...] = ()  # bytes of each shard on this machine
 
     def __len__(self) -> int:
         return self.length
@@ -50,8 +52,13 @@ class ImageStream:
         return _create_timm(self.config, self.split, training, batch_size, seed)
 
     def digest(self) -> str:
+        """A hash of classes, number of images, data set and split."""
         text = json.dumps([self.classes, self.length, self.config.dataset, self.split])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def size_digest(self) -> str:
+        """A hash of the sizes in bytes of shards on this machine."""
+        return hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()[:16]
 
 
 def read_timm(config: Data, split: str) -> Images | ImageStream:
@@ -62,7 +69,9 @@ def read_timm(config: Data, split: str) -> Images | ImageStream:
     if isinstance(dataset, IterableDataset):
         if not (length := getattr(reader, "num_samples", 0)):
             raise UserError(f"data.dataset={config.dataset}: its {split} split does not say how many samples it has")
-        return ImageStream(classes, int(length), config, split, _check_shards(reader, config))
+        names = shard_names(reader)
+        local = [] if "://" in config.root else [Path(config.root, name) for name in names]
+        return ImageStream(classes, int(length), config, split, len(names), tuple(map(_check_end, local)))
     labels = _timm_labels(dataset)
     if not labels:
         raise UserError(f"data.dataset={config.dataset}: split {split} has no images")
@@ -79,7 +88,7 @@ def _refuse_commands(config: Data, *names: str) -> None:
     remote = "://" in config.root
     for text in (config.root, *names):
         if text.startswith("pipe:") or (remote and re.search(r"['\"`$;&<>\\\s]", text)):
-            raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, for a shell would see it")
+            raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, because a shell would execute it")
 
 
 def shard_names(reader: Any) -> list[str]:
@@ -104,25 +113,35 @@ def one_shard(dataset: Any, name: str) -> Any:
     return reading
 
 
-def _check_shards(reader: Any, config: Data) -> int:
-    """The number of shards. Raise a UserError if one is a command, or missing: timm would read others instead."""
-    names = shard_names(reader)
-    for name in names:
+def _check_names(dataset: Any, config: Data) -> None:
+    """Raise a UserError if a shard's name is a command or leads elsewhere.
+
+    Whenever a data set is opened, for a server may give other names each time.
+    """
+    for name in shard_names(getattr(dataset, "reader", None)):
         _refuse_commands(config, name)
-        if "://" not in config.root:
-            _check_end(Path(config.root, name))
-    return len(names)
+        check_shard_name(name, f"{config.root}/{INFO}")
 
 
-def _check_end(shard: Path) -> None:
-    """Raise a UserError if a tar file is missing or has no end mark: cut between two members it would seem whole."""
-    if not shard.is_file():
-        raise UserError(f"shard {shard} is missing: {INFO} names it")
-    with open(shard, "rb") as f:
-        f.seek(max(os.path.getsize(shard) - 1024, 0))
+def _check_end(shard: Path) -> int:
+    """The size of a tar file. Raise a UserError if it is missing, is no regular file, or has no end mark: cut between
+    two members it would seem whole."""
+    with _open_file(shard) as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(size - 1024, 0))
         end = f.read()
     if end != bytes(1024):
         raise UserError(f"shard {shard} is cut: it has no end of a tar file")
+    return size
+
+
+def _open_file(file: Path) -> IO[bytes]:
+    try:
+        return open_regular(file)
+    except FileNotFoundError:
+        raise UserError(f"shard {file} is missing: {INFO} names it") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _create_timm(config: Data, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:
@@ -139,11 +158,14 @@ def _create_timm(config: Data, split: str, training: bool = False, batch_size: i
         if not config.root:
             raise UserError(f"data.dataset={config.dataset} needs data.root, the folder or address of the shards")
         _refuse_commands(config, split)
+        for info in (INFO, "info.json"):  # timm opens the first of them, and would wait for a pipe
+            if "://" not in config.root and (file := Path(config.root, info)).exists():
+                _open_file(file).close()
     given: dict[str, Any] = dict(input_key=config.input_key, target_key=config.target_key)  # None: timm's default
     if prefix != "hfds":
         given |= dict(is_training=training, batch_size=batch_size, seed=seed, input_img_mode="")  # no conversion
     try:
-        return create_dataset(
+        dataset = create_dataset(
             config.dataset,
             root=config.root or None,
             split=split,
@@ -157,6 +179,8 @@ def _create_timm(config: Data, split: str, training: bool = False, batch_size: i
         hint = f"; it needs: pip install {need}" if missing and need else ""
         where = f"data.dataset={config.dataset}, split {split}" + (f", data.root={config.root}" if config.root else "")
         raise UserError(f"{where} cannot be opened: {line}{hint}") from None
+    _check_names(dataset, config)
+    return dataset
 
 
 def _timm_classes(dataset: Any, config: Data) -> list[str]:

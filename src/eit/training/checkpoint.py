@@ -45,12 +45,12 @@ def check_unchanged(state: State, progress: Progress, run: Path) -> None:
     """Raise a UserError if the run of a checkpoint had other data, another global batch or another teacher."""
     saved = state["progress"]["fixed"]
     for key, now in progress.fixed.items():
-        if (before := saved.get(key)) != now:
+        if (before := saved.get(key, now)) != now:  # earlier versions recorded less
             advice = f"set {key}={before}" if key.startswith("data.") else "set another out="
             raise UserError(f"{run} was trained with another {key}: {before}, now {now}; {advice}")
 
 
-class Writer:
+class BackgroundWriter:
     """Writes while training goes on: `submit` starts copies to host memory, and a thread does the rest.
 
     An error of a call, such as an OSError, is raised by the `submit` or `wait` that follows, or at the end.
@@ -64,9 +64,9 @@ class Writer:
         """Run `call` with copies of the tensors in `arguments`, after the call before it has ended."""
         self.wait()
         gpus: set[torch.device] = set()
-        copies = _on_host(arguments, gpus)
+        copies = _copy_to_host(arguments, gpus)
         copied = {gpu: torch.cuda.current_stream(gpu).record_event(torch.cuda.Event(blocking=True)) for gpu in gpus}
-        self._pending = self._pool.submit(_after, copied, call, copies)
+        self._pending = self._pool.submit(_call_when_copied, copied, call, copies)
 
     def wait(self) -> None:
         """Wait until the call has ended."""
@@ -74,22 +74,22 @@ class Writer:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def fault(self) -> BaseException | None:
+    def error(self) -> BaseException | None:
         """The error of a call that has failed, which `wait` will raise."""
         return self._pending.exception() if self._pending is not None and self._pending.done() else None
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._pool.shutdown()  # waits for the call, whatever ended the run
         if error is None:
             self.wait()
-        elif fault := self.fault():  # the first error is the one to raise
-            say(str(fault))
+        elif later := self.error():  # the first error is the one to raise
+            say(str(later))
 
 
-def _on_host(value: Any, gpus: set[torch.device]) -> Any:
+def _copy_to_host(value: Any, gpus: set[torch.device]) -> Any:
     """A copy in host memory, also of tensors inside dictionaries, lists and tuples.
 
     Copies from CUDA go to pinned memory, and nothing waits for them here: the devices are added to `gpus`. A device
@@ -100,13 +100,15 @@ def _on_host(value: Any, gpus: set[torch.device]) -> Any:
             gpus.add(value.device)
         return value.detach().to("cpu", copy=True, non_blocking=value.is_cuda)
     if isinstance(value, Mapping):
-        return {key: _on_host(item, gpus) for key, item in value.items()}
+        return {key: _copy_to_host(item, gpus) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_on_host(item, gpus) for item in value)
+        return type(value)(_copy_to_host(item, gpus) for item in value)
     return value
 
 
-def _after(copied: Mapping[torch.device, torch.cuda.Event], call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def _call_when_copied(
+    copied: Mapping[torch.device, torch.cuda.Event], call: Callable[..., Any], arguments: Sequence[Any]
+) -> Any:
     """`call(*arguments)`, once each GPU has copied them to host memory."""
     for gpu, event in copied.items():
         with torch.cuda.device(gpu):  # this thread would otherwise open a context on the first GPU

@@ -7,7 +7,7 @@ from eit.config import Recipe
 from eit.console import say
 from eit.data.order import SampleOrder
 from eit.errors import UserError
-from eit.training.optim import base_rate
+from eit.training.optim import peak_lr
 from eit.training.run_folder import resumable_recipe
 
 
@@ -55,8 +55,8 @@ def check_order(recipe: Recipe, order: SampleOrder) -> None:
             f"a batch of {order.global_batch} ({parts}) is larger than the {order.images} training images"
             + (f"; set data.batch_size={most} or less" if most else "")
         )
-    if recipe.optim.min_lr > base_rate(recipe, order):
-        rate = f"optim.lr={recipe.optim.lr:g}, {base_rate(recipe, order):g} for a batch of {order.global_batch}"
+    if recipe.optim.min_lr > peak_lr(recipe, order):
+        rate = f"optim.lr={recipe.optim.lr:g}, {peak_lr(recipe, order):g} for a batch of {order.global_batch}"
         raise UserError(f"optim.min_lr={recipe.optim.min_lr:g} is larger than the peak rate ({rate})")
     if (recipe.augment.mixup or recipe.augment.cutmix) and order.batch_size % 2:
         raise UserError(f"data.batch_size={order.batch_size} is odd: mixup and cutmix mix pairs")

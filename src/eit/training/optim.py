@@ -13,7 +13,7 @@ from eit.data.order import SampleOrder
 
 def make_optimizer(recipe: Recipe, model: nn.Module, order: SampleOrder) -> torch.optim.Optimizer:
     """The optimizer of the recipe. Norms, biases, the class token and position embeddings have no weight decay."""
-    config, lr = recipe.optim, base_rate(recipe, order)
+    config, lr = recipe.optim, peak_lr(recipe, order)
     options: dict[str, Any] = dict(betas=config.betas, eps=config.eps, layer_decay=config.layer_decay)
     if config.name == "adamw":
         # A fused step takes a third of the time of a loop over the parameters. On MPS it ignored `found_inf` before
@@ -22,12 +22,12 @@ def make_optimizer(recipe: Recipe, model: nn.Module, order: SampleOrder) -> torc
     return create_optimizer_v2(model, config.name, lr=lr, weight_decay=config.weight_decay, **options)
 
 
-def base_rate(recipe: Recipe, order: SampleOrder) -> float:
-    """The peak learning rate: `optim.lr`, in proportion to the global batch where `optim.lr_batch` is set."""
+def peak_lr(recipe: Recipe, order: SampleOrder) -> float:
+    """The peak learning rate: `optim.lr`, in proportion to the global batch if `optim.lr_batch` is set."""
     return recipe.optim.lr * order.global_batch / (recipe.optim.lr_batch or order.global_batch)
 
 
-def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, order: SampleOrder) -> CosineLRScheduler:
+def make_lr_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, order: SampleOrder) -> CosineLRScheduler:
     """Linear warm-up, then cosine; updated each step, from step 0 on (the published runs were an epoch late)."""
     return CosineLRScheduler(
         optimizer,
@@ -39,11 +39,11 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, order: Sampl
     )
 
 
-def largest_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The largest rate of the parameter groups, which differ where `optim.layer_decay` is set."""
+def largest_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The largest rate of the parameter groups, which differ if `optim.layer_decay` is set."""
     return max(group["lr"] for group in optimizer.param_groups)
 
 
 def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step changes nothing where `optimizer.found_inf` is 1, as in the fused optimizers of torch."""
+    """Whether its step changes nothing if `optimizer.found_inf` is 1, as in the fused optimizers of torch."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -28,7 +28,7 @@ class RunFolder:
             and not (path / "recipe.yaml").exists()
             and any(not p.name.startswith(".") for p in path.iterdir())
         ):
-            raise UserError(f"{path} is not empty and is no run folder (it has no recipe.yaml); set another out=")
+            raise UserError(f"{path} is not empty and is not a run folder (it has no recipe.yaml); set another out=")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)

@@ -43,9 +43,9 @@ from eit.inference.evaluate import evaluate
 from eit.precision import Precision, autocast, deterministic_algorithms, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.checkpoint import (
+    BackgroundWriter,
     Progress,
     State,
-    Writer,
     check_unchanged,
     load_checkpoint,
     load_state,
@@ -54,7 +54,7 @@ from eit.training.checkpoint import (
 )
 from eit.training.global_batch import check_order, micro_batches_per_step, out_of_memory_advice
 from eit.training.loss import Distillation, class_weights, make_criterion
-from eit.training.optim import can_skip_updates, largest_rate, make_optimizer, make_schedule
+from eit.training.optim import can_skip_updates, largest_lr, make_lr_scheduler, make_optimizer
 from eit.training.run_folder import RunFolder, read_summary
 from eit.training.setup import build_model, choose_trainable, make_card, make_view, recorded_model, resolve_architecture
 from eit.training.signals import first_signal, stop_signals
@@ -94,7 +94,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             if summary:
                 say(f"{recipe.run_folder()} is finished; set another out= to train again")
                 return summary
-            writer = resources.enter_context(Writer())
+            writer = resources.enter_context(BackgroundWriter())
             return Trainer(prepared, folder, writer).fit()
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -171,6 +171,7 @@ def fixed_properties(prepared: Prepared) -> dict[str, Any]:
     order, loader = prepared.order, prepared.loader
     data = f"{prepared.train_images.digest()} {prepared.val_images.digest()}"
     fixed: dict[str, Any] = dict(data=data, global_batch=order.global_batch)
+    fixed["data (sizes in bytes)"] = f"{prepared.train_images.size_digest()} {prepared.val_images.size_digest()}"
     if isinstance(loader, StreamLoader):  # its order depends on these
         fixed |= {"data.workers": loader.workers, "data.batch_size": order.batch_size}
         fixed["number of processes"] = order.world
@@ -204,7 +205,7 @@ def claim_run_folder(prepared: Prepared, resources: ExitStack) -> tuple[RunFolde
 class Trainer:
     """Trains what was prepared. Rank 0 has the run folder and writes to it; the rest is the same on all ranks."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder | None, writer: Writer) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder | None, writer: BackgroundWriter) -> None:
         self.prepared, self.folder, self.writer = prepared, folder, writer
         self.recipe, self.device, self.precision = prepared.recipe, prepared.device, prepared.precision
         self.order, self.loader, self.progress = prepared.order, prepared.loader, prepared.progress
@@ -216,7 +217,7 @@ class Trainer:
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
         self.optimizer: Any = make_optimizer(recipe, self.model, order)
         self.skips_updates = can_skip_updates(self.optimizer)
-        self.schedule = make_schedule(recipe, self.optimizer, order)
+        self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, order)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.mixup = make_mixup(recipe.augment, len(classes))
         weights = None if weights is None else weights.to(device)
@@ -317,15 +318,15 @@ class Trainer:
         title = f"epoch {epoch + 1}/{self.recipe.train.epochs}"
         with progress_bar(title, order.steps, start=first_step) as advance:
             while progress.step < end:
-                self.schedule.step_update(progress.step)
+                self.lr_scheduler.step_update(progress.step)
                 self.step(batches)
                 progress.seconds += self.throughput.end_step(progress.step, is_last=progress.step == end)
                 images_per_s = round(self.throughput.images_per_s)
-                self.displayed |= {"lr": largest_rate(self.optimizer), "images/s": images_per_s}
+                self.displayed |= {"lr": largest_lr(self.optimizer), "images/s": images_per_s}
                 advance(**self.displayed)
                 if progress.step < end:
                     self.save_if_due()
-        self.act_on(self.reports.flush())
+        self.handle_report(self.reports.flush())
         if self.throughput.seconds_since_start() > EARLY_SAVE:  # evaluation may meet an image that cannot be read
             self.save()
 
@@ -340,16 +341,16 @@ class Trainer:
             norm,
             loss_scale=self.scaler.scale(self.one) if self.scaler.is_enabled() else self.one,
             unreadable_images=len(self.loader.bad.seen),
-            writer_failed=self.writer.fault() is not None,
+            writer_failed=self.writer.error() is not None,
             save_is_due=self.folder is not None and self.save_minutes_are_over(),
             signals=self.received_signals(),
         )
         # Raises if the step before was not finite, so that no update follows that one.
-        self.act_on(self.reports.add(self.progress.step, shared))
+        self.handle_report(self.reports.add(self.progress.step, shared))
         if max_norm := self.recipe.optim.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         if self.skips_updates:
-            # x - x is NaN for infinity and NaN, otherwise 0. The optimizer changes nothing where found_inf is 1.
+            # x - x is NaN for infinity and NaN, otherwise 0. The optimizer changes nothing if found_inf is 1.
             self.optimizer.found_inf = ((shared[:2] - shared[:2]) != 0).any().float()
             self.optimizer.step()
         else:
@@ -380,7 +381,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def act_on(self, report: StepReport | None) -> None:
+    def handle_report(self, report: StepReport | None) -> None:
         """Stop the run, or remember what to do, as the report of a step says. All ranks do the same."""
         if report is None:
             return
@@ -428,7 +429,7 @@ class Trainer:
         progress.last = {
             "epoch": epoch,
             "step": progress.step,
-            "lr": largest_rate(self.optimizer),
+            "lr": largest_lr(self.optimizer),
             "train_loss": progress.loss_sum / (progress.step - epoch * self.order.steps),
             "val_loss": metrics.loss,
             "val_top1": metrics.top1,
@@ -450,7 +451,7 @@ class Trainer:
         every = self.recipe.train.save_every
         if not (any(self.signals) or self.save_is_due or (every and self.progress.step % every == 0)):
             return
-        self.act_on(self.reports.flush())
+        self.handle_report(self.reports.flush())
         self.save()
         self.save_is_due, self.saved_at = False, time.monotonic()
         if any(self.signals):
