@@ -418,15 +418,15 @@ def test_a_browser_shows_it(browser, tmp_path, scheme, width):
 # -- Images that cannot be read
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", b"%!PS"])
-def test_an_unreadable_image_ends_no_analysis(tmp_path, capsys, content):
+def test_an_unreadable_image_ends_no_analysis(tmp_path, capsys):
     for i in range(3):
         Image.effect_noise((9, 9), 60).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.bad.png").write_bytes(content)
+    for i, content in enumerate((b"", b"text", b"\x89PNG\r\n\x1a\n", b"%!PS")):
+        (tmp_path / f"1.bad{i}.png").write_bytes(content)
     compared = compare(["digits"], choose_images(str(tmp_path), 10, False), CPU, Options(initial=False, workers=0))
     assert [name.rpartition("/")[2] for name in compared.images] == ["0.png", "1.png", "2.png"]
     assert compared.measured[0].analysis.images == 3 and len(compared.measured[0].pictures) == 3
-    assert capsys.readouterr().err.count("left out: ") == 1
+    assert capsys.readouterr().err.count("left out: ") == 4
 
 
 def test_images_none_of_which_can_be_read_are_an_error(tmp_path, capsys):

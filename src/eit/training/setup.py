@@ -15,7 +15,7 @@ from eit.errors import UserError, first_line
 from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
 from eit.training.run_folder import resumable_recipe
-from eit.weights.card import Card, default_mean_std
+from eit.weights.card import LARGEST_RESIZE, LARGEST_SIZE, Card, default_mean_std
 from eit.weights.load import load_weights, read_card
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
@@ -142,6 +142,11 @@ def make_view(recipe: Recipe) -> View:
     else:
         mean, std = (v if len(v) == channels else v * channels for v in (mean, std))
     resize = math.floor(data.image_size / data.crop_ratio)
+    if data.image_size > LARGEST_SIZE or resize > LARGEST_RESIZE:
+        raise UserError(
+            f"data.image_size={data.image_size} with data.crop_ratio={data.crop_ratio:g}: images have at most "
+            f"{LARGEST_SIZE} pixels, and {LARGEST_RESIZE} before they are cropped"
+        )
     return View(data.image_size, resize, data.interpolation, mean, std)
 
 
