@@ -15,8 +15,7 @@ import torch
 
 import eit
 from eit.training.checkpoint import BackgroundWriter, save_checkpoint
-from eit.weights.card import Card
-from eit.weights.convert import default_class_names, default_mean_std
+from eit.weights.card import Card, default_class_names, default_mean_std
 
 ROUNDS = 5
 

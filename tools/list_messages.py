@@ -1,8 +1,7 @@
 """List every error and warning that the package can print, with its place: python tools/list_messages.py [WORD]
 
-A message is the text of a raised exception, of a UserError, FloatingPointError or OSError that is made, or of a call of
-`say`, `warn`, `print_error` or `UnreadableImage`. Values that are filled in stand in braces. With WORD, only messages
-that contain it are listed.
+A message is the text of an exception that is made, or of a call of `say`, `warn` or `print_error`. Values that are
+filled in stand in braces. With WORD, only messages that contain it are listed.
 """
 
 import ast
@@ -15,7 +14,7 @@ CALLS = ("say", "warn", "print_error", "same_everywhere")
 
 
 def messages(file: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, kind, text) of a module's messages, in order; text that is made elsewhere is shown as its expression."""
+    """(line, kind, text) of the messages of a module, in order. Text that is made elsewhere is its expression."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for node in sorted(calls, key=lambda node: node.lineno):

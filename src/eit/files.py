@@ -1,5 +1,6 @@
 """Paths as people give them, text files as they write them, and files that survive a crash: whole or not at all."""
 
+import codecs
 import json
 import os
 import re
@@ -136,3 +137,16 @@ def read_json(path: Path) -> Any:
         return json.loads(read_regular(path), parse_constant=refuse)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
+
+
+def text_lines(content: bytes) -> list[str]:
+    """The lines of a text file that are not empty: UTF-8 or UTF-16, with or without a byte-order mark, LF or CRLF.
+
+    Bytes that are not UTF-8 stay as Python keeps them in file names (surrogateescape).
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+    lines = (line.removesuffix("\r") for line in text.split("\0" if "\0" in text else "\n"))
+    return [line for line in lines if line.strip()]

@@ -1,11 +1,13 @@
 """Pictures: curves of a run, confusion matrices, image grids, published results. Matplotlib is imported when needed."""
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eit.console import say
 from eit.errors import UserError, shorten
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -240,8 +242,8 @@ def save(figure: Any, file: Path, **options: Any) -> None:
 
     FigureCanvasAgg(figure)
     temporary = file.with_name(f".{file.name}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box is drawn instead
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph .* missing", UserWarning)
         try:
             figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
             os.replace(temporary, file)
@@ -249,3 +251,10 @@ def save(figure: Any, file: Path, **options: Any) -> None:
             raise UserError(f"{file} cannot be written: {error.strerror}") from None
         finally:
             temporary.unlink(missing_ok=True)
+    missing = {chr(int(found[1])) for w in caught if (found := re.match(r"Glyph (\d+) .* missing", str(w.message)))}
+    if new := sorted(missing - _missing_letters):
+        _missing_letters.update(new)
+        say(f"{file}: the font lacks {len(new)} letters of the names ({''.join(new[:10])}); boxes are drawn instead")
+
+
+_missing_letters: set[str] = set()  # that a line was printed about

@@ -19,6 +19,7 @@ from eit.analysis.image_maps import compute_maps, shown_image
 from eit.analysis.inputs import LoadedModel, check_names, choose_images, load_models
 from eit.analysis.measure import analyze
 from eit.config import load_recipe
+from eit.data.datasets import readable_images
 from eit.data.images import View
 from eit.errors import UserError
 from eit.training.trainer import train
@@ -28,6 +29,7 @@ from tests.helpers.images import save_digits
 from tests.helpers.shared import require
 from tests.helpers.training import TINY
 
+CPU = torch.device("cpu")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FILES = {"amplitude", "class_token", "diversity", "filter", "frequency", "heads", "images", "models"}
 FILES |= {"smoothing", "spectrum", "sweep", "transfer"}
@@ -400,3 +402,36 @@ def test_a_browser_shows_it(browser, tmp_path, scheme, width):
     )
     assert min(sizes) >= 10  # pixels
     page.close()
+
+
+# -- Images that cannot be read
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", b"%!PS"])
+def test_an_unreadable_image_ends_no_analysis(tmp_path, capsys, content):
+    for i in range(3):
+        Image.effect_noise((9, 9), 60).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.bad.png").write_bytes(content)
+    compared = compare(["digits"], choose_images(str(tmp_path), 10, False), CPU, Options(initial=False, workers=0))
+    assert [name.rpartition("/")[2] for name in compared.images] == ["0.png", "1.png", "2.png"]
+    assert compared.measured[0].analysis.images == 3 and len(compared.measured[0].pictures) == 3
+    assert capsys.readouterr().err.count("left out: ") == 1
+
+
+def test_images_none_of_which_can_be_read_are_an_error(tmp_path, capsys):
+    for i in range(14):
+        (tmp_path / f"{i:02d}.png").touch()
+    with pytest.raises(UserError, match=r"none of 14 images can be read; the first: .*00\.png"):
+        readable_images(choose_images(str(tmp_path), 20, False))
+    Image.new("L", (9, 9)).save(tmp_path / "good.png")
+    assert len(readable_images(choose_images(str(tmp_path), 20, False))) == 1
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 11 and "4 more unreadable images" in said
+
+
+@pytest.mark.parametrize("images", [3, None, "photos", {"a": 1}, b"x", [3], ["x"]])
+def test_analyze_refuses_other_types(images):
+    with pytest.raises(UserError):
+        analyze(load("digits"), images)
+    with pytest.raises(UserError, match="takes a model"):
+        analyze("digits", torch.zeros(1, 3, 8, 8))

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.testing
 import yaml
+from PIL import Image
 
+from eit.cli.app import app
+from eit.cli.predict import files_in_list
 from eit.weights.load import find_weights, read_card
 from tests.cli.conftest import assert_mistake, failed
 from tests.helpers.commands import run_eit
@@ -57,3 +61,37 @@ def test_mistakes_about_images(trained, tmp_path):
     assert done.stderr.startswith("eit: ") and "text.png: no image" in done.stderr
     assert "is not a run folder" in failed(2, "predict", "data", good, cwd=trained)
     assert "list on stdin is empty" in failed(2, "predict", "runs/mine", "-", cwd=trained, stdin="")
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (b"\xef\xbb\xbfa.png\r\nb c.png\r\n", ["a.png", "b c.png"]),
+        ("a.png\r\nü.png\r\n".encode("utf-16"), ["a.png", "ü.png"]),
+        (b"\"a b.png\"\n'c.png' \n", ["a b.png", "c.png"]),
+        (b"a.png\0b\nc.png\0", ["a.png", "b\nc.png"]),
+        (b"\n  \na.png\n\n", ["a.png"]),
+        (b"a\x0bb.png\n\xe2\x80\xa8.png", ["a\x0bb.png", "\u2028.png"]),
+        (b"\xff.png\n", ["\udcff.png"]),
+        (b"it's.png\n'", ["it's.png", "'"]),
+        (b"", []),
+    ],
+)
+def test_a_list_of_any_editor_is_read(content, names):
+    assert files_in_list(content) == names
+
+
+def test_json_has_an_object_for_each_image(tmp_path):
+    """Also of one that is damaged, empty, missing, or no image; in order."""
+    Image.effect_noise((9, 9), 60).save(tmp_path / "good.png")
+    (tmp_path / "zero.png").touch()
+    (tmp_path / "text.jpg").write_text("text")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    names = [str(tmp_path / name) for name in ("good.png", "zero.png", "gone.png", "text.jpg", "cut.png", "good.png")]
+    done = typer.testing.CliRunner().invoke(app, ["predict", "digits", "-", "--json"], input="\n".join(names))
+    assert done.exit_code == 2
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["image"] for one in found] == names
+    assert [bool(one["labels"]) for one in found] == ["fault" not in one for one in found] == [True, *[False] * 4, True]
+    assert all(name in one["fault"] for name, one in zip(names[1:5], found[1:5], strict=True))
+    assert done.stderr.count("eit: ") == 4

@@ -420,3 +420,14 @@ def test_who_is_not_logged_in_is_told_in_one_line(home, hub):
         done.returncode == 2 and done.stderr.startswith("eit: --repo me/pets: ") and "Invalid username" in done.stderr
     )
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_guesses_are_published_as_guesses(tmp_path):
+    made = make_card(guessed=("classes", "mean", "std"))
+    save_weights(tmp_path / "w.safetensors", made.create_model().state_dict(), made)
+    assert run_eit("push", tmp_path / "w.safetensors", "--to", tmp_path / "hub").returncode == 0
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert "label_names" not in config and read_card(tmp_path / "hub").guessed == made.guessed
+    readme = (tmp_path / "hub" / "README.md").read_text()
+    assert "| assumed, not known | classes cat, dog, owl, mean (0.5, 0.5, 0.5)" in readme
+    assert "print(int(logits.argmax()))" in readme

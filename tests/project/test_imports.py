@@ -14,9 +14,10 @@ SOURCE = Path(eit.__file__).parent
 FLOORS = [
     {"errors"},
     {"files"},
-    {"plain_yaml"},
-    {"config", "distributed", "memory", "plots", "precision", "randomness"},
+    {"plain_yaml", "hub_access"},
+    {"config", "distributed", "memory", "precision", "randomness"},
     {"console", "environment"},
+    {"plots"},
     {"models"},
     {"data"},
     {"weights"},
@@ -64,7 +65,7 @@ ROOMS = {
         {"compare", "findings", "tables"},
         {"report"},
     ],
-    "export": [{"__init__", "exporter", "hub"}],
+    "export": [{"__init__", "hub"}, {"exporter"}],
     "benchmark": [{"__init__", "matmul_peak", "naive"}, {"bench"}, {"sections"}],
     "reproduce": [
         {"__init__", "experiment", "published"},

@@ -14,6 +14,7 @@ from eit.analysis.inputs import load_models
 from eit.analysis.measure import analyze
 from eit.analysis.panels import MARKERS, PALETTE
 from eit.console import say, track
+from eit.data.datasets import readable_images
 from eit.data.images import Images, denormalise
 from eit.data.loaders import EvaluationLoader
 from eit.errors import UserError
@@ -55,10 +56,11 @@ def compare(
     """Measure the models on the images, one after the other. What cannot be measured is printed, the rest is measured.
 
     Raises:
-        UserError: an unknown name, images that cannot be read, or no model that can be measured.
+        UserError: an unknown name, images none of which can be read, or no model that can be measured.
     """
     if options.grad_cam:
         image_maps.check_grad_cam()
+    images = readable_images(images)
     comparison = Comparison([], [], images.names)
     shown = images.evenly(options.pictures)
     numbers: dict[str, int] = {}  # of models; a group counts as one

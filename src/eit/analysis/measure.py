@@ -1,7 +1,7 @@
 """`eit.analyze`: frequencies, attention and class token in every layer of a vision model, in one pass over images."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
@@ -17,6 +17,7 @@ from eit.analysis.moments import Moments
 from eit.analysis.smoothing import Smoothing, SmoothingMeter
 from eit.analysis.transfer import TransferFunction, TransferMeter
 from eit.errors import UserError
+from eit.inference.evaluate import evaluation_mode
 from eit.precision import float32_products
 
 M = TypeVar("M")
@@ -128,24 +129,19 @@ def analyze(
     """
     if not 0 < rho < math.sqrt(2):
         raise UserError(f"rho={rho}: give a frequency between 0 and sqrt(2); 1 is the Nyquist frequency of an axis")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"analyze takes a model, as eit.load gives it, not {type(model).__name__}")
+    if not isinstance(images, Iterable) or isinstance(images, str | bytes | Mapping):
+        raise UserError(f"analyze takes normalised images (B, channels, height, width), not {type(images).__name__}")
     model = unwrap(model)
-    measurement = _Measurement(model, rho, renormalize)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with watch(
-            model,
-            measurement.add_tokens,
-            measurement.add_attention,
-            measurement.add_missing,
-            measurement.add_sub_block,
-        ):
-            for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
-                measurement.add_images(batch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return measurement.result()
+    run = _Measurement(model, rho, renormalize)
+    with (
+        evaluation_mode(model),
+        watch(model, run.add_tokens, run.add_attention, run.add_missing, run.add_sub_block),
+    ):
+        for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+            run.add_images(batch)
+    return run.result()
 
 
 class _Measurement:

@@ -41,8 +41,7 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.optim import make_optimizer
-from eit.weights.card import Card
-from eit.weights.convert import default_class_names, default_mean_std
+from eit.weights.card import Card, default_class_names, default_mean_std
 from eit.weights.load import INCLUDED, is_weights_name, load
 
 MODES = ("infer", "train")

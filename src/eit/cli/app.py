@@ -82,7 +82,17 @@ def report(error: BaseException) -> int | None:
 
 
 # Packages whose errors are about what the user gave, the network or the machine, if nothing here named them before
-OTHERS = {"httpx", "huggingface_hub", "jinja2", "onnxruntime", "PIL", "pydantic_core", "requests", "safetensors"}
+OTHERS = {
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "jinja2",
+    "onnxruntime",
+    "PIL",
+    "pydantic_core",
+    "requests",
+    "safetensors",
+}
 OTHERS |= {"safetensors_rust", "tarfile", "urllib3", "webdataset", "yaml", "zipfile", "zlib"}
 
 

@@ -102,8 +102,8 @@ def evaluate(
     from eit.data.datasets import open_evaluation
     from eit.data.loaders import evaluation_batch_size, evaluation_loader
     from eit.inference.confusion import write_confusion
+    from eit.inference.evaluate import check_matrix, make_views
     from eit.inference.evaluate import evaluate as run
-    from eit.inference.evaluate import make_views
     from eit.inference.evaluation_data import evaluation_config, match_classes
     from eit.inference.exported_models import load
     from eit.memory import keep_freed
@@ -113,6 +113,8 @@ def evaluate(
     used_device = distributed.start(device_for(checkpoint, device))
     used_precision = resolve_precision(precision, used_device)
     model = load(checkpoint)
+    if confusion:
+        check_matrix(len(model.card.classes), f"--confusion {confusion}")
     check_model(model, checkpoint, used_precision, sizes or ())
     if split and not dataset:
         raise UserError(f"--split {split} names a split of a data set of timm: give --dataset NAME too")
@@ -150,9 +152,7 @@ def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int
 
 def print_metrics(results: Sequence[tuple[dict[str, Any], "Metrics"]], settings: dict[str, Any], as_json: bool) -> None:
     """The metrics of each view; of a single one with its classes."""
-    views = [
-        view | {key: value for key, value in vars(metrics).items() if key != "confusion"} for view, metrics in results
-    ]
+    views = [view | {key: value for key, value in vars(metrics).items() if key != "pairs"} for view, metrics in results]
     if as_json:
         print(json.dumps(views[0] | settings if len(views) == 1 else settings | dict(views=views), indent=2))
     elif len(views) == 1:

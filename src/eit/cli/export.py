@@ -26,7 +26,9 @@ def export(
     out: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", parser=expand_path, help="Write to FILE; default: next to the weights, with their name."
+            metavar="FILE",
+            parser=expand_path,
+            help="Write to FILE; default: next to the weights, with their name; -int8 is added for --int8.",
         ),
     ] = None,
     int8: Annotated[
@@ -45,9 +47,16 @@ def export(
         typer.Option(
             metavar="PATH",
             parser=expand_path,
-            help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own.",
+            help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own, or if "
+            "it is not here the images of --int8 that set no range.",
         ),
     ] = None,
+    max_drop: Annotated[
+        float,
+        typer.Option(
+            metavar="POINTS", min=0, max=100, help="Keep --int8 only if it costs at most so many points of top-1."
+        ),
+    ] = 2.0,
     max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
@@ -60,21 +69,14 @@ def export(
     """
     if data and not int8:
         raise UserError(f"--data {data} is for --int8, whose accuracy is measured on it: give --int8 PATH too")
-    from eit.data.datasets import open_evaluation
     from eit.export import exporter
-    from eit.inference.evaluation_data import evaluation_config, match_classes
     from eit.weights.load import load
 
-    file = Path(out) if out else exporter.default_file(checkpoint, format)
+    file = Path(out) if out else exporter.default_file(checkpoint, format, int8 is not None)
     exporter.check_request(format, file, int8 is not None)
     model = load(checkpoint)
-    calibration = None
-    if int8:
-        config = evaluation_config(model.card, data, max_pixels=max_pixels)
-        labelled = match_classes(model.card, open_evaluation(config))
-        chosen = exporter.calibration_images(int8, images, config)
-        calibration = exporter.Calibration(chosen, labelled)
-    done = exporter.export(model, file, format, calibration)
+    calibration = exporter.open_calibration(model.card, int8, images, data, max_pixels) if int8 else None
+    done = exporter.export(model, file, format, calibration, max_drop)
     print_result(json.loads(json.dumps(asdict(done), default=str)), as_json, export_text(done, model.card))
 
 

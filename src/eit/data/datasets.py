@@ -176,6 +176,32 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
     return images
 
 
+def readable_images(images: Images) -> Images:
+    """`images` without those that cannot be read: each is named in a line. All are decoded once.
+
+    Raises:
+        UserError: none can be read.
+    """
+
+    def fault(index: int) -> str | None:
+        try:
+            images.read(index, 3)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = list(track(pool.map(fault, range(len(images))), "reading images", len(images)))
+    unreadable = [text for text in faults if text]
+    if len(unreadable) == len(images):
+        raise UserError(f"none of {len(images)} images can be read; the first: {unreadable[0]}")
+    for text in unreadable[:10]:
+        say(f"left out: {text}")
+    if len(unreadable) > 10:
+        say(f"left out: {len(unreadable) - 10} more unreadable images")
+    return images.subset(i for i, text in enumerate(faults) if not text) if unreadable else images
+
+
 def _all_below(root: Path, max_pixels: int, without: Path | None) -> Images:
     """All images below `root`, sorted by path, with one class `unknown`."""
     files, left_out = list_images(root)

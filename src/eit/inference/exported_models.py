@@ -21,6 +21,7 @@ from eit.errors import UserError, first_line
 from eit.models.registry import check_size
 from eit.weights.card import Card, parse_card
 from eit.weights.load import load as load_model
+from eit.weights.load import say_assumptions
 
 KEY = "eit"  # of the metadata that holds the card
 INPUT, OUTPUT = "images", "logits"
@@ -39,7 +40,11 @@ class ExportedModel(nn.Module):
         self.file, self.card, self.fixed_size, self._run = file, card, fixed_size, run
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self._run(np.ascontiguousarray(x.numpy(force=True)))).to(x.device)
+        try:
+            logits = self._run(np.ascontiguousarray(x.numpy(force=True)))
+        except Exception as error:  # of a runtime, which have no common base
+            raise UserError(f"{self.file} cannot be run on {tuple(x.shape)}: {_line(error)}") from None
+        return torch.from_numpy(logits).to(x.device)
 
     def check_size(self, size: int) -> None:
         """Raise a UserError if images of `size` pixels are not accepted."""
@@ -50,21 +55,26 @@ class ExportedModel(nn.Module):
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """A self-describing checkpoint (a file or a run folder), the authors' .pth, or an exported file -> its model.
+    """A self-describing checkpoint (a file or a run folder), weights of another loop, or an exported file -> its model.
 
-    The model is in evaluation mode; its `card` says which model it is, its classes and its preprocessing. A .onnx file
+    The model is in evaluation mode; its `card` says which model it is, its classes and its preprocessing, and which of
+    these are `guessed`. A .onnx file
     needs ONNX Runtime, a .xml file OpenVINO (the extra `export`); both give an `ExportedModel`. All else gives an
     `eit.EIT`, or a model of timm.
 
     Raises:
         UserError: no such file, damaged, untrusted, or one that does not say which model it is.
     """
-    file = Path(path)
-    if not is_exported(path):
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"eit.load takes the name of weights, or their path, not {type(path).__name__}")
+    file = Path(path).expanduser()
+    if not is_exported(file):
         return load_model(path)
     if not file.is_file():
         raise UserError(f"no exported model at {file}")
-    return RUNTIMES[file.suffix.lower()](file)
+    model = RUNTIMES[file.suffix.lower()](file)
+    say_assumptions(model.card, str(path))
+    return model
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
@@ -139,11 +149,10 @@ def _read_card(file: Path, text: str | None) -> Card:
     if text is None:
         raise UserError(f"{file} was not written by eit export: it lacks the metadata {KEY!r} (classes, preprocessing)")
     try:
-        return parse_card(json.loads(text), str(file))
-    except UserError:
-        raise
+        header = json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"{file}: its metadata {KEY!r} is damaged") from None
+    return parse_card(header, str(file))
 
 
 def _check_signature(file: Path, card: Card, ports: list[Port]) -> None:

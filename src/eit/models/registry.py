@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, register_model
 
 import eit.models.eit  # no `from` import: this module may be imported while that one waits for timm
 from eit.errors import UserError, first_line, nearest
+from eit.hub_access import hub_reason, prepare_hub
 from eit.plots import Point
 
 AUTHORS_CODE = "https://github.com/MrHaiPi/EIT"
@@ -172,11 +173,14 @@ def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any)
     plain = name.removeprefix(TIMM)
     if img_size is not None and getattr(timm.get_pretrained_cfg(plain), "fixed_input_size", False):
         arguments["img_size"] = img_size
+    is_download = bool(arguments.get("pretrained"))
+    if is_download:
+        prepare_hub()
     try:
         return timm.create_model(plain, **arguments)
     except Exception as error:  # each architecture raises its own errors, and so do downloads
-        hint = "; weights can be given as a file" if arguments.get("pretrained") else ""
-        raise UserError(f"{name}: {first_line(error)}{hint}") from None
+        reason = hub_reason(error) if is_download else first_line(error)
+        raise UserError(f"{name}: {reason}{'; weights can be given as a file' if is_download else ''}") from None
 
 
 def check_size(model: Any, size: int, own: int, name: str) -> None:

@@ -11,8 +11,7 @@ from eit.errors import UserError
 from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
 from eit.training.run_folder import resumable_recipe
-from eit.weights.card import Card
-from eit.weights.convert import default_mean_std
+from eit.weights.card import Card, default_mean_std
 from eit.weights.load import load_weights, read_card
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
