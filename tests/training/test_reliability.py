@@ -244,12 +244,14 @@ def test_ranks_that_see_different_data_refuse_at_the_start(tmp_path):
     assert not list(tmp_path.rglob("log.jsonl"))
 
 
+def seed_by_rank():
+    sys.argv.append(f"seed={os.environ['RANK']}")
+
+
 def test_ranks_with_another_recipe_refuse_at_the_start(tmp_path):
     for rank in range(2):
         save_digits(tmp_path / f"machine{rank}" / "data")
-    status, errors = two_machines(
-        tmp_path, RANK.replace("main()", "sys.argv += ['seed=' + os.environ['RANK']]; main()")
-    )
+    status, errors = two_machines(tmp_path, prepare=seed_by_rank)
     assert status == [2, 2] and errors[1] == "", errors
     assert errors[0].startswith("eit: the ranks do not agree: seed is 0 on rank 0, 1 on rank 1; start all with one")
     assert not list(tmp_path.rglob("recipe.yaml"))
