@@ -58,9 +58,11 @@ def name_options(text: str) -> str:
     def option(match: re.Match[str]) -> str:
         key, value = match[1].replace("_", "-"), match[2]
         name = "--data" if key == "root" else f"--{key}"
-        return match[0] if name not in _options else name if value is None else f"{name} {value}"
+        if name not in _options:
+            return value if key == "root" and value and _options else match[0]  # PATH, without an option
+        return name if value is None else f"{name} {value}"
 
-    return re.sub(r"\b(?:data|train)\.(\w+)(?:=([^\s:;,)]+))?", option, text)
+    return re.sub(r"(?<![\w.])(?:data|train)\.(\w+)(?:=([^\s:;,)]+))?", option, text)
 
 
 def print_error(error: Exception) -> None:

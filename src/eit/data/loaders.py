@@ -26,7 +26,7 @@ from eit.data.prefetch import Prefetcher, to_device
 from eit.data.random_crop import Kept
 from eit.data.streaming import StreamEvaluationLoader, StreamLoader
 from eit.data.timm_datasets import ImageStream
-from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_options
+from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, waiting, worker_options
 from eit.errors import UserError
 from eit.randomness import Stream, generator, own_randomness, set_cpu_seed
 
@@ -121,7 +121,7 @@ class CachedLoader:
             yield Batch(x, self.labels[index], len(index))
 
 
-class _Samples(Dataset):
+class _Samples(Dataset[Sample]):
     """(epoch, index, repeat) -> augmented sample. Used in worker processes."""
 
     def __init__(self, images: Images, view: View, transform: ImageTransform, seed: int) -> None:
@@ -152,7 +152,7 @@ class _Samples(Dataset):
         return Sample(pixels, label, faults, box)
 
 
-class _Batches(Sampler):
+class _Batches(Sampler[list[tuple[int, int, int]]]):
     """Keys of the micro-batches of the epoch that was last requested; the workers outlive an epoch."""
 
     def __init__(self, order: SampleOrder) -> None:
@@ -188,7 +188,7 @@ class WorkerLoader:
         yield from self.prefetched(self._host_batches(), epoch)
 
     def _host_batches(self) -> Iterator[HostBatch]:
-        for batch in self.loader:
+        for batch in waiting.batches(self.loader):
             self.bad.add_from(batch)
             yield batch
 
@@ -249,13 +249,13 @@ class EvaluationLoader:
             collate_fn=collate,
             **worker_options(self._worker_count(), self.device),
         )
-        for pixels, labels, faults, _ in loader:
+        for pixels, labels, faults, _ in waiting.batches(loader):
             if faults:
-                raise UserError(f"unreadable validation image: {faults[0]}")
+                raise UserError(faults[0])
             yield pixels, labels
 
 
-class _Pixels(Dataset):
+class _Pixels(Dataset[Sample]):
     def __init__(self, images: Images, view: View) -> None:
         self.images, self.view = images, view
 
@@ -263,7 +263,7 @@ class _Pixels(Dataset):
         try:
             pixels = self.view.pixels(self.images.read(index, self.view.channels))
         except UnreadableImage as error:
-            return Sample(torch.empty(0), 0, [str(error)])
+            return Sample(torch.empty(0), 0, [f"unreadable validation image: {error}"])
         return Sample(pixels, self.images.labels[index], [])
 
 
