@@ -17,7 +17,7 @@ import torch
 
 import eit
 from eit.analysis.attention import AttentionMeter
-from eit.analysis.frequency import FrequencyMeter, transform
+from eit.analysis.frequency import FrequencyMeter, fourier_coefficients
 from eit.analysis.hooks import watch
 from eit.analysis.measure import analyze
 
@@ -87,7 +87,10 @@ def main() -> None:
     tokens = torch.randn(given.batch, *model.patch_embed.grid_size(given.size, given.size), model.embed_dim)
     grid = f"{tokens.shape[1]}x{tokens.shape[2]} tokens of {tokens.shape[3]} channels"
     print(f"one place of {grid}: the 2-D FFT against two products with the real basis")
-    transforms = {"rfft2": lambda: torch.fft.rfft2(tokens, dim=(1, 2)), "real basis": lambda: transform(tokens)}
+    transforms = {
+        "rfft2": lambda: torch.fft.rfft2(tokens, dim=(1, 2)),
+        "real basis": lambda: fourier_coefficients(tokens),
+    }
     show(interleaved(transforms, 5 * given.rounds), given.batch)
 
     print("memory:")

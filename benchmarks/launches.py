@@ -97,7 +97,7 @@ def count(recipe: str = "cifar10", *words: str) -> dict[str, Any]:
             "eit.training.trainer.autocast": lambda *_: nullcontext(),
             "eit.training.trainer.evaluate": lambda *_, **__: nothing,
             "eit.training.trainer.set_seed": step_begins,
-            "eit.training.checkpoint.Writer.submit": lambda *_: None,
+            "eit.training.checkpoint.BackgroundWriter.submit": lambda *_: None,
             "eit.training.trainer.save_weights": lambda *_: None,
             "torch.Generator": lambda device="cpu": generator(),  # ModelEmaV3 makes one on the model's device
             "torch.optim.optimizer._get_fused_kernels_supported_devices": lambda: ["meta", "cpu"],

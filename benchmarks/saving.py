@@ -1,8 +1,8 @@
 """Measure how long a checkpoint stops training: `python benchmarks/saving.py [MODEL]`.
 
-Two calls are timed in turn, five times each: `Writer.submit`, the only call that the training loop waits for, and all
-of `save_checkpoint`. Prints medians, spread, and their ratio. The checkpoint has the weights, their moving average and
-AdamW's two moments.
+Two calls are timed in turn, five times each: `BackgroundWriter.submit`, the only call that the training loop waits for,
+and all of `save_checkpoint`. Prints medians, spread, and their ratio. The checkpoint has the weights, their moving
+average and AdamW's two moments.
 """
 
 import statistics
@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 import eit
-from eit.training.checkpoint import Writer, save_checkpoint
-from eit.weights.card import Card
-from eit.weights.convert import default_class_names, default_mean_std
+from eit.training.checkpoint import BackgroundWriter, save_checkpoint
+from eit.weights.card import Card, default_class_names, default_mean_std
 
 ROUNDS = 5
 
@@ -32,7 +31,7 @@ def main(name: str) -> None:
     card = Card(model=name, arguments={}, classes=default_class_names(1000), **look)
     parts = model.state_dict(), model.state_dict(), dict(optimizer=optimizer.state_dict(), progress={})
     stops, whole, size = [], [], 0
-    with tempfile.TemporaryDirectory() as folder, Writer() as writer:
+    with tempfile.TemporaryDirectory() as folder, BackgroundWriter() as writer:
         for step in range(ROUNDS):
             began = time.perf_counter()
             writer.submit(save_checkpoint, Path(folder), 2 * step, card, *parts)

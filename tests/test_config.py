@@ -1,3 +1,4 @@
+import shlex
 from itertools import combinations
 
 import pytest
@@ -5,6 +6,7 @@ import yaml
 
 from eit.config import (
     Model,
+    changes,
     differences,
     load_recipe,
     parse_recipe,
@@ -107,7 +109,7 @@ def test_overrides_and_files(tmp_path):
         ("train.epochs=0", "train.epochs=0: should be greater than or equal to 1"),
         ("train.epochs=2.5", "train.epochs=2.5: should be a valid integer"),
         ("optim.lr=-1", "optim.lr=-1: should be greater than 0"),
-        ("optim.lr=.nan", "optim.lr=nan: should be a finite number"),
+        ("optim.lr=.nan", "optim.lr=.nan: should be a number"),
         ("model.family=swin", "model.family=swin: should be 'eit', 'eit_plus', 'lsra', 'lite' or 'vit'"),
         ("train.precision=int8", "train.precision=int8: should be 'auto', 'fp32', 'tf32', 'bf16' or 'fp16'"),
         (
@@ -115,13 +117,13 @@ def test_overrides_and_files(tmp_path):
             "train.compile=fast: should be 'off', 'default', 'reduce-overhead' or 'max-autotune'",
         ),
         ("train.compile=1", "train.compile=1: should be 'off', 'default', 'reduce-overhead' or 'max-autotune'"),
-        ("train.compile=null", "train.compile=None: should be 'off', 'default', 'reduce-overhead' or 'max-autotune'"),
-        ("train.deterministic=maybe", "train.deterministic=maybe: should be a valid boolean"),
+        ("train.compile=null", "train.compile=null: should be 'off', 'default', 'reduce-overhead' or 'max-autotune'"),
+        ("train.deterministic=maybe", "train.deterministic=maybe: should be true or false"),
         ("augment.hflip=2", "augment.hflip=2: should be less than or equal to 1"),
         ("train.warmup_epochs=60", "train.warmup_epochs=60 is not less than train.epochs=60"),
         ("data.mean=[0.5,0.5]", "data.mean has 2 values: give one for each of 3 channels"),
         ("name=../up", "name=../up: "),
-        ("train.epochs=true", "train.epochs=True: should be a valid integer"),
+        ("train.epochs=true", "train.epochs=true: should be a valid integer"),
         ("augment.crop_scale=[1.0,0.5]", "augment.crop_scale=[1.0, 0.5] is not a range from low to high"),
         ("augment.crop_scale=[0.5,30]", "augment.crop_scale=[0.5, 30.0] is not a range from low to high, at most 1"),
         ("augment.crop_scale=[0.5,1]", "augment.pad_crop=1 cannot be combined with augment.crop_scale"),
@@ -135,7 +137,7 @@ def test_overrides_and_files(tmp_path):
         ("loss.class_weights=[1]", "loss.class_weights=[1]: should be 'balanced', such as balanced or {cat: 2"),
         (
             "optim.freeze=patch_embed",
-            "optim.freeze=patch_embed: should be a valid tuple, such as [patch_embed, blocks.0]",
+            "optim.freeze=patch_embed: should be a list, such as [patch_embed, blocks.0]",
         ),
         ("loss.teacher_size=32", "loss.teacher_size needs loss.teacher"),
         ("loss.tau=2", "loss.tau needs loss.teacher"),
@@ -145,9 +147,9 @@ def test_overrides_and_files(tmp_path):
         ("optim.trainable=mlp", "optim.trainable=mlp: should be 'all', 'attention' or 'head'"),
         ("data.download=true", "data.download=true needs data.dataset, the data set to download"),
         ("data.crop_ratio=0.01", "data.crop_ratio=0.01: should be greater than or equal to 0.1"),
-        ("optim.lr=1e38", "optim.lr=1e38: should be less than or equal to 1000000"),
+        ("optim.lr=1e38", "optim.lr=1e+38: should be less than or equal to 1000000"),
         ("model.depth=1000000000", "model.depth=1000000000: should be less than or equal to 1000"),
-        ("train=3", "train=3: "),
+        ("train=3", "train=3: train is a section; set its keys, such as train.epochs"),
         ("name.x=1", "unknown recipe key 'name.x'"),
         ("nonsense", "'nonsense' is not key=value"),
         ("=3", "'=3' is not key=value"),
@@ -169,7 +171,7 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, message):
         ("model: !!python/object/apply:os.system ['true']", "is not plain YAML"),
         ("modle: {}", "unknown recipe key 'modle'"),
         ("seed: 1\nseed: 2", "key 'seed' is given twice"),
-        ("a: 1\n? [b]\n: 2", "is not plain YAML"),
+        ("a: 1\n? [b]\n: 2", "r.yaml: line 2: a list or mapping cannot be a key"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, message):
@@ -269,7 +271,7 @@ def test_a_run_of_the_time_when_compile_was_a_switch_is_no_other(tmp_path, befor
 def test_precision_and_determinism_change_the_result():
     plain, other = load_recipe("digits"), load_recipe("digits", ["train.precision=tf32", "train.deterministic=true"])
     assert (plain.train.precision, plain.train.deterministic) == ("fp32", False)
-    assert differences(plain, other) == ["train.precision: fp32 -> tf32", "train.deterministic: False -> True"]
+    assert differences(plain, other) == ["train.precision: fp32 -> tf32", "train.deterministic: false -> true"]
 
 
 @pytest.mark.parametrize("backend", ["pillow", "simplejpeg"])
@@ -282,3 +284,136 @@ def test_an_older_recipe_that_names_a_decoder_is_read(tmp_path, backend):
     values["data"]["backend"] = "cv2"
     with pytest.raises(UserError, match=r"unknown recipe key 'data\.backend': Pillow"):
         parse_recipe(values)
+
+
+# -- Text is taken as it is given
+
+TEXTS = [
+    "0123",
+    "pets #2",
+    "2024-05-01",
+    "1e3",
+    "no",
+    "Off",
+    "12:30",
+    "0x1f",
+    "1_000",
+    "a: b",
+    "{x}",
+    "'q'",
+    " x",
+    "!a",
+    "&a",
+    "*a",
+]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "null", "[a", "true", "1.10", "犬 猫"])
+def test_text_of_an_override_is_what_was_typed(text):
+    assert load_recipe("digits", [f"data.root={text}"]).data.root == text
+
+
+@pytest.mark.parametrize("key", ["out", "model.pretrained", "loss.teacher", "data.dataset", "data.classes"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_may_be_left_out_is_what_was_typed_too(key, text):
+    section, _, last = key.rpartition(".")
+    values = load_recipe("digits", [f"{key}={text}"]).model_dump()
+    expected = 1000 if (key, text) == ("data.classes", "1_000") else text
+    assert (values[section] if section else values)[last] == expected
+
+
+@pytest.mark.parametrize("text", ["1.10", "2024-05-01", "007", "no", "1e3", "on"])
+def test_names_are_what_was_typed_in_commands_and_in_files(tmp_path, text):
+    recipe = load_recipe("digits", [f"name={text}"])
+    assert recipe.name == text and recipe.run_folder().name == text
+    (tmp_path / "r.yaml").write_text(f"name: {text}\n")
+    assert load_recipe(str(tmp_path / "r.yaml")).name == text
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(str(tmp_path / "r.yaml")) == recipe
+
+
+def test_null_stands_for_no_value_where_there_may_be_none():
+    words = [
+        "out=null",
+        "augment.rand_augment=null",
+        "optim.lr_batch=null",
+        "loss.class_weights=null",
+        "data.mean=null",
+    ]
+    recipe = load_recipe("imagenet_mini", words)
+    assert (recipe.out, recipe.augment.rand_augment, recipe.optim.lr_batch) == (None, None, None)
+    assert (recipe.loss.class_weights, recipe.data.mean) == (None, None)
+    assert load_recipe("digits", ["data.root=null"]).data.root == "null"
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("{no: 2}", {"no": 2}),
+        ("{yes: 1, no: 2.5}", {"yes": 1, "no": 2.5}),
+        ("{1.10: 1, 007: 3}", {"1.10": 1, "007": 3}),
+        ("{null: 1, 2024-05-01: 2, ~: 3}", {"null": 1, "2024-05-01": 2, "~": 3}),
+        ("{'a: b': 1e-1}", {"a: b": 0.1}),
+    ],
+)
+def test_classes_are_what_was_typed(tmp_path, text, weights):
+    recipe = load_recipe("digits", [f"loss.class_weights={text}"])
+    assert recipe.loss.class_weights == weights
+    (tmp_path / "r.yaml").write_text(f"loss:\n  class_weights: {text}\n")
+    assert load_recipe(str(tmp_path / "r.yaml")).loss.class_weights == weights
+    assert load_recipe("digits", ["loss.class_weights.no=2"]).loss.class_weights == {"no": 2}
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        *[(f"model.pretrained={text}", value) for text, value in (("true", True), ("no", "no"), ("1", "1"))],
+        *[(f"data.classes={text}", value) for text, value in (("10", 10), ("names.txt", "names.txt"), ("007", "007"))],
+        *[(f"model.schedule={text}", value) for text, value in (("lsra", "lsra"), ("[0, 8]", (0, 8)))],
+        *[(f"data.cache={text}", value) for text, value in (("yes", True), ("off", False), ("null", None))],
+        ("optim.freeze=[no, 1.10]", ("no", "1.10")),
+        ("optim.lr=1e-3", 1e-3),
+        ("train.save_every=1_000", 1000),
+    ],
+)
+def test_a_value_is_of_the_type_that_its_key_wants(word, value):
+    key = word.partition("=")[0]
+    section, _, last = key.partition(".")
+    assert load_recipe("digits", [word]).model_dump()[section][last] == value
+
+
+@pytest.mark.parametrize("word", ["010", "0x40", "1:30", "1e3", "2024-05-01", "~", "!!int 3", "9" * 5000])
+def test_a_number_in_another_notation_is_refused(word):
+    with pytest.raises(UserError, match=r"^data\.batch_size=.*: should be"):
+        load_recipe("digits", [f"data.batch_size={word}"])
+
+
+@pytest.mark.parametrize(
+    "key", ["data.root", "out", "model.pretrained", "loss.teacher", "loss.teacher_weights", "data.classes"]
+)
+@pytest.mark.parametrize("home", ["~", "$HOME", "${HOME}"])
+def test_paths_know_the_home_folder(monkeypatch, key, home):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = [f"{key}={home}/my pets"] + (["loss.teacher=timm/resnet18"] if key == "loss.teacher_weights" else [])
+    section, _, last = key.rpartition(".")
+    values = load_recipe("digits", words).model_dump()
+    assert (values[section] if section else values)[last] == "/home/me/my pets"
+
+
+def test_a_recipe_file_may_be_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my recipe.yaml").write_text("\ufeffname: mine\nout: ~\ndata: {root: ~/pets}\n", encoding="utf-8")
+    recipe = load_recipe("~/my recipe.yaml")
+    assert (recipe.name, recipe.out, recipe.data.root) == ("mine", None, f"{tmp_path}/pets")
+
+
+def test_a_name_that_is_not_utf8_is_refused():
+    for word in ("out=\udcff", "data.root=a\udce9", "name=\udc80"):
+        with pytest.raises(UserError, match="is not UTF-8"):
+            load_recipe("digits", [word])
+
+
+def test_changes_are_words_that_make_the_recipe():
+    words = ["name=1.10", "data.root=a b", "train.compile=off", "loss.class_weights={no: 2}", "optim.lr_batch=null"]
+    old, new = load_recipe("digits"), load_recipe("digits", [*words, "optim.freeze=[no]", "out=~"])
+    assert load_recipe("digits", [shlex.split(word)[0] for word in changes(old, new)]) == new

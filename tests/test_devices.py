@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eit
-from eit.analysis import pictures, robustness
+from eit.analysis import image_maps, robustness
 from eit.analysis.measure import analyze
 from eit.analysis.moments import Moments
 from eit.config import Loss
@@ -23,7 +23,7 @@ from eit.export.exporter import export
 from eit.inference.evaluate import evaluate
 from eit.inference.predict import predict
 from eit.precision import float32_products
-from eit.training.checkpoint import Writer
+from eit.training.checkpoint import BackgroundWriter
 from eit.training.loss import Distillation, make_criterion
 from eit.weights.formats import digest
 
@@ -365,9 +365,18 @@ def test_metrics_are_the_same_on_any_device(device, files):
 # -- Analysis
 
 
+def two_layers():
+    """A convolution and attention in the first, attention alone in the last; with weights that are not near 0."""
+    torch.manual_seed(0)
+    model = eit.EIT(8, 3, 1, 2, embed_dim=12, depth=2, num_heads=2, num_classes=10).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
 def test_an_analysis_is_the_same_on_any_device(device):
     images = torch.randn(3, 3, 8, 10, generator=torch.Generator().manual_seed(0))
-    here, there = (analyze(eit.load("digits").to(place), images, batch_size=2) for place in (CPU, device))
+    here, there = (analyze(two_layers().to(place), images, batch_size=2) for place in (CPU, device))
     for one, other in zip(here.frequency, there.frequency, strict=True):
         values = (
             (f.share, f.share_se, f.share_with_dc, *f.log_amplitude, *(share for _, _, share, _ in f.radial()))
@@ -382,7 +391,7 @@ def test_an_analysis_is_the_same_on_any_device(device):
 
 def test_an_analysis_on_cuda_waits_as_often_for_many_batches_as_for_one():
     with pretended("cuda") as pretend:
-        model, waits = eit.load("digits").to(pretend.device), []
+        model, waits = two_layers().to(pretend.device), []
         images = torch.randn(6, 3, 8, 8).to(pretend.device)
         analyze(model, images[:1])  # what is made once
         for part in (images[:2], images):
@@ -393,7 +402,7 @@ def test_an_analysis_on_cuda_waits_as_often_for_many_batches_as_for_one():
 
 
 def test_an_analysis_copies_the_constants_of_a_grid_once(pretend):
-    model, images = eit.load("digits").to(pretend.device), torch.randn(1, 3, 8, 9).to(pretend.device)
+    model, images = two_layers().to(pretend.device), torch.randn(1, 3, 8, 9).to(pretend.device)
     analyze(model, images)
     pretend.waits.clear()
     analyze(model, images)
@@ -413,7 +422,7 @@ def test_moments_are_the_same_on_any_device(device):
 
 def test_pictures_are_the_same_on_any_device(device):
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    taken = [pictures.take(eit.load("digits").to(place), images.to(place), True)[0] for place in (CPU, device)]
+    taken = [image_maps.compute_maps(two_layers().to(place), images.to(place), True)[0] for place in (CPU, device)]
     for one, other in zip(*taken, strict=True):
         torch.testing.assert_close(other.energy, one.energy, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(other.rollout, one.rollout, atol=1e-3, rtol=1e-3)
@@ -435,7 +444,7 @@ def test_what_is_measured_and_predicted_is_computed_in_float32_not_tf32(files):
     assert torch.backends.cudnn.allow_tf32
     list(predict(model, files[:1]))
     analyze(model, torch.randn(1, 3, 8, 8))
-    pictures.take(model, torch.randn(1, 3, 8, 8))
+    image_maps.compute_maps(model, torch.randn(1, 3, 8, 8))
     robustness.band_accuracy(model, EvaluationLoader(labelled(files), model.card.view, 5, 0, CPU), model.card.view)
     assert len(seen) >= 4 and not any(seen) and torch.backends.cudnn.allow_tf32
 
@@ -465,7 +474,7 @@ def test_the_writer_does_not_wait_for_a_gpu_but_its_thread_does(monkeypatch):
         a, b = torch.zeros(2).to(pretend.device), torch.ones(1, 2).to(pretend.device)
         pretend.waits.clear()
         pretend.copies = 0
-        with Writer() as writer:
+        with BackgroundWriter() as writer:
             writer.submit(lambda state, more: steps.append((state["a"].tolist(), more)), dict(a=a, b=[b]), 7)
             assert pretend.waits == [] and pretend.copies == 2
             a += 5
@@ -479,7 +488,7 @@ def test_from_mps_the_writer_copies_before_it_returns():
     seen = []
     with pretended("mps") as pretend:
         a = torch.zeros(2).to(pretend.device)
-        with Writer() as writer:
+        with BackgroundWriter() as writer:
             writer.submit(lambda state: seen.append(state["a"].tolist()), dict(a=a))
             assert len(pretend.waits) == 2  # to the device, and back
             a += 5
@@ -493,7 +502,7 @@ def test_on_cuda_the_writer_gets_what_was_there_while_the_gpu_was_still_busy():
     torch.cuda.synchronize()
     torch.cuda._sleep(1 << 29)  # cycles, a third of a second or so
     large += 1
-    with Writer() as writer:
+    with BackgroundWriter() as writer:
         writer.submit(lambda state: seen.append((state["a"].is_pinned(), state["a"].unique().tolist())), dict(a=large))
         assert not torch.cuda.current_stream().query()  # the copy is still to come
         large += 5

@@ -68,13 +68,25 @@ def test_a_class_without_images_is_drawn(tmp_path):
     plots.confusion([[0, 0], [0, 0]], ["a", "b"], tmp_path / "y.png")
 
 
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_font_lacks_are_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "_missing_letters", set())
+    for ending, (first, second) in zip(("png", "svg", "pdf"), ("猫犬", "鳥牛", "한국"), strict=True):
+        for _ in range(2):
+            plots.confusion([[1, 0], [0, 1]], [first, f"{first}{second}"], tmp_path / f"x.{ending}")
+        said = capsys.readouterr().err
+        assert said.count("the font lacks 2 letters of the names") == 1 and first in said and second in said
+    plots.confusion([[1, 0], [0, 1]], ["chat", "été"], tmp_path / "x.png")
+    assert not capsys.readouterr().err
+
+
 def test_a_picture_of_many_classes_has_a_pixel_for_each(tmp_path):
     plots.confusion(np.eye(1000, dtype=int), ["x"] * 1000, tmp_path / "x.png")
     pixels = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
     assert min(pixels.shape) > 1000
 
 
-def test_curves(tmp_path, figures):
+def test_curves(tmp_path, figures, drawn_curves):
     lines = [
         dict(epoch=i, train_loss=2 / (i + 1), val_loss=2.2 / (i + 1), val_top1=50.0 + i, ema_top1=None)
         for i in range(3)

@@ -1,7 +1,7 @@
-"""How often the students of results/distillation agree with their teacher, the digits weight.
+"""How often the students of results/distillation agree with their teacher, the digits weights.
 
 `python tools/agreement.py` needs the runs' final.safetensors, which results/ does not keep; it writes agreement.json
-there: percent of the images that no student was trained on.
+there: the percentage of the images that no student was trained on.
 """
 
 import json

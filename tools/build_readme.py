@@ -1,4 +1,4 @@
-"""Rebuild what the pages show from the zoo and from results/: `make readme`. With --check, only say what is stale."""
+"""Rebuild tables and figures of the pages from code and results/: `make readme`. With --check, name what is stale."""
 
 import csv
 import json
@@ -22,14 +22,14 @@ from eit.reproduce.runs import Result, read_results
 from eit.reproduce.tables import (
     FIGURE,
     PAGE,
-    disagreement,
+    effects_text,
     extent,
-    gaps,
     has_digest,
+    judge_claims,
     machines,
     report_table,
+    stale_file,
     verdict_text,
-    weighed,
 )  # fmt: skip
 from eit.reproduce.verdict import FAILS, HOLDS, UNDECIDED, Verdict
 
@@ -90,7 +90,7 @@ def runs() -> str:
 
 
 def finetuning() -> str:
-    texts = {"digits": "the digits weight", "scratch": "nothing (initial values)"}
+    texts = {"digits": "the digits weights", "scratch": "nothing (initial values)"}
     rows = []
     for arm, text in texts.items():
         found = summaries(f"finetuning/{arm}-seed-*")
@@ -107,7 +107,7 @@ def distillation() -> str:
         for arm, text in texts.items()
         for top1 in [[s["last_top1"] for s in summaries(f"distillation/{arm}-seed-*")]]
     ]
-    head = "| 359 digits, teacher | seeds | agrees with it, median (range) | last-epoch top-1, median (range) |"
+    head = "| 359 digits, teacher | seeds | agrees with digits, median (range) | last-epoch top-1, median (range) |"
     return "\n".join([*table(head, rows), "", "From [results/distillation](results/distillation)."])
 
 
@@ -198,7 +198,7 @@ def speed() -> str:
     peaks = records[0]["peaks"]
     best = {precision: found["flops_per_s"] / 1e9 for precision, found in peaks.items()}
     mkl = statistics.median(peaks["fp32"]["routes"]["mm"]) / 1e9
-    note = f"Each: images/s, ratio to the model's naive one in fp32, share of the peak. {about(records[0])} "
+    note = f"Each cell: images/s, speed relative to the naive model in fp32, share of the peak. {about(records[0])} "
     note += f"Peak: {best['fp32']:.0f} GFLOP/s in fp32 (`a @ b` by MKL: {mkl:.0f}), {best['bf16']:.0f} in bf16."
     return "\n".join([*table(HEAD, rows), "", note])
 
@@ -234,7 +234,7 @@ def loading() -> str:
     for what in ("one thread", "one worker process"):
         by_size = found[f"images/s of {what}"]
         for name in by_size["500x375"]:
-            if "simplejpeg" in name:  # measured, and left out: see What was tried and did not pay
+            if "simplejpeg" in name:  # not a backend any more: see "What was tried and did not help"
                 continue
             cells = [f"{size[name]['median']:.0f} ({size[name]['ratio']:.2f}x)" for size in by_size.values()]
             rows.append([what, name, *cells])
@@ -246,7 +246,7 @@ def scale() -> str:
     rows = []
     for name, times in found["processes"]["seconds"].items():
         ratios = [one / two for one, two in zip(times["one"], times["two"], strict=True)]
-        what = f"two processes against twice one: {name}, {times['batch']} images each"
+        what = f"speed of two processes, relative to twice that of one: {name}, {times['batch']} images each"
         rows.append([what, spread(ratios, ".3f", ""), "at least 0.9"])
     for what, part, goal in (
         ("from the start of `eit train digits` to its first step", found["start"]["seconds"]["total"], 8),
@@ -258,7 +258,7 @@ def scale() -> str:
 
 # -- The paper's claims ------------------------------------------------------------------------------------------------
 
-TESTED = [  # claims that need no training: what it says, the versions of the paper that do, the code, the test
+TESTED = [  # claims that need no training: the claim, the versions of the paper, the code, the test
     (
         'EIT has 3.5, 8.9, 16.0, 25.3 M parameters and 1.73, 3.84, 6.52, 10.0 G "FLOPs" as the paper counts',
         "v2",
@@ -290,17 +290,17 @@ TESTED = [  # claims that need no training: what it says, the versions of the pa
         "test_no_position_embedding.py",
     ),
 ]
-BUDGETS = ("full", "medium", "short")  # of evidence, best first
-WAITING = "not yet judged, as runs are missing"
+BUDGETS = ("full", "medium", "short")  # best first
+WAITING = "not yet judged, because runs are missing"
 
 
 def evidence(name: str) -> tuple[experiments.Experiment, str, list[Result]]:
-    """The best budget of an experiment that is complete, else the one with the most results."""
+    """The best budget of an experiment that is complete; otherwise the one with the most results."""
     experiment = experiments.load(name)
     budgets = [budget for budget in BUDGETS if budget in experiment.runs.budgets]
     found = {budget: read_results(experiment, budget, ROOT / "results") for budget in budgets}
-    whole = [budget for budget in budgets if len(found[budget]) == len(experiment.cells(budget))]
-    budget = (whole or sorted(budgets, key=lambda budget: -len(found[budget])))[0]
+    complete = [budget for budget in budgets if len(found[budget]) == len(experiment.cells(budget))]
+    budget = (complete or sorted(budgets, key=lambda budget: -len(found[budget])))[0]
     return experiment, budget, found[budget]
 
 
@@ -310,18 +310,18 @@ def code(place: str) -> str:
 
 
 @cache
-def weighed_claims() -> list[tuple[str, str, experiments.Claim, Verdict]]:
-    """Of every experiment: its name, its runs in words, claim, verdict; the primary claims first."""
+def judged_claims() -> list[tuple[str, str, experiments.Claim, Verdict]]:
+    """(name of the experiment, its runs in words, claim, verdict) of every claim; the primary claims first."""
     rows = []
     for name in experiments.experiment_names():
         experiment, budget, found = evidence(name)
         planned = experiment.cells(budget)
-        for key, verdict in weighed(experiment, budget, ROOT / "results").items():
+        for key, verdict in judge_claims(experiment, budget, ROOT / "results").items():
             claim = experiment.claims[key]
             own = [cell.name for cell in planned if cell.levels[claim.axis] in claim.levels]
             absent = set(claim.levels).difference(cell.levels[claim.axis] for cell in planned)
             done = sum(result.cell.name in own for result in found)
-            runs = f"{budget}, " + (f"which has no {min(absent)}" if absent else f"{done} of {len(own)} runs")
+            runs = f"{budget}, " + (f"without {min(absent)}" if absent else f"{done} of {len(own)} runs")
             rows.append((name, runs, claim, verdict))
     return sorted(rows, key=lambda row: not row[2].primary)
 
@@ -330,33 +330,40 @@ def claims() -> str:
     """The primary claims; the others; what is counted."""
     head = "| claim | paper | runs | difference [95% interval] | verdict |"
     parts: dict[bool, list[list[str]]] = {True: [], False: []}
-    for name, runs, claim, verdict in weighed_claims():
+    for name, runs, claim, verdict in judged_claims():
         says = f"{claim.says} ({code(claim.code)})"
         run = f"[{name}](#{ANCHORS[name]}), {runs}"
-        parts[claim.primary].append([says, claim.paper or "ours", run, gaps(verdict, claim), verdict_text(verdict)])
+        parts[claim.primary].append(
+            [says, claim.paper or "ours", run, effects_text(verdict, claim), verdict_text(verdict)]
+        )
     counted = [
         [f"{says} ({code(place)})", paper, f"[{test}](../tests/claims/{test})", "counted", "**holds**"]
         for says, paper, place, test in TESTED
     ]
-    texts = ("Primary, corrected together:", "Exploratory, each for itself:", "Counted, with no training:")
+    texts = ("Primary, corrected together:", "Exploratory, not corrected:", "Counted, without training:")
     tables = [table(head, parts[True]), table(head, parts[False]), table(head, counted)]
     return "\n".join(line for text, lines in zip(texts, tables, strict=True) for line in (text, "", *lines, ""))[:-1]
 
 
 def verdicts() -> str:
-    """The primary claims, as far as they are run."""
+    """The primary claims."""
     rows = [
-        [claim.says, f"[{name}](docs/paper.md#{ANCHORS[name]}), {runs}", gaps(verdict, claim), verdict_text(verdict)]
-        for name, runs, claim, verdict in weighed_claims()
+        [
+            claim.says,
+            f"[{name}](docs/paper.md#{ANCHORS[name]}), {runs}",
+            effects_text(verdict, claim),
+            verdict_text(verdict),
+        ]
+        for name, runs, claim, verdict in judged_claims()
         if claim.primary
     ]
     return "\n".join(table("| claim | runs | difference [95% interval] | verdict |", rows))
 
 
 def in_short() -> str:
-    """The primary claims by what the runs say of them."""
+    """The primary claims, grouped by their verdict."""
     found: dict[str, list[str]] = {}
-    for _, _, claim, verdict in weighed_claims():
+    for _, _, claim, verdict in judged_claims():
         if claim.primary:
             word = verdict.word if verdict.p is not None else WAITING
             found.setdefault(word, []).append(claim.says)
@@ -365,12 +372,12 @@ def in_short() -> str:
 
 
 def forest() -> list[Row]:
-    """Differences in accuracy, of each claim that two levels are compared for."""
+    """The intervals of all claims that compare the accuracy of two levels."""
     rows = []
-    for _, _, claim, verdict in weighed_claims():
+    for _, _, claim, verdict in judged_claims():
         if claim.metric == "last_top1" and not claim.reaches:
-            found = [*verdict.gaps, verdict.mean] if verdict.mean else verdict.gaps
-            rows += [Row(claim, verdict, gap) for gap in found if gap.low is not None]
+            found = [*verdict.effects, verdict.mean] if verdict.mean else verdict.effects
+            rows += [Row(claim, verdict, effect) for effect in found if effect.low is not None]
     return rows
 
 
@@ -397,22 +404,22 @@ def experiment(name: str) -> str:
 
 
 def build_results(check: bool) -> None:
-    """The page and the figure of each budget that has runs in results/."""
+    """Build or check the page and the figure of each budget that has runs in results/."""
     for name in experiments.experiment_names():
         loaded = experiments.load(name)
         for budget in loaded.runs.budgets:
             if not read_results(loaded, budget, ROOT / "results"):
                 if (page := ROOT / "results" / name / budget / PAGE).exists():
-                    sys.exit(f"{page} is of runs that are not in results/: train them, or remove it")
+                    sys.exit(f"{page} has no runs in results/: train them, or remove the page")
                 continue
             if not check:
                 result_tables.build(loaded, budget, ROOT / "results")
-            elif stale := disagreement(loaded, budget, ROOT / "results"):
+            elif stale := stale_file(loaded, budget, ROOT / "results"):
                 sys.exit(f"{stale} disagrees with results/: run `make readme`")
 
 
 def draw(file: Path) -> None:
-    """The family in one picture: which channels of each layer are convolved, and which attend."""
+    """Draw how many channels of each layer are convolved and how many attend, in EIT, LSRA and ViT."""
     figure = Figure(figsize=(9.6, 3.9), dpi=130)
     titles = {"eit": "EIT: convolution decreases with depth", "lsra": "LSRA: half in every layer", "vit": "ViT: none"}
     for column, (family, title) in enumerate(titles.items()):
@@ -467,7 +474,7 @@ def main() -> None:
     build_results("--check" in sys.argv)
     images, found = ROOT / "docs" / "images", evidence("imagenet")[2]
     if "--check" in sys.argv:
-        if not result_tables.shows(images / "results.png", found):
+        if not result_tables.is_current_figure(images / "results.png", found):
             sys.exit("docs/images/results.png disagrees with results/: run `make readme`")
         if not has_digest(images / "forest.png", digest(forest())):
             sys.exit("docs/images/forest.png disagrees with results/: run `make readme`")

@@ -1,4 +1,4 @@
-"""Write a few validation digits as PNG files, in a folder a class: `python tools/demo_images.py OUT`."""
+"""Write a few validation digits as PNG files, in one folder per class: `python tools/demo_images.py OUT`."""
 
 import sys
 from pathlib import Path

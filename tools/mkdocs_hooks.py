@@ -1,7 +1,8 @@
 """For mkdocs: README.md is the index, and links between files of the repository hold on the site too.
 
-The pages are written for a reader of the repository. Here a link to a page becomes one to its place on the site; a
-file that is linked or shown (results/, src/) is copied; a folder is its report.html if it has one, else its name.
+The pages are written for readers of the repository. Here a link to a page becomes a link to its place on the site. A
+file that is linked or shown (results/, src/) is copied. A link to a folder becomes one to its report.html if there is
+one, otherwise only the name of the folder.
 """
 
 import re

@@ -1,9 +1,9 @@
-"""Trained weights -> files to release: `python tools/release_weights.py OUT [RESULTS]`.
+"""Prepare trained weights for a release: `python tools/release_weights.py OUT [RESULTS]`.
 
-For each experiment, budget, data set and model of ours in RESULTS (results/), the run whose last epoch is the median
-of its seeds: OUT/NAME/ has config.json, model.safetensors and a model card, as timm and Hugging Face read them;
-OUT/NAME.zip is that folder, and OUT/SHA256SUMS has the checksum of each. Runs whose weights are not there, as in the
-results/ of a checkout, are named and left out.
+For each experiment, budget, data set and model of this package in RESULTS (results/), it takes the run with the median
+last-epoch top-1 of its seeds. OUT/NAME/ has config.json, model.safetensors and a model card for timm and Hugging Face,
+OUT/NAME.zip is that folder, and OUT/SHA256SUMS has the checksums. Runs without weights, as in the results/ of the
+repository, are named and left out.
 """
 
 import hashlib

@@ -26,7 +26,7 @@ _PUBLIC = {
     "predict": "inference.predict",
     "create_model": "models.registry",
     "list_models": "models.registry",
-    "load": "inference.runtimes",
+    "load": "inference.exported_models",
     "load_weights": "weights.load",
     "UserError": "errors",
 }
@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from eit.analysis.measure import analyze as analyze
     from eit.errors import UserError as UserError
     from eit.inference.evaluate import evaluate as evaluate
+    from eit.inference.exported_models import load as load
     from eit.inference.predict import predict as predict
-    from eit.inference.runtimes import load as load
     from eit.models.complexity import complexity as complexity
     from eit.models.eit import EIT as EIT
     from eit.models.registry import create_model as create_model

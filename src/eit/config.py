@@ -4,10 +4,11 @@ import shlex
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,11 +20,8 @@ from pydantic import (
 )
 
 from eit.errors import UserError, nearest, shorten
-
-try:
-    from yaml import CSafeLoader as SafeLoader  # ten times as fast, where libyaml is there
-except ImportError:
-    from yaml import SafeLoader  # type: ignore[assignment]
+from eit.files import expand_path, read_text
+from eit.plain_yaml import alternatives, member, read_scalar, read_yaml
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -33,11 +31,13 @@ Channels = Annotated[Whole, Field(ge=1, le=65536)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Pair = tuple[Positive, Positive]
+FilePath = Annotated[str, AfterValidator(expand_path)]  # or a name that stands in its place, such as sklearn:digits
 
 
 def _compile_mode(value: Any) -> Any:
-    """The mode that `true` or `false` stands for; YAML reads `off` as false."""
-    return {True: "default", False: "off"}[value] if isinstance(value, bool) else value
+    """The mode that `true` or `false` stands for."""
+    modes = dict(true="default", on="default", yes="default", false="off", no="off")
+    return modes.get(str(value).lower(), value)
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -66,7 +66,7 @@ class Model(Section):
     """a model of `eit models`, or timm/NAME"""
     family: Literal["eit", "eit_plus", "lsra", "lite", "vit"] = "eit"
     """preset of schedule, convolution branch, class-token path, stem and position embedding"""
-    pretrained: bool | str | None = None
+    pretrained: bool | FilePath | None = None
     """weights to start from: a file, a run folder or an included name; true: timm's download for timm/NAME"""
     reset_head: bool = False
     """use a new head, for weights that were trained on other classes"""
@@ -139,7 +139,7 @@ class Model(Section):
 
 
 class Data(Section):
-    root: str = ""
+    root: FilePath = ""
     """a data set folder (its layout is recognised), or sklearn:digits"""
     dataset: str | None = None
     """a name of timm.data.create_dataset (wds/, hfds/, tfds/, torch/ ...), or what data.download fetches"""
@@ -153,7 +153,7 @@ class Data(Section):
     """column of the images in a data set of timm; null: image (jpg, png or webp in shards)"""
     target_key: str | None = None
     """column of the labels in a data set of timm; null: label (cls in shards)"""
-    classes: Count | str | None = None
+    classes: Count | FilePath | None = None
     """number of classes, or a file with one class name per line, for a data set of timm that has none"""
     image_size: Count = 224
     """pixels of the model's square input"""
@@ -279,9 +279,9 @@ class Loss(Section):
     """bce: a binary cross-entropy per class, with target 1 for the image's classes and 0 for the others"""
     class_weights: Literal["balanced"] | dict[str, NotNegative] | None = None
     """weight of each class by its name, or balanced: images / (classes * images of the class)"""
-    teacher: str | None = None
+    teacher: FilePath | None = None
     """distillation: weights of this package (a file, a run folder or an included name), or timm/NAME"""
-    teacher_weights: str | None = None
+    teacher_weights: FilePath | None = None
     """weights file of a teacher timm/NAME; null: timm's download"""
     teacher_size: Count | None = None
     """pixels of the teacher's input; null: the teacher's default"""
@@ -325,7 +325,7 @@ class Recipe(Section):
     """name of the run folder"""
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     """seed of all random numbers"""
-    out: str | None = None
+    out: FilePath | None = None
     """run folder; null: runs/NAME"""
     model: Model = Model()
     data: Data = Data()
@@ -368,7 +368,7 @@ class Recipe(Section):
         return self
 
     def run_folder(self) -> Path:
-        return Path(self.out or f"runs/{self.name}").expanduser()
+        return Path(self.out or f"runs/{self.name}")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=False)
@@ -404,6 +404,15 @@ _SUCH = {
     "augment.crop_aspect": "[0.75, 1.33]",
     "name": "my-run_2",
 }
+_WRONG_TYPE = {  # of pydantic -> our words
+    "bool_parsing": "should be true or false",
+    "dict_type": "should be a mapping",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "string_pattern_mismatch": "should be letters, digits and _ . -, a letter or digit first",
+    "string_type": "should be text",
+    "tuple_type": "should be a list",
+}
 _HINTS = {
     "model.num_classes": "the class count comes from the data",
     "model.img_size": "set data.image_size",
@@ -431,7 +440,7 @@ def recipe_header(name: str) -> str:
 
 
 def _shipped(name: str) -> str:
-    return resources.files("eit.recipes").joinpath(f"{name}.yaml").read_text()
+    return resources.files("eit.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -447,12 +456,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if name_or_path in recipe_names():
         text = _shipped(name_or_path)
     elif name_or_path.endswith((".yaml", ".yml")):
-        try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read recipe {name_or_path}: {_reason(error)}") from None
+        text = read_text(expand_path(name_or_path), "recipe")
     else:
-        if Path(name_or_path).is_file():
+        if Path(expand_path(name_or_path)).is_file():
             raise UserError(f"{name_or_path} is not a recipe: the name of a recipe file ends in .yaml")
         known = ", ".join(recipe_names())
         raise UserError(
@@ -461,22 +467,20 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(parse_overrides(overrides, parse_yaml(text, name_or_path)))
 
 
-class _UniqueKeys(SafeLoader):
-    """A safe loader that refuses duplicate keys, of which YAML would silently drop one."""
+def parse_yaml(
+    text: str,
+    source: str,
+    schema: type[BaseModel] = Recipe,
+    kind: str = "a recipe: sections such as model: and data:",
+) -> dict[str, Any]:
+    """The mapping in a YAML file, not yet checked: text stays as it is written where `schema` wants text.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := {key for key in keys if isinstance(key, str) and keys.count(key) > 1}:
-            raise yaml.YAMLError(f"key {min(twice)!r} is given twice (line {node.start_mark.line + 1} on)")
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str, source: str, kind: str = "a recipe: sections such as model: and data:") -> dict[str, Any]:
-    """The mapping in a YAML file. `kind` completes the error message: what the file is, and what it should contain."""
+    `kind` completes the error message: what the file is, and what it should contain.
+    """
     try:
-        values = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise UserError(f"{source} is not plain YAML: {shorten(str(error), 60)}") from None
+        values = read_yaml(text, schema)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source} is not {kind} are expected")
     sections = {key.partition(".")[0] for key in recipe_keys() if "." in key}
@@ -491,11 +495,13 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         raise UserError(_explain(error)) from None
 
 
-def parse_overrides(words: Sequence[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Parse `key=value` words, into `values` if given."""
+def parse_overrides(
+    words: Sequence[str], values: dict[str, Any] | None = None, schema: type[BaseModel] = Recipe
+) -> dict[str, Any]:
+    """Parse `key=value` words, into `values` if given. Text is taken as it is; numbers, lists and so on are YAML."""
     values = {} if values is None else values
     for word in words:
-        _apply(values, word)
+        _apply(values, word, schema)
     return values
 
 
@@ -520,13 +526,15 @@ def data_config(**values: Any) -> Data:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """`key: old -> new` for every key that differs and changes the result."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k] and k not in FREE_KEYS]
+    changed = [k for k in before if before[k] != after[k] and k not in FREE_KEYS]
+    return [f"{k}: {_shown(before[k])} -> {_shown(after[k])}" for k in changed]
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
     """The `key=value` words, quoted for a shell, that turn `old` into `new`."""
     before = dict(_leaves(old))
-    return [shlex.quote(f"{k}={_flow(v)}") for k, v in _leaves(new) if before[k] != v]
+    changed = [(k, v) for k, v in _leaves(new) if before[k] != v]
+    return [shlex.quote(f"{k}={v if isinstance(v, str) else _flow(v)}") for k, v in changed]
 
 
 def _flow(value: Any) -> str:
@@ -535,22 +543,34 @@ def _flow(value: Any) -> str:
     return yaml.safe_dump([plain], default_flow_style=True, width=10**6).strip()[1:-1]
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, schema: Any) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not key=value, such as train.epochs=10")
     if key == "data.backend":  # allowed only in older recipe files
         raise UserError(f"unknown recipe key {key!r}: {_HINTS[key]}")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        value = text
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{key}={text}: the name is not UTF-8, as recipes are; rename the file or folder") from None
     *sections, last = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        values, schema = values.setdefault(section, {}), member(schema, section)
         if not isinstance(values, dict):
             raise UserError(f"unknown recipe key {key!r}: {section} has no keys of its own")
-    values[last] = value
+    values[last] = _parse_value(text, member(schema, last))
+
+
+def _parse_value(text: str, schema: Any) -> Any:
+    """The value of an override. Text that is not of the wanted type stays text, which `_explain` then shows."""
+    kinds = alternatives(schema)
+    if str in kinds and not (text.startswith("[") and any(get_origin(kind) is tuple for kind in kinds)):
+        # `~` alone is the home folder; `null` is the one word that stands for no value
+        return text if text == "~" else read_scalar(text, kinds)
+    try:
+        return read_yaml(text, schema)
+    except UserError:
+        return text
 
 
 def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
@@ -573,9 +593,25 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     if first["type"] == "extra_forbidden":
         what = "model argument" if section is Model else "recipe key"
         return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if first["type"] == "model_type":
+        such = next(k for k in known if k.startswith(f"{key}."))
+        return f"{key}={shorten(_shown(first['input']), 60)}: {key} is a section; set its keys, such as {such}"
+    message = _WRONG_TYPE.get(
+        first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    )
     message += f", such as {_SUCH[key]}" if key in _SUCH else ""
-    return f"{key}={shorten(str(first['input']), 60)}: {message}" if key else message
+    return f"{key}={shorten(_shown(first['input']), 60)}: {message}" if key else message
+
+
+def _shown(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -592,7 +628,3 @@ def _leaves(section: BaseModel, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from _leaves(value, f"{name}.")
         else:
             yield prefix + name, value
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else shorten(str(error), 60)

@@ -14,8 +14,22 @@ from eit.errors import printable
 
 T = TypeVar("T")
 
+
+class Messages(Console):
+    """Progress and warnings. If nobody reads them any more (`2>&1 | head -1`, a lost terminal), the work goes on."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Messages(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str, any_rank: bool = False) -> None:
@@ -34,7 +48,7 @@ class Advance(Protocol):
 def progress(title: str, total: int, start: int = 0, every: float = 10.0) -> Iterator[Advance]:
     """A bar of `total` steps; call the value with the steps done and `name=value` fields to show behind it.
 
-    Where there is no terminal, a plain line appears every `every` seconds, so a short task prints nothing.
+    Without a terminal, a plain line appears every `every` seconds, so a short task prints nothing.
     """
     done, began, last = start, time.monotonic(), time.monotonic()
     if not distributed.is_main():

@@ -1,5 +1,6 @@
-"""What a figure depends on besides its recipe: code, packages, machine, GPU, settings of torch."""
+"""The environment of a run, which its figures depend on: code, packages, machine, GPU, settings of torch."""
 
+import hashlib
 import os
 import platform
 import re
@@ -17,17 +18,17 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the recipe, at this moment."""
+    """The current environment: everything besides the recipe that figures depend on."""
     cuda, cpu = device.type == "cuda", _cpu()
     return dict(
         eit=version("eit"),
         commit=_commit(),
         python=platform.python_version(),
-        packages={"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")},
+        packages=_packages(),
         system=f"{platform.system()} {platform.machine()}",
         device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {cpu['model name']}",
         **(dict(gpu=_gpu(device)) if cuda else {}),
-        cpu={key: cpu[key] for key in ("cpu family", "model", "stepping") if key in cpu}  # kernels round as it does
+        cpu={key: cpu[key] for key in ("cpu family", "model", "stepping") if key in cpu}  # rounding depends on it
         | dict(capability=torch.backends.cpu.get_cpu_capability()),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
@@ -37,8 +38,21 @@ def environment(device: torch.device) -> dict[str, Any]:
     )
 
 
+def versions() -> dict[str, str]:
+    """What several processes of one run must share: Python's minor version, packages, and this package's code."""
+    here, code = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(here.rglob("*.py")):
+        code.update(f"{file.relative_to(here).as_posix()}\n".encode() + file.read_bytes())
+    python = ".".join(platform.python_version_tuple()[:2])
+    return dict(python=python, eit=version("eit"), **_packages(), **{"code of eit": code.hexdigest()[:12]})
+
+
+def _packages() -> dict[str, str]:
+    return {"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")}
+
+
 def _gpu(device: torch.device) -> dict[str, Any]:
-    """The GPU, and the software between it and torch."""
+    """The GPU, its driver, and the libraries of CUDA."""
     properties = torch.cuda.get_device_properties(device)
     has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     return dict(
@@ -48,7 +62,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         visible=torch.cuda.device_count(),
         CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES"),
         driver=_driver(),
-        cuda=torch.version.cuda,  # that torch was built for
+        cuda=torch.version.cuda,  # that torch was built with
         cudnn=torch.backends.cudnn.version(),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
     )
@@ -64,12 +78,12 @@ def _driver() -> str | None:
             text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
         except (OSError, subprocess.SubprocessError):
             return None
-    number = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)  # the first: the compiler's follows
+    number = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)  # the first number; the compiler's version follows
     return number and number[0]
 
 
 def _settings() -> dict[str, Any]:
-    """What torch may choose between: results round differently, or differ between two runs."""
+    """Settings of torch that change rounding, or make runs differ."""
     backends = torch.backends
     attention = dict(
         flash=backends.cuda.flash_sdp_enabled,
@@ -78,7 +92,7 @@ def _settings() -> dict[str, Any]:
         math=backends.cuda.math_sdp_enabled,
     )
     return dict(
-        # allow_tf32 raises an error after fp32_precision was set; fp32_precision follows both.
+        # allow_tf32 raises an error if fp32_precision was set; fp32_precision follows both.
         tf32_matmul=backends.cuda.matmul.fp32_precision == "tf32",
         tf32_conv=backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
         deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
@@ -90,7 +104,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of a source checkout, with + where files differ from it."""
+    """The commit of a source checkout, with + if files differ from it."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     try:
@@ -104,7 +118,7 @@ def _commit() -> str | None:
 
 
 def _cpu() -> dict[str, str]:
-    """What Linux says of the first core; elsewhere its name alone."""
+    """Properties of the first core on Linux; on other systems only its name."""
     cpu = {"model name": platform.processor() or platform.machine()}
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]

@@ -1,14 +1,53 @@
-"""Files that survive a crash: written whole or not at all."""
+"""Paths as people give them, text files as they write them, and files that survive a crash: whole or not at all."""
 
+import codecs
 import json
 import os
+import re
 import shutil
 import stat
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-MAX_JSON = 64 << 20  # bytes
+from eit.errors import UserError
+
+MOST_TEXT = 64 << 20  # bytes
+
+
+def expand_path(path: str) -> str:
+    """`path` with ~ and variables such as $HOME replaced, which a shell leaves as they are behind `=` or in quotes.
+
+    An unknown user or variable stays as it is. So do addresses, such as https://, pipe: and hf-hub:.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:", path):
+        return path
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not a text file; `what` it should be is named, such as `recipe`.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"cannot read {what} {path}: it is not a file")
+        with open(path, "rb") as file:
+            content = file.read(MOST_TEXT + 1)
+        if len(content) > MOST_TEXT:
+            raise UserError(f"cannot read {what} {path}: it has more than {MOST_TEXT >> 20} MiB")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {what} {path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error  # ValueError: a null character in the name
+        raise UserError(f"cannot read {what} {path}: {reason}") from None
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -17,7 +56,8 @@ def write_file(path: Path, content: bytes | str) -> None:
     try:
         temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
         with open(temporary, "xb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            # Names of files need not be UTF-8: they are written as the file system has them.
+            f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -31,9 +71,22 @@ def write_file(path: Path, content: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for the context. Windows leaves what a runtime still holds open; its clean-up removes that later."""
+    folder = Path(tempfile.mkdtemp(prefix="eit-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make the names in `folder` durable, if the system can: Windows opens no folders."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:
@@ -46,17 +99,20 @@ def open_regular(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
     Raises:
         OSError: the file is missing, or is a link, a folder, a pipe or a device; or what `open` raises.
     """
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(None, "it is not a regular file", name)
+        return descriptor
+
     if path.is_symlink():
         raise OSError(None, "it is a link, not a regular file", str(path))
-    file = open(path, mode, opener=lambda name, own: os.open(name, own | flags, 0o666), **options)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(None, "it is not a regular file", str(path))
-    return file
+    return open(path, mode, opener=opener, **options)
 
 
-def read_regular(path: Path, most: int = MAX_JSON) -> bytes:
+def read_regular(path: Path, most: int = MOST_TEXT) -> bytes:
     """The content of a regular file of at most `most` bytes.
 
     Raises:
@@ -84,3 +140,16 @@ def read_json(path: Path) -> Any:
         return json.loads(read_regular(path), parse_constant=refuse)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
+
+
+def text_lines(content: bytes) -> list[str]:
+    """The lines of a text file that are not empty: UTF-8 or UTF-16, with or without a byte-order mark, LF or CRLF.
+
+    Bytes that are not UTF-8 stay as Python keeps them in file names (surrogateescape).
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:
+        text = content.decode("utf-8-sig", errors="surrogateescape")
+    lines = (line.removesuffix("\r") for line in text.split("\0" if "\0" in text else "\n"))
+    return [line for line in lines if line.strip()]

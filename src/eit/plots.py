@@ -1,12 +1,15 @@
 """Pictures: curves of a run, confusion matrices, image grids, published results. Matplotlib is imported when needed."""
 
-import os
+import io
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eit.console import say
 from eit.errors import UserError, shorten
+from eit.files import write_file
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -41,9 +44,9 @@ def curves(lines: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Path) -> None:
-    """A confusion matrix, counts[truth][prediction], as .png, .pdf or .svg.
+    """Draw a confusion matrix, counts[truth][prediction], as .png, .pdf or .svg.
 
-    The colour is the share of the row. Counts stand in the cells up to 20 classes, names at the axes up to 40.
+    The colour is the share of the row. Up to 20 classes have counts in the cells, up to 40 have names at the axes.
     """
     import numpy as np
     from matplotlib.colors import PowerNorm
@@ -117,7 +120,7 @@ def grid(sections: Sequence[tuple[str, Sequence[Tile]]], file: Path, columns: in
 
 
 class Point(NamedTuple):
-    """A model: parameters in millions, multiply-accumulates in G, ImageNet-1K top-1 in percent, as published or not."""
+    """A model: parameters in millions, multiply-accumulates in G, ImageNet-1K top-1 in percent."""
 
     family: str
     model: str
@@ -129,9 +132,9 @@ class Point(NamedTuple):
 
 
 def results(points: Sequence[Point], file: Path, highlight: str = "EIT", **options: Any) -> None:
-    """Top-1 against parameters, and against multiply-accumulates: a line per family, dashed without a pyramid.
+    """Draw top-1 against parameters and against multiply-accumulates: one line per family, dashed without a pyramid.
 
-    What was published is hollow, what was measured filled. `options` are those of `save`.
+    Published results are hollow, measured results filled. `options` are those of `save`.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -239,13 +242,18 @@ def save(figure: Any, file: Path, **options: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    temporary = file.with_name(f".{file.name}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box is drawn instead
-        try:
-            figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
-            os.replace(temporary, file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph .* missing", UserWarning)
+        figure.savefig(picture, format=file.suffix[1:].lower(), **options)
+    try:
+        write_file(file, picture.getvalue())
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    missing = {chr(int(found[1])) for w in caught if (found := re.match(r"Glyph (\d+) .* missing", str(w.message)))}
+    if new := sorted(missing - _missing_letters):
+        _missing_letters.update(new)
+        say(f"{file}: the font lacks {len(new)} letters of the names ({''.join(new[:10])}); boxes are drawn instead")
+
+
+_missing_letters: set[str] = set()  # that a line was printed about

@@ -13,24 +13,26 @@ T = TypeVar("T")
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS, with which its products are deterministic
+_WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS; with these its products are deterministic
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:
-    """`precision` as it is computed on `device`; `auto` is bf16 on CUDA where the GPU has it, else fp32.
+    """The precision to use on `device`; `auto` is bf16 on a CUDA GPU that supports it, otherwise fp32.
 
     Raises:
-        UserError: an unknown name, or tf32 where there is none.
+        UserError: an unknown name, or tf32 on a device without it.
     """
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise UserError(f"precision tf32 needs an NVIDIA GPU from Ampere on; on {device} use fp32 or auto")
+        raise UserError(
+            f"precision tf32 needs an NVIDIA GPU of the Ampere generation or newer; on {device} use fp32 or auto"
+        )
     for known in PRECISIONS:
         if precision == known:
             return known
-    raise UserError(f"precision {precision}: one of auto, {', '.join(PRECISIONS)} is expected")
+    raise UserError(f"precision {precision} is unknown: give auto, {', '.join(PRECISIONS)}")
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -41,10 +43,10 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 @contextmanager
 def float32_products(precision: Precision) -> Iterator[None]:
-    """Compute float32 matrix products and convolutions in TF32 where `precision` is tf32, else in full float32.
+    """Compute float32 matrix products and convolutions in TF32 if `precision` is tf32, otherwise in full float32.
 
-    PyTorch's default on CUDA is neither: TF32 in convolutions, float32 in matrix products. The backward pass must be
-    inside the context too. Each setting is set by both its names: torch refuses to read the older where they differ.
+    PyTorch's default on CUDA is TF32 for convolutions and float32 for matrix products. The backward pass must be inside
+    the context too. Each setting has two names and is set by both: torch refuses to read the older one if they differ.
     """
     matmul, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "tf32"
     parts: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
@@ -66,7 +68,7 @@ def float32_products(precision: Precision) -> Iterator[None]:
 
 
 def _read(setting: Callable[[], T]) -> T | None:
-    """None where the caller has set it by its newer name, and torch refuses to read it by the older one."""
+    """The setting; None if the caller used its newer name, so that torch refuses to read the older one."""
     try:
         return setting()
     except RuntimeError:
@@ -82,13 +84,13 @@ def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Make CUDA repeat its results to the bit, or raise a RuntimeError where an operator cannot.
+    """Make results on CUDA bit-identical in every run; operators that cannot do that raise a RuntimeError.
 
-    Enter it before CUDA starts, for cuBLAS reads its variable only then. Attention uses the backends of torch whose
-    backward pass is deterministic: flash and memory-efficient in their deterministic forms, and plain products.
+    Enter it before CUDA starts, because cuBLAS reads its variable only then. Attention uses the backends of torch with
+    a deterministic backward pass: flash and memory-efficient in their deterministic forms, and plain products.
 
     Raises:
-        UserError: CUDA has started without the variable.
+        UserError: CUDA has started without the variable, or the variable has another value.
     """
     if not enabled:
         yield
@@ -109,7 +111,7 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     cudnn.benchmark, cudnn.deterministic = False, True
     cuda.enable_cudnn_sdp(False)
-    memory.fill_uninitialized_memory = False  # a safeguard that costs time; nothing here reads it
+    memory.fill_uninitialized_memory = False  # costs time, and no code here reads uninitialised memory
     try:
         yield
     finally:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from eit.analysis.attention import (
     QUERIES,
     Attention,
+    AttentionInputs,
     AttentionMeter,
-    Call,
     diversity,
     head_distances,
     head_divergence,
@@ -150,7 +150,7 @@ def test_what_is_measured_of_queries_and_keys_is_that_of_the_weights(mask, prefi
     q, k, v = torch.randn(3, 5, 2, n, 8)
     masks = dict(bool=torch.rand(n, n) > 0.3, added=torch.randn(1, 2, n, n))
     masks["bool"] |= torch.eye(n, dtype=torch.bool)
-    call = Call(q, k, masks.get(mask), is_causal=mask == "causal", scale=0.7)
+    call = AttentionInputs(q, k, masks.get(mask), is_causal=mask == "causal", scale=0.7)
     weights = call.weights()
     fused = F.scaled_dot_product_attention(q, k, v, masks.get(mask), is_causal=mask == "causal", scale=0.7)
     assert weights @ v == pytest.approx(fused, abs=1e-5)
@@ -165,18 +165,20 @@ def test_what_is_measured_of_queries_and_keys_is_that_of_the_weights(mask, prefi
 
 def test_uniform_attention_has_the_largest_entropy():
     q = torch.zeros(2, 3, 13, 4)
-    assert meter_of(Call(q, torch.randn(2, 3, 13, 4)), (3, 4), 1).entropy == pytest.approx([math.log(12)] * 3)
+    assert meter_of(AttentionInputs(q, torch.randn(2, 3, 13, 4)), (3, 4), 1).entropy == pytest.approx(
+        [math.log(12)] * 3
+    )
 
 
 def test_grouped_queries_share_their_keys():
     q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
     expected = (q @ k.repeat_interleave(2, dim=1).transpose(-1, -2) / 8**0.5).softmax(dim=-1)
-    assert Call(q, k).weights() == pytest.approx(expected, abs=1e-6)
+    assert AttentionInputs(q, k).weights() == pytest.approx(expected, abs=1e-6)
 
 
 def test_images_are_taken_in_turn_with_the_same_result(monkeypatch):
     torch.manual_seed(0)
-    call = Call(torch.randn(7, 2, 13, 4), torch.randn(7, 2, 13, 4), torch.randn(7, 1, 13, 13))
+    call = AttentionInputs(torch.randn(7, 2, 13, 4), torch.randn(7, 2, 13, 4), torch.randn(7, 1, 13, 13))
     at_once = meter_of(call, (3, 4), 1)
     monkeypatch.setattr("eit.analysis.attention.MAP_BYTES", 1)
     in_turn = meter_of(call, (3, 4), 1)
@@ -283,9 +285,9 @@ def test_divergence_by_plain_loops():
 def test_heads_are_compared_at_evenly_spaced_queries_of_large_grids():
     torch.manual_seed(0)
     q, k = torch.randn(2, 3, 2, 201, 8)
-    weights = Call(q, k).weights()[:, :, 1:, 1:]
+    weights = AttentionInputs(q, k).weights()[:, :, 1:, 1:]
     weights = weights / weights.sum(dim=-1, keepdim=True)
-    found = meter_of(Call(q, k), (10, 20), 1)
+    found = meter_of(AttentionInputs(q, k), (10, 20), 1)
     assert -(-200 // QUERIES) == 4  # each fourth
     assert found.divergence == pytest.approx(head_divergence(weights[:, :, ::4]).mean(dim=0).tolist(), rel=1e-5)
     assert found.gain.float() == pytest.approx(mode_gains(weights, (10, 20)).mean(dim=0), rel=1e-4)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import eit
-from eit.analysis.filters import Filtered, filter_accuracy
-from eit.analysis.frequency import cut
-from eit.analysis.hooks import CannotMeasure, altered
+from eit.analysis.filters import FilteredAccuracy, filter_accuracy
+from eit.analysis.frequency import filter_tokens
+from eit.analysis.hooks import CannotMeasure, replace_tokens
 from eit.data.images import Images, View
 from eit.data.loaders import EvaluationLoader
 from tests.helpers.commands import run_eit
@@ -73,7 +73,7 @@ def test_the_frequencies_that_the_answer_uses_cost_it_and_the_others_do_not(patt
 
 
 def test_cost_and_standard_error_are_those_of_paired_images():
-    one = Filtered(1, "low", 50, 30, lost=12, won=2)
+    one = FilteredAccuracy(1, "low", 50, 30, lost=12, won=2)
     gaps = torch.tensor([1.0] * 12 + [-1.0] * 2 + [0.0] * 36)
     assert one.cost == pytest.approx(100 * gaps.mean().item())
     assert one.standard_error == pytest.approx(100 * gaps.std(correction=0).item() / 50**0.5)
@@ -83,13 +83,13 @@ def test_cost_and_standard_error_are_those_of_paired_images():
 def test_tokens_are_filtered_after_the_layer_and_nowhere_else(layer):
     torch.manual_seed(0)
     model, x = eit.EIT(**SMALL).eval(), torch.randn(2, 3, 32, 32)
-    with torch.no_grad(), altered(model, layer, lambda grid: cut(grid, 0.5, "low")):
+    with torch.no_grad(), replace_tokens(model, layer, lambda grid: filter_tokens(grid, 0.5, "low")):
         found = model(x)
     with torch.no_grad():
         tokens, h, w = model.embed(x)
         for number, block in enumerate(model.blocks):
             if number == layer:
-                grid = cut(tokens[:, 1:].unflatten(1, (h, w)), 0.5, "low").flatten(1, 2)
+                grid = filter_tokens(tokens[:, 1:].unflatten(1, (h, w)), 0.5, "low").flatten(1, 2)
                 tokens = torch.cat((tokens[:, :1], grid), dim=1)
             tokens = block(tokens, h, w)
         assert torch.equal(found, model.forward_head(model.norm(tokens)))
@@ -97,15 +97,23 @@ def test_tokens_are_filtered_after_the_layer_and_nowhere_else(layer):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet18", "vit_tiny_patch16_224"])
-def test_maps_in_any_order_are_put_back_as_they_were(name):
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("swin_tiny_patch4_window7_224", dict(img_size=56, embed_dim=24, depths=(2, 2), num_heads=(1, 2))),
+        ("resnet18", dict(layers=(1, 1, 1, 1))),
+        ("vit_tiny_patch16_224", dict(img_size=64, depth=3)),
+    ],
+)
+def test_maps_in_any_order_are_put_back_as_they_were(name, arguments):
     torch.manual_seed(0)
-    model, x, seen = timm.create_model(name).eval(), torch.randn(1, 3, 224, 224), []
+    model, x, seen = timm.create_model(name, **arguments).eval(), torch.randn(1, 3, 64, 64), []
+    x = x[..., : arguments.get("img_size", 64), : arguments.get("img_size", 64)]
     with torch.no_grad():
         before = model(x)
-        with altered(model, 1, lambda grid: (seen.append(grid.shape), grid.clone())[1]):
+        with replace_tokens(model, 1, lambda grid: (seen.append(grid.shape), grid.clone())[1]):
             assert torch.equal(model(x), before)
-        with altered(model, 1, lambda grid: grid.flip(1)):
+        with replace_tokens(model, 1, lambda grid: grid.flip(1)):
             assert not torch.equal(model(x), before)
     assert len(seen) == 1 and seen[0][1] == seen[0][2]
 
@@ -118,11 +126,11 @@ def test_windows_cannot_be_filtered():
                 windows = block(windows[..., None])[..., 0]
             return windows.unflatten(0, (-1, 4)).flatten(1)[:, :2]
 
-    with pytest.raises(CannotMeasure, match="takes no grid of each image in layer 1"):
+    with pytest.raises(CannotMeasure, match="layer 1 .* one grid per image"):
         filter_accuracy(Windows(BOARD), loader_of([BOARD, -BOARD]), rho=0.5)
 
 
-def test_the_command_with_filters(tmp_path):
+def test_the_command_with_filters(tmp_path, no_figures):
     data = save_digits(tmp_path / "data")
     words = ("analyze", "digits", "--data", data, "--out", tmp_path / "out", "--images", "6", "--pictures", "0")
     done = run_eit(*words, "--filters", "--no-initial")

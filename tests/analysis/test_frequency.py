@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from eit.analysis.frequency import (
     RHOS,
     FrequencyMeter,
-    cut,
     diagonal_frequencies,
+    filter_tokens,
+    fourier_coefficients,
     frequencies,
     is_high,
     log_amplitude,
     noise_shares,
     shares,
-    transform,
 )
 from eit.analysis.moments import Moments
 
@@ -134,14 +134,14 @@ def test_the_real_basis_is_the_fft(grid):
     fft = torch.fft.fft2(x, dim=(1, 2), norm="ortho").abs()
     rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in grid)
     f = 2 * (rows[:, None] ** 2 + columns**2).sqrt()
-    ours = transform(x).double().square()
+    ours = fourier_coefficients(x).double().square()
     assert ours.sum(dim=(1, 2)) == pytest.approx(x.square().sum(dim=(1, 2)), rel=1e-5)  # Parseval
     for value in frequencies(grid).unique():
         a = ours[:, (frequencies(grid) - value).abs() < 1e-9].sum(dim=1)
         b = fft.square()[:, (f - value).abs() < 1e-9].sum(dim=1)
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     diagonal = torch.stack([(fft[:, i, i] + 1e-6).log().mean(dim=1) for i in range(min(grid) // 2 + 1)], dim=1)
-    assert log_amplitude(transform(x)).double() == pytest.approx(diagonal, abs=1e-4)
+    assert log_amplitude(fourier_coefficients(x)).double() == pytest.approx(diagonal, abs=1e-4)
     assert diagonal_frequencies(grid) == pytest.approx([f[i, i].item() for i in range(min(grid) // 2 + 1)])
 
 
@@ -190,15 +190,15 @@ def test_low_and_high_are_the_fft_cut_at_rho_with_the_mean_in_both(grid, rho):
     spectrum = torch.fft.fft2(x.double(), dim=(1, 2))
     low = torch.fft.ifft2(spectrum * ~high[..., None], dim=(1, 2)).real
     mean = x.mean(dim=(1, 2), keepdim=True)
-    assert cut(x, rho, "low").double() == pytest.approx(low, abs=1e-4)
-    assert cut(x, rho, "low") + cut(x, rho, "high") - mean == pytest.approx(x, abs=1e-4)
+    assert filter_tokens(x, rho, "low").double() == pytest.approx(low, abs=1e-4)
+    assert filter_tokens(x, rho, "low") + filter_tokens(x, rho, "high") - mean == pytest.approx(x, abs=1e-4)
 
 
 def test_a_cut_leaves_the_share_zero_or_one_and_keeps_the_precision():
     x = tokens(8, 8) + 3
-    assert shares(cut(x, 0.5, "low"))[0] == pytest.approx(torch.zeros(2), abs=1e-6)
-    assert shares(cut(x, 0.5, "high"))[0] == pytest.approx(torch.ones(2), abs=1e-6)
-    assert cut(x.bfloat16(), 0.5, "low").dtype == torch.bfloat16
+    assert shares(filter_tokens(x, 0.5, "low"))[0] == pytest.approx(torch.zeros(2), abs=1e-6)
+    assert shares(filter_tokens(x, 0.5, "high"))[0] == pytest.approx(torch.ones(2), abs=1e-6)
+    assert filter_tokens(x.bfloat16(), 0.5, "low").dtype == torch.bfloat16
 
 
 # -- Running sums -----------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_running_sums_are_those_of_all_images_at_once():
     a, b = once.result(), in_turn.result()
     assert (a.share, a.share_se, a.share_with_dc) == pytest.approx((b.share, b.share_se, b.share_with_dc), rel=1e-6)
     assert a.log_amplitude == pytest.approx(b.log_amplitude, abs=1e-5)
-    logs = log_amplitude(transform(x)).mean(dim=0)
+    logs = log_amplitude(fourier_coefficients(x)).mean(dim=0)
     assert a.log_amplitude[0] == 0 and a.log_amplitude == pytest.approx((logs - logs[0]).tolist(), abs=1e-5)
     each = shares(x)[0].double()
     assert a.share_se == pytest.approx(each.std().item() / math.sqrt(11), rel=1e-5)

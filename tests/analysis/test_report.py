@@ -15,10 +15,11 @@ from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.compare import Comparison, Options, compare
 from eit.analysis.figures import figures
 from eit.analysis.findings import sentences
+from eit.analysis.image_maps import compute_maps, shown_image
+from eit.analysis.inputs import LoadedModel, check_names, choose_images, load_models
 from eit.analysis.measure import analyze
-from eit.analysis.pictures import example, take
-from eit.analysis.subjects import Subject, check_names, choose_images, open_subjects
 from eit.config import load_recipe
+from eit.data.datasets import readable_images
 from eit.data.images import View
 from eit.errors import UserError
 from eit.training.trainer import train
@@ -28,6 +29,7 @@ from tests.helpers.images import save_digits
 from tests.helpers.shared import require
 from tests.helpers.training import TINY
 
+CPU = torch.device("cpu")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FILES = {"amplitude", "class_token", "diversity", "filter", "frequency", "heads", "images", "models"}
 FILES |= {"smoothing", "spectrum", "sweep", "transfer"}
@@ -56,11 +58,13 @@ def measured(label="one", state="trained", seed=0, images=3, colour="#0072b2", *
     arguments = dict(embed_dim=24, depth=3, num_heads=4, num_classes=5) | arguments
     model = eit.EIT(32, 3, 1, 4, **arguments).eval()
     x = torch.randn(images, 3, 32, 32)
-    subject = Subject(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32)
-    one = AnalyzedModel(subject, analyze(model, x), colour, "o")
+    loaded = LoadedModel(
+        label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32
+    )
+    one = AnalyzedModel(loaded, analyze(model, x), colour, "o")
     if state == "trained":
-        one.pictures, _ = take(model, x[:2])
-        one.examples = [example(f"{i}.jpg", torch.rand(3, 32, 32)) for i in range(len(one.pictures))]
+        one.image_maps, _ = compute_maps(model, x[:2])
+        one.shown_images = [shown_image(f"{i}.jpg", torch.rand(3, 32, 32)) for i in range(len(one.image_maps))]
     return one
 
 
@@ -106,7 +110,7 @@ def test_the_command_writes_page_figures_and_numbers(run, data, tmp_path):
     assert page.count("rollout</span>") == 4 and page.count("its spectrum</span>") == 2
 
 
-def test_the_numbers_as_json_are_those_of_the_tables(run, data, tmp_path):
+def test_the_numbers_as_json_are_those_of_the_tables(run, data, tmp_path, no_figures):
     done = run_eit("analyze", run, "--data", data, "--out", tmp_path, "--json", "--no-initial", "--pictures", "0")
     assert done.returncode == 0, done.stderr
     (model,) = json.loads(done.stdout)["models"]
@@ -127,12 +131,12 @@ def test_the_numbers_as_json_are_those_of_the_tables(run, data, tmp_path):
         (["eit_mini", "--data", "digits"], "no such folder, image or data set: digits; did you mean sklearn:digits?"),
         (["eit_mini", "--data", "empty", "--bands"], "--bands needs labelled images: empty"),
         (["eit_mini", "--data", "empty"], "no images below empty"),
-        (["eit_mini", "--size", "5"], "--size 5: eit_mini makes no token of so few pixels"),
-        (["eit_mini", "--size", "12"], "EIT has no layer with a grid of more than one token for images of 12x12"),
-        (["eit_mini", "--rho", "2"], "rho=2.0: a frequency between 0 and sqrt(2) is expected"),
+        (["eit_mini", "--size", "5"], "--size 5 is too small for eit_mini"),
+        (["eit_mini", "--size", "12"], "no layer of EIT has a grid of more than one token for images of 12x12"),
+        (["eit_mini", "--rho", "2"], "rho=2.0: give a frequency between 0 and sqrt(2)"),
         (["eit_mini", "--out", "file.txt"], "--out file.txt cannot be written: "),
         (["eit_mini", "--pictures", "9"], "should be less than or equal to 8"),
-        (["torchvision/resnet18", "--size", "64"], "nothing of it can be measured"),
+        (["torchvision/resnet18", "--size", "64"], "it cannot be measured"),
     ],
 )
 def test_bad_input_gets_one_line(words, line, data, tmp_path, monkeypatch):
@@ -147,12 +151,12 @@ def test_bad_input_gets_one_line(words, line, data, tmp_path, monkeypatch):
     assert "Traceback" not in done.stderr
 
 
-def test_models_without_distances_are_reported_with_a_line(data, tmp_path):
+def test_models_without_distances_are_reported_with_a_line(data, tmp_path, no_figures):
     words = ("analyze", "timm/test_resnet", "--data", data, "--size", "64", "--out", tmp_path, "--images", "2")
     done = run_eit(*words, env=dict(HF_HUB_OFFLINE="1"))
     assert done.returncode == 0, done.stderr
     assert "no attention distances of layers 1 to 5: ResNet does not call" in done.stderr
-    assert "test_resnet" in done.stdout and "it is analysed untrained" in done.stderr
+    assert "test_resnet" in done.stdout and "analysed untrained" in done.stderr
     page = (tmp_path / "report.html").read_text()
     assert "What cannot be measured" in page and 'id="share"' in page and 'id="distances"' not in page
     assert not (tmp_path / "csv" / "heads.csv").exists()
@@ -165,7 +169,7 @@ def test_the_initial_values_are_those_that_the_run_began_with(data, tmp_path):
     """A run that learns nothing keeps them."""
     still = ["optim.lr=1e-30", "optim.min_lr=0", "optim.warmup_lr=0", "optim.weight_decay=0", "seed=3"]
     train(load_recipe("cifar10", [*TINY, *still, f"data.root={data}", f"out={tmp_path / 'still'}"]))
-    trained, initial = open_subjects([str(tmp_path / "still")])
+    trained, initial = load_models([str(tmp_path / "still")])
     assert (trained.state, initial.state) == ("trained", "initial") and "seed 3" in initial.source
     for name, value in trained.model.state_dict().items():
         assert torch.allclose(value, initial.model.state_dict()[name], atol=1e-20), name
@@ -173,12 +177,12 @@ def test_the_initial_values_are_those_that_the_run_began_with(data, tmp_path):
 
 def test_labels_are_short_and_differ(run):
     names = ["digits", "eit_mini", "vit/eit_mini", str(run), str(run / "final.safetensors"), "digits"]
-    labels = [subject.label for subject in open_subjects(names, initial=False)]
+    labels = [loaded.label for loaded in load_models(names, initial=False)]
     assert len(set(labels)) == 6 and labels[2] == "vit/eit_mini" and labels[5].endswith("digits (2)")
 
 
 def test_families_of_the_zoo_are_analysed_at_initial_values():
-    lsra, vit = open_subjects(["lsra/eit_mini", "vit/eit_mini"])
+    lsra, vit = load_models(["lsra/eit_mini", "vit/eit_mini"])
     assert lsra.model.attn_channels == [120] * 5 and vit.model.attn_channels == [250] * 5
     assert lsra.state == "untrained" and "untrained" in lsra.provenance
     assert lsra.view.size == 224 and lsra.view.resize == 256
@@ -186,10 +190,10 @@ def test_families_of_the_zoo_are_analysed_at_initial_values():
 
 
 def test_the_views_of_other_libraries_are_theirs():
-    (subject,) = open_subjects(["timm/vit_tiny_patch16_224"])
-    assert (subject.view.size, subject.view.resize, subject.view.mean[0]) == (224, 248, 0.5)
-    with pytest.raises(UserError, match="takes only 224 pixels"):
-        list(open_subjects(["timm/vit_tiny_patch16_224"], size=64))
+    (loaded,) = load_models(["timm/vit_tiny_patch16_224"])
+    assert (loaded.view.size, loaded.view.resize, loaded.view.mean[0]) == (224, 248, 0.5)
+    with pytest.raises(UserError, match="accepts only 224 pixels"):
+        list(load_models(["timm/vit_tiny_patch16_224"], size=64))
 
 
 def test_images_are_those_of_validation_or_all_below_a_folder(data):
@@ -207,8 +211,11 @@ def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
     compared = compare(["digits", str(run)], images, torch.device("cpu"), Options())
     found = compared.measured
     assert [one.analysis.image_size[0] for one in found] == [8, 8, 16, 16]
-    assert [one.examples[0].image.shape for one in found if one.examples] == [(8, 8, 3), (16, 16, 3)]  # its own input
-    assert len(found[0].pictures) == 4 and not found[1].pictures and len(compared.images) == 5
+    assert [one.shown_images[0].image.shape for one in found if one.shown_images] == [
+        (8, 8, 3),
+        (16, 16, 3),
+    ]  # its own input
+    assert len(found[0].image_maps) == 4 and not found[1].image_maps and len(compared.images) == 5
     assert found[0].colour == found[1].colour != found[2].colour
     assert load(run).card.classes == ["digit0", "digit1", "digit2"]
 
@@ -216,7 +223,7 @@ def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
 # -- The page ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_earlier_report_is_replaced_and_other_files_stay(tmp_path):
+def test_an_earlier_report_is_replaced_and_other_files_stay(tmp_path, no_figures):
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "robustness.csv").write_text("old")
     (tmp_path / "figures").mkdir()
@@ -245,16 +252,31 @@ def test_an_interruption_leaves_the_earlier_report_whole(tmp_path, monkeypatch):
     assert not (tmp_path / ".unfinished").exists() and read(tmp_path, "models")[0]["model"] == "two"
 
 
-def test_names_that_hold_markup_are_shown_as_they_are(tmp_path):
-    name = '<script>alert("x")</script>&$names'
-    one = measured(name)
-    one.examples = [example(name, torch.rand(3, 32, 32)) for _ in one.examples]
-    page = write(tmp_path, [one], name, name).read_text()
+MARKUP = '<script>alert("x")</script>&$names'
+
+
+@pytest.fixture(scope="module")
+def ones():
+    """A model, its initial values, and another one whose name holds markup."""
+    found = [measured(), measured(state="initial", seed=1), measured(MARKUP, schedule="lsra")]
+    found[1].loaded.source, found[1].loaded.sha256 = "initial values of seed 7", ""
+    found[2].shown_images = [shown_image(MARKUP, torch.rand(3, 32, 32)) for _ in found[2].shown_images]
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(ones, tmp_path_factory):
+    """The page about them, of data and a command that hold markup too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "save_for_print", lambda figure, folder: None)
+        return write(tmp_path_factory.mktemp("report"), ones, f"photos {MARKUP}", MARKUP).read_text()
+
+
+def test_names_that_hold_markup_are_shown_as_they_are(page):
     assert "<script" not in page and "&lt;script&gt;alert" in page and "$names" in page
 
 
-def test_the_page_needs_nothing_else(tmp_path):
-    page = write(tmp_path, [measured()], "photos", "eit analyze").read_text()
+def test_the_page_needs_nothing_else(page):
     addresses = re.findall(r'(?:src|href)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert addresses and all(a.startswith(("data:", "#")) or b.startswith("#") for a, b in addresses)
     assert "<script" not in page
@@ -262,16 +284,18 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert len(ids) == len(set(ids))
 
 
-def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(tmp_path):
-    ones = [measured(), measured(state="initial", seed=1), measured("two", schedule="lsra")]
-    page = write(tmp_path, ones, "photos", "eit analyze").read_text()
+def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(page, ones):
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
     assert len(captions) == len(figures(ones)) + 1 >= 8
     for caption in captions:
         assert (
             "3 images of photos" in caption or "2 images. " in caption
         ) and "runs/one (trained, sha256 abababababab)" in caption
-    assert sum("would count" in caption for caption in captions) >= 6
+    assert sum("contradicted" in caption for caption in captions) >= 6
+
+
+def test_where_initial_values_come_from_stands_in_the_page(page):
+    assert "initial values of seed 7" in page
 
 
 def test_the_words_of_a_comparison_are_its_numbers():
@@ -286,7 +310,7 @@ def test_the_words_of_a_comparison_are_its_numbers():
     ]
     assert f"eit is above in {sum(wider)} of 3 layers" in words and "two standard errors of both means" in words
     assert sentences(ones[::-1])[:4] == sentences(ones)[:4]  # in whatever order they are given
-    assert "Training moves the share of eit by" in words
+    assert "Training changes the share of eit by" in words
     assert sentences([measured(state="untrained")]) == []
 
 
@@ -304,9 +328,9 @@ def test_words_where_models_cannot_be_compared():
     words = " ".join(sentences([mixed, measured("flat", schedule="vit")]))
     assert "mixed is above in" in words and "of 2 layers" in words
     words = sentences([measured("deep", depth=4), measured("flat", schedule="vit")])
-    assert words == ["Of another depth than deep (4 layers), so not compared: flat (3)."]
+    assert len(words) == 1 and "deep (4 layers) is not compared" in words[0] and "flat (3)" in words[0]
     single = [measured("a", images=1), measured("b", images=1, schedule="vit")]
-    assert "a and b: one image has no standard error" in " ".join(sentences(single))
+    assert "a and b are not compared: one image has no standard error" in " ".join(sentences(single))
 
 
 @pytest.mark.project
@@ -321,7 +345,7 @@ def test_names_with_control_characters_are_drawn_and_printed_as_boxes(tmp_path):
         ElementTree.parse(file)
 
 
-def test_one_model_that_cannot_be_measured_does_not_cost_the_others(data, tmp_path):
+def test_one_model_that_cannot_be_measured_does_not_cost_the_others(data, tmp_path, no_figures):
     words = ("analyze", "torchvision/resnet18", "digits", "--bands", "--grad-cam", "--data", data, "--out", tmp_path)
     done = run_eit(*words, "--no-initial")
     assert done.returncode == 0, done.stderr
@@ -337,12 +361,6 @@ def test_a_report_inside_its_own_images_does_not_feed_on_itself(data, tmp_path):
     for _ in range(2):
         done = run_eit("analyze", "digits", "--data", "photos", "--out", "photos", "--json", cwd=tmp_path)
         assert json.loads(done.stdout)["models"][0]["images"] == 12
-
-
-def test_where_initial_values_come_from_stands_in_the_page(tmp_path):
-    twin = measured(state="initial", seed=1)
-    twin.subject.source, twin.subject.sha256 = "initial values of seed 7", ""
-    assert "initial values of seed 7" in write(tmp_path, [measured(), twin]).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -395,3 +413,36 @@ def test_a_browser_shows_it(browser, tmp_path, scheme, width):
     )
     assert min(sizes) >= 10  # pixels
     page.close()
+
+
+# -- Images that cannot be read
+
+
+def test_an_unreadable_image_ends_no_analysis(tmp_path, capsys):
+    for i in range(3):
+        Image.effect_noise((9, 9), 60).save(tmp_path / f"{i}.png")
+    for i, content in enumerate((b"", b"text", b"\x89PNG\r\n\x1a\n", b"%!PS")):
+        (tmp_path / f"1.bad{i}.png").write_bytes(content)
+    compared = compare(["digits"], choose_images(str(tmp_path), 10, False), CPU, Options(initial=False, workers=0))
+    assert [name.rpartition("/")[2] for name in compared.images] == ["0.png", "1.png", "2.png"]
+    assert compared.measured[0].analysis.images == 3 and len(compared.measured[0].pictures) == 3
+    assert capsys.readouterr().err.count("left out: ") == 4
+
+
+def test_images_none_of_which_can_be_read_are_an_error(tmp_path, capsys):
+    for i in range(14):
+        (tmp_path / f"{i:02d}.png").touch()
+    with pytest.raises(UserError, match=r"none of 14 images can be read; the first: .*00\.png"):
+        readable_images(choose_images(str(tmp_path), 20, False))
+    Image.new("L", (9, 9)).save(tmp_path / "good.png")
+    assert len(readable_images(choose_images(str(tmp_path), 20, False))) == 1
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 11 and "4 more unreadable images" in said
+
+
+@pytest.mark.parametrize("images", [3, None, "photos", {"a": 1}, b"x", [3], ["x"]])
+def test_analyze_refuses_other_types(images):
+    with pytest.raises(UserError):
+        analyze(load("digits"), images)
+    with pytest.raises(UserError, match="takes a model"):
+        analyze("digits", torch.zeros(1, 3, 8, 8))

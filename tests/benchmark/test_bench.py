@@ -185,7 +185,7 @@ def test_precisions_that_a_runtime_lacks_are_named():
         ("onnxruntime", "fp32"),
         ("openvino", "fp32"),
     ]
-    assert left_out == [f"{runtime} fp16: it has no fp16 on the CPU" for runtime in ("onnxruntime", "openvino")]
+    assert left_out == [f"{runtime} fp16: not available on the CPU" for runtime in ("onnxruntime", "openvino")]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
@@ -261,8 +261,8 @@ def test_json_chart_and_memory(tmp_path):
         (["digits", "--threads", "9999"], "--threads 9999: this machine has"),
         (["digits", "--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["digits", "--out", "x.gif"], "--out x.gif: give a file name that ends in .png, .pdf or .svg"),
-        (["digits", "--mode", "train", "--runtime", "openvino"], "--runtime openvino does not train: --mode infer"),
-        (["timm/test_vit", "--naive"], "--naive is of this package's models, not of timm/test_vit"),
+        (["digits", "--mode", "train", "--runtime", "openvino"], "--runtime openvino cannot train"),
+        (["timm/test_vit", "--naive"], "--naive is for models of this package, not for timm/test_vit"),
     ],
 )
 def test_a_mistake_is_one_line(words, said):
@@ -278,7 +278,7 @@ def test_what_is_not_there_is_an_error_where_it_was_asked_for_and_said_otherwise
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError))
     kept, left_out = bench.check_runtimes(Options())
     assert kept == ["eager", "onnxruntime"]
-    assert left_out[0] == "--runtime compile needs a C++ compiler, and there is none: apt-get install g++"
+    assert left_out[0].startswith("--runtime compile needs a C++ compiler")
     assert left_out[1].startswith("--runtime openvino needs openvino")
     for runtime in ("compile", "openvino"):
         with pytest.raises(UserError, match=f"--runtime {runtime} needs"):

@@ -7,7 +7,7 @@ from tests.cli.conftest import assert_mistake, failed
 
 def test_included_weights_need_no_name(tmp_path):
     error = failed(2, "convert", "digits", "x.safetensors", "--size", 8, cwd=tmp_path)
-    assert "says itself that it is" in error and "--size" in error
+    assert "already names its model" in error and "--size" in error
 
 
 def test_class_names_must_fit_the_model(tmp_path):

@@ -83,7 +83,7 @@ def test_a_table_of_many_classes_shows_the_weakest():
     per_class = {
         f"[b]{i:02d} " + "n" * 50: dict(images=2, top1=100.0 - i, precision=None, f1=50.0) for i in range(24)
     } | {"none": dict(images=0, top1=None, precision=0.0, f1=0.0)}
-    figures = dict(images=48, top1=50.0, top5=60.0, loss=1.0, ece=2.0, correct1=24, correct5=29, confusion=[])
+    figures = dict(images=48, top1=50.0, top5=60.0, loss=1.0, ece=2.0, correct1=24, correct5=29, pairs={})
     lines = metrics_text(Metrics(per_class=per_class, **figures)).splitlines()
     assert lines[1].startswith("top-5 60.00%")
     assert lines[4] == "the 10 weakest of 24 classes (--json has all)" and len(lines) == 16
@@ -123,7 +123,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, words, said):
 
 def test_mistakes_about_a_trained_model(trained, tmp_path):
     error = failed(2, "eval", "runs/mine", "--size", 16, "--size", 3, cwd=trained)
-    assert error.startswith("eit: --size 3: eit_mini makes no token of so few pixels") and error.endswith(" 4")
+    assert error.startswith("eit: --size 3 is too small for eit_mini") and error.endswith(" 4")
     assert "Invalid value for '--crop-ratio'" in failed(2, "eval", "runs/mine", "--crop-ratio", 1.5, cwd=trained)
     save_digits(tmp_path / "other")
     for part in ("train", "val"):

@@ -21,7 +21,7 @@ def test_the_list_says_what_each_shows_costs_and_what_refutes_it():
 
 def test_a_plan_is_made_of_commands():
     text = run_eit("reproduce", "plan", "imagenet", "--images-per-s", "8000").stdout
-    assert text.startswith("torchrun --nproc-per-node=8 -m eit train imagenet_mini") and "a run)" in text
+    assert text.startswith("torchrun --nproc-per-node=8 -m eit train imagenet_mini") and "per run)" in text
 
 
 @pytest.mark.parametrize(
@@ -29,17 +29,17 @@ def test_a_plan_is_made_of_commands():
     [
         ("run smal_data", ["did you mean 'small_data'?"]),
         ("run nowhere.yaml", ["cannot read nowhere.yaml"]),
-        ("run small_data --budget huge", ["--budget huge", "small_data has smoke, short, long, medium, full"]),
+        ("run small_data --budget huge", ["--budget huge", "smoke, short, long, medium, full"]),
         ("run small_data --data cifar10", ["--data cifar10 is not NAME=PATH"]),
         ("run small_data --data imagenet=x", ["--data imagenet=", "its data sets are cifar10, cifar100_half, "]),
         ("run small_data --data cifar10=nowhere", ["nowhere is not a folder"]),
         ("run small_data --data cifar10=a --data cifar10=b", ["--data cifar10=... is given twice"]),
-        ("run small_data --only swin", ["--only swin", "no run of small_data has it"]),
-        ("plan small_data --only swin", ["--only swin", "no run of small_data has it"]),
-        ("plan imagenet --images-per-s inf", ["--images-per-s inf is no rate"]),
+        ("run small_data --only swin", ["--only swin", "small_data"]),
+        ("plan small_data --only swin", ["--only swin", "small_data"]),
+        ("plan imagenet --images-per-s inf", ["--images-per-s inf", "8000"]),
         ("tables small_data", ["results/small_data/short has no finished run"]),
         ("again small_data swin", ["swin", "has no such run"]),
-        ("again small_data digits-eit-seed-0 --budget smoke", ["is no finished run"]),
+        ("again small_data digits-eit-seed-0 --budget smoke", ["no finished run"]),
         ("curve nowhere", ["nowhere has no log of a run"]),
     ],
 )

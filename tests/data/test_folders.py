@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from eit.analysis.subjects import choose_images
+from eit.analysis.inputs import choose_images
 from eit.config import Data
 from eit.data.datasets import check, open_data, open_evaluation, open_unlabelled
 from eit.data.folders import describe_left_out, find_parts, is_class_folder, list_images, read_folder

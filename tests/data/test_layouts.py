@@ -138,7 +138,7 @@ def test_idx_files_that_are_missing_or_damaged(idx):
     write_idx(idx / "t10k-labels-idx1-ubyte", np.zeros(5, np.uint8), labels.suffix == ".gz")
     fails(idx, "t10k-images-idx3-ubyte has 6 images, t10k-labels-idx1-ubyte has 5 labels")
     shutil.copy(next(idx.glob("t10k-images*")), labels)
-    fails(idx, "is no idx file of 1-dimensional bytes")
+    fails(idx, "is not an idx file of 1-dimensional bytes")
 
 
 @pytest.mark.parametrize(

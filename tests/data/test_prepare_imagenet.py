@@ -219,7 +219,7 @@ DAMAGE = [  # where, what it is set to, and the line
     (("cut",), {VAL: 0.45}, f"{VAL} is truncated or damaged: unexpected end of data"),
     (("cut",), {DEVKIT: 0.5}, f"{DEVKIT} is truncated or damaged: "),
     (("train", SECOND), None, f"{TRAIN} is truncated, or another archive: it has no {SECOND}, one of 1 missing of"),
-    (("train", "n02000000.tar"), {"n02000000_1.JPEG": b"x"}, "n02000000.tar, which is no class of"),
+    (("train", "n02000000.tar"), {"n02000000_1.JPEG": b"x"}, "n02000000.tar, which is not a class of"),
     (("train", "readme.txt"), b"x", f"{TRAIN} holds 'readme.txt', but plain files named n[0-9]"),
     (("train", f"../{SECOND}"), {IMAGE: b"x"}, f"{TRAIN} holds '../{SECOND}'"),
     (("train", SECOND), "/etc/passwd", f"{TRAIN} holds '{SECOND}', but plain files"),
@@ -305,7 +305,9 @@ def test_a_target_of_something_else_is_one_line(source, target, monkeypatch):
             prepare_imagenet(source, target)
     assert sorted(written) == sorted(times(target / "train" / TENCH, target / "val" / TENCH))  # no other was
     (target / "val" / "cats").mkdir()
-    with pytest.raises(UserError, match="val/cats is no class of ILSVRC2012_devkit_t12.tar.gz: remove it, or choose"):
+    with pytest.raises(
+        UserError, match="val/cats is not a class of ILSVRC2012_devkit_t12.tar.gz: remove it, or choose"
+    ):
         prepare_imagenet(source, target)
     with pytest.raises(UserError, match=f"{TRAIN} cannot be written: File exists"):
         prepare_imagenet(source, source / TRAIN)

@@ -15,9 +15,20 @@ from PIL import Image
 import eit
 from eit.cli.export import export_text
 from eit.data.images import decode, normalise
-from eit.export.exporter import Export, Int8, Parity, compare, default_file, export, photos
+from eit.export.exporter import (
+    Calibration,
+    Export,
+    Int8,
+    Parity,
+    check_request,
+    compare,
+    default_file,
+    export,
+    open_calibration,
+    photos,
+)
+from eit.inference.exported_models import ExportedModel
 from eit.inference.predict import predict
-from eit.inference.runtimes import ExportedModel
 from eit.weights.card import Card
 from eit.weights.formats import read_weights, save_weights
 from eit.weights.load import load
@@ -102,7 +113,7 @@ def test_other_runtimes_find_names_and_preprocessing_in_the_file(home):
     assert "RGB images in 0..1, shorter side" in onnx.load(home / "digits.onnx").doc_string
     assert (
         json.loads(
-            eit.inference.runtimes.openvino_core().read_model(home / "digits.xml").get_rt_info("eit").astype(str)
+            eit.inference.exported_models.openvino_core().read_model(home / "digits.xml").get_rt_info("eit").astype(str)
         )
         == card
     )
@@ -125,7 +136,7 @@ def test_any_batch_and_any_size(home, file):
     done = run_eit("eval", file, "--data", "images/val", "--size", 8, "--size", 12, "--json", cwd=home)
     assert [view["size"] for view in json.loads(done.stdout)["views"]] == [8, 12]
     done = run_eit("eval", file, "--data", "images/val", "--size", 1, cwd=home)
-    assert done.returncode == 2 and "makes no token of so few pixels" in done.stderr
+    assert done.returncode == 2 and "is too small" in done.stderr
 
 
 @pytest.mark.project
@@ -176,11 +187,13 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
         return lambda x: run(x) + 0.01
 
     monkeypatch.setattr(eit.export.exporter, "_convert", broken)
-    (tmp_path / "digits.onnx").write_text("the old one")
-    with pytest.raises(FloatingPointError, match="not kept: at 8x8 its logits differ from torch's by up to 0.01"):
-        export(load("digits"), tmp_path / "digits.onnx", "onnx")
-    assert [f.name for f in tmp_path.iterdir()] == ["digits.onnx"]
-    assert (tmp_path / "digits.onnx").read_text() == "the old one"
+    model = load(small(tmp_path / "small.safetensors", depth=1))
+    (folder := tmp_path / "exported").mkdir()
+    (folder / "small.onnx").write_text("the old one")
+    with pytest.raises(FloatingPointError, match="not kept: at 24x24 its logits differ from torch's by up to 0.01"):
+        export(model, folder / "small.onnx", "onnx")
+    assert [f.name for f in folder.iterdir()] == ["small.onnx"]
+    assert (folder / "small.onnx").read_text() == "the old one"
 
 
 def test_top1_may_differ_in_ties_alone():
@@ -262,13 +275,141 @@ def test_the_file_lies_beside_the_weights(tmp_path):
     assert default_file(str(tmp_path / "run"), "onnx") == tmp_path / "run" / "best.onnx"
     assert default_file("digits", "torch") == Path("digits.pt2")
     assert default_file("hf-hub:me/pets@v1.0", "onnx") == Path("pets.onnx")
+    assert default_file(str(tmp_path / "run"), "onnx", int8=True) == tmp_path / "run" / "best-int8.onnx"
+    assert default_file(str(tmp_path / "w.v2.safetensors"), "openvino", int8=True) == tmp_path / "w.v2-int8.xml"
+    assert default_file("digits", "onnx", int8=True) == Path("digits-int8.onnx")
+
+
+@pytest.mark.parametrize("file", FILES.values())
+def test_no_folder_of_this_machine_is_in_a_file(home, file):
+    folders = {str(home), *(str(Path(module.__file__).parents[1]) for module in (eit, torch))}
+    for part in home.glob(f"{Path(file).stem}.*"):
+        assert not [folder for folder in folders if folder.encode() in part.read_bytes()], part
+
+
+@pytest.mark.parametrize("root", ["/home/me/pets", "~/pets", "../../me/pets", r"C:\Users\me\pets"])
+def test_the_recipe_in_a_file_names_no_folders(tmp_path, root):
+    model = load(small(tmp_path / "w.safetensors"))
+    model.card = model.card.model_copy(update=dict(recipe=dict(name="x", data=dict(root=root), out=root)))
+    export(model, tmp_path / "w.pt2", "torch")
+    _, card = read_weights(tmp_path / "w.pt2")
+    assert card.recipe == dict(name="x", data=dict(root="pets"), out="pets")
+    assert model.card.recipe["data"]["root"] == root  # that of the caller stays
+
+
+@pytest.mark.parametrize("model", ["digits", None, torch.nn.Linear(1, 1)])
+def test_export_takes_models_with_a_card(tmp_path, model):
+    with pytest.raises(eit.UserError, match="export takes a model of eit.load"):
+        export(model, tmp_path / "x.pt2", "torch")
+
+
+def test_a_model_in_training_mode_is_exported_as_in_evaluation_and_stays_in_its_mode(tmp_path):
+    model = load(small(tmp_path / "w.safetensors", drop_rate=0.5)).train()
+    export(model, tmp_path / "w.pt2", "torch")
+    assert model.training and not load(tmp_path / "w.pt2").training
+
+
+# -- int8 is kept if its accuracy is measured and as good
+
+
+class Calibrated:
+    """`export` to int8 without quantising: the accuracies that it would measure."""
+
+    def __init__(self, monkeypatch, fp32_top1, top1):
+        found = Int8(100, top1, fp32_top1, 1000, 10)
+        monkeypatch.setattr("eit.export.exporter._quantise", lambda graph, file, images, view: file.write_bytes(b""))
+        monkeypatch.setattr(
+            "eit.export.exporter._convert", lambda graph, file, card: file.write_bytes(b"x") and load("digits")
+        )
+        monkeypatch.setattr("eit.export.exporter._measure_int8", lambda *_: found)
+        monkeypatch.setattr("eit.export.exporter._write_onnx", lambda *_: None)
+        monkeypatch.setattr("eit.export.exporter._program", lambda *_: None)
+
+    def export(self, file, **options):
+        return export(load("digits"), file, "onnx", Calibration(None, None), **options)
+
+
+@pytest.mark.parametrize(("before", "after"), [(75, 50), (75, 72.9), (99, 0)])
+def test_int8_that_costs_more_than_two_points_is_not_kept_unless_told(tmp_path, monkeypatch, before, after):
+    run = Calibrated(monkeypatch, before, after)
+    with pytest.raises(
+        eit.UserError, match=rf"int8 is not kept: top-1 falls from {before:.2f}% to {after:.2f}%.*max-drop"
+    ):
+        run.export(tmp_path / "x-int8.onnx")
+    assert not list(tmp_path.iterdir())
+    assert run.export(tmp_path / "x-int8.onnx", max_drop=100).int8.top1 == after
+
+
+@pytest.mark.parametrize(("before", "after"), [(75, 73), (75, 75), (75, 80)])
+def test_int8_that_costs_at_most_two_points_is_kept(tmp_path, monkeypatch, before, after):
+    assert Calibrated(monkeypatch, before, after).export(tmp_path / "x-int8.onnx").file.exists()
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.xml"])
+def test_int8_is_never_written_over_a_file_that_is_not(tmp_path, name):
+    form = dict(onnx="onnx", xml="openvino")[name.partition(".")[2]]
+    (tmp_path / name).write_bytes(b"fp32")
+    with pytest.raises(eit.UserError, match="is not in int8, and would be lost"):
+        check_request(form, tmp_path / name, int8=True)
+    check_request(form, tmp_path / name, int8=False)
+    (tmp_path / name).write_bytes(b"..QuantizeLinear.." if form == "onnx" else b'type="FakeQuantize"')
+    check_request(form, tmp_path / name, int8=True)
+
+
+def names_of(images):
+    return {str(Path(source)) for source in images.sources}
+
+
+def test_no_image_both_sets_a_range_and_measures(tmp_path):
+    data = save_digits(tmp_path / "data", train=7, val=4)
+    for part in ("train", "val"):
+        for folder in (data / part).iterdir():
+            folder.rename(folder.with_name(folder.name.removeprefix("digit")))
+    digits = load("digits").card
+    own, elsewhere = (
+        digits.model_copy(update=dict(recipe=dict(data=dict(root=root)))) for root in (str(data), "/gone")
+    )
+    cases = [  # card, path of --int8, --data, calibration images, labelled images
+        (own, data / "train", None, 21, 12),  # by default the run's own validation images
+        (own, data, None, 21, 12),
+        (own, data / "val", None, 6, 6),  # which set ranges here: one half each
+        (elsewhere, data, None, 21, 12),  # the run's data are on another machine
+        (elsewhere, data / "train", None, 10, 11),  # a folder of classes alone
+        (elsewhere, data / "train", data / "val", 21, 12),
+    ]
+    for card, path, labelled, calibrating, measuring in cases:
+        found = open_calibration(card, str(path), 256, labelled and str(labelled))
+        assert (len(found.images), len(found.labelled)) == (calibrating, measuring), (path, labelled)
+        assert not names_of(found.images) & names_of(found.labelled)
+    found = open_calibration(elsewhere, str(data / "train"), 5)
+    assert (len(found.images), len(found.labelled)) == (5, 16)
+
+
+def test_int8_without_labelled_images_says_what_to_give(tmp_path):
+    (tmp_path / "plain").mkdir()
+    for i in range(3):
+        Image.effect_noise((9, 9), 60).save(tmp_path / "plain" / f"{i}.png")
+    card = load("digits").card.model_copy(update=dict(recipe=None))
+    with pytest.raises(eit.UserError, match="--int8 needs labelled images, to measure its accuracy: give --data PATH"):
+        open_calibration(card, str(tmp_path / "plain"), 256)
+
+
+def test_an_unreadable_calibration_image_is_left_out(tmp_path, capsys):
+    data = save_digits(tmp_path / "data", train=7, val=4)
+    (data / "train" / "digit0" / "bad.png").write_bytes(b"nothing")
+    (data / "train" / "digit1" / "zero.png").touch()
+    card = load("digits").card.model_copy(update=dict(classes=["digit0", "digit1", "digit2"]))
+    found = open_calibration(card, str(data), 256, str(data))
+    assert len(found.images) == 21
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 2 and "bad.png" in said
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["digits", "--format", "tflite"], "'--format': 'tflite' is not one of 'onnx', 'openvino', 'torch'"),
-        (["digits", "--out", "x.xml"], "a file of --format onnx ends in .onnx"),
+        (["digits", "--out", "x.xml"], "ends in .onnx for --format onnx"),
         (["digits", "--out", "no/x.onnx"], "there is no folder no"),
         (["digits", "--format", "torch", "--int8", "images"], "--int8 is for --format onnx and openvino"),
         (["digits", "--int8", "nowhere"], "no such folder, image or data set: nowhere"),
@@ -284,6 +425,32 @@ def test_bad_requests_are_one_line(home, words, line):
     (home / "other.bin").touch()
     done = run_eit("export", *words, cwd=home)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.fixture(scope="module")
+def unusable(home):
+    """`home` with files that are cut, foreign, or do not say what they should."""
+    for name in ("digits.onnx", "digits.xml", "digits.pt2"):
+        (home / name.replace("digits", "cut")).write_bytes((home / name).read_bytes()[:2000])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy"]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ports[:1], ports[1:]), ir_version=10)
+    model.opset_import[0].version = 18
+    onnx.save(model, home / "foreign.onnx")
+    openvino.save_model(openvino.convert_model(home / "foreign.onnx"), home / "foreign.xml")
+    onnx.helper.set_model_props(model, {"eit": "{"})
+    onnx.save(model, home / "card.onnx")
+    onnx.helper.set_model_props(model, {"eit": "[" * 100_000})
+    onnx.save(model, home / "nested.onnx")
+    card = load("digits").card
+    onnx.helper.set_model_props(model, {"eit": card.model_copy(update=dict(recipe=dict(data="x"))).model_dump_json()})
+    onnx.save(model, home / "recipe.onnx")
+    onnx.helper.set_model_props(model, {"eit": card.model_dump_json()})
+    onnx.save(model, home / "other.onnx")
+    model = onnx.load(home / "digits.onnx")
+    onnx.helper.set_model_props(model, {"eit": card.model_copy(update=dict(classes=["a", "b"])).model_dump_json()})
+    onnx.save(model, home / "fewer.onnx")
+    return home
 
 
 @pytest.mark.parametrize(
@@ -305,29 +472,20 @@ def test_bad_requests_are_one_line(home, words, line):
         (["train", "digits", "model.pretrained=digits.onnx", "out=run"], "digits.onnx is an exported model"),
     ],
 )
-def test_files_that_cannot_be_run_are_one_line(home, words, line):
-    for name in ("digits.onnx", "digits.xml", "digits.pt2"):
-        (home / name.replace("digits", "cut")).write_bytes((home / name).read_bytes()[:2000])
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy"]
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ports[:1], ports[1:]), ir_version=10)
-    model.opset_import[0].version = 18
-    onnx.save(model, home / "foreign.onnx")
-    openvino.save_model(openvino.convert_model(home / "foreign.onnx"), home / "foreign.xml")
-    onnx.helper.set_model_props(model, {"eit": "{"})
-    onnx.save(model, home / "card.onnx")
-    onnx.helper.set_model_props(model, {"eit": "[" * 100_000})
-    onnx.save(model, home / "nested.onnx")
-    card = load("digits").card
-    onnx.helper.set_model_props(model, {"eit": card.model_copy(update=dict(recipe=dict(data="x"))).model_dump_json()})
-    onnx.save(model, home / "recipe.onnx")
-    onnx.helper.set_model_props(model, {"eit": card.model_dump_json()})
-    onnx.save(model, home / "other.onnx")
-    model = onnx.load(home / "digits.onnx")
-    onnx.helper.set_model_props(model, {"eit": card.model_copy(update=dict(classes=["a", "b"])).model_dump_json()})
-    onnx.save(model, home / "fewer.onnx")
-    done = run_eit(*words, cwd=home)
+def test_files_that_cannot_be_run_are_one_line(unusable, words, line):
+    done = run_eit(*words, cwd=unusable)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a\nlast line"), MemoryError(), ValueError("x"), KeyError("logits")])
+def test_a_runtime_that_fails_is_one_line(tmp_path, error):
+    def run(x):
+        raise error
+
+    model = ExportedModel(tmp_path / "x.onnx", load("digits").card, run, fixed_size=False)
+    with pytest.raises(eit.UserError, match=r"x\.onnx cannot be run on \(1, 3, 8, 8\): ") as caught:
+        next(predict(model, Image.new("L", (8, 8))))
+    assert "\n" not in str(caught.value) and str(caught.value)[-2:] != ": "
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime", "openvino"])
@@ -379,11 +537,16 @@ def test_a_damaged_program_is_one_line_whatever_is_wrong(home, tmp_path):
 def test_the_page_shows_the_preprocessing_of_this_package(home, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
-    for i, (channels, size, resize) in enumerate(((3, 24, 28), (1, 24, 24), (3, 20, 33))):
+    monkeypatch.chdir(tmp_path)
+    (file := Path("runs/pets/best.onnx")).parent.mkdir(parents=True)
+    for channels, size, resize in ((1, 24, 24), (3, 24, 28), (3, 20, 33)):
         weights = small(tmp_path / "w.safetensors", in_chans=channels, size=size, resize=resize)
-        (tmp_path / str(i) / "runs" / "pets").mkdir(parents=True)
-        monkeypatch.chdir(tmp_path / str(i))
-        export(load(weights), Path("runs/pets/best.onnx"), "onnx")
+        if size == 24:
+            export(load(weights), file, "onnx")
+        else:  # the same program with another card
+            model = onnx.load(file)
+            onnx.helper.set_model_props(model, {"eit": load(weights).card.model_dump_json()})
+            onnx.save(model, file)
         for width, height in ((64, 32), (31, 57), (24, 24)):
             Image.effect_noise((width, height), 80).convert("RGB").save("cat.jpg")
             found = {}

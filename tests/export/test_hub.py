@@ -149,6 +149,7 @@ def test_files_of_someone_else_stay(home, tmp_path):
     )  # its own, again
 
 
+@pytest.mark.project
 def test_private_means_private(home, hub):
     handler, env = hub
     done = run_eit("push", "runs/mine", "--repo", "me/pets", "--private", cwd=home, env=env)
@@ -413,6 +414,7 @@ def test_what_goes_wrong_is_one_line(home, words, line):
     assert done.stderr.count("\n") == 1 and not (home / "x").exists()
 
 
+@pytest.mark.project
 def test_who_is_not_logged_in_is_told_in_one_line(home, hub):
     _, env = hub
     done = run_eit("push", "runs/mine", "--repo", "me/pets", cwd=home, env=env | dict(HF_TOKEN="hf_wrong"))
@@ -420,3 +422,14 @@ def test_who_is_not_logged_in_is_told_in_one_line(home, hub):
         done.returncode == 2 and done.stderr.startswith("eit: --repo me/pets: ") and "Invalid username" in done.stderr
     )
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_guesses_are_published_as_guesses(tmp_path):
+    made = make_card(guessed=("classes", "mean", "std"))
+    save_weights(tmp_path / "w.safetensors", made.create_model().state_dict(), made)
+    assert run_eit("push", tmp_path / "w.safetensors", "--to", tmp_path / "hub").returncode == 0
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert "label_names" not in config and read_card(tmp_path / "hub").guessed == made.guessed
+    readme = (tmp_path / "hub" / "README.md").read_text()
+    assert "| assumed, not known | classes cat, dog, owl, mean (0.5, 0.5, 0.5)" in readme
+    assert "print(int(logits.argmax()))" in readme

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+import eit
 from eit import distributed
 from eit.config import Data
 from eit.data.datasets import open_data
 from eit.data.images import View, normalise
 from eit.data.loaders import EvaluationLoader
 from eit.data.workers import Batch
-from eit.inference.evaluate import evaluate, make_views
+from eit.inference.evaluate import Metrics, evaluate, make_views
 
 VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
@@ -97,7 +98,7 @@ def test_confusions_and_classes_agree_with_sklearn():
         assert found["images"] == expected[3][i]
     assert metrics.per_class["c7"]["precision"] is None and metrics.per_class["c7"]["f1"] == 0
     assert metrics.per_class["c8"]["top1"] is None
-    json.dumps(asdict(metrics), allow_nan=False)
+    json.dumps(asdict(metrics) | dict(pairs=[]), allow_nan=False)
 
 
 def test_calibration_error_agrees_with_a_loop():
@@ -196,3 +197,63 @@ def test_views_are_all_sizes_with_all_crop_ratios():
     sizes = {key: (v.size, v.resize) for key, v in make_views(view, [224, 288], [0.9, 1]).items()}
     assert sizes == {(224, 0.9): (224, 248), (224, 1): (224, 224), (288, 0.9): (288, 320), (288, 1): (288, 288)}
     assert [v.resize for v in make_views(view, [], [0.7]).values()] == [320]
+
+
+# -- Bounds, modes and types
+
+
+def test_many_classes_take_memory_by_image_not_by_class():
+    """A table of 21,843 classes squared would have 3.8 GB; 500,000 classes do not fit anywhere."""
+    classes = 500_000
+    labels = torch.tensor([3, 499_999, 7])
+    logits = torch.zeros(3, classes)
+    logits[0, 3], logits[1, 3], logits[2, 499_998] = 9, 9, 9
+    metrics = evaluate(torch.nn.Identity(), Rows(logits, labels))
+    assert metrics.pairs == {(3, 3): 1, (7, 499_998): 1, (499_999, 3): 1} and metrics.correct1 == 1
+    assert metrics.per_class["c3"] == dict(images=1, top1=100, precision=50, f1=pytest.approx(200 / 3))
+    with pytest.raises(eit.UserError, match="at most 4,096 classes, these are 500,000"):
+        assert metrics.confusion
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_an_error(bad):
+    rows = random_rows(20)
+    rows.logits[13, 2] = bad
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        evaluate(torch.nn.Identity(), rows)
+
+
+def test_the_mode_of_a_model_changes_no_figure_and_is_put_back():
+    rows = random_rows(50)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(9), torch.nn.Dropout(0.5))
+    wanted = evaluate(model.eval(), rows)
+    model.train()
+    model[1].eval()
+    assert evaluate(model, rows) == wanted
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert model[0].num_batches_tracked == 0
+
+
+def test_a_folder_is_evaluated_by_its_name(folder):
+    model = eit.load("digits")
+    for i in range(3):
+        (folder / "val" / f"digit{i}").rename(folder / "val" / str(i))
+    assert evaluate(model, folder / "val") == evaluate(model, str(folder / "val"))
+    assert isinstance(evaluate(model, folder / "val"), Metrics)
+
+
+@pytest.mark.parametrize(
+    ("model", "loader", "said"),
+    [
+        (torch.nn.Identity(), [torch.zeros(1)], "a loader of evaluation_loader"),
+        (torch.nn.Identity(), 3, "a loader of evaluation_loader"),
+        (torch.nn.Identity(), "pets", "needs a model of eit.load"),
+        ("digits", random_rows(), "takes a model"),
+        (torch.nn.Linear(9, 4), random_rows(), "gives outputs .*, 4., but the data have 9 classes"),
+        (torch.nn.Unflatten(1, (3, 3)), random_rows(), "3, 3"),
+        (torch.nn.Identity(), Rows(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64)), "no images"),
+    ],
+)
+def test_wrong_types_are_refused(model, loader, said):
+    with pytest.raises(eit.UserError, match=said):
+        evaluate(model, loader)

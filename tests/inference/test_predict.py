@@ -1,5 +1,9 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eit
 from eit.config import load_recipe
@@ -50,3 +54,156 @@ def test_folders_and_files_are_expanded(folder):
     (folder / "empty").mkdir()
     with pytest.raises(eit.UserError, match="no images below"):
         expand([str(folder / "empty")])
+
+
+# -- What Python callers give
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return eit.load("digits")
+
+
+def picture(mode="RGB", size=(12, 9)):
+    return Image.effect_noise(size, 80).convert(mode)
+
+
+def forms(image, file):
+    """One image in all forms."""
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    return [
+        str(file),
+        Path(file),
+        image,
+        array,
+        tensor,
+        [str(file)],
+        (Path(file),),
+        [image],
+        [array],
+        tensor[None],
+        array[None],
+    ]
+
+
+def test_one_image_in_any_form_is_one_prediction(digits, tmp_path):
+    image = picture()
+    image.save(tmp_path / "x.png")
+    wanted = eit.predict(digits, [tmp_path / "x.png"])
+    (wanted,) = wanted
+    for given in forms(image, tmp_path / "x.png"):
+        (found,) = eit.predict(digits, given)
+        assert found.labels == wanted.labels and found.fault is None, type(given)
+    assert [p.labels for p in eit.predict("digits", tmp_path)] == [wanted.labels]  # a folder, and weights by name
+    assert [p.image for p in eit.predict(digits, iter([image, tmp_path / "x.png"]))] == [
+        "image 0",
+        str(tmp_path / "x.png"),
+    ]
+    grey, alpha = picture("L"), picture("RGBA")
+    for pixels in (
+        grey,
+        np.asarray(grey),
+        np.asarray(grey)[..., None],
+        torch.from_numpy(np.asarray(grey).copy())[None],
+        alpha,
+        np.asarray(alpha),
+    ):
+        assert len(next(eit.predict(digits, pixels)).labels) == 5
+    assert list(eit.predict(digits, [])) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        3,
+        None,
+        b"x.png",
+        {"x.png": 1},
+        [3],
+        [b"x.png"],
+        [["x.png"]],
+        np.zeros((4, 4, 3)),  # floats: of which range?
+        np.zeros((4, 4), np.uint16),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((3, 5, 5), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        torch.zeros(3, 4, 4),
+        torch.zeros(5, 5, 3, dtype=torch.uint8),
+        torch.zeros(4, dtype=torch.uint8),
+        ["gone.png"],
+        "gone.png",
+    ],
+    ids=lambda given: f"{type(given).__name__} {getattr(given, 'shape', '')}",
+)
+def test_what_is_no_image_is_refused_at_once(digits, given):
+    with pytest.raises(eit.UserError) as error:
+        eit.predict(digits, given)  # not only when the first prediction is asked for
+    assert "\n" not in str(error.value)
+
+
+def test_an_open_file_and_a_model_without_a_card_are_refused_at_once(digits, tmp_path):
+    picture().save(tmp_path / "x.png")
+    with open(tmp_path / "x.png", "rb") as file:
+        for given in (file, [file]):
+            with pytest.raises(eit.UserError, match="files, folders, PIL images"):
+                eit.predict(digits, given)
+    for model in (torch.nn.Linear(1, 1), None, 3):
+        with pytest.raises(eit.UserError, match="takes a model of eit.load"):
+            eit.predict(model, tmp_path / "x.png")
+    with pytest.raises(eit.UserError, match="top=0"):
+        eit.predict(digits, tmp_path / "x.png", top=0)
+
+
+class Modal(torch.nn.Module):
+    """A model whose outputs depend on its mode, in a part of it."""
+
+    def __init__(self, card):
+        super().__init__()
+        self.card, self.norm, self.drop = card, torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.norm(x)).flatten(1)[:, : len(self.card.classes)]
+
+
+def test_the_mode_of_a_model_changes_nothing_and_is_put_back(digits):
+    model, image = Modal(digits.card), picture()
+    before = image.tobytes()
+    wanted = next(eit.predict(model.eval(), image)).labels
+    model.train()
+    model.norm.eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    assert next(eit.predict(model, image)).labels == wanted
+    assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and image.tobytes() == before
+    model.norm = torch.nn.Identity().train()
+    model.forward = None
+    with pytest.raises(TypeError):
+        next(eit.predict(model, image))
+    assert model.training  # after an error too
+
+
+def test_outputs_that_are_not_finite_are_a_fault_of_that_image(digits):
+    model = Modal(digits.card)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        model.forward = lambda x, bad=bad: torch.where(x[:, 0, 0, :1] > 0, bad, torch.zeros(len(x), 10))
+        white, black = (np.full((8, 8, 3), value, np.uint8) for value in (255, 0))
+        first, second, third = eit.predict(model, [black, white, black])
+        assert second.labels == [] and second.fault == "image 1: the model's outputs are NaN or infinite"
+        assert first.labels == third.labels and len(first.labels) == 5 and first.fault is None
+
+
+def test_a_damaged_image_in_memory_is_a_fault(digits, tmp_path):
+    picture(size=(300, 300)).save(tmp_path / "x.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:5000])
+    found = list(eit.predict(digits, [Image.open(tmp_path / "cut.png"), tmp_path / "gone.png", tmp_path / "x.png"]))
+    assert [bool(p.fault) for p in found] == [True, True, False]
+    assert found[0].fault.startswith("image 0: ") and "gone.png: No such file" in found[1].fault
+
+
+def test_weights_that_ask_for_large_inputs_get_small_batches(digits, monkeypatch):
+    sizes = []
+    model = Modal(digits.card.model_copy(update=dict(size=64, resize=64)))
+    model.forward = lambda x: sizes.append(len(x)) or torch.zeros(len(x), 10)
+    monkeypatch.setattr("eit.inference.predict.BATCH_PIXELS", 3 * 64**2)
+    assert len(list(eit.predict(model, [picture()] * 7))) == 7 and sizes == [3, 3, 1]

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eit import EIT, complexity, load_weights
-from eit.models.eit import CLS_CONV, attention_channels
+from eit.models.eit import CHOICES, attention_channels
 from tests.helpers import reference
 
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)
@@ -71,7 +71,7 @@ def test_schedules(schedule, channels):
         (dict(conv_branch="lite"), "conv_branch='lite' is not one of depthwise, gated"),
         (dict(stem="conv"), "stem='conv' is not one of conv_pool, patch"),
         (dict(pos_embed="sin"), "pos_embed='sin' is not one of none, learned"),
-        (dict(img_size=3), "img_size=3 is smaller than the stem needs"),
+        (dict(img_size=3), "img_size=3 is too small"),
     ],
 )
 def test_arguments_that_make_no_model_are_named(arguments, message):
@@ -121,7 +121,7 @@ def test_the_first_channels_are_convolved_and_the_class_token_is_not():
     torch.testing.assert_close(y[:, :, 16:], mixer.proj((weights @ v).transpose(1, 2).reshape(2, 16, 8)))
 
 
-@pytest.mark.parametrize("cls_conv", CLS_CONV)
+@pytest.mark.parametrize("cls_conv", CHOICES["cls_conv"])
 def test_what_the_class_token_has_in_place_of_the_convolution(cls_conv):
     mixer, published = (small(schedule=(8, 8, 24), cls_conv=name).blocks[0].attn for name in (cls_conv, "identity"))
     x = torch.randn(2, 1 + 3 * 5, 24)
@@ -145,12 +145,12 @@ def test_zero_is_no_update_of_the_class_token_s_convolved_channels():
 
 @pytest.mark.parametrize("schedule", ["eit", "lsra", (0, 12, 24)])
 def test_the_class_token_s_part_costs_nothing(schedule):
-    models = [EIT(**(SMALL | dict(schedule=schedule, cls_conv=cls_conv))) for cls_conv in CLS_CONV]
+    models = [EIT(**(SMALL | dict(schedule=schedule, cls_conv=cls_conv))) for cls_conv in CHOICES["cls_conv"]]
     assert len({complexity(model, (3, 32, 32)) for model in models}) == 1
     assert len({tuple((k, v.shape) for k, v in model.state_dict().items()) for model in models}) == 1
 
 
-@pytest.mark.parametrize("cls_conv", CLS_CONV)
+@pytest.mark.parametrize("cls_conv", CHOICES["cls_conv"])
 def test_the_gated_branch_is_linear_glu_convolution_linear(cls_conv):
     mixer = small(schedule=(8, 8, 24), conv_branch="gated", cls_conv=cls_conv).blocks[0].attn
     x = torch.randn(2, 1 + 3 * 5, 24)
@@ -259,7 +259,7 @@ def test_intermediates_are_the_blocks_outputs():
     normed = model.norm(outputs[1])
     assert torch.equal(image, normed[:, 1:]) and torch.equal(prefix, normed[:, :1])
     assert [m.shape[1] for m in model.forward_intermediates(x, 2, intermediates_only=True)] == [24, 24]
-    with pytest.raises(ValueError, match="beyond the 3 blocks"):
+    with pytest.raises(ValueError, match="only 3 blocks"):
         model.forward_intermediates(x, [3])
 
 

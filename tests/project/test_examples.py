@@ -16,7 +16,7 @@ from timm.models import load_state_dict
 import eit
 from eit.export.hub import write_folder
 from eit.weights.formats import save_weights
-from eit.weights.load import SHIPPED, read_card
+from eit.weights.load import INCLUDED, read_card
 from tests.helpers.commands import run_eit
 from tests.helpers.images import save_digits
 from tests.helpers.shared import require
@@ -144,7 +144,7 @@ def test_timms_own_train_script(images, tmp_path):
 
 
 def test_what_the_timm_example_says_of_heads(tmp_path):
-    file = SHIPPED["digits"]
+    file = INCLUDED["digits"]
     card, state = read_card(file), load_file(file)
     arguments = card.arguments | dict(img_size=card.size)
     for classes in (4, 10):

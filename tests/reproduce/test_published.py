@@ -9,7 +9,7 @@ import pytest
 from eit.config import load_recipe
 from eit.errors import UserError
 from eit.models.registry import VARIANTS
-from eit.reproduce.published import compare, published_curve
+from eit.reproduce.published import compare_curve, published_curve
 from tests.helpers.shared import SHARED, require
 
 
@@ -46,13 +46,13 @@ def test_the_published_curves_are_those_of_the_reference():
 
 def test_a_run_is_compared_epoch_by_epoch(tmp_path):
     curve = published_curve("eit_mini")
-    same = compare(write_run(tmp_path / "same", "mini", as_log(curve)))
+    same = compare_curve(write_run(tmp_path / "same", "mini", as_log(curve)))
     assert same.worst == 0 and "reproduced" in same.verdict and "not" not in same.verdict
-    worse = compare(write_run(tmp_path / "worse", "mini", as_log(curve, -1.0)))
+    worse = compare_curve(write_run(tmp_path / "worse", "mini", as_log(curve, -1.0)))
     assert worse.worst == pytest.approx(-1) and "not reproduced" in worse.verdict
-    early = compare(write_run(tmp_path / "early", "mini", as_log(curve)[:10]))
+    early = compare_curve(write_run(tmp_path / "early", "mini", as_log(curve)[:10]))
     assert early.worst is None and "too early" in early.verdict
-    half = compare(write_run(tmp_path / "half", "mini", as_log(curve, -0.25)[:150]))
+    half = compare_curve(write_run(tmp_path / "half", "mini", as_log(curve, -0.25)[:150]))
     assert half.worst == pytest.approx(-0.25) and len(half.rows) == 150
     assert "149" in str(half) and len(str(half).splitlines()) < 20
 
@@ -61,11 +61,11 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_named(tmp_path):
     folder = write_run(tmp_path / "run", "mini", as_log(published_curve("eit_mini"))[:30])
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"epoch": 30, "train_l')
-    assert compare(folder).epochs == 30
+    assert compare_curve(folder).epochs == 30
     with open(folder / "log.jsonl", "a") as log:
         log.write('oss": null, "val_top1": 60.0}\n')
     with pytest.raises(UserError, match="log.jsonl is damaged: line 31 has train_loss None"):
-        compare(folder)
+        compare_curve(folder)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_a_run_of_another_recipe_is_not_compared(tmp_path, old, new, said):
     assert old in text
     (folder / "recipe.yaml").write_text(text.replace(old, new))
     with pytest.raises(UserError, match=said):
-        compare(folder)
+        compare_curve(folder)

@@ -1,8 +1,9 @@
-"""Claims are weighed by the tests that are named, on runs made up for it."""
+"""Claims are judged by the tests that are named, on made-up runs."""
 
 import math
 import re
 import statistics
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from eit.reproduce.experiment import Cell, Claim
 from eit.reproduce.forest import Row, draw_forest
 from eit.reproduce.forest import digest as forest_digest
 from eit.reproduce.runs import Result
-from eit.reproduce.tables import FACTORIAL, ablation_table, has_digest
+from eit.reproduce.tables import FACTORIAL, ablation_table, effect_text, has_digest
 from eit.reproduce.verdict import (
     FAILS,
     FEW,
@@ -25,8 +26,9 @@ from eit.reproduce.verdict import (
     UNDECIDED,
     UNTESTABLE,
     Verdict,
+    _dunnett,
     correct,
-    weigh,
+    judge_claim,
 )  # fmt: skip
 
 
@@ -51,8 +53,8 @@ def claim(**given):
     return Claim(**dict(says="s", code="c", metric="last_top1", axis="model", rises=["vit", "eit"]) | given)
 
 
-def weighed(results, control=None, more=(), **given):
-    return weigh(claim(**given), results, cells_of(results, *more), control)
+def judged(results, control=None, more=(), **given):
+    return judge_claim(claim(**given), results, cells_of(results, *more), control)
 
 
 LOW, HIGH = [50, 52, 54, 51, 53], [60, 63, 64, 61, 62]
@@ -70,35 +72,37 @@ LOW, HIGH = [50, 52, 54, 51, 53], [60, 63, 64, 61, 62]
         ([50.0] * 5, [50.0] * 5, UNDECIDED),
     ],
 )
-def test_two_levels_are_weighed(vit, eit_, word):
-    assert weighed(made(dict(vit=vit, eit=eit_))).word == word
+def test_two_levels_are_compared(vit, eit_, word):
+    assert judged(made(dict(vit=vit, eit=eit_))).word == word
 
 
 def test_runs_are_not_paired():
     """A spread that both levels share over their seeds hides a difference: one seed gives them nothing in common."""
-    assert weighed(made(dict(vit=[10, 30, 50, 70, 90], eit=[11, 32, 51, 72, 91]))).word == UNDECIDED
+    assert judged(made(dict(vit=[10, 30, 50, 70, 90], eit=[11, 32, 51, 72, 91]))).word == UNDECIDED
 
 
 def test_the_test_is_welch_s_and_two_sided():
-    (gap,) = weighed(made(dict(vit=LOW, eit=HIGH))).gaps
+    (effect,) = judged(made(dict(vit=LOW, eit=HIGH))).effects
     difference = statistics.fmean(HIGH) - statistics.fmean(LOW)
     a, b = statistics.variance(HIGH) / 5, statistics.variance(LOW) / 5
     freedom = (a + b) ** 2 / (a**2 / 4 + b**2 / 4)
     half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(a + b)
-    assert (gap.difference, gap.low, gap.high) == pytest.approx((difference, difference - half, difference + half))
-    assert gap.p == pytest.approx(2 * scipy.stats.t.sf(difference / math.sqrt(a + b), freedom))
-    assert gap.opposite == 1 and gap.runs == (5, 5) and gap.judged
+    assert (effect.difference, effect.low, effect.high) == pytest.approx(
+        (difference, difference - half, difference + half)
+    )
+    assert effect.p == pytest.approx(2 * scipy.stats.t.sf(difference / math.sqrt(a + b), freedom))
+    assert effect.opposite == 1 and effect.runs == (5, 5) and effect.judged
 
 
 def test_against_a_control_the_test_is_dunnett_s():
     """By other code: its integral over the common spread and the control's mean, of equal samples (Dunnett 1955)."""
     arms = dict(eit=HIGH, vit=[58, 60, 61, 59, 63], lsra=[57, 59, 60, 58, 63], other=[61, 60, 64, 62, 63])
-    found = weighed(made(arms), control="eit")
+    found = judged(made(arms), control="eit")
     n, others = 5, 3
     pooled = statistics.fmean(statistics.variance(runs) for runs in arms.values())
     error, freedom = math.sqrt(2 * pooled / n), len(arms) * (n - 1)
-    (gap,) = found.gaps
-    t = gap.difference / error
+    (effect,) = found.effects
+    t = effect.difference / error
     spread, z = np.linspace(0.05, 4, 400)[:, None], np.linspace(-8, 8, 801)  # of the common spread, the control's mean
     weight = scipy.stats.chi(freedom).pdf(spread * math.sqrt(freedom)) * math.sqrt(freedom) * scipy.stats.norm.pdf(z)
 
@@ -107,78 +111,110 @@ def test_against_a_control_the_test_is_dunnett_s():
         each = scipy.stats.norm.cdf(z + width) - scipy.stats.norm.cdf(z - width)
         return np.trapezoid(np.trapezoid(weight * each**others, z), spread[:, 0])
 
-    assert gap.p == pytest.approx(1 - inside(t), abs=2e-3)
+    assert effect.p == pytest.approx(1 - inside(t), abs=2e-3)
     critical = scipy.optimize.brentq(lambda t: inside(t) - 0.95, 1, 5)
-    assert (gap.low, gap.high) == pytest.approx(
-        (gap.difference - critical * error, gap.difference + critical * error), abs=0.03
+    assert (effect.low, effect.high) == pytest.approx(
+        (effect.difference - critical * error, effect.difference + critical * error), abs=0.03
     )
-    assert gap.p > weighed(made(arms)).gaps[0].p, "more than one comparison"
-    back = weighed(made(arms), control="eit", rises=["eit", "vit"]).gaps[0]
-    assert (back.difference, back.low, back.high) == pytest.approx((-gap.difference, -gap.high, -gap.low))
+    assert effect.p > judged(made(arms)).effects[0].p, "more than one comparison"
+    back = judged(made(arms), control="eit", rises=["eit", "vit"]).effects[0]
+    assert (back.difference, back.low, back.high) == pytest.approx((-effect.difference, -effect.high, -effect.low))
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+def test_dunnetts_interval_that_does_not_converge_is_left_out_without_a_warning(monkeypatch, recwarn, runs):
+    levels = dict(eit=HIGH[:runs], vit=[58, 60, 61, 59, 63][:runs])
+    confidence_interval = scipy.stats._multicomp.DunnettResult.confidence_interval
+    seen = []
+
+    def noisy(self, level):
+        seen.append(level)
+        if len(seen) <= fails:
+            warnings.warn("did not converge", stacklevel=2)
+        return confidence_interval(self, level)
+
+    monkeypatch.setattr(scipy.stats._multicomp.DunnettResult, "confidence_interval", noisy)
+    for fails, shown in ((0, True), (1, True), (99, False)):
+        _dunnett.cache_clear()
+        seen.clear()
+        (effect,) = judged(made(levels), control="eit", more=[("d", "eit", 9)]).effects
+        assert (effect.low is not None) == shown and effect.p is not None
+        assert ("(interval not available)" in effect_text(effect, "last_top1")) == (not shown)
+        assert len(seen) == (min(fails + 1, 5))
+    _dunnett.cache_clear()
+    assert not recwarn.list
 
 
 def test_a_control_is_compared_with_what_is_whole():
-    """An arm that is not finished changes nothing of the others."""
+    """A model whose runs are not finished changes nothing for the others."""
     arms = dict(eit=HIGH, vit=[58, 60, 61, 59, 63])
-    alone = weighed(made(arms), control="eit")
-    assert weighed(made(arms | dict(lsra=[1, 99])), control="eit", more=[("d", "lsra", 2)]).gaps == alone.gaps
+    alone = judged(made(arms), control="eit")
+    assert judged(made(arms | dict(lsra=[1, 99])), control="eit", more=[("d", "lsra", 2)]).effects == alone.effects
 
 
 def test_a_claim_holds_where_it_does_on_every_data_set():
     one, same = made(dict(vit=LOW, eit=HIGH)), made(dict(vit=LOW, eit=HIGH), data="other")
     weak, against = made(dict(vit=LOW, eit=LOW), data="weak"), made(dict(vit=HIGH, eit=LOW), data="against")
-    assert weighed(one + same).word == HOLDS
-    assert weighed(one + weak).word == UNDECIDED and weighed(one + weak).p == 1
-    assert weighed(one + against).word == FAILS
-    assert weighed(one + against).opposite == pytest.approx(2 * weighed(against).opposite), "on one of two"
-    both = weighed(one + same)
-    assert both.p == max(gap.p for gap in both.gaps)
+    assert judged(one + same).word == HOLDS
+    assert judged(one + weak).word == UNDECIDED and judged(one + weak).p == 1
+    assert judged(one + against).word == FAILS
+    assert judged(one + against).opposite == pytest.approx(2 * judged(against).opposite), "on one of two"
+    both = judged(one + same)
+    assert both.p == max(effect.p for effect in both.effects)
 
 
 def test_the_mean_over_data_sets_has_an_interval_of_its_own():
-    found = weighed(
+    found = judged(
         made(dict(vit=LOW, eit=HIGH)) + made(dict(vit=[70, 71, 72, 73, 74], eit=[73, 72, 75, 74, 76]), data="b")
     )
-    first, second = found.gaps
+    first, second = found.effects
     assert found.mean.difference == pytest.approx((first.difference + second.difference) / 2)
     squares = [statistics.variance(runs) / 5 for runs in (HIGH, LOW, [70, 71, 72, 73, 74], [73, 72, 75, 74, 76])]
     freedom = sum(squares) ** 2 / sum(square**2 / 4 for square in squares)
     half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(sum(squares)) / 2
     assert found.mean.high - found.mean.difference == pytest.approx(half)
-    assert weighed(made(dict(vit=LOW, eit=HIGH))).mean is None
+    assert judged(made(dict(vit=LOW, eit=HIGH))).mean is None
 
 
 def test_nothing_is_decided_before_all_runs_are_done():
     results = made(dict(vit=LOW, eit=HIGH, resnet=[70, 70]))
-    assert weighed(results).word == HOLDS
-    verdict = weighed(results, more=[("d", "eit", 5)])
-    assert verdict.word == NOT_RUN and verdict.gaps[0].difference == 10 and not verdict.gaps[0].judged
-    assert str(verdict) == NOT_RUN
-    assert weighed(results, more=[("d", "resnet", 5)]).word == HOLDS, "of which the claim does not speak"
-    partly = weighed(results, more=[("other", level, seed) for level in ("eit", "vit") for seed in range(5)])
-    assert partly.word == PARTLY and str(partly) == "partly run (1 of 2 data sets)" and partly.gaps[0].judged
-    assert weighed(made(dict(eit=HIGH))).word == NOT_RUN
+    assert judged(results).word == HOLDS
+    verdict = judged(results, more=[("d", "eit", 5)])
+    assert verdict.word == PARTLY and verdict.effects[0].difference == 10 and not verdict.effects[0].judged
+    assert str(verdict) == PARTLY
+    assert judged(results, more=[("d", "resnet", 5)]).word == HOLDS, "of which the claim does not speak"
+    partly = judged(results, more=[("other", level, seed) for level in ("eit", "vit") for seed in range(5)])
+    assert partly.word == PARTLY and str(partly) == "partly run (1 of 2 data sets)" and partly.effects[0].judged
+    others = [("other", level, seed) for level in ("eit", "vit") for seed in range(5)]
+    none = judged([], more=others)
+    assert none.word == NOT_RUN and not none.effects
+    assert judged(made(dict(resnet=HIGH), data="other"), more=others).word == NOT_RUN, "runs of other levels"
+    for level in ("eit", "vit"):
+        one = judged(made({level: [60]}, data="other"), more=others)
+        assert one.word == PARTLY and not one.effects, "some runs of one level only"
+    macs = judged(made(dict(eit=[1], vit=[2]), "macs"), more=others, metric="macs", rises=["eit", "vit"])
+    assert str(macs) == "partly run (1 of 2 data sets)"
     published = dict(rises=None, reaches=dict(eit=60.0, vit=50.0))
-    assert weighed(results, **published).word == HOLDS
-    assert weighed(results, more=[("d", "eit", 5)], **published).word == PARTLY
+    assert judged(results, **published).word == HOLDS
+    assert judged(results, more=[("d", "eit", 5)], **published).word == PARTLY
 
 
 def test_levels_are_equal_where_two_one_sided_tests_say_so():
     equal = dict(rises=None, equal=["vit", "eit"], within=1.0)
     near, far = [50.0, 50.4, 49.8, 50.2, 50.1], [53.0, 53.4, 52.8, 53.2, 53.1]
-    assert weighed(made(dict(vit=near, eit=[x + 0.1 for x in near])), **equal).word == HOLDS
-    assert weighed(made(dict(vit=near, eit=far)), **equal).word == FAILS
-    assert weighed(made(dict(vit=far, eit=near)), **equal).word == FAILS
-    wide = weighed(made(dict(vit=LOW, eit=[x + 0.2 for x in LOW])), **equal)
+    assert judged(made(dict(vit=near, eit=[x + 0.1 for x in near])), **equal).word == HOLDS
+    assert judged(made(dict(vit=near, eit=far)), **equal).word == FAILS
+    assert judged(made(dict(vit=far, eit=near)), **equal).word == FAILS
+    wide = judged(made(dict(vit=LOW, eit=[x + 0.2 for x in LOW])), **equal)
     found = re.search(r"(\d+) runs of each would decide on d", wide.note)
     assert wide.word == UNDECIDED and found
-    (gap,) = wide.gaps
+    (effect,) = wide.effects
     a = statistics.variance(LOW) / 5
     error, freedom = math.sqrt(2 * a), 8
-    tests = [scipy.stats.t.sf((1 + side * gap.difference) / error, freedom) for side in (1, -1)]
-    assert gap.p == pytest.approx(max(tests))
+    tests = [scipy.stats.t.sf((1 + side * effect.difference) / error, freedom) for side in (1, -1)]
+    assert effect.p == pytest.approx(max(tests))
     half = scipy.stats.t.ppf(0.95, freedom) * error
-    assert (gap.low, gap.high) == pytest.approx((gap.difference - half, gap.difference + half)), "90%"
+    assert (effect.low, effect.high) == pytest.approx((effect.difference - half, effect.difference + half)), "90%"
     # So many runs of two levels that are the same are found equal four times in five
     n, chance = int(found[1]), np.random.default_rng(0)
     sd = math.sqrt(statistics.variance(LOW))
@@ -225,32 +261,32 @@ def test_diversity_of_uniform_heads_is_not_testable():
             for r in made(dict(vit=LOW, eit=HIGH))
         ]
 
-    assert weighed(runs(0.9), metric="trained.diversity").word == HOLDS
-    found = weighed(runs(0.96), metric="trained.diversity")
+    assert judged(runs(0.9), metric="trained.diversity").word == HOLDS
+    found = judged(runs(0.96), metric="trained.diversity")
     assert found.word == UNTESTABLE and "vit on d: 96.0% of uniform attention's entropy" in str(found)
 
 
 def test_a_verdict_says_what_decided():
-    assert re.fullmatch(r"holds \(p = 0.0000?\d+|holds \(p < 0.0001\)", str(weighed(made(dict(vit=LOW, eit=HIGH)))))
-    against = weighed(made(dict(vit=HIGH, eit=LOW)))
+    assert re.fullmatch(r"holds \(p = 0.0000?\d+|holds \(p < 0.0001\)", str(judged(made(dict(vit=LOW, eit=HIGH)))))
+    against = judged(made(dict(vit=HIGH, eit=LOW)))
     assert re.fullmatch(r"does not hold \(opposite: p < 0.0001\)", str(against))
-    undecided = str(weighed(made(dict(vit=[50, 60, 55, 51, 58], eit=[52, 57, 56, 59, 54]))))
+    undecided = str(judged(made(dict(vit=[50, 60, 55, 51, 58], eit=[52, 57, 56, 59, 54]))))
     assert re.fullmatch(r"undecided \(p = 0\.\d+, opposite: p = 1\)", undecided)
 
 
 def test_what_is_counted_is_compared_as_it_is():
     cheaper = dict(metric="macs", rises=["eit", "vit"])
-    assert weighed(made(dict(eit=[10], vit=[12]), "macs"), **cheaper).word == HOLDS
-    assert weighed(made(dict(eit=[10, 10], vit=[12, 9]), "macs"), **cheaper).word == FAILS
+    assert judged(made(dict(eit=[10], vit=[12]), "macs"), **cheaper).word == HOLDS
+    assert judged(made(dict(eit=[10, 10], vit=[12, 9]), "macs"), **cheaper).word == FAILS
 
 
 def test_values_to_reach():
     published = dict(rises=None, reaches=dict(eit=70.0, vit=60.0), within=0.5)
-    assert weighed(made(dict(eit=[69.6], vit=[61])), **published).word == HOLDS
-    assert weighed(made(dict(eit=[69.4], vit=[61])), **published).word == FAILS
-    assert weighed(made(dict(eit=[70])), **published).word == PARTLY
-    assert weighed(made(dict(eit=[69])), **published).word == FAILS
-    assert weighed(made(dict(eit=[10, 20, 90], vit=[61])), **published).word == FAILS  # their mean
+    assert judged(made(dict(eit=[69.6], vit=[61])), **published).word == HOLDS
+    assert judged(made(dict(eit=[69.4], vit=[61])), **published).word == FAILS
+    assert judged(made(dict(eit=[70])), **published).word == PARTLY
+    assert judged(made(dict(eit=[69])), **published).word == FAILS
+    assert judged(made(dict(eit=[10, 20, 90], vit=[61])), **published).word == FAILS  # their mean
 
 
 def test_the_effects_of_the_factorial_are_those_of_a_linear_model():
@@ -275,8 +311,8 @@ def test_the_effects_of_the_factorial_are_those_of_a_linear_model():
 
 
 def test_the_forest_shows_every_interval(tmp_path):
-    verdict = weighed(made(dict(vit=LOW, eit=HIGH)) + made(dict(vit=HIGH, eit=HIGH), data="other"))
-    rows = [Row(claim(says="a claim " * 20), verdict, gap) for gap in (*verdict.gaps, verdict.mean)]
+    verdict = judged(made(dict(vit=LOW, eit=HIGH)) + made(dict(vit=HIGH, eit=HIGH), data="other"))
+    rows = [Row(claim(says="a claim " * 20), verdict, effect) for effect in (*verdict.effects, verdict.mean)]
     draw_forest(rows, tmp_path / "forest.png")
     assert has_digest(tmp_path / "forest.png", forest_digest(rows))
     assert not has_digest(tmp_path / "forest.png", forest_digest(rows[:2]))

@@ -76,16 +76,16 @@ def test_recipes_name_no_figure_that_nobody_measured_without_saying_so(name):
 def test_what_the_page_says_of_published_models_is_what_was_published():
     page, points = " ".join(README.split()), {point.model: point for point in published_results()}
     ours = [points[f"EIT-{name}"] for name in ("mini", "tiny", "base", "large")]
-    assert "No model in it that has neither a pyramid nor more parameters is more accurate than an EIT" in page
+    assert "without a pyramid, none is more accurate than an EIT with as many parameters" in page
     for eit in ours:
         flat = [p for p in points.values() if not p.pyramid and p.family != "EIT" and p.params_m <= eit.params_m]
         assert all(p.top1 < eit.top1 for p in flat)
-    assert "MobileNetV2, which has a pyramid, is more accurate than EIT-mini with as many" in page
+    assert "MobileNetV2 has a pyramid; it is more accurate than EIT-mini with as many parameters" in page
     mobile = points["MobileNetV2 1.0"]
     assert mobile.pyramid and mobile.top1 > ours[0].top1 and mobile.params_m <= ours[0].params_m
-    assert "DeiT-Ti and XCiT-T12/16 have more top-1 than EIT-mini for two thirds of its MACs" in page
+    assert "DeiT-Ti and XCiT-T12/16 have a higher top-1 than EIT-mini with two thirds of its MACs" in page
     for name in ("DeiT-Ti", "XCiT-T12/16"):
         assert points[name].top1 > ours[0].top1
         assert points[name].gmacs / ours[0].gmacs == pytest.approx(2 / 3, abs=0.03)
-    assert "and XCiT-S12/16 more than EIT-large for less than half" in page
+    assert "XCiT-S12/16 has a higher one than EIT-large with less than half" in page
     assert points["XCiT-S12/16"].top1 > ours[3].top1 and points["XCiT-S12/16"].gmacs < ours[3].gmacs / 2

@@ -1,11 +1,12 @@
 """Optimizer, learning rate and schedule."""
 
 import pytest
+import torch
 
 import eit
 from eit.config import load_recipe
 from eit.data.order import SampleOrder
-from eit.training.optim import make_optimizer, make_schedule
+from eit.training.optim import load_optimizer, make_lr_scheduler, make_optimizer
 
 
 def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
@@ -13,7 +14,7 @@ def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
     order = SampleOrder(1_281_167, 128, 1, 8, 3, 0)
     model = eit.create_model("eit_mini", depth=1)
     optimizer = make_optimizer(r, model, order)
-    schedule = make_schedule(r, optimizer, order)
+    schedule = make_lr_scheduler(r, optimizer, order)
 
     def rate(step):
         schedule.step_update(step)
@@ -54,7 +55,7 @@ def test_each_layer_learns_slower_than_the_next():
     r = load_recipe("digits", ["optim.layer_decay=0.5", "optim.warmup_lr=1e-3", "train.warmup_epochs=0"])
     model = eit.create_model("eit_mini", depth=3)
     optimizer = make_optimizer(r, model, SampleOrder(64, 64, 1, 1, 1, 0))
-    make_schedule(r, optimizer, SampleOrder(64, 64, 1, 1, 1, 0)).step_update(0)
+    make_lr_scheduler(r, optimizer, SampleOrder(64, 64, 1, 1, 1, 0)).step_update(0)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     of = {name: rate[id(p)] / 3e-3 for name, p in model.named_parameters()}
     assert of["head.weight"] == pytest.approx(1)
@@ -68,3 +69,41 @@ def test_each_layer_learns_slower_than_the_next():
     }
     for part, share in expected.items():
         assert {round(v, 6) for name, v in of.items() if name.startswith(part)} == {share}
+
+
+def stepped(*settings):
+    """An AdamW that took a step, and its parameters."""
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), **dict(settings))
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.clear(),
+        lambda state: state.update(param_groups=[]),
+        lambda state: state["param_groups"][0].update(weight_decay="x"),
+        lambda state: state["param_groups"][0].update(betas=[0.9]),
+        lambda state: state["param_groups"][0].update(eps=None),
+        lambda state: state["state"][0].update(exp_avg=torch.zeros(7)),
+        lambda state: state["state"][0].update(exp_avg=torch.zeros(2, 3, 4)),
+        lambda state: state["param_groups"][0].update(params=[0]),
+    ],
+    ids=range(8),
+)
+def test_a_state_that_does_not_fit_the_optimizer_is_an_error(spoil):
+    state = stepped().state_dict()
+    spoil(state)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        load_optimizer(stepped(), state)
+
+
+def test_the_state_of_an_equal_optimizer_is_restored():
+    first, second = stepped(), stepped(("lr", 1e-4))
+    load_optimizer(second, first.state_dict())
+    assert second.param_groups[0]["lr"] == first.param_groups[0]["lr"]
+    for one, other in zip(first.state.values(), second.state.values(), strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])

@@ -52,14 +52,14 @@ def test_a_report_is_read_in_its_own_step_where_an_update_cannot_be_skipped():
 
 @pytest.mark.parametrize("immediate", [True, False])
 def test_what_a_report_makes_the_caller_raise_ends_the_step_that_reads_it_and_is_raised_once(immediate):
-    def act_on(report):
+    def handle_report(report):
         if report is not None:
             raise FloatingPointError(report.step)
 
     reports = StepReports(immediate)
     with pytest.raises(FloatingPointError, match="7"):
-        act_on(reports.add(7, numbers(0.0)))
-        act_on(reports.add(8, numbers(0.0)))
+        handle_report(reports.add(7, numbers(0.0)))
+        handle_report(reports.add(8, numbers(0.0)))
         pytest.fail("it went on")
     assert reports.flush() == (None if immediate else report(8, 0.0))
 

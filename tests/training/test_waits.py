@@ -12,8 +12,7 @@ from eit.training import trainer as train_module
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint
 from eit.training.step_reports import StepReports
 from eit.training.trainer import train
-from eit.weights.card import Card
-from eit.weights.convert import default_mean_std
+from eit.weights.card import Card, default_mean_std
 from eit.weights.formats import save_weights
 from tests.helpers.training import recipe, same
 

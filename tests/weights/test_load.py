@@ -277,7 +277,7 @@ def test_a_git_lfs_pointer_is_recognised(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(eit.UserError, match=r"no weights at .*gone\.pth"):
         eit.load(tmp_path / "gone.pth")
-    with pytest.raises(eit.UserError, match="is no run folder"):
+    with pytest.raises(eit.UserError, match="is not a run folder"):
         eit.load(tmp_path)
     (tmp_path / "recipe.yaml").touch()
     with pytest.raises(eit.UserError, match=r"neither best\.safetensors nor final\.safetensors"):

@@ -133,7 +133,7 @@ def call(capsys, *words, status=0):
 def test_class_names_with_separators_or_markup_are_names_and_nothing_else(tmp_path, monkeypatch, capsys):
     """From weights, which are a stranger's: shown by predict, eval and its tables, with nothing written elsewhere."""
     model = eit.create_model("eit_mini", num_classes=len(NAMES), **SMALL)
-    save_weights(tmp_path / "w.safetensors", model.state_dict(), card(classes=NAMES))
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), card(classes=NAMES, guessed=("classes",)))
     pixels = np.zeros((16, 16, 3), np.uint8)
     for i in range(len(NAMES)):
         (tmp_path / "data" / f"class{i}").mkdir(parents=True)

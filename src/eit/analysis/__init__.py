@@ -1,1 +1,1 @@
-"""What a vision transformer's layers hold, and where its heads look: measured (measure.py) and drawn (report.py)."""
+"""Frequencies, attention and class token of a vision model: measured (measure.py), compared (compare.py), reported."""

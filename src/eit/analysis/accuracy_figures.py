@@ -1,16 +1,16 @@
-"""Figures of accuracy under filters and noise, and of groups of runs against each other."""
+"""Figures of accuracy with filtered tokens and with noise, and of differences between groups of runs."""
 
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
-from eit.analysis.groups import CONFIDENCE, pairs
+from eit.analysis.groups import CONFIDENCE, paired_differences
 from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, curve, ink, integers
 
 
-def uses(models: Sequence[AnalyzedModel]) -> Figure | None:
-    """What the answer uses, against what the layers hold."""
+def filtered_accuracy(models: Sequence[AnalyzedModel]) -> Figure | None:
+    """Which frequencies the prediction uses."""
     shown = [model for model in models if model.runs[0].filters]
     if not shown:
         return None
@@ -44,20 +44,20 @@ def uses(models: Sequence[AnalyzedModel]) -> Figure | None:
     images = (shown[0].runs[0].filters or [])[0].images
     return Figure(
         "uses",
-        "Which frequencies the answer uses",
-        f"Change of top-1 when the grid's tokens lose their frequencies above rho = {rho:g} (left), or those up to it "
-        "except the mean (right), after the stem (0) or one layer, class token untouched; the rest of the model runs "
-        f"on. Bars: one standard error over {images:,} images, each compared with itself. A layer may hold high "
-        "frequencies that nothing reads. Against the claim that EIT uses more of them would count: a line on the left "
-        "that is not below those of LSRA and ViT.",
+        "Which frequencies the prediction uses",
+        f"Change of top-1 if the grid's tokens lose their frequencies above rho = {rho:g} (left), or those up to rho "
+        "except the mean (right), after the stem (0) or after one layer. The class token does not change, and the rest "
+        f"of the model runs. Bars: one standard error over {images:,} images; each image is compared with itself. A "
+        "layer may hold high frequencies that later layers do not use. The claim that EIT uses more high frequencies "
+        "is contradicted if its line on the left is not below those of LSRA and ViT.",
         [panel("low", "high frequencies removed"), panel("high", "low frequencies removed")],
         shown,
     )
 
 
 def paired(measured: Sequence[AnalyzedModel]) -> Figure | None:
-    """Model less model, seed by seed."""
-    differences, _ = pairs(measured)
+    """Differences of two groups, paired by seed."""
+    differences, _ = paired_differences(measured)
     names = list(dict.fromkeys((p.one, p.other) for p in differences if p.layer is not None))
     kinds = dict(
         share=("share", 100, "points"),
@@ -91,14 +91,14 @@ def paired(measured: Sequence[AnalyzedModel]) -> Figure | None:
         return Panel(title, draw)
 
     seeds = ", ".join(sorted({str(p.seeds) for p in differences}))
-    order = "; ".join(" less ".join(pair) for pair in names)
-    which = f"In each layer from left to right: {order}" if len(names) > 1 else f"Of {order}"
+    order = "; ".join(" minus ".join(pair) for pair in names)
+    which = f"Differences, in each layer from left to right: {order}" if len(names) > 1 else f"Difference {order}"
     return Figure(
         "paired",
-        "Model against model, seed by seed",
-        f"{which}, by layer: mean difference over pairs of runs that were trained with the same seed "
-        f"({seeds} pairs), bars: {100 * CONFIDENCE:g}% interval by Student's t, not corrected for the number of "
-        "layers. An interval that holds 0 decides nothing, and would count against a claim of a difference.",
+        "Differences paired by seed",
+        f"{which}. Mean over pairs of runs that were trained with the same seed ({seeds} pairs), by layer. Bars: "
+        f"{100 * CONFIDENCE:g}% interval by Student's t, not corrected for the number of layers. If an interval "
+        "contains 0, it does not support a claim of a difference.",
         [panel(kind, *values) for kind, values in kinds.items()],
         [],
     )
@@ -127,11 +127,11 @@ def band_noise_cost(models: Sequence[AnalyzedModel]) -> Figure | None:
     clean = ", ".join(f"{model.name} {fmean((run.bands or [])[0].top1 for run in model.runs):.1f}%" for model in shown)
     return Figure(
         "robustness",
-        "Accuracy under noise of one band",
-        "Change of top-1 when noise of one ring of frequencies (1 is the Nyquist frequency of the pixels) is added "
-        f"to the pixels (Park & Kim 2022); bars: one standard error of top-1. Without noise: {clean}. A model that "
-        "reads high frequencies falls on the right, one that reads low ones on the left. Against the claim that EIT "
-        "uses more high frequencies would count: a line that is not below those of LSRA and ViT on the right.",
+        "Accuracy with noise in one frequency band",
+        "Change of top-1 if noise in one ring of frequencies (1 is the Nyquist frequency of the pixels) is added to "
+        f"the pixels (Park & Kim 2022). Bars: one standard error of top-1. Without noise: {clean}. The line of a model "
+        "that uses high frequencies falls on the right, that of a model that uses low ones on the left. The claim that "
+        "EIT uses more high frequencies is contradicted if its line on the right is not below those of LSRA and ViT.",
         [Panel("", draw)],
         shown,
     )

@@ -1,8 +1,8 @@
-"""How far the heads of a layer look, and how much they differ.
+"""Attention distances of the heads of a layer, and their diversity.
 
 The distance of a head is the Euclidean distance in pixels from query to key token on the grid, weighted by attention,
 averaged over queries and images (Dosovitskiy et al. 2021, figure 11; Raghu et al. 2021). docs/analysis.md has the
-definitions with their maths.
+formulas.
 
 Legend of the shape comments: B images, H heads, N tokens with P prefix tokens (class token) first, n = N - P = h * w.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 from eit.analysis.frequency import RHO, Grid, annuli, basis, is_high
 from eit.analysis.moments import Moments
 
-NEAR_UNIFORM = 0.95  # of uniform entropy: where all heads of a layer are above, their diversity is not testable
-QUERIES = 64  # of an image, evenly spaced, that heads are compared at: pairs of heads are many
-MAP_BYTES = 1 << 22  # of attention maps alive at a time, if one image has no more: they stay in a CPU's cache then
+NEAR_UNIFORM = 0.95  # of uniform entropy; if all heads of a layer are above, their diversity is not testable
+QUERIES = 64  # per image, evenly spaced, at which pairs of heads are compared
+MAP_BYTES = 1 << 22  # of attention maps at a time (at least one image), so that they stay in a CPU's cache
 
 
 @lru_cache(maxsize=4)
 def pairwise_distances(grid: Grid, pitch: float = 1.0) -> Tensor:
-    """Pixels from each token of the grid to each other one, (n, n), with `pitch` pixels from a token to the next."""
+    """Pixels from each token of the grid to each other token, (n, n); `pitch` is the distance of two neighbours."""
     y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     places = torch.stack((y.flatten(), x.flatten()), dim=1).double() * pitch
     return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
@@ -40,7 +40,7 @@ def _distances_on(device: torch.device, dtype: torch.dtype, grid: Grid, pitch: f
 
 
 def uniform_distance(grid: Grid, pitch: float = 1.0) -> float:
-    """Pixels: the distance of a head that looks everywhere alike."""
+    """The distance of a head with uniform attention, in pixels."""
     return float(pairwise_distances(grid, pitch).mean())
 
 
@@ -49,15 +49,15 @@ def head_distances(
 ) -> Tensor:
     """Attention weights (B, H, N, N) -> pixels (B, H).
 
-    Rows and columns of the `prefix` tokens are cut and the rows renormalised; without `renormalize` they are not, as in
-    the published notebooks, and mass on the class token counts as distance 0.
+    Rows and columns of the `prefix` tokens are removed and the rows renormalised. Without `renormalize`, attention to
+    the class token counts as distance 0, as in published notebooks of other papers.
     """
     away = _distances_on(weights.device, weights.dtype, grid, pitch)
     return _reduce(weights[:, :, prefix:], None, away, prefix, renormalize)[0]
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionInputs:
     """Arguments of one call of scaled dot-product attention: q, k (B, H, N, D)."""
 
     query: Tensor
@@ -66,14 +66,14 @@ class Call:
     is_causal: bool = False
     scale: float | None = None
 
-    def images(self, start: int, stop: int) -> "Call":
+    def images(self, start: int, stop: int) -> "AttentionInputs":
         mask = self.mask
         if mask is not None and mask.dim() == 4 and len(mask) > 1:
             mask = mask[start:stop]
-        return Call(self.query[start:stop], self.key[start:stop], mask, self.is_causal, self.scale)
+        return AttentionInputs(self.query[start:stop], self.key[start:stop], mask, self.is_causal, self.scale)
 
     def scores(self, first: int = 0) -> Tensor:
-        """What softmax takes, (B, H, N - first, N), of the queries from `first` on; -inf is replaced by -1e30."""
+        """The input of softmax, (B, H, N - first, N), for the queries from `first` on; -inf is replaced by -1e30."""
         scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
         key = self.key.float()
         if key.shape[1] != self.query.shape[1]:  # grouped queries
@@ -96,10 +96,10 @@ class Call:
 def _reduce(
     weights: Tensor, scores: Tensor | None, away: Tensor, prefix: int, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Distance, prefix mass and entropy of each head, (B, H) each, of the grid's queries: weights (B, H, n, N).
+    """Distance, prefix mass and entropy of each head, (B, H) each, from the weights (B, H, n, N) of the grid's queries.
 
-    `away` are the pairwise distances (n, n). Entropy is in nats, of the row renormalised to the grid. With the `scores`
-    of the weights no logarithm of each weight is needed: log a = s - m + log max a, m the row's largest score.
+    `away` has the pairwise distances (n, n). Entropy is in nats, of the row renormalised to the grid. With `scores`,
+    the logarithms of the weights are not computed: log a = s - m + log max a, where m is the row's largest score.
     """
     on_grid = weights[..., prefix:]
     total = on_grid.sum(dim=-1).clamp(min=torch.finfo(weights.dtype).tiny)
@@ -126,8 +126,8 @@ def _modes_on(device: torch.device, n: int) -> Tensor:
 def mode_gains(weights: Tensor, grid: Grid) -> Tensor:
     """Attention of the grid to itself (B, H, n, n) -> energy gain of each real Fourier mode of the grid, (B, H, h, w).
 
-    The gain of a mode m of unit energy is |A m|^2. A wave's cosine and sine have one gain each; their mean is that of
-    the complex mode, the energy of its column of F A F^-1, F the 2-D DFT.
+    The gain of a mode m of unit energy is |A m|^2. Cosine and sine of a wave have one gain each. Their mean is the gain
+    of the complex mode: the energy of its column of F A F^-1, where F is the 2-D DFT.
     """
     h, w = grid
     rows, columns = _modes_on(weights.device, h), _modes_on(weights.device, w)
@@ -138,14 +138,14 @@ def mode_gains(weights: Tensor, grid: Grid) -> Tensor:
 def head_divergence(weights: Tensor) -> Tensor:
     """Attention rows (B, H, Q, n) that sum to 1 -> Jensen-Shannon divergence of each pair of heads, (B, pairs), nats.
 
-    The mean over the Q queries; 0 for equal heads, log 2 for heads that look at no place in common. Pairs in the order
+    It is the mean over the Q queries: 0 for equal heads, log 2 for heads without a common key. The pairs have the order
     of itertools.combinations.
     """
 
     def entropy(rows: Tensor) -> Tensor:
         return -(rows * rows.clamp(min=torch.finfo(rows.dtype).tiny).log()).sum(dim=-1)
 
-    if weights.device.type != "mps":  # which has no float64: heads that are nearly alike differ in the last bits
+    if weights.device.type != "mps":  # nearly equal heads differ only in the last bits; MPS has no float64
         weights = weights.double()
     entropies, divergences = entropy(weights), []
     for head in range(weights.shape[1] - 1):
@@ -157,7 +157,7 @@ def head_divergence(weights: Tensor) -> Tensor:
 
 
 def diversity(distances: list[float]) -> tuple[float, float, float]:
-    """Of the heads of a layer, pixels: standard deviation (ddof 1), range, mean gap of a pair. One head has none: 0."""
+    """Standard deviation (ddof 1), range and mean pairwise gap of the heads' distances, in pixels; 0 for one head."""
     if len(distances) < 2:
         return 0.0, 0.0, 0.0
     gaps = [abs(a - b) for a, b in itertools.combinations(distances, 2)]
@@ -172,13 +172,13 @@ class Attention:
         layer: 1 is the first.
         grid: tokens (h, w).
         pitch: pixels from one token to the next.
-        distance: pixels, one entry a head: how far it looks.
+        distance: attention distance in pixels, one value per head.
         distance_se: its standard error over images.
-        class_mass: share of the grid's attention that goes to class token and registers, one entry a head.
-        entropy: nats, one entry a head; log(h * w) where it looks everywhere alike.
-        divergence: nats, Jensen-Shannon, one entry a pair of heads, which compares them query by query.
-        rho: the frequency above which `high_gain` counts.
-        gain: (heads, h, w), by what attention among the grid's tokens multiplies the energy of each Fourier mode.
+        class_mass: share of the grid's attention that goes to class token and registers, one value per head.
+        entropy: nats, one value per head; log(h * w) for uniform attention.
+        divergence: Jensen-Shannon divergence in nats, query by query, one value per pair of heads.
+        rho: frequencies above it are high.
+        gain: (heads, h, w), the factor by which attention changes the energy of each Fourier mode of the grid.
     """
 
     layer: int
@@ -194,74 +194,74 @@ class Attention:
 
     @property
     def relative_entropy(self) -> list[float]:
-        """Of uniform attention's, 0..1, one entry a head."""
+        """Entropy relative to uniform attention, 0..1, one value per head."""
         return [nats / math.log(self.grid[0] * self.grid[1]) for nats in self.entropy]
 
     @property
     def near_uniform(self) -> bool:
-        """Whether all heads are above 95% of uniform entropy: then diversity is not testable."""
+        """Whether all heads are above 95% of uniform entropy, so that diversity is not testable."""
         return min(self.relative_entropy) > NEAR_UNIFORM
 
     @property
     def mean_divergence(self) -> float:
-        """Nats: of two heads in the mean, 0 to log 2. NaN of one head."""
+        """Mean divergence of two heads in nats, 0 to log 2; NaN for one head."""
         return statistics.fmean(self.divergence) if self.divergence else math.nan
 
     @property
     def low_gain(self) -> list[float]:
-        """Energy gain at 0 < f <= rho, mean over the modes, one entry a head."""
+        """Mean energy gain of the modes with 0 < f <= rho, one value per head."""
         inside = ~is_high(self.grid, self.rho)
         inside[0, 0] = False
         return self._gain_in(inside)
 
     @property
     def high_gain(self) -> list[float]:
-        """Energy gain at f > rho, mean over the modes, one entry a head."""
+        """Mean energy gain of the modes with f > rho, one value per head."""
         return self._gain_in(is_high(self.grid, self.rho))
 
     def _gain_in(self, inside: Tensor) -> list[float]:
-        """NaN where the grid has no mode inside."""
+        """Mean gain of the modes inside, per head; NaN if there are none."""
         return [float(gain[inside].mean()) for gain in self.gain]
 
     def radial_gain(self) -> list[tuple[float, float, float]]:
-        """(f from, f to, energy gain) of each ring of modes, the mean over heads and the ring's modes."""
+        """(f from, f to, energy gain) of each ring of modes, averaged over heads and modes."""
         mean = self.gain.mean(dim=0)
         return [(low, high, float(mean[inside].mean())) for low, high, inside in annuli(self.grid)]
 
     @property
     def uniform(self) -> float:
-        """Pixels: the distance of uniform attention on this grid."""
+        """The distance of uniform attention on this grid, in pixels."""
         return uniform_distance(self.grid, self.pitch)
 
     @property
     def std(self) -> float:
-        """Pixels: head diversity, the standard deviation over heads."""
+        """Head diversity: the standard deviation of the distances over heads, in pixels."""
         return diversity(self.distance)[0]
 
     @property
     def relative_std(self) -> float:
-        """Head diversity by the distance of uniform attention, which grids of different pitch can be compared by."""
+        """Head diversity divided by the distance of uniform attention, to compare grids of different pitch."""
         return self.std / self.uniform
 
     @property
     def range(self) -> float:
-        """Pixels: from the nearest to the farthest head."""
+        """Largest minus smallest distance of a head, in pixels."""
         return diversity(self.distance)[1]
 
     @property
     def gap(self) -> float:
-        """Pixels: the mean difference of two heads."""
+        """Mean difference of two heads' distances, in pixels."""
         return diversity(self.distance)[2]
 
 
 class AttentionMeter:
-    """Running sums of one layer; at most `MAP_BYTES` of its maps are alive."""
+    """Running sums for one layer; at most `MAP_BYTES` of attention maps are in memory."""
 
     def __init__(self, layer: int, renormalize: bool, rho: float = RHO) -> None:
         self.layer, self.renormalize, self.rho = layer, renormalize, rho
         self._moments, self._gains, self._divergences = Moments(), Moments(), Moments()
 
-    def add(self, call: Call, grid: Grid, pitch: float, prefix: int) -> None:
+    def add(self, call: AttentionInputs, grid: Grid, pitch: float, prefix: int) -> None:
         self.grid, self.pitch = grid, pitch
         batch, heads, tokens = call.query.shape[:3]
         step = max(1, MAP_BYTES // (4 * heads * tokens**2))
@@ -276,7 +276,7 @@ class AttentionMeter:
             on_grid = on_grid / on_grid.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
             gains.append(mode_gains(on_grid, grid))
             divergences.append(head_divergence(on_grid[:, :, ::every]))
-            del scores, weights, on_grid  # before those of the next images are made
+            del scores, weights, on_grid  # free them before the next images
         self._moments.add(torch.cat(distances))
         self._gains.add(torch.cat(gains))
         self._divergences.add(torch.cat(divergences))
@@ -297,8 +297,8 @@ class AttentionMeter:
         )
 
 
-def together(calls: list[Attention]) -> Attention:
-    """The heads of attentions that run side by side in one layer, as one. Pairs are those within an attention."""
+def merge_calls(calls: list[Attention]) -> Attention:
+    """Join the heads of parallel attentions in one layer. Pairs of heads are only those within one attention."""
     first = calls[0]
     lists = {
         name: [value for call in calls for value in getattr(call, name)]
@@ -309,9 +309,9 @@ def together(calls: list[Attention]) -> Attention:
 
 
 def rollout(maps: Tensor, before: Tensor | None = None) -> Tensor:
-    """Attention rollout (Abnar & Zuidema 2020): a layer's weights (B, H, N, N) on top of what came `before` (B, N, N).
+    """Attention rollout (Abnar & Zuidema 2020) of one more layer: weights (B, H, N, N), rollout `before` it (B, N, N).
 
-    Heads are averaged and half of each token is taken to pass by on the residual path.
+    Heads are averaged. Half of each token is assumed to come from the residual path.
     """
     mean = maps.mean(dim=1)
     step = 0.5 * mean + 0.5 * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)

@@ -1,4 +1,4 @@
-"""Figures of attention: distances, diversity, and what it does as a filter."""
+"""Figures of attention: distances, head diversity, attention as a filter, class-token mass."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,21 +17,21 @@ def distances(models: Sequence[AnalyzedModel]) -> Figure | None:
     same_size = len({model.analysis.image_size for model in shown}) == 1
 
     def span(group: Sequence[AnalyzedModel]) -> tuple[float, float]:
-        """Pixels between which all dots and dotted lines lie."""
+        """Limits of the y axis, in pixels, for all dots and dotted lines."""
         layers = [layer for model in group for run in model.runs for layer in run.analysis.attention]
         values = [value for layer in layers for value in (*layer.distance, layer.uniform)]
         margin = 0.08 * (max(values) - min(values))
         return min(values) - margin, max(values) + margin
 
     def panel(model: AnalyzedModel) -> Panel:
-        twin = model.twin(models)
+        initial = model.at_initial_values(models)
 
         def draw(axis: Any) -> None:
             for layer in model.analysis.attention:
                 axis.plot(
                     [layer.layer - 0.32, layer.layer + 0.32], [layer.uniform] * 2, ":", color=ink(), linewidth=1.2
                 )
-            for source in (twin, model) if twin else (model,):
+            for source in (initial, model) if initial else (model,):
                 for layer in (layer for run in source.runs for layer in run.analysis.attention):
                     x = [layer.layer + (-0.16 if source.is_initial else 0.1)] * len(layer.distance)
                     face = "none" if source.is_initial else model.colour
@@ -46,18 +46,18 @@ def distances(models: Sequence[AnalyzedModel]) -> Figure | None:
 
     return Figure(
         "distances",
-        "How far each head looks",
-        "Mean attention distance in pixels, one dot a head (of each run, where there are several; Dosovitskiy et al. "
-        "2021, figure 11). Filled: as given; hollow: initial values; dotted: a head that looks everywhere alike; the "
-        "axis does not begin at 0. The paper claims that EIT's heads are more diverse: its dots should spread more "
-        "within a layer. Against it would count: columns as short as those of LSRA and ViT.",
+        "Attention distance of each head",
+        "Mean attention distance in pixels (Dosovitskiy et al. 2021, figure 11), one dot per head and run. Filled: "
+        "the given weights; hollow: initial values; dotted line: uniform attention. The axis does not begin at 0. The "
+        "paper claims that EIT's heads are more diverse, so that its dots spread more within a layer. The claim is "
+        "contradicted if they spread as little as those of LSRA and ViT.",
         [panel(model) for model in shown],
         [],
     )
 
 
 def head_diversity(models: Sequence[AnalyzedModel]) -> Figure | None:
-    """Diversity, and whether it can be tested."""
+    """Head diversity, and the entropy that decides whether it can be tested."""
     shown = [model for model in models if model.analysis.attention]
     if not shown:
         return None
@@ -85,22 +85,22 @@ def head_diversity(models: Sequence[AnalyzedModel]) -> Figure | None:
         return Panel(title, draw)
 
     crossed = (
-        f" Crossed out: layers whose heads are all above {100 * NEAR_UNIFORM:g}% of uniform entropy (widely dotted). "
-        "They look almost everywhere alike, so their diversity is not testable."
+        f" Crosses: layers in which all heads are above {100 * NEAR_UNIFORM:g}% of uniform entropy (widely dotted "
+        "line). Their attention is nearly uniform, so their diversity is not testable."
     )
     return Figure(
         "diversity",
         "Head diversity over depth",
-        "Top: standard deviation over a layer's heads of their mean attention distance, in pixels and by the distance "
-        "of uniform attention, which grids of different pitch can be compared by. Below: Jensen-Shannon divergence of "
-        "two heads' attention, query by query, mean over pairs, by its largest value log 2 (heads that differ in where "
-        "they look but not in how far differ here alone); entropy of a token's attention over the grid by its largest "
-        f"value, log(h w), mean over heads; its axis does not begin at 0.{crossed if marked else ''} Dashed: initial "
-        "values, of which the paper claims nothing. Against it would count: a line of EIT that is not above the others "
-        "after training.",
+        "Top: standard deviation of the mean attention distance over a layer's heads, in pixels and relative to the "
+        "distance of uniform attention, which allows comparing grids of different pitch. Bottom left: Jensen-Shannon "
+        "divergence of two heads' attention, query by query, averaged over pairs, relative to its maximum log 2; it "
+        "also separates heads with equal distances and different directions. Bottom right: entropy of a token's "
+        "attention over the grid relative to its maximum log(h w), averaged over heads; its axis does not begin at "
+        f"0.{crossed if marked else ''} Dashed: initial values, about which the paper claims nothing. The paper's "
+        "claim is contradicted if EIT's line is not above the others after training.",
         [
             panel("diversity in pixels", "diversity (px)", lambda layer: layer.std),
-            panel("by uniform attention", "diversity (% of uniform)", lambda layer: 100 * layer.relative_std),
+            panel("relative to uniform attention", "diversity (% of uniform)", lambda layer: 100 * layer.relative_std),
             panel(
                 "divergence of heads",
                 "divergence (% of log 2)",
@@ -118,7 +118,7 @@ def head_diversity(models: Sequence[AnalyzedModel]) -> Figure | None:
 
 
 def attention_filter(models: Sequence[AnalyzedModel]) -> Figure | None:
-    """Attention as a filter of the grid's frequencies."""
+    """Attention as a filter of the frequencies of the grid."""
     shown = [model for model in models if model.analysis.attention]
     if not shown or not all(math.isfinite(v) for model in shown for a in model.analysis.attention for v in _gains(a)):
         return None
@@ -143,22 +143,23 @@ def attention_filter(models: Sequence[AnalyzedModel]) -> Figure | None:
     return Figure(
         "filter",
         "Attention as a filter",
-        "By what the attention matrix A among the grid's tokens multiplies the energy of the grid's Fourier modes: "
-        "|A m|² for modes m of unit energy, mean over modes, heads and images (columns of F A F⁻¹); "
-        f"low: 0 < f <= {rho:g}, high: above. Identity would have 1 in all, uniform attention 0; frequency 0 always "
-        "passes with 1. Right: high by low, below 1 is a low-pass filter. Dashed: initial values. Against the view of "
-        "attention as a low-pass filter would count: lines at 1 in the right panel, where the others are not near 0.",
+        "The factor by which the attention matrix A of the grid's tokens changes the energy of Fourier modes: |A m|² "
+        "for modes m of unit energy (columns of F A F⁻¹), averaged over modes, heads and images. Low: 0 < f <= "
+        f"{rho:g}; high: f > {rho:g}. The identity has the gain 1 at all frequencies, uniform attention 0; frequency "
+        "0 always has the gain 1. Right: high divided by low; below 1, attention is a low-pass filter. Dashed: "
+        "initial values. The view of attention as a low-pass filter is contradicted if lines on the right are at 1 "
+        "while the others are not near 0.",
         [
             panel("low frequencies", "energy gain", lambda gains: gains[0], log=True),
             panel("high frequencies", "energy gain", lambda gains: gains[1], log=True),
-            panel("high by low", "ratio", lambda gains: gains[1] / gains[0] if gains[0] else 0.0, log=False),
+            panel("high / low", "ratio", lambda gains: gains[1] / gains[0] if gains[0] else 0.0, log=False),
         ],
         shown,
     )
 
 
 def _gains(layer: Attention) -> tuple[float, float]:
-    """At low and at high frequencies, mean over heads."""
+    """Gain at low and at high frequencies, averaged over heads."""
     return fmean(layer.low_gain), fmean(layer.high_gain)
 
 
@@ -174,13 +175,14 @@ def class_mass(models: Sequence[AnalyzedModel]) -> Figure | None:
         axis.set_ylabel("attention to class token (%)")
         from_zero(axis)
 
-    cut = "which the distances leave out" if shown[0].analysis.renormalize else "which counts as distance 0"
+    counted = "excluded from" if shown[0].analysis.renormalize else "counted as 0 in"
     return Figure(
         "attention",
         "Class-token mass",
-        f"The part of the patches' attention that goes to the class token (and to registers), {cut}; where it is "
-        "large, they speak of little. Mean over heads; dashed: initial values. The paper claims nothing of it; masses "
-        "that differ widely would count against comparing distances.",
+        f"Share of the grid tokens' attention that goes to the class token and registers, averaged over heads. It is "
+        f"{counted} the attention distances; if it is large, the distances describe little of the attention. Dashed: "
+        "initial values. The paper claims nothing about it. If it differs much between models, their distances should "
+        "not be compared.",
         [Panel("", draw)],
         shown,
     )

@@ -1,7 +1,6 @@
 """How much of the class token depends on the image.
 
-A classifier that reads the class token can only know what differs there from image to image. docs/analysis.md has the
-definitions with their maths.
+A classifier that reads the class token knows only what differs there between images. docs/analysis.md has the formulas.
 
 Legend of the shape comments: B images, C channels.
 """
@@ -13,23 +12,23 @@ from torch import Tensor
 
 from eit.analysis.moments import Moments
 
-PLACES = ("stem", "mixer", "mlp", "block")  # the token before the first layer, two updates, the token after a layer
-HARDLY = 0.001  # a share of the token after the last layer below this is reported as a fault (docs/analysis.md)
+PLACES = ("stem", "mixer", "mlp", "block")  # token before the first layer, two updates, token after a layer
+MIN_SHARE = 0.001  # a smaller share of the token after the last layer gives a warning (docs/analysis.md)
 
 
 @dataclass(frozen=True)
 class ClassToken:
-    """The class token at one place of a model, or what a sub-block adds to it, over all images.
+    """The class token at one place of a model, or the update of it by a sub-block, over all images.
 
     Attributes:
-        layer: 1 is the first; 0 is what the first layer takes.
-        where: `stem`, the token before the first layer; `mixer` or `mlp`, what that sub-block adds; `block`, the token
-            after the layer.
-        part: `all` channels; `conv`, those that the layer's mixer convolves; `attention`, the others.
-        channels: C of that part.
+        layer: 1 is the first; 0 is the input of the first layer.
+        where: `stem`, the token before the first layer; `mixer` or `mlp`, the update by that sub-block; `block`, the
+            token after the layer.
+        part: `all` channels; `conv`, the channels that the layer's mixer convolves; `attention`, the others.
+        channels: number of channels of the part.
         norm: root of the mean over images of |x|^2.
-        share: of the energy that depends on the image, 0..1: 1 - |mean of x|^2 / mean of |x|^2. NaN of one image, and
-            where x is 0.
+        share: the part of the energy that depends on the image, 0..1: 1 - |mean of x|^2 / mean of |x|^2. NaN for one
+            image, or if x is 0.
     """
 
     layer: int
@@ -44,7 +43,7 @@ class ClassTokenMeter:
     """Running sums of the class token at one place, in float64."""
 
     def __init__(self, layer: int, where: str, conv_channels: int) -> None:
-        """`conv_channels`: so many first channels are convolved."""
+        """`conv_channels`: number of convolved channels, which come first."""
         self.layer, self.where, self.conv = layer, where, conv_channels
         self._moments = Moments()
 
@@ -53,7 +52,7 @@ class ClassTokenMeter:
         self._moments.add(x)
 
     def result(self) -> list[ClassToken]:
-        """Of all channels, and of each part that there is; an MLP has none."""
+        """Results for all channels and, except for an MLP, for each part."""
         width = len(self._moments.mean)
         parts = {"all": slice(0, width)}
         if self.where != "mlp":

@@ -1,7 +1,7 @@
-"""Accuracy with filtered tokens: which frequencies of a layer the answer uses, whatever the layer holds.
+"""Accuracy with filtered tokens: which frequencies of a layer the prediction uses.
 
-After one layer the grid's tokens lose their frequencies above rho, or those up to it (`frequency.cut`: the mean of each
-channel stays, and so do class token and registers), and the rest of the model runs on. docs/analysis.md has more.
+After one layer the grid's tokens lose their frequencies above rho, or those up to rho (`frequency.filter_tokens`). The
+mean of each channel, the class token and the registers stay, and the rest of the model runs. See docs/analysis.md.
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from eit.analysis.frequency import cut
-from eit.analysis.hooks import altered, layers_of
+from eit.analysis.frequency import filter_tokens
+from eit.analysis.hooks import layers_of, replace_tokens
 from eit.console import progress
 from eit.data.loaders import EvaluationLoader
 from eit.data.workers import Batch
@@ -23,16 +23,16 @@ Kept = Literal["low", "high"]
 
 
 @dataclass(frozen=True)
-class Filtered:
+class FilteredAccuracy:
     """Accuracy with the tokens after one layer filtered.
 
     Attributes:
-        layer: 0 is the stem; the last layer is left out, as a head that reads the class token sees no grid after it.
+        layer: 0 is the stem. The last layer is left out, because a head that reads the class token ignores its grid.
         kept: `low`, frequencies up to rho; `high`, those above it.
-        images: how many.
-        correct: with the filter.
-        lost: correct without the filter, and wrong with it.
-        won: wrong without, and correct with it.
+        images: number of images.
+        correct: images that are classified correctly with the filter.
+        lost: images that are correct only without the filter.
+        won: images that are correct only with the filter.
     """
 
     layer: int
@@ -54,17 +54,17 @@ class Filtered:
 
     @property
     def standard_error(self) -> float:
-        """Of `cost`, points, over images: each is compared with itself."""
+        """Standard error of `cost` over images, in points; each image is compared with itself."""
         mean = (self.lost - self.won) / self.images
         return 100 * math.sqrt(((self.lost + self.won) / self.images - mean**2) / self.images)
 
 
 @torch.no_grad()
-def filter_accuracy(model: nn.Module, loader: EvaluationLoader, rho: float) -> list[Filtered]:
-    """Accuracy on the loader's images with each layer's tokens low-passed and high-passed; a pass for each.
+def filter_accuracy(model: nn.Module, loader: EvaluationLoader, rho: float) -> list[FilteredAccuracy]:
+    """Accuracy on the loader's images with each layer's tokens low-passed, and high-passed.
 
     Raises:
-        CannotMeasure: a layer takes no grid of each image.
+        CannotMeasure: the input of a layer is not one grid per image.
     """
     depth = len(layers_of(model))
     cases: list[tuple[int, Kept]] = [(layer, kept) for layer in range(depth) for kept in get_args(Kept)]
@@ -73,17 +73,17 @@ def filter_accuracy(model: nn.Module, loader: EvaluationLoader, rho: float) -> l
         for batch in loader:
             plain = _hits(model, batch)
             for i, (layer, kept) in enumerate(cases):
-                with altered(model, layer, partial(cut, rho=rho, kept=kept)):
+                with replace_tokens(model, layer, partial(filter_tokens, rho=rho, kept=kept)):
                     hits = _hits(model, batch)
                 correct[i] += int(hits.sum())
                 lost[i] += int((plain & ~hits).sum())
                 won[i] += int((hits & ~plain).sum())
             advance()
     counts = zip(cases, correct, lost, won, strict=True)
-    return [Filtered(*case, len(loader.images), *numbers) for case, *numbers in counts]
+    return [FilteredAccuracy(*case, len(loader.images), *numbers) for case, *numbers in counts]
 
 
 def _hits(model: nn.Module, batch: Batch) -> Tensor:
-    """Which images of a batch get their class."""
+    """Which images of a batch are classified correctly."""
     with float32_products("fp32"):
         return (model(batch.images).argmax(dim=1) == batch.labels)[: batch.valid]

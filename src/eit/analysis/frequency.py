@@ -1,7 +1,7 @@
-"""The share of high frequencies in a layer's tokens, their radial spectrum and relative log amplitude.
+"""High-frequency share, radial spectrum and relative log amplitude of a layer's tokens.
 
 The frequency of a bin is f = 2 sqrt(u^2 + v^2), u and v in cycles per token: 1 is the Nyquist frequency of an axis,
-sqrt(2) the corner. Shares are 0..1. docs/analysis.md has the definitions with their maths.
+sqrt(2) the corner. Shares are 0..1. docs/analysis.md has the formulas.
 
 Legend of the shape comments: B images, (h, w) token grid, C channels.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eit.analysis.moments import Moments
 
-RHO = 0.5  # what lies above half the Nyquist frequency of an axis is called high
+RHO = 0.5  # frequencies above half the Nyquist frequency of an axis are high
 ANNULI = 12  # of the radial spectrum, of equal width from 0 to sqrt(2)
 RHOS = tuple(round(0.1 * i, 9) for i in range(1, 15))  # of the sweep: 0.1 ... 1.4
 
@@ -27,8 +27,8 @@ Grid = tuple[int, int]
 def basis(n: int) -> Tensor:
     """The real Fourier basis, (n, n) float64 with orthonormal rows: 1, cos 1, sin 1, cos 2, sin 2 ... in cycles of n.
 
-    The squares of its coefficients on both axes are those of a 2-D FFT, summed over the bins (+-u, +-v), which have the
-    same f. On narrow grids two products of matrices take less than half of the FFT's time (benchmarks/analysis.py).
+    With the basis on both axes, the squared coefficients of a frequency sum to the energy of the FFT's bins (+-u, +-v).
+    On small grids two matrix products take less than half of the FFT's time (benchmarks/analysis.py).
     """
     angle = 2 * math.pi * cycles(n)[:, None] * torch.arange(n)
     rows = torch.where(torch.arange(n)[:, None] % 2 == 0, angle.sin(), angle.cos())
@@ -55,28 +55,28 @@ def frequencies(grid: Grid) -> Tensor:
 
 
 def is_high(grid: Grid, rho: float = RHO) -> Tensor:
-    """Whether f > rho, (h, w). What lies on rho itself is low, whatever rounding makes of its square root."""
+    """Whether f > rho, (h, w). f = rho is low, also with a rounding error of the square root."""
     return frequencies(grid) > rho + 1e-9
 
 
 def annuli(grid: Grid) -> list[tuple[float, float, Tensor]]:
-    """(f from, f to, which coefficients lie there, (h, w)) of each annulus that has any; DC is in none."""
+    """(f from, f to, mask of its coefficients (h, w)) of each annulus that is not empty; none contains DC."""
     f, edges = frequencies(grid), [math.sqrt(2) * i / ANNULI for i in range(ANNULI + 1)]
     rings = [(low, high, (f > low + 1e-9) & (f <= high + 1e-9)) for low, high in itertools.pairwise(edges)]
     return [(low, high, inside) for low, high, inside in rings if inside.any()]
 
 
 def noise_shares(grid: Grid, rho: float = RHO) -> tuple[float, float]:
-    """`share` and `share_with_dc` that white noise has in the mean: k high coefficients of all but DC, and of all."""
+    """The mean `share` and `share_with_dc` of white noise: k high coefficients of all without DC, and of all."""
     n, k = grid[0] * grid[1], int(is_high(grid, rho).sum())
     return k / (n - 1), k / n
 
 
-def transform(x: Tensor) -> Tensor:
-    """(B, h, w, C) -> its coefficients in the real Fourier basis of both axes, the same shape; [:, 0, 0] is DC.
+def fourier_coefficients(x: Tensor) -> Tensor:
+    """Tokens (B, h, w, C) -> coefficients in the real Fourier basis of both axes, the same shape; [:, 0, 0] is DC.
 
-    The mean is taken out before and put back, so that a large one does not round the others away. A channel that varies
-    by no more than the rounding of its mean has DC alone.
+    The mean is subtracted before and put back after, so that a large mean does not round the other coefficients. A
+    channel that varies by no more than the rounding of its mean has only DC.
     """
     h, w = x.shape[1:3]
     rounding = torch.finfo(x.dtype).eps
@@ -93,15 +93,15 @@ def transform(x: Tensor) -> Tensor:
 
 
 def shares(x: Tensor, rho: float = RHO) -> tuple[Tensor, Tensor]:
-    """(B, h, w, C) -> `share`, `share_with_dc`, each (B,): the mean over channels. A channel without energy has 0."""
-    without, with_dc = _shares(transform(x).square(), (rho,))
+    """(B, h, w, C) -> `share`, `share_with_dc`, each (B,): means over channels. A channel without energy has 0."""
+    without, with_dc = _shares(fourier_coefficients(x).square(), (rho,))
     return without[:, 0], with_dc[:, 0]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _sums_on(device: torch.device, grid: Grid, rhos: tuple[float, ...]) -> Tensor:
-    """(2 + R, h * w): 1 for the coefficients that are not DC, for DC, and for those that are above each rho."""
+    """(2 + R, h * w): 0-1 masks of the coefficients without DC, of DC, and of those above each rho."""
     dc = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     dc[0] = True
     high = [is_high(grid, rho).flatten() for rho in rhos]
@@ -118,30 +118,30 @@ def _shares(energy: Tensor, rhos: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     return without.mean(dim=2), with_dc.mean(dim=2)
 
 
-def cut(x: Tensor, rho: float, kept: str) -> Tensor:
-    """Tokens (B, h, w, C) without their frequencies above rho (`kept` is "low"), or without those up to it ("high").
+def filter_tokens(x: Tensor, rho: float, kept: str) -> Tensor:
+    """Low-pass (`kept` is "low": frequencies up to rho) or high-pass ("high": above rho) filter of tokens (B, h, w, C).
 
-    The mean of each channel stays in both, as `share` leaves it out: each takes away a part of what varies.
+    Both keep the mean of each channel, which `share` excludes too.
     """
     h, w = x.shape[1], x.shape[2]
     away = is_high((h, w), rho) if kept == "low" else ~is_high((h, w), rho)
     away[0, 0] = False
-    coefficients = transform(x).masked_fill(away.to(x.device)[..., None], 0)
+    coefficients = fourier_coefficients(x).masked_fill(away.to(x.device)[..., None], 0)
     rows, columns = _basis_on(x.device, h), _basis_on(x.device, w)
     along_w = torch.matmul(columns.T, coefficients)
     return torch.matmul(rows.T, along_w.flatten(2)).unflatten(2, (w, -1)).to(x.dtype)
 
 
 def diagonal_frequencies(grid: Grid) -> list[float]:
-    """f of the bins (i, i) of the FFT from DC to the corner: the half diagonal."""
+    """f of the FFT's bins (i, i) from DC to the corner: the half diagonal."""
     return [2 * math.hypot(i / grid[0], i / grid[1]) for i in range(min(grid) // 2 + 1)]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _half_diagonal_on(device: torch.device, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(4, k): places, row by row, of the coefficients cos x cos, sin x sin, cos x sin and sin x cos of the FFT's bins
-    (i, i), i = 1 ... k; (4, k, 1): the factor of each, 0 for one that is not there."""
+    """(4, k): flat indices of the coefficients cos x cos, sin x sin, cos x sin and sin x cos of the FFT's bins (i, i),
+    i = 1 ... k; (4, k, 1): the factor of each, 0 for a coefficient that does not exist."""
     h, w = grid
     steps = torch.arange(1, min(h, w) // 2 + 1)
     cos, sin = 2 * steps - 1, 2 * steps
@@ -153,10 +153,10 @@ def _half_diagonal_on(device: torch.device, grid: Grid) -> tuple[Tensor, Tensor]
 
 
 def log_amplitude(coefficients: Tensor) -> Tensor:
-    """log(|F| + 1e-6) on the half diagonal of the FFT, the mean over channels: (B, h, w, C) -> (B, min(h, w) // 2 + 1).
+    """log(|F| + 1e-6) on the FFT's half diagonal, averaged over channels: (B, h, w, C) -> (B, min(h, w) // 2 + 1).
 
-    F = C - iS on each axis, where C and S are the coefficients of cos and sin by sqrt(2), or C alone at DC and at an
-    axis's Nyquist frequency. Park & Kim (ICLR 2022, arXiv 2202.06709) show it minus its first value.
+    F = C - iS on each axis. C and S are the coefficients of cos and sin divided by sqrt(2); at DC and at an axis's
+    Nyquist frequency F = C. Park & Kim (ICLR 2022, arXiv 2202.06709) show it minus its first value.
     """
     places, factors = _half_diagonal_on(coefficients.device, (coefficients.shape[1], coefficients.shape[2]))
     both_cos, both_sin, cos_sin, sin_cos = (coefficients.flatten(1, 2)[:, places] * factors).unbind(dim=1)
@@ -167,23 +167,23 @@ def log_amplitude(coefficients: Tensor) -> Tensor:
 
 @dataclass
 class Frequency:
-    """What one place of a model holds, over all images. NaN is a standard error of one image.
+    """Frequencies at one place of a model, over all images. Standard errors are NaN for one image.
 
     Attributes:
         layer: 1 is the first; 0 is the stem's output.
-        where: stem, mixer, block; conv, attention: of the mixer's output, before the residual is added.
-        channels: C.
+        where: stem, mixer, block; conv, attention: channels of the mixer's output, before the residual is added.
+        channels: number of channels.
         grid: tokens (h, w).
         pitch: pixels from one token to the next.
-        rho: the frequency above which energy is high.
-        share: of high frequencies in the energy without DC, in 0..1: the mean over channels and images.
+        rho: frequencies above it are high.
+        share: of high frequencies in the energy without DC, 0..1, averaged over channels and images.
         share_se: its standard error over images.
-        share_with_dc: of high frequencies in all energy.
+        share_with_dc: share of high frequencies in all energy.
         share_with_dc_se: its standard error over images.
         noise_share: `share` of white noise on this grid.
         noise_share_with_dc: `share_with_dc` of white noise.
-        log_amplitude: relative, at `diagonal_frequencies(grid)`: the first is 0.
-        energy: (h, w), of each coefficient, the mean over channels and images.
+        log_amplitude: relative log amplitude at `diagonal_frequencies(grid)`; the first is 0.
+        energy: (h, w), of each coefficient, averaged over channels and images.
         sweep: `share` above each of `RHOS`.
         sweep_with_dc: `share_with_dc` above each of them.
     """
@@ -206,7 +206,7 @@ class Frequency:
     sweep_with_dc: list[float] = field(repr=False)
 
     def radial(self) -> list[tuple[float, float, float, float]]:
-        """(f from, f to, share of the energy without DC, the same share of white noise) of each annulus."""
+        """(f from, f to, share of the energy without DC, that share for white noise) of each annulus."""
         total, modes = float(self.energy.sum() - self.energy[0, 0]), self.energy.numel() - 1
         return [
             (low, high, float(self.energy[inside].sum()) / total if total else 0.0, int(inside.sum()) / modes)
@@ -215,7 +215,7 @@ class Frequency:
 
 
 class FrequencyMeter:
-    """Running sums of one place."""
+    """Running sums for one place."""
 
     def __init__(self, layer: int, where: str, rho: float) -> None:
         self.layer, self.where, self.rho = layer, where, rho
@@ -223,11 +223,11 @@ class FrequencyMeter:
         self._shares, self._logs, self._energy = Moments(), Moments(), Moments()
 
     def add(self, x: Tensor, pitch: float = 1.0) -> None:
-        """Tokens of a batch, (B, h, w, C)."""
-        self.add_coefficients(transform(x), pitch)
+        """Add the tokens of a batch, (B, h, w, C)."""
+        self.add_coefficients(fourier_coefficients(x), pitch)
 
     def add_coefficients(self, coefficients: Tensor, pitch: float = 1.0) -> None:
-        """What `transform` makes of the tokens of a batch, (B, h, w, C)."""
+        """Add the result of `fourier_coefficients` for a batch, (B, h, w, C)."""
         _, h, w, self.channels = coefficients.shape
         self.grid, self.pitch = (h, w), pitch
         energy = coefficients.square()

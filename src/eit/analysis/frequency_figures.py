@@ -1,4 +1,4 @@
-"""Figures of frequencies: shares, spectra, and what sub-blocks do to them."""
+"""Figures of frequencies: shares, spectra, and how sub-blocks change them."""
 
 import math
 from collections.abc import Sequence
@@ -45,18 +45,18 @@ def share(models: Sequence[AnalyzedModel]) -> Figure:
             axis.set_ylabel("high-frequency share (%)")
             from_zero(axis)
 
-        return Panel("share with DC: the mean counts" if with_dc else "share: the mean left out", draw)
+        return Panel("share with DC (the mean)" if with_dc else "share without DC", draw)
 
     rho = models[0].analysis.frequency[0].rho
     return Figure(
         "share",
         "High-frequency share over depth",
-        f"Share of the energy of a layer's tokens above {rho:g} of the Nyquist frequency (mean over channels and "
-        "images, bars: one standard error), after the stem (0) and each layer. Dashed: the same models at their "
-        "initial values; dotted: white noise on each model's grid. The paper claims a larger share in each layer of "
-        "EIT. Against it would count: a line of EIT that is not above those of LSRA and ViT, or one that was as high "
-        "before training, for then the architecture alone makes it and nothing was learnt. The two panels may "
-        "disagree: name the one you quote.",
+        f"Share of the energy of a layer's tokens above {rho:g} of the Nyquist frequency, after the stem (0) and each "
+        "layer, averaged over channels and images. Bars: one standard error. Dashed: the same models with their "
+        "initial values; dotted: white noise on each model's grid. The paper claims that EIT's share is larger in "
+        "each layer. The claim is contradicted if EIT's line is not above those of LSRA and ViT. If the line is as "
+        "high before training, the share comes from the architecture alone and was not learnt. The two panels may "
+        "disagree, so name the one that you quote.",
         [panel(False), panel(True)],
         list(models),
         noise=True,
@@ -64,7 +64,7 @@ def share(models: Sequence[AnalyzedModel]) -> Figure:
 
 
 def sweep(models: Sequence[AnalyzedModel]) -> Figure:
-    """The share for every cut, by layer."""
+    """The share for every cut-off frequency, by layer."""
     shown = [model for model in models if not model.is_initial]
 
     def panel(model: AnalyzedModel) -> Panel:
@@ -84,7 +84,7 @@ def sweep(models: Sequence[AnalyzedModel]) -> Figure:
             grid = model.analysis.layers_at("block")[-1].grid
             axis.plot(RHOS, [100 * noise_shares(grid, rho)[0] for rho in RHOS], ":", linewidth=1.2, color=ink())
             axis.axvline(model.analysis.rho, linewidth=0.8, color=ink(), alpha=0.4)
-            axis.set(xlabel="cut rho", ylabel="share above rho (%)")
+            axis.set(xlabel="cut-off frequency rho", ylabel="share above rho (%)")
             from_zero(axis)
             axis.legend(frameon=False, fontsize=9)
 
@@ -92,10 +92,10 @@ def sweep(models: Sequence[AnalyzedModel]) -> Figure:
 
     return Figure(
         "sweep",
-        "The share for every cut",
-        "High-frequency share (without DC) against the frequency rho above which energy counts as high, after the stem "
-        "and each layer, dark to bright; dotted: white noise; vertical line: the rho of all other figures. Against a "
-        "claim about shares would count: lines that cross, for then another rho turns the order of layers around.",
+        "The share for every cut-off frequency",
+        "High-frequency share (without DC) against the cut-off frequency rho, after the stem and each layer, from "
+        "dark to bright. Dotted: white noise; vertical line: the rho of all other figures. If lines cross, another "
+        "rho changes the order of the layers, and claims about shares depend on rho.",
         [panel(model) for model in shown],
         [],
         noise=True,
@@ -103,22 +103,22 @@ def sweep(models: Sequence[AnalyzedModel]) -> Figure:
 
 
 def transfer(models: Sequence[AnalyzedModel]) -> Figure | None:
-    """What sub-blocks add by what they take."""
+    """The update of sub-blocks relative to their input."""
     names = dict(
-        mixer="token mixer", mlp="MLP", conv="mixer: convolved channels", attention="mixer: attending channels"
+        mixer="token mixer", mlp="MLP", conv="mixer: convolved channels", attention="mixer: attention channels"
     )
     having = {where: [model for model in models if model.analysis.transfers(where)] for where in names}
     if not having["mixer"] and not having["mlp"]:
         return None
-    if not having["conv"]:  # all mixers attend: it would be the same panel twice
+    if not having["conv"]:  # without convolution it would be the panel of the mixer again
         having["attention"] = []
 
-    def panel(where: str, ones: Sequence[AnalyzedModel]) -> Panel:
+    def panel(where: str, shown: Sequence[AnalyzedModel]) -> Panel:
         def draw(axis: Any) -> None:
-            for model in ones:
+            for model in shown:
                 curve(axis, model, lambda run: [(t.layer, t.gain) for t in run.analysis.transfers(where)])
             axis.axhline(1, linewidth=0.8, color=ink(), alpha=0.5, zorder=1)
-            depth_axis(axis, ones)
+            depth_axis(axis, shown)
             axis.set_ylabel("gain of the share")
 
         return Panel(names[where], draw)
@@ -126,27 +126,27 @@ def transfer(models: Sequence[AnalyzedModel]) -> Figure | None:
     return Figure(
         "transfer",
         "Which sub-block adds high frequencies",
-        "High-frequency share of what a sub-block adds to the tokens, divided by that of what it takes (behind its "
-        "norm). Stem and residual are not in it. Above 1 the sub-block is a high-pass filter, below 1 a low-pass one. "
-        "Dashed: initial values. The paper says that convolution brings in high frequencies and attention damps them: "
-        "against it would count convolved channels below 1, or not above the attending ones.",
-        [panel(where, ones) for where, ones in having.items() if ones],
-        [model for model in models if any(model in ones for ones in having.values())],
+        "High-frequency share of the update that a sub-block adds to the tokens, divided by that of its input (after "
+        "its norm). Stem and residual are not included. Above 1 the sub-block is a high-pass filter, below 1 a "
+        "low-pass filter. Dashed: initial values. The paper says that convolution adds high frequencies and attention "
+        "damps them. This is contradicted if the convolved channels are below 1, or not above the attention channels.",
+        [panel(where, shown) for where, shown in having.items() if shown],
+        [model for model in models if any(model in shown for shown in having.values())],
     )
 
 
 def parts(models: Sequence[AnalyzedModel]) -> Figure | None:
-    """Convolution's channels against attention's."""
+    """Shares of the convolved and of the attention channels."""
     mixed = [model for model in models if model.analysis.layers_at("conv") and not model.is_initial]
     if not mixed:
         return None
 
     def panel(model: AnalyzedModel) -> Panel:
-        twin = model.twin(models)
+        initial = model.at_initial_values(models)
 
         def draw(axis: Any) -> None:
             for where, colour, marker in (("conv", PALETTE[0], "o"), ("attention", PALETTE[5], "s")):
-                for source in (model, twin) if twin else (model,):
+                for source in (model, initial) if initial else (model,):
                     line = dict(color=colour, marker=marker) | (
                         dict(linestyle="--", mfc="none", markersize=3.5, linewidth=1.1)
                         if source.is_initial
@@ -168,10 +168,10 @@ def parts(models: Sequence[AnalyzedModel]) -> Figure | None:
     return Figure(
         "parts",
         "Where the high frequencies come from",
-        "High-frequency share (without DC) of the channels that were convolved and of those that attended, at the "
-        "mixer's output before the residual is added. Dashed: initial values; dotted: white noise. If convolution "
-        "brings in the high frequencies, its line lies above attention's. Against it would count: lines that "
-        "coincide, or a gap that is as wide before training.",
+        "High-frequency share (without DC) of the convolved channels and of the attention channels at the mixer's "
+        "output, before the residual is added. Dashed: initial values; dotted: white noise. If convolution adds the "
+        "high frequencies, its line is above attention's. This is contradicted if the lines coincide, or if their gap "
+        "is as wide before training.",
         [panel(model) for model in mixed],
         [],
         noise=True,
@@ -192,10 +192,10 @@ def amplitude(models: Sequence[AnalyzedModel]) -> Figure | None:
         return [(f.layer - (0.5 if f.where == "mixer" else 0.0), f.log_amplitude[-1]) for f in along]
 
     def panel(model: AnalyzedModel) -> Panel:
-        twin = model.twin(models)
+        initial = model.at_initial_values(models)
 
         def draw(axis: Any) -> None:
-            for source in (model, twin) if twin else (model,):
+            for source in (model, initial) if initial else (model,):
                 curve(axis, source, points)
             for layer in range(1, model.analysis.depth + 1):
                 axis.axvspan(layer - 1, layer - 0.5, color=ink(), alpha=0.08, linewidth=0)
@@ -208,17 +208,17 @@ def amplitude(models: Sequence[AnalyzedModel]) -> Figure | None:
     return Figure(
         "amplitude",
         "Which sub-block amplifies high frequencies",
-        "Logarithm of the Fourier amplitude at the highest frequency of the diagonal, minus that at frequency 0, after "
-        "each sub-block: shaded steps are token mixers (convolution and attention), white ones MLPs (Park & Kim 2022, "
-        "figure 2b). Dashed: initial values. A line that falls in the shaded steps is a low-pass filter. Against the "
-        "paper would count: mixers of EIT that damp high frequencies as much as ViT's.",
+        "Log Fourier amplitude at the highest frequency of the diagonal, minus that at frequency 0, after each "
+        "sub-block (Park & Kim 2022, figure 2b). Shaded steps are token mixers (convolution and attention), white "
+        "steps MLPs. Dashed: initial values. If a line falls in a shaded step, that mixer is a low-pass filter. The "
+        "paper is contradicted if EIT's mixers damp high frequencies as much as ViT's.",
         [panel(model) for model in trained],
         [],
     )
 
 
 def spectra(models: Sequence[AnalyzedModel]) -> Figure:
-    """Heat maps of layer x frequency: energy per coefficient against that of white noise, in decibels."""
+    """Heat maps of layer x frequency: energy per coefficient relative to white noise, in decibels."""
     shown = [model for model in models if not model.is_initial]
 
     def panel(model: AnalyzedModel) -> Panel:
@@ -226,7 +226,7 @@ def spectra(models: Sequence[AnalyzedModel]) -> Figure:
             import numpy as np
 
             places = _after_layers(model.analysis)
-            for number, f in enumerate(places):  # each with the rings of its own grid
+            for number, f in enumerate(places):  # each has the rings of its own grid
                 rings = f.radial()
                 edges = [rings[0][0], *(ring[1] for ring in rings)]
                 of_runs = [[ring[2] for ring in _after_layers(run.analysis)[number].radial()] for run in model.runs]
@@ -235,7 +235,7 @@ def spectra(models: Sequence[AnalyzedModel]) -> Figure:
                 decibels = np.array([[10 * math.log10(max(a / b, 1e-9)) for a, b in zip(means, noise, strict=True)]])
                 rows = [f.layer - 0.5, f.layer + 0.5]
                 mesh = axis.pcolormesh(edges, rows, decibels, cmap=HEAT, vmin=-10, vmax=10, linewidth=0.5)
-                mesh.set_edgecolor("face")  # else the paper shows through the seams
+                mesh.set_edgecolor("face")  # avoids white seams
             bar = axis.figure.colorbar(mesh, ax=axis, pad=0.02, fraction=0.06, ticks=[-10, -5, 0, 5, 10], extend="both")
             bar.ax.tick_params(length=2)
             bar.set_label("dB")
@@ -249,10 +249,10 @@ def spectra(models: Sequence[AnalyzedModel]) -> Figure:
     return Figure(
         "spectra",
         "Radial spectra",
-        "Energy per Fourier coefficient of each layer's tokens (without DC) against that of white noise, in decibels: "
-        "0 is flat, bright is more, dark is less; frequency 1 is the Nyquist frequency of an axis of tokens. Energy "
-        "that moves to the right with depth is what the paper calls a thirst for high frequencies. Against it would "
-        "count: rows of EIT that look like those of ViT.",
+        "Energy per Fourier coefficient of each layer's tokens (without DC) relative to white noise, in decibels: "
+        "bright is more, dark is less. Frequency 1 is the Nyquist frequency of an axis of tokens. The paper's thirst "
+        "for high frequencies would move energy to the right with depth. It is contradicted if EIT's rows look like "
+        "those of ViT.",
         [panel(model) for model in shown],
         [],
     )

@@ -1,4 +1,4 @@
-"""Several runs of one model as one: mean and spread over runs, and differences of models paired by seed."""
+"""Groups of runs: mean and spread over the runs, and differences of two groups paired by seed."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from eit.analysis.measure import Analysis
 
 CONFIDENCE = 0.95
 
-# What is compared: name -> (layer, value) of each layer that has it.
+# Name of a measure -> (layer, value) for each layer that has it
 MEASURES: dict[str, Callable[[Analysis], list[tuple[int, float]]]] = {
     "share": lambda a: [(f.layer, f.share) for f in a.layers_at("block")],
     "share_with_dc": lambda a: [(f.layer, f.share_with_dc) for f in a.layers_at("block")],
@@ -28,7 +28,7 @@ MEASURES: dict[str, Callable[[Analysis], list[tuple[int, float]]]] = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) over the runs of a group, of one measure in one layer."""
+    """Mean and standard deviation (n - 1) of one measure in one layer over the runs of a group."""
 
     group: str
     state: str
@@ -40,16 +40,16 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The mean over seeds of one group less another, both trained with the same seed.
+class PairedDifference:
+    """The difference of two groups, averaged over pairs of runs that were trained with the same seed.
 
     Attributes:
         one, other: names of the groups.
         measure: a key of `MEASURES`.
-        layer: None is the mean of the layers.
-        seeds: how many pairs.
-        difference: mean over the pairs.
-        low, high: ends of the 95% interval by Student's t of the pairs' differences.
+        layer: number of the layer; None: the mean of the layers.
+        seeds: number of pairs.
+        difference: mean over the pairs, `one` minus `other`.
+        low, high: ends of its 95% interval by Student's t.
     """
 
     one: str
@@ -63,33 +63,33 @@ class Paired:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def spreads(models: Sequence[AnalyzedModel]) -> list[Spread]:
-    """Of each group, measure and layer."""
+    """The spread of each group, measure and layer."""
     rows = []
     for group in (model for model in curves(models) if model.members):
         for name, values in MEASURES.items():
             for run in zip(*(values(run.analysis) for run in group.members), strict=True):
                 of_runs = [value for _, value in run]
-                subject = group.subject
+                loaded = group.loaded
                 mean, std = fmean(of_runs), stdev(of_runs)
-                rows.append(Spread(subject.group, subject.state, name, run[0][0], len(of_runs), mean, std))
+                rows.append(Spread(loaded.group, loaded.state, name, run[0][0], len(of_runs), mean, std))
     return rows
 
 
-def pairs(models: Sequence[AnalyzedModel]) -> tuple[list[Paired], list[str]]:
-    """Differences of each two trained groups, and lines for those that cannot be paired."""
-    groups = [group for group in curves(models) if group.members and group.subject.state == "trained"]
-    differences: list[Paired] = []
+def paired_differences(models: Sequence[AnalyzedModel]) -> tuple[list[PairedDifference], list[str]]:
+    """The differences of all pairs of trained groups, and one line for each two groups that cannot be paired."""
+    groups = [group for group in curves(models) if group.members and group.loaded.state == "trained"]
+    differences: list[PairedDifference] = []
     lines: list[str] = []
     for group, other in itertools.combinations(groups, 2):
-        names = f"{group.subject.group} and {other.subject.group}"
+        names = f"{group.loaded.group} and {other.loaded.group}"
         mine, theirs = _by_seed(group), _by_seed(other)
         if mine is None or theirs is None:
-            lines.append(f"{names} are not paired: runs of one group share a seed, or do not say theirs")
+            lines.append(f"{names} are not paired: runs of a group have the same seed, or name no seed")
             continue
         seeds = sorted(mine.keys() & theirs.keys())
         if len(seeds) < 2:
@@ -97,7 +97,7 @@ def pairs(models: Sequence[AnalyzedModel]) -> tuple[list[Paired], list[str]]:
             continue
         for name, values in MEASURES.items():
             runs = [(dict(values(mine[s].analysis)), dict(values(theirs[s].analysis))) for s in seeds]
-            key = group.subject.group, other.subject.group, name
+            key = group.loaded.group, other.loaded.group, name
             layers = sorted(runs[0][0].keys() & runs[0][1].keys())
             if group.analysis.depth == other.analysis.depth:
                 differences += [_paired(*key, n, [a[n] - b[n] for a, b in runs]) for n in layers]
@@ -107,15 +107,15 @@ def pairs(models: Sequence[AnalyzedModel]) -> tuple[list[Paired], list[str]]:
 
 
 def _by_seed(group: AnalyzedModel) -> dict[int, AnalyzedModel] | None:
-    """None where two runs have one seed, or one has none."""
-    seeds = {run.subject.seed: run for run in group.members}
+    """Seed -> run; None if two runs have the same seed, or a run names no seed."""
+    seeds = {run.loaded.seed: run for run in group.members}
     known = {seed: run for seed, run in seeds.items() if seed is not None}
     return known if len(known) == len(group.members) else None
 
 
-def _paired(one: str, other: str, measure: str, layer: int | None, gaps: list[float]) -> Paired:
+def _paired(one: str, other: str, measure: str, layer: int | None, gaps: list[float]) -> PairedDifference:
     from scipy import stats
 
     mean = fmean(gaps)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
-    return Paired(one, other, measure, layer, len(gaps), mean, mean - half, mean + half)
+    return PairedDifference(one, other, measure, layer, len(gaps), mean, mean - half, mean + half)

@@ -7,7 +7,7 @@ from torch import Tensor
 class Moments:
     """Streaming mean and variance of per-image values (Chan, Golub & LeVeque 1983), in float64.
 
-    On the device of the values, for no batch to wait for a copy; of MPS, which has no float64, on the CPU.
+    The sums stay on the device of the values, so no batch waits for a copy; for MPS, which has no float64, on the CPU.
     """
 
     def __init__(self) -> None:
@@ -15,7 +15,7 @@ class Moments:
         self._mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
-        """`values` (B, ...), one row an image."""
+        """`values` (B, ...), one row per image."""
         values = (values.cpu() if values.device.type == "mps" else values).double()
         n, mean = len(values), values.mean(dim=0)
         shift, total = mean - self._mean, self.count + n
@@ -25,24 +25,24 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """On the CPU."""
+        """Mean over images, on the CPU."""
         return self._mean.cpu()
 
     @property
     def variance(self) -> Tensor:
-        """Over the images that were seen, not estimated for others: the sum of squares by their number. On the CPU."""
+        """Population variance over images (divided by n), on the CPU."""
         return (self._squares / max(self.count, 1)).cpu()
 
     @property
     def deviation(self) -> Tensor:
-        """Standard deviation over images (n - 1), on the CPU; NaN for one image."""
+        """Sample standard deviation over images (n - 1), on the CPU; NaN for one image."""
         if self.count < 2:
             return torch.full_like(self.mean, torch.nan)
         return (self._squares / (self.count - 1)).sqrt().cpu()
 
     @property
     def standard_error(self) -> Tensor:
-        """Of the mean, on the CPU; NaN for one image."""
+        """Standard error of the mean, on the CPU; NaN for one image."""
         if self.count < 2:
             return torch.full_like(self.mean, torch.nan)
         return (self._squares / (self.count - 1) / self.count).sqrt().cpu()

@@ -1,4 +1,4 @@
-"""What figures are made of: panels that draw themselves on an axis, for paper and for the page alike."""
+"""Parts of figures: panels that draw themselves on an axis, in print and on the page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 
-# Okabe & Ito's palette without black and yellow: the colour-blind can tell them, on white and on black paper.
+# Okabe & Ito's colour-blind safe palette, without black and yellow, for white and for black backgrounds.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours, so that 42 models differ
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # with 6 colours and 7 markers, 42 models differ
 HEAT = "cividis"
 
 
@@ -21,9 +21,9 @@ class Panel:
 
 @dataclass
 class Figure:
-    """Panels with a caption that says what they show and what would count against the claim."""
+    """Panels with a caption: what they show, and what would count against the claim."""
 
-    key: str  # of its files
+    key: str  # name of its files
     title: str
     caption: str
     panels: list[Panel]
@@ -35,7 +35,7 @@ Points = list[tuple[float, float]]
 
 
 def curve(axis: Any, model: AnalyzedModel, value: Callable[[AnalyzedModel], Points], **style: Any) -> None:
-    """The points of a model, or mean and band of a group's runs."""
+    """Draw the points of a model, or mean and band of a group's runs."""
     of_runs = [value(run) for run in model.runs]
     x = [point[0] for point in of_runs[0]]
     columns = [[point[1] for point in column] for column in zip(*of_runs, strict=True)]
@@ -66,12 +66,12 @@ def depth_axis(axis: Any, models: Sequence[AnalyzedModel], first: int = 1) -> No
 
 
 def from_zero(axis: Any) -> None:
-    """The y axis from 0 to a little above the data: a line at the top is not cut in half."""
+    """Set the y axis from 0 to a little above the data, so that a line at the top is not clipped."""
     axis.set_ylim(0, 1.06 * axis.dataLim.y1 or 1)
 
 
 def logarithmic(axis: Any) -> None:
-    """A logarithmic y axis whose labels have no exponents: raised digits are too small to read on a phone."""
+    """Make the y axis logarithmic, with labels without exponents, which are too small to read on a phone."""
     from matplotlib.ticker import NullFormatter
 
     axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Write the report: one HTML page that needs no other file, its figures as PNG and SVG, its numbers as CSV."""
+"""Write the report: one HTML page that needs no other file, figures as PNG and SVG, measurements as CSV."""
 
 import base64
 import csv
@@ -9,11 +9,9 @@ import re
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -22,7 +20,7 @@ from eit import __version__
 from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.compare import Comparison
 from eit.analysis.figures import FIGURES, figures
-from eit.analysis.findings import TOKEN_TABLE, faults, mean_diversity, sentences, token_table
+from eit.analysis.findings import LAYER_TABLE, TOKEN_TABLE, faults, layer_table, sentences, token_table
 from eit.analysis.panels import HEAT, Figure
 from eit.analysis.tables import TABLES, tables
 from eit.errors import printable
@@ -36,9 +34,9 @@ INK = "#010203"  # placeholder in the SVG, replaced by currentColor
 
 
 def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
-    """Write report.html, csv/ and figures/ into `folder`, over an earlier report, and return the page's path.
+    """Write report.html, csv/ and figures/ into `folder`, replacing an earlier report, and return the page's path.
 
-    Everything is written to a hidden folder first, so an interruption leaves the earlier report whole.
+    Everything is written to a hidden folder first, so an interruption keeps the earlier report complete.
     """
     aside = folder / ".unfinished"
     shutil.rmtree(aside, ignore_errors=True)
@@ -52,7 +50,7 @@ def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
         writer.writerows({key: "" if _is_nan(value) else value for key, value in row.items()} for row in rows)
         write_file(aside / "csv" / f"{name}.csv", text.getvalue().encode(errors="surrogateescape"))
     for figure in drawn:
-        publish(figure, aside / "figures")
+        save_for_print(figure, aside / "figures")
     page = _page(compared, drawn, printable(data), printable(command))
     write_file(aside / "report.html", page.encode(errors="replace"))
     ours = [f"csv/{name}.csv" for name in TABLES]
@@ -61,7 +59,7 @@ def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         if (aside / name).exists():
             os.replace(aside / name, folder / name)
-        else:  # only the earlier report has it
+        else:  # only in the earlier report
             (folder / name).unlink(missing_ok=True)
     shutil.rmtree(aside)
     return folder / "report.html"
@@ -72,7 +70,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def _settings(ink: str) -> dict[str, Any]:
-    """matplotlib's settings for figures in `ink` on no background."""
+    """matplotlib's settings for figures in the colour `ink` without a background."""
     colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     return dict.fromkeys(colours, ink) | {
         "axes.facecolor": "none",
@@ -90,14 +88,14 @@ def _settings(ink: str) -> dict[str, Any]:
 def _legend(figure: Figure, ink: str) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=one.name, **one.style()) for one in figure.legend]
+    handles = [Line2D([], [], label=model.name, **model.style()) for model in figure.legend]
     if figure.noise:
         handles.append(Line2D([], [], label="white noise", linestyle=":", linewidth=1.2, color=ink))
     return handles
 
 
-def publish(figure: Figure, folder: Path) -> None:
-    """The figure in the width of two columns of a paper (7 inches), as KEY.png of 300 dpi and KEY.svg."""
+def save_for_print(figure: Figure, folder: Path) -> None:
+    """Save the figure for print, 7 inches wide (two columns), as KEY.png with 300 dpi and KEY.svg."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -106,7 +104,9 @@ def publish(figure: Figure, folder: Path) -> None:
     rows = -(-len(figure.panels) // columns)
     with matplotlib.rc_context(_settings(ink) | {"svg.hashsalt": figure.key, "svg.fonttype": "path"}):
         handles = _legend(figure, ink)
-        per_row = len(handles) if len(handles) < 4 else min(4, -(-len(handles) // 2))  # a model over its initial values
+        per_row = (
+            len(handles) if len(handles) < 4 else min(4, -(-len(handles) // 2))
+        )  # a model above its initial values
         height = 2.5 * rows + 0.2 * -(-len(handles) // max(per_row, 1))
         canvas = Canvas(figsize=(7.0, height), layout="constrained", facecolor="white")
         axes = canvas.subplots(rows, columns, squeeze=False).ravel()
@@ -124,13 +124,12 @@ def publish(figure: Figure, folder: Path) -> None:
 # -- The page ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """A panel as inline SVG whose ink is the page's."""
+class _Panel(NamedTuple):
+    """A panel as inline SVG in the text colour of the page."""
 
     label: str
     view_box: str
-    svg: Markup  # matplotlib's, which escapes all text
+    svg: Markup  # from matplotlib, which escapes text
 
 
 def _panel(figure: Figure, number: int) -> _Panel:
@@ -148,7 +147,7 @@ def _panel(figure: Figure, number: int) -> _Panel:
         panel.draw(axis)
         FigureCanvasSVG(canvas)
         text = io.StringIO()
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the page's own fonts have it
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the fonts of the page have the glyphs
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     parts = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
     assert parts
@@ -163,9 +162,10 @@ def _panel(figure: Figure, number: int) -> _Panel:
 
 def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str) -> str:
     measured = compared.measured
-    sources = printable("; ".join(one.subject.provenance for one in measured))
-    missing = [f"{one.name}: no {text}" for one in measured if not one.is_initial for text in one.missing]
-    pictures = [picture for one in measured for picture in one.pictures]
+    sources = printable("; ".join(model.loaded.provenance for model in measured))
+    missing = [f"{model.name}: no {text}" for model in measured if not model.is_initial for text in model.missing]
+    all_maps = [maps for model in measured for maps in model.image_maps]
+    layer_head, layer_rows = layer_table(measured)
     token_head, token_rows = token_table(measured)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = resources.files("eit.analysis").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -174,15 +174,17 @@ def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str
         origin=f"{measured[0].analysis.images:,} images of {data}. {sources}.",
         faults=[printable(fault) for fault in faults(measured)],
         findings=sentences(measured),
-        summary=[_summary(one) for one in curves(measured)],
+        layer_head=layer_head,
+        layer_rows=layer_rows,
+        layer_note=LAYER_TABLE,
         token_head=token_head,
         token_rows=token_rows,
         token_note=TOKEN_TABLE,
         missing=[printable(text) for text in (*compared.left_out, *missing)],
         figures=[(figure, [_panel(figure, i) for i in range(len(figure.panels))]) for figure in drawn],
-        images=_gallery([one for one in measured if one.pictures]),
-        has_rollout=any(picture.rollout is not None for picture in pictures),
-        has_grad_cam=any(picture.grad_cam is not None for picture in pictures),
+        images=_gallery([model for model in measured if model.image_maps]),
+        has_rollout=any(maps.rollout is not None for maps in all_maps),
+        has_grad_cam=any(maps.grad_cam is not None for maps in all_maps),
         sources=sources,
         version=__version__,
         command=command,
@@ -190,67 +192,47 @@ def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str
 
 
 def _names(measured: Sequence[AnalyzedModel]) -> str:
-    names = [one.name for one in curves(measured) if not one.is_initial]
+    names = [model.name for model in curves(measured) if not model.is_initial]
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
-
-
-def _summary(one: AnalyzedModel) -> list[str]:
-    """A row of the table of shares and diversities."""
-    blocks, heads = one.analysis.layers_at("block"), one.analysis.attention
-    return [
-        one.name,
-        f"{one.analysis.grid[0]}x{one.analysis.grid[1]}, {one.analysis.pitch:.3g} px",
-        f"{100 * one.mean(lambda a: fmean(f.share for f in a.layers_at('block'))):.1f}%",
-        f"{100 * one.mean(lambda a: fmean(f.share_with_dc for f in a.layers_at('block'))):.1f}%",
-        f"{100 * blocks[0].noise_share:.1f}%",
-        f"{one.mean(lambda a: fmean(layer.std for layer in a.attention)):.2f} px" if heads else "\N{EN DASH}",
-        f"{mean_diversity(one):.2f}%" if heads else "\N{EN DASH}",
-    ]
 
 
 # -- Single images ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """A small picture with a line of text below it; `alt` says more, for readers who cannot see it."""
+class _Tile(NamedTuple):
+    """A small picture with a line of text below it, and a longer text for screen readers (`alt`)."""
 
     text: str
     alt: str
     png: str  # base64
 
 
-@dataclass(frozen=True)
-class _ImageRows:
-    """Tiles of one image: first without a model's name, then a row for each model."""
+class _ImageRows(NamedTuple):
+    """Rows of tiles for one image: first the image itself, without a model's name, then one row per model."""
 
     name: str
     rows: list[tuple[str, list[_Tile]]]
 
 
 def _gallery(measured: Sequence[AnalyzedModel]) -> list[_ImageRows]:
-    """The images of models that all have pictures."""
+    """The tiles of each shown image; all `measured` models have image maps."""
     images = []
-    largest = max(measured, key=lambda one: one.analysis.image_size, default=None)
-    for i, (name, image, spectrum) in enumerate(largest.examples if largest else []):
+    largest = max(measured, key=lambda model: model.analysis.image_size, default=None)
+    for i, (name, image, spectrum) in enumerate(largest.shown_images if largest else []):
         rows = [("", [_tile("input", name, image), _tile("its spectrum", name, _heat(spectrum))])]
-        for one in measured:
-            own, picture, about = one.examples[i].image, one.pictures[i], f"{name}, {one.name}"
-            tiles = [_tile("its input", about, own)] if own.shape != image.shape else []
-            tiles += [_tile(f"energy {n}", about, _heat(e.numpy())) for n, e in enumerate(picture.energy, start=1)]
-            maps = (
-                ("class token", picture.class_attention),
-                ("rollout", picture.rollout),
-                ("Grad-CAM", picture.grad_cam),
-            )
-            tiles += [_tile(text, about, _over(own, found.numpy())) for text, found in maps if found is not None]
-            rows.append((one.name, tiles))
+        for model in measured:
+            shown, maps, about = model.shown_images[i].image, model.image_maps[i], f"{name}, {model.name}"
+            tiles = [_tile("its input", about, shown)] if shown.shape != image.shape else []
+            tiles += [_tile(f"energy {n}", about, _heat(e.numpy())) for n, e in enumerate(maps.energy, start=1)]
+            named = {"class token": maps.class_attention, "rollout": maps.rollout, "Grad-CAM": maps.grad_cam}
+            tiles += [_tile(text, about, _over(shown, m.numpy())) for text, m in named.items() if m is not None]
+            rows.append((model.name, tiles))
         images.append(_ImageRows(printable(name), rows))
     return images
 
 
 def _tile(text: str, about: str, pixels: Any) -> _Tile:
-    """(H, W, 3) in 0..1 as a tile."""
+    """A tile of pixels (H, W, 3) in 0..1."""
     import numpy as np
     from PIL import Image
 
@@ -260,14 +242,14 @@ def _tile(text: str, about: str, pixels: Any) -> _Tile:
 
 
 def _heat(values: Any) -> Any:
-    """(h, w) in 0..1 -> colours (h, w, 3)."""
+    """Values (h, w) in 0..1 -> colours (h, w, 3)."""
     from matplotlib import colormaps
 
     return colormaps[HEAT](values)[..., :3]
 
 
 def _over(image: Any, values: Any) -> Any:
-    """`image` (H, W, 3) under a veil: dark where `values` (h, w) in 0..1 are low, as it is where they are high."""
+    """`image` (H, W, 3), darkened where `values` (h, w) in 0..1 are low."""
     import numpy as np
     from PIL import Image
 

@@ -17,8 +17,8 @@ EPS = 0.1  # of pixels in 0..1
 
 
 @dataclass(frozen=True)
-class Band:
-    """Accuracy with noise of frequencies low < f <= high, 1 is an axis's Nyquist frequency; without noise both None."""
+class BandAccuracy:
+    """Accuracy with noise of frequencies low < f <= high; 1 is the Nyquist frequency of an axis. None: no noise."""
 
     low: float | None
     high: float | None
@@ -32,13 +32,16 @@ class Band:
 
     @property
     def standard_error(self) -> float:
-        """Of top1, points: that of a share of so many images."""
+        """Standard error of top1 over images, in points."""
         return (self.top1 * (100 - self.top1) / self.images) ** 0.5
 
 
 def rings(height: int, width: int) -> list[tuple[float, float]]:
-    """(low, high) of rings that tile the spectrum of an image from DC, which is left out; those that hold a bin."""
-    edges = [*(round(2 * HALF_WIDTH * i, 9) for i in range(7)), math.sqrt(2)]  # the last a little wider, to the corner
+    """(low, high) of the rings that cover the spectrum of an image without DC; empty rings are left out."""
+    edges = [
+        *(round(2 * HALF_WIDTH * i, 9) for i in range(7)),
+        math.sqrt(2),
+    ]  # the last ring is wider: it reaches to the corner
     return [ring for ring in itertools.pairwise(edges) if _inside(height, width, *ring).any()]
 
 
@@ -49,9 +52,9 @@ def _inside(height: int, width: int, low: float, high: float) -> Tensor:
 
 
 def band_noise(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
-    """The sign of white noise of the ring low < f <= high: -1 or 1, of `shape` (..., height, width), on the CPU.
+    """The sign (-1 or 1) of white noise in the ring low < f <= high, of `shape` (..., height, width), on the CPU.
 
-    The sign gives every band the same largest and mean energy, but leaks some of it into other frequencies.
+    With the sign, every band has the same maximum and mean energy, but some energy leaks into other frequencies.
     """
     height, width = shape[-2:]
     white = torch.randn(shape, generator=generator)
@@ -60,17 +63,17 @@ def band_noise(shape: tuple[int, ...], low: float, high: float, generator: torch
 
 
 @torch.no_grad()
-def band_accuracy(model: nn.Module, loader: EvaluationLoader, view: View, eps: float = EPS) -> list[Band]:
-    """Accuracy on the loader's images without noise, then with that of each ring.
+def band_accuracy(model: nn.Module, loader: EvaluationLoader, view: View, eps: float = EPS) -> list[BandAccuracy]:
+    """Accuracy on the loader's images without noise, then with the noise of each ring.
 
-    The noise is eps * sign, in units of pixels in 0..1, before normalisation and not clipped. It is a function of ring
-    and block, so that all models see the same.
+    The noise is eps * sign, added to pixels in 0..1 before normalisation, without clipping. It depends only on ring and
+    block, so all models see the same noise.
     """
     std = torch.tensor(view.std).view(-1, 1, 1)
     every: list[tuple[float, float] | None] = [None, *rings(view.size, view.size)]
     correct = [0] * len(every)
     with progress("noise by band", len(every) * len(loader.own_blocks)) as advance:
-        for block, batch in zip(loader.own_blocks, loader, strict=True):  # each image is read once
+        for block, batch in zip(loader.own_blocks, loader, strict=True):  # reads each image once
             for number, ring in enumerate(every):
                 x = batch.images
                 if ring is not None:
@@ -81,4 +84,4 @@ def band_accuracy(model: nn.Module, loader: EvaluationLoader, view: View, eps: f
                 correct[number] += int(hits[: batch.valid].sum())
                 advance()
     ends = [ring or (None, None) for ring in every]
-    return [Band(low, high, len(loader.images), n) for (low, high), n in zip(ends, correct, strict=True)]
+    return [BandAccuracy(low, high, len(loader.images), n) for (low, high), n in zip(ends, correct, strict=True)]

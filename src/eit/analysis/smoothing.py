@@ -1,6 +1,4 @@
-"""How alike the tokens of an image have become: oversmoothing.
-
-docs/analysis.md has the definitions with their maths.
+"""Oversmoothing: how similar the tokens of an image are. docs/analysis.md has the formulas.
 
 Legend of the shape comments: B images, n = h * w grid tokens, C channels.
 """
@@ -13,28 +11,28 @@ from torch import Tensor
 from eit.analysis.frequency import Grid
 from eit.analysis.moments import Moments
 
-RANK_EVERY = 4  # of so many images one: an eigenvalue problem for each would cost as much as a small model's pass
+RANK_EVERY = 4  # the rank is computed for every 4th image: it costs as much as the forward pass of a small model
 
 
 def cosine_similarity(x: Tensor) -> Tensor:
     """Tokens (B, n, C) -> the mean cosine of two different tokens of an image, (B,), -1 / (n - 1) to 1.
 
-    A token of zeros has cosine 0 to all.
+    A zero token has cosine 0 to all others.
     """
     n = x.shape[1]
     unit = torch.nn.functional.normalize(x.float(), dim=2)
-    itself = unit.square().sum(dim=(1, 2))  # n, less the tokens of zeros
+    itself = unit.square().sum(dim=(1, 2))  # n minus the number of zero tokens
     return (unit.sum(dim=1).square().sum(dim=1) - itself) / (n * (n - 1))
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """Tokens (B, n, C) -> exp of the entropy of their singular values by their sum, (B,), 1 to min(n, C).
+    """Tokens (B, n, C) -> exp of the entropy of the normalised singular values, (B,), 1 to min(n, C).
 
-    Roy & Vetterli 2007. The tokens are not centred: equal tokens have rank 1. Tokens of zeros have rank 1 as well.
+    Roy & Vetterli 2007. The tokens are not centred: equal tokens have rank 1. Zero tokens have rank 1 too.
     """
     x = (x.cpu() if x.device.type == "mps" else x).double()
     gram = x @ x.transpose(1, 2) if x.shape[1] <= x.shape[2] else x.transpose(1, 2) @ x
-    values = torch.linalg.eigvalsh(gram.nan_to_num()).clamp(min=0)  # it raises where one is not finite
+    values = torch.linalg.eigvalsh(gram.nan_to_num()).clamp(min=0)  # raises an error for values that are not finite
     values = torch.where(values > 1e-14 * values[:, -1:], values, 0).sqrt()  # the rest is rounding
     weights = values / values.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     entropy: Tensor = torch.special.entr(weights).sum(dim=1)
@@ -43,18 +41,18 @@ def effective_rank(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How alike an image's grid tokens are at one place, mean over images.
+    """Similarity of an image's grid tokens at one place, averaged over images.
 
     Attributes:
         layer: 1 is the first; 0 is the stem's output.
         where: `stem` or `block`.
         grid: tokens (h, w).
-        channels: C.
-        cosine: mean cosine of two different tokens; 1 means that all point the same way.
+        channels: number of channels.
+        cosine: mean cosine of two different tokens; 1 means that all have the same direction.
         cosine_se: its standard error over images.
         rank: effective rank of the tokens; 1 means that all are multiples of one vector.
-        rank_se: its standard error over the images it is computed of, each `RANK_EVERY`th.
-        full_rank: min(h * w, C), the largest possible.
+        rank_se: its standard error over the images it is computed for, every `RANK_EVERY`-th.
+        full_rank: min(h * w, C), the largest possible rank.
     """
 
     layer: int
@@ -69,7 +67,7 @@ class Smoothing:
 
 
 class SmoothingMeter:
-    """Running sums of one place."""
+    """Running sums for one place."""
 
     def __init__(self, layer: int, where: str) -> None:
         self.layer, self.where = layer, where
@@ -79,7 +77,7 @@ class SmoothingMeter:
     def add(self, x: Tensor) -> None:
         """Tokens of a batch, (B, h, w, C)."""
         self.grid, self.channels = (x.shape[1], x.shape[2]), x.shape[3]
-        first = -self._cosines.count % RANK_EVERY  # the images 0, 4, 8 ... of all, however they come in batches
+        first = -self._cosines.count % RANK_EVERY  # images 0, 4, 8 ... of all, for any batch size
         tokens = x.flatten(1, 2)
         self._cosines.add(cosine_similarity(tokens))
         if first < len(tokens):

@@ -1,4 +1,4 @@
-"""The numbers of an analysis as tidy tables, one measurement per row: what is written as csv/NAME.csv."""
+"""The measurements as tidy tables, one per row, which are written to csv/NAME.csv."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,18 +8,23 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.frequency import RHOS, diagonal_frequencies, noise_shares
-from eit.analysis.groups import pairs, spreads
+from eit.analysis.groups import paired_differences, spreads
 
 Row = dict[str, Any]
 
 
+def columns(item: Any, *names: str, **attributes: str) -> Row:
+    """Attributes of `item` as columns: those in `names`, then column=attribute."""
+    return {name: getattr(item, name) for name in names} | {n: getattr(item, a) for n, a in attributes.items()}
+
+
 def model_rows(model: AnalyzedModel) -> Iterator[Row]:
-    subject, analysis = model.subject, model.analysis
+    loaded, analysis = model.loaded, model.analysis
     yield dict(
-        group=subject.group,
-        seed=math.nan if subject.seed is None else subject.seed,
-        source=subject.source,
-        sha256=subject.sha256,
+        group=loaded.group,
+        seed=math.nan if loaded.seed is None else loaded.seed,
+        source=loaded.source,
+        sha256=loaded.sha256,
         images=analysis.images,
         image_size="x".join(map(str, analysis.image_size)),
         grid="x".join(map(str, analysis.grid)),
@@ -40,18 +45,9 @@ def class_token_rows(model: AnalyzedModel) -> Iterator[Row]:
 
 def frequency_rows(model: AnalyzedModel) -> Iterator[Row]:
     for f in model.analysis.frequency:
-        yield dict(
-            layer=f.layer,
-            where=f.where,
-            grid="x".join(map(str, f.grid)),
-            channels=f.channels,
-            share=f.share,
-            share_se=f.share_se,
-            share_with_dc=f.share_with_dc,
-            share_with_dc_se=f.share_with_dc_se,
-            noise_share=f.noise_share,
-            noise_share_with_dc=f.noise_share_with_dc,
-        )
+        place = dict(layer=f.layer, where=f.where, grid="x".join(map(str, f.grid)), channels=f.channels)
+        shares = columns(f, "share", "share_se", "share_with_dc", "share_with_dc_se")
+        yield place | shares | columns(f, "noise_share", "noise_share_with_dc")
 
 
 def amplitude_rows(model: AnalyzedModel) -> Iterator[Row]:
@@ -77,16 +73,10 @@ def sweep_rows(model: AnalyzedModel) -> Iterator[Row]:
 
 def transfer_rows(model: AnalyzedModel) -> Iterator[Row]:
     for t in model.analysis.transfer:
-        yield dict(
-            layer=t.layer,
-            where=t.where,
-            channels=t.update.channels,
-            input_share=t.input.share,
-            input_share_se=t.input.share_se,
-            update_share=t.update.share,
-            update_share_se=t.update.share_se,
-            gain=t.gain,
-        )
+        place = dict(layer=t.layer, where=t.where, channels=t.update.channels)
+        shares = columns(t.input, input_share="share", input_share_se="share_se")
+        shares |= columns(t.update, update_share="share", update_share_se="share_se")
+        yield place | shares | dict(gain=t.gain)
 
 
 def head_rows(model: AnalyzedModel) -> Iterator[Row]:
@@ -108,18 +98,10 @@ def head_rows(model: AnalyzedModel) -> Iterator[Row]:
 
 def diversity_rows(model: AnalyzedModel) -> Iterator[Row]:
     for layer in model.analysis.attention:
-        yield dict(
-            layer=layer.layer,
-            heads=len(layer.distance),
-            std_px=layer.std,
-            range_px=layer.range,
-            pair_gap_px=layer.gap,
-            relative_std=layer.relative_std,
-            uniform_px=layer.uniform,
-            divergence_nats=layer.mean_divergence,
-            relative_entropy=fmean(layer.relative_entropy),
-            near_uniform=layer.near_uniform,
-        )
+        pixels = columns(layer, std_px="std", range_px="range", pair_gap_px="gap", relative_std="relative_std")
+        others = columns(layer, uniform_px="uniform", divergence_nats="mean_divergence")
+        entropy = dict(relative_entropy=fmean(layer.relative_entropy), near_uniform=layer.near_uniform)
+        yield dict(layer=layer.layer, heads=len(layer.distance)) | pixels | others | entropy
 
 
 def filter_rows(model: AnalyzedModel) -> Iterator[Row]:
@@ -130,15 +112,8 @@ def filter_rows(model: AnalyzedModel) -> Iterator[Row]:
 
 def smoothing_rows(model: AnalyzedModel) -> Iterator[Row]:
     for s in model.analysis.smoothing:
-        yield dict(
-            layer=s.layer,
-            where=s.where,
-            cosine=s.cosine,
-            cosine_se=s.cosine_se,
-            effective_rank=s.rank,
-            effective_rank_se=s.rank_se,
-            full_rank=s.full_rank,
-        )
+        ranks = columns(s, effective_rank="rank", effective_rank_se="rank_se", full_rank="full_rank")
+        yield columns(s, "layer", "where", "cosine", "cosine_se") | ranks
 
 
 def robustness_rows(model: AnalyzedModel) -> Iterator[Row]:
@@ -171,15 +146,16 @@ TABLES = ("models", "images", *list(PER_MODEL)[1:], "groups", "paired")
 
 
 def tables(models: Sequence[AnalyzedModel], images: Sequence[str] = ()) -> dict[str, list[Row]]:
-    """Rows by table, without the tables that are empty. `images` are the names of the images."""
+    """Table -> its rows, without empty tables. `images` are the names of the images."""
     rows: dict[str, list[Row]] = {name: [] for name in TABLES}
     rows["images"] = [dict(image=name) for name in images]
     for name, rows_of in PER_MODEL.items():
         for model in models:
-            key = dict(model=model.subject.label, state=model.subject.state)
+            key = dict(model=model.loaded.label, state=model.loaded.state)
             rows[name] += [key | row for row in rows_of(model)]
     rows["groups"] = [asdict(spread) for spread in spreads(models)]
     rows["paired"] = [
-        asdict(pair) | dict(layer="mean" if pair.layer is None else pair.layer) for pair in pairs(models)[0]
+        asdict(pair) | dict(layer="mean" if pair.layer is None else pair.layer)
+        for pair in paired_differences(models)[0]
     ]
     return {name: content for name, content in rows.items() if content}

@@ -1,7 +1,7 @@
-"""How fast models are, and how much memory they take, by every runtime at hand, beside the machine's own peak.
+"""Speed and memory of models with every installed runtime, relative to the machine's matrix-multiply peak.
 
-All that is compared is measured in one run, in turns: each round measures the matrix-multiply peak, then every arm
-once. An arm is a model, run by a runtime, in a precision, on a batch, in inference or in training.
+Figures are compared only within one run. Each round measures the matrix-multiply peak, then every arm once. An arm is a
+model with a runtime, a precision, a batch size, and a mode: inference or training.
 """
 
 import copy
@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,8 @@ from eit.data.order import SampleOrder
 from eit.environment import environment
 from eit.errors import UserError, few, first_line, nearest
 from eit.export.exporter import export
-from eit.inference import runtimes as exported
+from eit.files import temporary_folder
+from eit.inference import exported_models as exported
 from eit.memory import MALLOC, is_measurable, peak_bytes
 from eit.models.complexity import complexity, training_macs
 from eit.models.eit import EIT
@@ -41,16 +41,15 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.precision import Precision, arithmetic, autocast, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.optim import make_optimizer
-from eit.weights.card import Card
-from eit.weights.convert import default_class_names, default_mean_std
-from eit.weights.load import SHIPPED, load, names_weights
+from eit.weights.card import Card, default_class_names, default_mean_std
+from eit.weights.load import INCLUDED, is_weights_name, load
 
 MODES = ("infer", "train")
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
-FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # of eit.export.exporter, that the runtimes read
-SECONDS = 0.3  # of one measurement, at least
-RECIPE = "imagenet_mini"  # whose optimizer a training step has
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # runtime -> format of eit.export.exporter
+SECONDS = 0.3  # minimum of one measurement
+RECIPE = "imagenet_mini"  # a training step uses its optimizer
 
 Step = Callable[[], Any]
 
@@ -64,7 +63,7 @@ class Options:
     threads: int | None = None  # None: torch's own choice
     modes: Sequence[str] = MODES
     precisions: Sequence[Precision] = DEFAULT_PRECISIONS
-    runtimes: Sequence[str] | None = None  # None: those at hand
+    runtimes: Sequence[str] | None = None  # None: all that are installed
     rounds: int = 5
     naive: bool = False
     memory: bool = True
@@ -73,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing to measure. `naive`: the plain implementation of the model."""
+    """One combination to measure. `naive`: the plain implementation of the model."""
 
     model: str
     runtime: str
@@ -89,15 +88,15 @@ class Arm:
 
 @dataclass
 class Measurement:
-    """What was measured of an arm.
+    """The measurements of an arm.
 
     Attributes:
-        arm: what it is.
-        macs: multiply-accumulates of an image, in training those of the backward pass too.
-        seconds: of a step, one a round.
-        ratios: how many times as fast as the baseline of the same mode and batch, one a round.
-        share: of the matrix-multiply peak of the arm's precision: MACs x 2 x batch / median seconds / peak.
-        memory: peak bytes of a step beyond model and batch; None where it was not measured.
+        arm: the arm.
+        macs: multiply-accumulates per image, including the backward pass in training.
+        seconds: of a step, one value per round.
+        ratios: speed relative to the baseline of the same mode and batch, one value per round.
+        share: of the matrix-multiply peak in the arm's precision: MACs x 2 x batch / median seconds / peak.
+        memory: peak bytes of a step beyond model and batch; None if it was not measured.
     """
 
     arm: Arm
@@ -117,8 +116,8 @@ class Record:
     """One run of the benchmark.
 
     Attributes:
-        rows: what was measured, in the order of the arms.
-        peaks: precision -> way through torch -> FLOP/s, one a round.
+        rows: one measurement per arm.
+        peaks: precision -> operator of torch -> FLOP/s, one value per round.
         left_out: what was not measured, and why.
         about: date, machine, versions, options.
     """
@@ -129,12 +128,12 @@ class Record:
     about: dict[str, Any]
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of the best way."""
+        """FLOP/s of the fastest operator."""
         return max(map(median, self.peaks[precision].values()))
 
     @property
     def baseline(self) -> str:
-        """What ratios are to, as `compare` has it."""
+        """The baseline of the ratios in words, see `compare`."""
         if naive := [row.arm for row in self.rows if row.arm.naive]:
             return f"the naive model, eager {naive[0].precision}, same mode and batch"
         return "the first row of the same mode and batch"
@@ -155,24 +154,24 @@ class Record:
 
 
 def bench(names: Sequence[str], options: Options) -> Record:
-    """Measure models: of the zoo (NAME or FAMILY/NAME), of timm (timm/NAME), or of a checkpoint.
+    """Measure models: NAME or FAMILY/NAME of this package, timm/NAME, or trained weights.
 
     Raises:
-        UserError: an unknown name, a runtime that is not there, or options that do not go together.
+        UserError: an unknown name, a runtime that is not installed, or options that contradict each other.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for precision in options.precisions:
         resolve_precision(precision, options.device)
     runtimes, left_out = check_runtimes(options)
-    subjects = open_models(names, options)
-    with tempfile.TemporaryDirectory() as folder, _many_compilations():
-        arms = [arm for name in subjects for arm in arms_of(name, subjects[name], runtimes, options, left_out)]
-        steps, files = prepare(arms, subjects, Path(folder), options.device, left_out)
+    models = open_models(names, options)
+    with temporary_folder() as folder, _many_compilations():
+        arms = [arm for name in models for arm in arms_of(name, models[name], runtimes, options, left_out)]
+        steps, files = prepare(arms, models, folder, options.device, left_out)
         if not steps:
             raise UserError(f"nothing to measure: {'; '.join(left_out)}")
         seconds, peaks = interleave(steps, options)
-        rows = [Measurement(arm, macs_of(arm, subjects[arm.model]), times) for arm, times in seconds.items()]
+        rows = [Measurement(arm, macs_of(arm, models[arm.model]), times) for arm, times in seconds.items()]
         if options.memory and is_measurable(options.device):
             left_out += measure_memory(rows, files, options)
     record = Record(rows, peaks, left_out, about(options))
@@ -194,7 +193,7 @@ def about(options: Options) -> dict[str, Any]:
 
 
 def check_runtimes(options: Options) -> tuple[list[str], list[str]]:
-    """The runtimes to measure, and why others are left out; where they were asked for by name, that is an error."""
+    """The runtimes to measure, and why others are left out; a runtime in the options that is missing is an error."""
     kept, left_out = [], []
     for runtime in options.runtimes or RUNTIMES:
         if runtime in FORMATS and options.runtimes is None and "infer" not in options.modes:
@@ -215,9 +214,9 @@ def _check_runtime(runtime: str, options: Options) -> None:
         if options.device.type != "cpu":
             raise UserError(f"--runtime {runtime} runs on the CPU, not on {options.device.type}")
         if "infer" not in options.modes:
-            raise UserError(f"--runtime {runtime} does not train: --mode infer")
+            raise UserError(f"--runtime {runtime} cannot train: give --mode infer")
         for module in ("onnx", "onnxscript", "onnxruntime", runtime):
-            exported.need(module, f"--runtime {runtime}")
+            exported.import_runtime(module, f"--runtime {runtime}")
     if runtime == "compile" and options.device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -225,29 +224,31 @@ def _check_runtime(runtime: str, options: Options) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            raise UserError("--runtime compile needs a C++ compiler, and there is none: apt-get install g++") from None
+            raise UserError(
+                "--runtime compile needs a C++ compiler: install one, such as apt-get install g++"
+            ) from None
 
 
 def open_models(names: Sequence[str], options: Options) -> dict[str, Any]:
-    """Name -> model, in evaluation, with its card.
+    """Name -> model in evaluation mode, with its card.
 
     Raises:
-        UserError: an unknown name, one that is given twice, or a model that does not take the size.
+        UserError: an unknown name, a name that is given twice, or a model that does not accept the size.
     """
     if double := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise UserError(f"{double[0]} is given twice")
+        raise UserError(f"{double[0]} is given twice: give each model once")
     models = {name: open_model(name, options.size) for name in names}
     if options.naive and not any(isinstance(model, EIT) for model in models.values()):
-        raise UserError(f"--naive is of this package's models, not of {few(names)}")
+        raise UserError(f"--naive is for models of this package, not for {few(names)}")
     return models
 
 
 def open_model(name: str, size: int | None) -> Any:
-    """A model with a card, whose `size` is that of its input. Those without weights have initial values."""
+    """A model with a card, whose `size` is the input size; without weights, it has initial values."""
     kind, _, plain = name.partition("/")
     if exported.is_exported(name):
-        raise UserError(f"{name} is an exported file: give the weights, and the runtimes by --runtime")
-    if names_weights(name):
+        raise UserError(f"{name} is an exported file: give the weights, and choose runtimes with --runtime")
+    if is_weights_name(name):
         model: Any = load(name)
         if size is not None:
             check_size(model, size, model.card.size, name)
@@ -262,8 +263,8 @@ def open_model(name: str, size: int | None) -> Any:
         family, plain = None, name
     else:
         raise UserError(
-            f"unknown model {name!r}{nearest(name, [*MODELS, *SHIPPED])} (known: {', '.join(MODELS)}, lsra/eit_mini "
-            f"and so on, timm/NAME, a weights file, a run folder, {', '.join(SHIPPED)})"
+            f"unknown model {name!r}{nearest(name, [*MODELS, *INCLUDED])} (known: {', '.join(MODELS)}, lsra/eit_mini "
+            f"and so on, timm/NAME, a weights file, a run folder, {', '.join(INCLUDED)})"
         )
     set_seed(Stream.INITIAL_VALUES, 0)
     model = create_model(plain, family, **({} if size is None else dict(img_size=size)))
@@ -277,7 +278,7 @@ def open_model(name: str, size: int | None) -> Any:
 
 
 def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, left_out: list[str]) -> list[Arm]:
-    """What is measured of a model, the baseline first."""
+    """The arms of a model, the baseline first."""
     arms = []
     lacking = {(r, p): reason for r in runtimes for p in options.precisions if (reason := _why_not(r, p))}
     left_out += [reason for reason in lacking.values() if reason not in left_out]
@@ -297,13 +298,13 @@ def arms_of(name: str, model: Any, runtimes: Sequence[str], options: Options, le
 
 
 def _why_not(runtime: str, precision: Precision) -> str | None:
-    """Why a runtime has no such precision; None where it has."""
+    """Why a runtime lacks a precision; None if it has it."""
     if runtime not in FORMATS or precision == "fp32":
         return None
     if runtime == "onnxruntime" or precision != "bf16":
-        return f"{runtime} {precision}: it has no {precision} on the CPU"
+        return f"{runtime} {precision}: not available on the CPU"
     has = exported.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return None if "BF16" in has else "openvino bf16: this processor has none"
+    return None if "BF16" in has else "openvino bf16: not available on this processor"
 
 
 def macs_of(arm: Arm, model: Any) -> int:
@@ -317,9 +318,9 @@ def macs_of(arm: Arm, model: Any) -> int:
 def prepare(
     arms: Sequence[Arm], models: dict[str, Any], folder: Path, device: torch.device, left_out: list[str]
 ) -> tuple[dict[Arm, Step], dict[tuple[str, str], Path]]:
-    """Each arm's step, which has run once, and the exported files, by model and format.
+    """The step of each arm, after one run, and the exported files, by model and runtime.
 
-    What cannot be exported or compiled is left out, with the reason.
+    Arms that cannot be exported or compiled are left out, with the reason.
     """
     steps: dict[Arm, Step] = {}
     files: dict[tuple[str, str], Path] = {}
@@ -350,13 +351,15 @@ def _export(model: Any, runtime: str, folder: Path, number: int) -> Path:
 
 
 def make_step(arm: Arm, model: Any, file: Path | None, device: torch.device) -> Step:
-    """A function that does what the arm says once, on random images. Exported files are run from `file`."""
+    """A function that runs one step of the arm on random images. Runtimes of exported files read `file`."""
     card = model.card
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(arm.batch, card.in_chans, card.size, card.size, generator=generator).to(device)
     if arm.runtime in FORMATS:
         assert file is not None
-        run = exported.open_onnx(file) if arm.runtime == "onnxruntime" else _open_openvino(file, arm.precision)
+        openvino_precision = {"fp32": "f32", "bf16": "bf16"}[arm.precision]
+        is_onnx = arm.runtime == "onnxruntime"
+        run = exported.open_onnx(file) if is_onnx else exported.open_openvino(file, openvino_precision)
         return lambda: run(x)
     if arm.naive:
         network: nn.Module = make_naive(model).to(device)
@@ -367,10 +370,6 @@ def make_step(arm: Arm, model: Any, file: Path | None, device: torch.device) -> 
         return inference_step(called, x, arm.precision)
     y = torch.randint(len(card.classes), (arm.batch,), generator=generator).to(device)
     return training_step(network.train(), called, x, y, arm.precision)
-
-
-def _open_openvino(file: Path, precision: str) -> exported.ExportedModel:
-    return exported.open_openvino(file, {"fp32": "f32", "bf16": "bf16"}[precision])
 
 
 def inference_step(network: Any, x: Tensor, precision: Precision) -> Step:
@@ -385,7 +384,7 @@ def inference_step(network: Any, x: Tensor, precision: Precision) -> Step:
 
 
 def training_step(model: nn.Module, network: Any, x: Tensor, y: Tensor, precision: Precision) -> Step:
-    """Forward, cross-entropy, backward, and a step of the optimizer of the recipes. `network` is what calls `model`."""
+    """Forward pass, cross-entropy, backward pass, optimizer step. `network` is `model`, or a compiled version of it."""
     order = SampleOrder(images=len(x), batch_size=len(x), accumulate=1, world=1, repeats=1, seed=0)
     optimizer = make_optimizer(load_recipe(RECIPE), model, order)
 
@@ -401,7 +400,7 @@ def training_step(model: nn.Module, network: Any, x: Tensor, y: Tensor, precisio
 
 
 def _many_compilations() -> Any:
-    """torch.compile keeps at most eight variants of a function, and then runs it uncompiled; the arms are more."""
+    """Raise torch.compile's limit of eight variants of a function, after which it runs uncompiled."""
     import torch._dynamo
 
     return torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
@@ -413,9 +412,9 @@ def _many_compilations() -> Any:
 def interleave(
     steps: dict[Arm, Step], options: Options
 ) -> tuple[dict[Arm, list[float]], dict[str, dict[str, list[float]]]]:
-    """Seconds of each arm's step and FLOP/s of each way of the peaks, one a round.
+    """Seconds of each arm's step and FLOP/s of each operator of the peaks, one value per round.
 
-    Every other round goes through the arms backwards, so that none has always the same one before it.
+    Every second round has the reverse order, so that an arm does not always follow the same one.
     """
     device = options.device
     products = {precision: matmul_peak.routes(precision, device) for precision in options.precisions}
@@ -429,14 +428,14 @@ def interleave(
                     rates[precision][name].append(matmul_peak.flops_per_second(product, device, precision))
             for arm in list(steps)[:: 1 if turn % 2 == 0 else -1]:
                 if calls[arm] > 1:
-                    steps[arm]()  # the caches are the other arms'
+                    steps[arm]()  # warm up the caches
                 seconds[arm].append(seconds_of(steps[arm], calls[arm], device))
                 advance()
     return seconds, rates
 
 
 def seconds_of(step: Step, calls: int, device: torch.device) -> float:
-    """Of one of `calls` calls."""
+    """Mean seconds of `calls` calls."""
     matmul_peak.synchronize(device)
     began = time.perf_counter()
     for _ in range(calls):
@@ -446,10 +445,10 @@ def seconds_of(step: Step, calls: int, device: torch.device) -> float:
 
 
 def compare(record: Record) -> None:
-    """Fill in each row's ratios to its baseline, and its share of the peak.
+    """Fill in the ratios of each row to its baseline, and its share of the peak.
 
-    The baseline is the naive model in the first precision, or without one the first row, of the same mode and batch;
-    another model's naive one where it has none.
+    The baseline has the same mode and batch. It is the naive version of the model in the first precision, otherwise
+    that of another model, otherwise the first row.
     """
     for row in record.rows:
         same = [other for other in record.rows if (other.arm.mode, other.arm.batch) == (row.arm.mode, row.arm.batch)]
@@ -462,9 +461,9 @@ def compare(record: Record) -> None:
 
 
 def measure_memory(rows: Sequence[Measurement], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
-    """Fill in the peak memory of rows of the whole batch, each in a process of its own; what could not be measured.
+    """Fill in the peak memory of rows with the whole batch, each from its own process; return the failures.
 
-    Not of compiled ones: what the compiler leaves behind would count.
+    Compiled models are left out, because memory of the compiler would be counted.
     """
     failed = []
     chosen = [row for row in rows if row.arm.batch == options.batch_size and row.arm.runtime != "compile"]
@@ -479,9 +478,9 @@ def measure_memory(rows: Sequence[Measurement], files: dict[tuple[str, str], Pat
 
 
 def memory_of(arm: Arm, file: Path | None, options: Options) -> int:
-    """Peak bytes of the arm's step, from a fresh process. It runs this file, which ends in `_memory_here`."""
-    told = dict(size=options.size, threads=torch.get_num_threads(), device=str(options.device))
-    request = dict(arm=asdict(arm), file=None if file is None else str(file), **told)
+    """Peak bytes of the arm's step, from a new process, which runs this file and calls `_memory_here`."""
+    given = dict(size=options.size, threads=torch.get_num_threads(), device=str(options.device))
+    request = dict(arm=asdict(arm), file=None if file is None else str(file), **given)
     done = subprocess.run(
         [sys.executable, "-m", "eit.benchmark.bench", json.dumps(request)],
         env=os.environ | MALLOC,
@@ -489,8 +488,8 @@ def memory_of(arm: Arm, file: Path | None, options: Options) -> int:
         text=True,
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise RuntimeError(f"the memory of {arm.label}, {arm.runtime} {arm.precision}: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise RuntimeError(f"the memory of {arm.label}, {arm.runtime} {arm.precision}: {lines[-1]}")
     return int(done.stdout.split()[-1])
 
 
@@ -499,7 +498,7 @@ def _memory_here(request: dict[str, Any]) -> int:
     arm, device = Arm(**request["arm"]), torch.device(request["device"])
     file = None if request["file"] is None else Path(request["file"])
     model = open_model(arm.model, request["size"])
-    if arm.runtime not in FORMATS:  # what torch loads at its first step is no part of the measured one
+    if arm.runtime not in FORMATS:  # torch loads code in its first step; that is not measured
         first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 8)).to(device)
         x, y = torch.randn(2, 3, 8, 8, device=device), torch.zeros(2, dtype=torch.long, device=device)
         training_step(first, first, x, y, arm.precision)()

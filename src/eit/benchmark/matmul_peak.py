@@ -1,4 +1,4 @@
-"""The machine's matrix-multiply peak: what a model's speed is a share of."""
+"""The machine's matrix-multiply peak, to which the speed of models is compared."""
 
 import time
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from torch import Tensor
 from eit.precision import DTYPES, Precision, float32_products
 
 SIZE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of square matrices: large enough for the best rate
-FP16_ON_CPU = 512  # of the same: `mm` of 2048 takes half a minute, for there are no fast products
-REPEATS = 5  # of a product in one measurement, the quickest of which counts
+FP16_ON_CPU = 512  # side for fp16: CPUs have no fast fp16 products, and `mm` of 2048 takes half a minute
+REPEATS = 5  # products per measurement; the fastest counts
 
 
 def side_of(precision: Precision, device: torch.device) -> int:
-    """Of the square matrices that a peak is measured with."""
+    """The side of the square matrices for measuring a peak."""
     side = SIZE[device.type]
     return min(side, FP16_ON_CPU) if device.type == "cpu" and precision == "fp16" else side
 
 
 def routes(precision: Precision, device: torch.device, size: int | None = None) -> dict[str, Callable[[], Tensor]]:
-    """Name -> a product of two `size` x `size` matrices, each by its own way through torch.
+    """Name -> a product of two `size` x `size` matrices by one of torch's operators.
 
-    They differ: on AMD's processors fp32 `mm` goes to MKL, which has half the speed of oneDNN there. `conv1x1` is
-    oneDNN's, as is `linear`, with a weight that was packed before, as ONNX Runtime and OpenVINO pack theirs.
+    Their speeds differ: on AMD processors fp32 `mm` uses MKL, which has half the speed of oneDNN there. `conv1x1` uses
+    oneDNN, and so does `linear`, with packed weights, which ONNX Runtime and OpenVINO have too.
     """
     n = size or side_of(precision, device)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
@@ -45,7 +45,7 @@ def routes(precision: Precision, device: torch.device, size: int | None = None) 
 def flops_per_second(
     product: Callable[[], Tensor], device: torch.device, precision: Precision, size: int | None = None
 ) -> float:
-    """Of the quickest of a few calls of a product of `routes`: 2 n^3 by its seconds."""
+    """The speed of the fastest of a few calls of a product of `routes`: 2 n^3 / seconds."""
     n = size or side_of(precision, device)
     times = []
     with float32_products(precision):
@@ -59,6 +59,6 @@ def flops_per_second(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()

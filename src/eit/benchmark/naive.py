@@ -1,8 +1,8 @@
-"""EIT as a straightforward port of the paper has it: the baseline that `eit bench --naive` compares with.
+"""A direct port of EIT from the paper: the baseline of `eit bench --naive`.
 
-The same weights and the same results as `eit.EIT`. The token mixer is written out step by step: rearrange tokens to an
-image, cut its channels, convolve one part, rearrange the other back to tokens, attention as two products with a softmax
-between, concatenate. Images and weights keep PyTorch's default memory format, and layers are PyTorch's own.
+It has the same weights and results as `eit.EIT`. The token mixer is written step by step: rearrange tokens to an image,
+split its channels, convolve one part, rearrange the other part to tokens, attention as two products with a softmax
+between, concatenate. Images and weights have PyTorch's default memory format, and layers are PyTorch's own.
 """
 
 import copy
@@ -50,7 +50,7 @@ class NaiveMixer(ConvAttention):
 
 
 def make_naive(model: EIT) -> EIT:
-    """A copy of `model`, with the same weights, that computes as above."""
+    """A copy of `model` with the same weights that computes as described above."""
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     plain = {ConvAttention: NaiveMixer, Linear: nn.Linear, PatchConv2d: nn.Conv2d, MaxPool2d: nn.MaxPool2d}
     for module in twin.modules():

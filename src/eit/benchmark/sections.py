@@ -1,4 +1,4 @@
-"""A record of the benchmark as titled sections of rows, one for each mode and batch: for tables and charts."""
+"""A record of the benchmark as titled sections, one for each mode and batch, for tables and charts."""
 
 from statistics import median
 
@@ -7,7 +7,7 @@ from eit.plots import Bar, Panel
 
 
 def sections(record: Record) -> dict[str, list[Measurement]]:
-    """The rows of each section, by its title."""
+    """Title -> rows of each section."""
     found: dict[str, list[Measurement]] = {}
     for row in record.rows:
         what = "training step" if row.arm.mode == "train" else "inference"
@@ -16,7 +16,7 @@ def sections(record: Record) -> dict[str, list[Measurement]]:
 
 
 def is_latency(row: Measurement) -> bool:
-    """Whether a row is shown in milliseconds, not images/s."""
+    """Whether a row is shown in milliseconds instead of images/s."""
     return row.arm.mode == "infer" and row.arm.batch == 1
 
 
@@ -40,5 +40,5 @@ def panels(record: Record) -> list[Panel]:
             low = row.arm.precision == "bf16"
             name = f"{row.arm.runtime} {row.arm.precision}"
             bars.append(Bar(row.arm.label, name, median(values), min(values), max(values), note, low))
-        found.append(Panel(f"{title}: {'ms, less is better' if is_latency(rows[0]) else 'images/s'}", bars))
+        found.append(Panel(f"{title}: {'ms, lower is better' if is_latency(rows[0]) else 'images/s'}", bars))
     return found

@@ -11,6 +11,7 @@ import typer
 from eit.cli.options import Device, Json, MaxPixels, Size, Workers, folder_to_write, start_alone
 from eit.cli.output import print_table
 from eit.errors import printable
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.analysis.compare import Comparison
@@ -21,19 +22,24 @@ def analyze(
         list[str],
         typer.Argument(
             metavar="MODEL...",
+            parser=expand_path,
             help="Weights files, run folders, digits; eit_mini, lsra/eit_mini; timm/NAME, torchvision/NAME. A quoted "
-            "pattern ('runs/eit*') stands for several runs, shown as one curve.",
+            "pattern ('runs/eit*') stands for several runs, which are shown as one curve.",
             show_default=False,
         ),
     ],
     data: Annotated[
         str,
         typer.Option(
-            metavar="PATH", help="Analyse images of this folder (of any depth) or data set.", show_default=False
+            metavar="PATH",
+            parser=expand_path,
+            help="Analyse the images below this folder, or those of a data set.",
+            show_default=False,
         ),
     ],
     out: Annotated[
-        str, typer.Option(metavar="FOLDER", help="Write report.html, figures/ and csv/ into FOLDER.")
+        str,
+        typer.Option(metavar="FOLDER", parser=expand_path, help="Write report.html, figures/ and csv/ into FOLDER."),
     ] = "analysis",
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Use at most N images, evenly spaced.")] = 1000,
     pictures: Annotated[int, typer.Option(metavar="N", min=0, max=8, help="Number of images to show one by one.")] = 4,
@@ -42,11 +48,11 @@ def analyze(
     ] = False,
     filters: Annotated[
         bool,
-        typer.Option("--filters", help="Measure accuracy with each layer's tokens low-passed and high-passed too."),
+        typer.Option("--filters", help="Also measure accuracy with each layer's tokens low-passed and high-passed."),
     ] = False,
-    rollout: Annotated[bool, typer.Option("--rollout", help="Show attention rollout too.")] = False,
+    rollout: Annotated[bool, typer.Option("--rollout", help="Also show attention rollout.")] = False,
     grad_cam: Annotated[
-        bool, typer.Option("--grad-cam", help="Show Grad-CAM too; needs pip install 'eit[analysis]'.")
+        bool, typer.Option("--grad-cam", help="Also show Grad-CAM; needs pip install 'eit[analysis]'.")
     ] = False,
     initial: Annotated[
         bool,
@@ -77,8 +83,8 @@ def analyze(
     """
     from eit.analysis.compare import Options, compare
     from eit.analysis.findings import faults, summary
+    from eit.analysis.inputs import check_names, choose_images
     from eit.analysis.report import write
-    from eit.analysis.subjects import check_names, choose_images
     from eit.data.images import MAX_PIXELS
 
     used_device = start_alone(device, "eit analyze")

@@ -16,51 +16,102 @@ from eit.cli.data import data
 from eit.cli.eval import evaluate
 from eit.cli.export import export
 from eit.cli.models import models
-from eit.cli.output import print_error
+from eit.cli.output import drop_output, has_option, prepare_streams, print_error, use_options_of
 from eit.cli.predict import predict
 from eit.cli.push import push
 from eit.cli.recipes import recipes
 from eit.cli.reproduce import reproduce
 from eit.cli.train import train
-from eit.errors import UserError, is_out_of_memory
+from eit.errors import UserError, first_line, is_out_of_memory
 
 
 class Commands(TyperGroup):
     """Exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal, 1 anything else."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, words = super().resolve_command(ctx, args)
+        own: Any = command
+        for word in words:
+            if word not in getattr(own, "commands", {}):
+                break
+            own = own.commands[word]
+        use_options_of(own)
+        return name, command, words
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except UserError as error:
-            print_error(error)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # `eit models | head -1`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except FloatingPointError as error:
-            print_error(error)
-            raise typer.Exit(1) from None
-        except OSError as error:
-            print_error(OSError(f"{error.filename}: {error.strerror}") if error.filename else error)
-            raise typer.Exit(1) from None
-        except (RuntimeError, MemoryError) as error:
-            if (line := _known_failure(error)) is None:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (Exception, KeyboardInterrupt) as error:
+            if (status := report(error)) is None:
                 raise
-            print_error(RuntimeError(line))
-            raise typer.Exit(1) from None
+            raise typer.Exit(status) from None
 
 
-def _known_failure(error: Exception) -> str | None:
-    """One line for an error of torch that needs no traceback; None for any other error."""
+def report(error: BaseException) -> int | None:
+    """Print the line that an error needs; the exit status. None: an error of this package's code, or typer's Exit."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, UserError):
+        print_error(error)
+        return 2
+    if hasattr(error, "format_message"):  # of the parser
+        message = error.format_message().rstrip(".").replace("Value error, ", "")  # which pydantic adds
+        print_error(UserError(message + _hint(error)))
+        return 2
+    if isinstance(error, OSError):
+        try:
+            sys.stdout.flush()
+        except OSError as fault:
+            drop_output()
+            if isinstance(fault, BrokenPipeError):  # `eit models | head -1`
+                return 1
+            error = OSError(fault.errno, f"{fault.strerror}: the output is not whole")
+        print_error(
+            OSError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or first_line(error))
+        )
+        return 1
+    if isinstance(error, FloatingPointError):
+        print_error(error)
+        return 1
+    if line := _known_failure(error):
+        print_error(RuntimeError(line))
+        return 1
+    return None
+
+
+# Packages whose errors are about what the user gave, the network or the machine, if nothing here named them before
+OTHERS = {
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "jinja2",
+    "onnxruntime",
+    "PIL",
+    "pydantic_core",
+    "requests",
+    "safetensors",
+}
+OTHERS |= {"safetensors_rust", "tarfile", "urllib3", "webdataset", "yaml", "zipfile", "zlib"}
+
+
+def _known_failure(error: BaseException) -> str | None:
+    """One line for an error of another package that needs no traceback; None for any other error."""
+    assert isinstance(error, Exception)
     if is_out_of_memory(error):
-        return "out of memory: give a smaller --batch-size or --size"
+        smaller = " or ".join(option for option in ("--batch-size", "--size") if has_option(option))
+        advice = f"give a smaller {smaller}" if smaller else "end other programs, or take a larger machine"
+        return f"out of memory: {advice}"
     if "DataLoader worker" in str(error):
         hint = "it was killed, or memory or /dev/shm ran out: try fewer data.workers"
         return f"a loader process died ({str(error).splitlines()[0].rstrip('. ')}); {hint}"
+    if "Too many open files" in str(error) or "received 0 items of ancdata" in str(error):
+        return "too many open files: raise the limit (ulimit -n 4096), or use fewer loader processes"
     if type(error).__name__.startswith("Dist") or "gloo" in str(error):  # torch's DistError and its subclasses
         return "another process of this run ended; its own error line says why"
+    if type(error).__module__.partition(".")[0] in OTHERS:
+        return f"{first_line(error)} ({type(error).__module__.partition('.')[0]}: {type(error).__name__})"
     return None
 
 
@@ -101,17 +152,17 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
+    prepare_streams()
     # Until training has its own handler, Ctrl-C ends at once: an exception in the middle of an import would be lost.
     signal.signal(signal.SIGINT, _interrupted)
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()  # of the help, which is printed before a command is invoked
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of the parser's
+        status = report(error)
+        if status is None:
             sys.excepthook(type(error), error, error.__traceback__)
-            _leave(1)
-        message = error.format_message().rstrip(".").replace("Value error, ", "")  # which pydantic adds
-        print_error(UserError(message + _hint(error)))
-        status = 2
+            status = 1
     _leave(status or 0)
 
 

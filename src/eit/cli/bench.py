@@ -11,6 +11,7 @@ import typer
 from eit.cli.options import Device, Json, Precision, Size, complete_model, file_to_write, start_alone
 from eit.cli.output import print_table
 from eit.errors import UserError, printable
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.benchmark.bench import Measurement, Record
@@ -37,6 +38,7 @@ def bench(
         list[str],
         typer.Argument(
             metavar="MODEL...",
+            parser=expand_path,
             help="eit_mini, lsra/eit_mini; timm/NAME; weights files, run folders, digits.",
             show_default=False,
             autocompletion=complete_model,
@@ -51,28 +53,33 @@ def bench(
     ] = None,
     runtimes: Annotated[
         list[Runtime] | None,
-        typer.Option("--runtime", help="Run the models by this runtime; repeatable; default: all that are installed."),
+        typer.Option(
+            "--runtime", help="Run the models with this runtime; repeatable; default: all that are installed."
+        ),
     ] = None,
     batch_size: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Images per batch; inference of a single image is measured too."),
+        typer.Option(metavar="N", min=1, help="Images per batch; inference of a single image is also measured."),
     ] = 16,
     size: Size = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Number of CPU threads; default: torch's choice.")
     ] = None,
     rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of rounds; each measures every combination once.")
+        int, typer.Option(metavar="N", min=1, help="Number of rounds; each round measures every combination once.")
     ] = 5,
     naive: Annotated[
         bool, typer.Option("--naive", help="Also time a plain PyTorch implementation, as the baseline.")
     ] = False,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure the peak memory of a step too.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Also measure the peak memory of a step.")
+    ] = True,
     keep: Annotated[
         bool, typer.Option("--keep-freed", help="Keep freed memory for the next step, as eit train does (Linux).")
     ] = False,
     out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw a bar chart into FILE (.png, .pdf or .svg).")
+        str | None,
+        typer.Option(metavar="FILE", parser=expand_path, help="Draw a bar chart into FILE (.png, .pdf or .svg)."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -82,8 +89,8 @@ def bench(
     \b
     eit bench eit_mini timm/deit_tiny_patch16_224 --runtime eager --runtime compile
 
-    Measured are inference (one image, and a batch) and training steps on random images, next to the peak of this
-    machine. Every round measures each combination once; medians and spread over the rounds are printed.
+    It measures inference of one image and of a batch, training steps on random images, and the peak of this machine.
+    Every round measures each combination once. The tables show medians and spread over the rounds.
     """
     picture = file_to_write(out, "--out") if out else None
     if threads is not None and threads > (cores := os.cpu_count() or 1):
@@ -124,7 +131,7 @@ def _values(given: list[Mode] | list[Precision] | list[Runtime] | None) -> list[
 
 
 def print_record(record: "Record") -> None:
-    """A table for each mode and batch, and what to know about them."""
+    """A table for each mode and batch, and the lines below the tables."""
     from eit.benchmark.sections import is_latency, sections
     from eit.console import out
 

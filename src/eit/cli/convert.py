@@ -1,11 +1,14 @@
 """`eit convert IN OUT`."""
 
+import math
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from eit.errors import UserError
+from eit.files import expand_path, text_lines
 
 
 def convert(
@@ -13,17 +16,21 @@ def convert(
         str,
         typer.Argument(
             metavar="IN",
+            parser=expand_path,
             help="Weights of the authors' code or of timm: a .pth or .safetensors file.",
             show_default=False,
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="OUT", parser=expand_path, help="The .safetensors file to write.", show_default=False),
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="ARGUMENT=VALUE", help="Set an argument of the model, see eit.EIT.", show_default=False),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name the model; default: recognised by the shapes of IN.")
+        str | None, typer.Option(metavar="NAME", help="Name the model; default: it is recognised by the shapes of IN.")
     ] = None,
     size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Input height and width in pixels; default: 224.")
@@ -32,47 +39,103 @@ def convert(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Read class names from FILE, one per line, in the order of the logits; default: those of IN, else "
-            "ImageNet's for 1000 classes, else numbers.",
+            parser=expand_path,
+            help="Read class names from FILE, one per line, in the order of the logits; default: those of IN, "
+            "otherwise assumed: ImageNet's for 1000 classes, or numbers.",
         ),
     ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M",
+            help="Mean of pixels in 0..1, one number or one per channel (0.5,0.5,0.5); default: that of IN, otherwise "
+            "assumed: ImageNet's.",
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="S", help="Standard deviation of pixels in 0..1, like --mean.")
+    ] = None,
+    crop_ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            min=0.1,
+            max=1,
+            help="Centre crop divided by the resized shorter side; default: that of IN, otherwise assumed.",
+        ),
+    ] = None,
+    interpolation: Annotated[
+        Literal["bilinear", "bicubic"] | None,
+        typer.Option(help="Interpolation of resizing; default: that of IN, otherwise assumed: bicubic."),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(metavar="timm/NAME", help="Take mean, std, crop ratio and interpolation of this model of timm."),
+    ] = None,
 ) -> None:
-    """Convert the authors' or timm's weights to safetensors.
+    """Convert weights of the authors, of timm or of your own training loop to safetensors.
 
-    Nothing in IN is executed. Where its shapes do not tell the model, name it with its arguments, here timm's ViT-Ti:
+    Code in IN is never executed. If its shapes do not identify the model, name it with its arguments, as for ViT-Ti:
 
     \b
-    eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3
+    eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3 --like timm/vit_tiny_patch16_224
+
+    What IN does not say and you do not give is assumed, and OUT says so.
     """
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")
-    from eit.config import model_arguments, parse_overrides
-    from eit.weights.convert import recognise
+    from eit.config import Model, model_arguments, parse_overrides
+    from eit.weights.convert import amend, infer_card, preprocessing_of_timm
     from eit.weights.formats import read_weights, save_weights
     from eit.weights.load import find_weights
 
     file = find_weights(source)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(state, file, model, model_arguments(parse_overrides(arguments or [])), size or 224)
+        card = infer_card(state, file, model, model_arguments(parse_overrides(arguments or [], schema=Model)), size)
     elif model or arguments or size:
-        raise UserError(f"{file} says itself that it is {card.model}: leave out --model, --size and ARGUMENT=VALUE")
+        raise UserError(f"{file} already names its model, {card.model}: leave out --model, --size and ARGUMENT=VALUE")
+    known: dict[str, Any] = preprocessing_of_timm(like, card.size) if like else {}
     if classes:
-        card = card.model_copy(update=dict(classes=read_class_names(classes, len(card.classes))))
+        known["classes"] = read_class_names(classes, len(card.classes))
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            known[name] = read_numbers(text, f"--{name}", card.in_chans)
+    if crop_ratio:
+        known["resize"] = math.floor(card.size / crop_ratio)
+    if interpolation:
+        known["interpolation"] = interpolation
+    if known:
+        card = amend(card, target, **known)
     try:
-        save_weights(Path(target), state, card)
+        save_weights(Path(target).expanduser(), state, card)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     changed = "".join(f" {name}={value}" for name, value in card.arguments.items())
     parameters = sum(v.numel() for v in state.values())
     print(f"{target}: {card.model}{changed}, {len(card.classes)} classes, {parameters:,} parameters")
     print(f"images are normalised with mean {card.mean} and std {card.std}, at {card.size} pixels")
+    if card.guessed:
+        options = dict(mean="--mean", std="--std", resize="--crop-ratio", interpolation="--interpolation")
+        missing = [options.get(name, f"--{name}") for name in card.guessed]
+        print(f"assumed, as {file.name} does not say it: {card.assumptions}; if it is wrong, give {', '.join(missing)}")
+
+
+def read_numbers(text: str, option: str, channels: int) -> tuple[float, ...]:
+    """One number, or one per channel."""
+    try:
+        numbers = tuple(float(word) for word in re.split(r"[\s,]+", text.strip("[]() ")))
+    except ValueError:
+        raise UserError(f"{option} {text}: give one number, or one per channel, such as 0.5,0.5,0.5") from None
+    if len(numbers) not in (1, channels) or not all(map(math.isfinite, numbers)):
+        raise UserError(f"{option} {text}: the model has {channels} channels; give one number, or one per channel")
+    return numbers if len(numbers) == channels else numbers * channels
 
 
 def read_class_names(name: str, count: int) -> list[str]:
     """The lines of a file, which must be `count`."""
     try:
-        names = Path(name).read_text(encoding="utf-8").splitlines()
+        names = text_lines(Path(name).expanduser().read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {name} cannot be read: {error}") from None
     if len(names) != count:

@@ -14,6 +14,7 @@ from eit.cli.options import (
     file_to_write,
 )
 from eit.cli.output import print_result
+from eit.files import expand_path
 
 PixelRange = Annotated[
     tuple[float, float] | None,
@@ -33,6 +34,7 @@ def check(
         str,
         typer.Argument(
             metavar="PATH",
+            parser=expand_path,
             help="A data set folder in any layout that eit train reads, or sklearn:digits.",
             show_default=False,
         ),
@@ -60,7 +62,7 @@ def show(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[
-        str, typer.Option(metavar="FILE", help="Write the picture to FILE (.png, .pdf or .svg).")
+        str, typer.Option(metavar="FILE", parser=expand_path, help="Write the picture to FILE (.png, .pdf or .svg).")
     ] = "grid.png",
     images: Annotated[
         int, typer.Option(metavar="N", min=1, max=400, help="Number of training images, and of validation images.")
@@ -88,10 +90,15 @@ def prepare(
     name: Annotated[Literal["imagenet"], typer.Argument(help="The data set.", show_default=False)],
     source: Annotated[
         str,
-        typer.Argument(metavar="ARCHIVES", help="The folder of the ILSVRC2012 archives.", show_default=False),
+        typer.Argument(
+            metavar="ARCHIVES", parser=expand_path, help="The folder of the ILSVRC2012 archives.", show_default=False
+        ),
     ],
     target: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="The folder to write train/ and val/ into.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FOLDER", parser=expand_path, help="The folder to write train/ and val/ into.", show_default=False
+        ),
     ],
     as_json: Json = False,
 ) -> None:
@@ -104,23 +111,28 @@ def prepare(
     """
     from eit.data.prepare_imagenet import prepare_imagenet
 
-    done = prepare_imagenet(Path(source).expanduser(), Path(target).expanduser())
+    done = prepare_imagenet(Path(source), Path(target))
     text = f"{done['folder']}: {done['train']:,} training and {done['val']:,} validation images of {done['classes']}"
     print_result(done, as_json, f"{text} classes")
 
 
 @data.command()
 def shard(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A data set, as in data.root.", show_default=False)],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", parser=expand_path, help="A data set, as in data.root.", show_default=False)
+    ],
     out: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="A new folder to write the shards into.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FOLDER", parser=expand_path, help="A new folder to write the shards into.", show_default=False
+        ),
     ],
     count: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of training shards; a multiple of the loader processes of all ranks is best.",
+            help="Number of training shards, best a multiple of the loader processes of all ranks.",
         ),
     ] = 64,
     val_count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of validation shards.")] = 16,
@@ -131,8 +143,8 @@ def shard(
 ) -> None:
     """Pack a data set into webdataset shards.
 
-    With data.root=FOLDER they give the same batches as the data set; with data.dataset=wds/NAME they are read in turn,
-    as from an object store.
+    With data.root=FOLDER they give the same batches as the data set. With data.dataset=wds/NAME they are streamed, as
+    from an object store.
     """
     from eit.config import data_config
     from eit.data.datasets import open_data
@@ -142,7 +154,7 @@ def shard(
     most = max_pixels or MAX_PIXELS
     config = data_config(root=path, val_fraction=val_fraction, max_pixels=most, pixel_range=pixel_range)
     train_images, val_images = open_data(config)
-    done = write_shards(train_images, val_images, Path(out).expanduser(), count, val_count)
+    done = write_shards(train_images, val_images, Path(out), count, val_count)
     print_result(done, as_json, f"{out}: {done['shards']} shards of {done['train']:,} + {done['val']:,} images")
 
 

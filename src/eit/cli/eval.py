@@ -18,6 +18,7 @@ from eit.cli.options import (
 )
 from eit.cli.output import print_table
 from eit.errors import UserError
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.inference.evaluate import Metrics
@@ -28,12 +29,16 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="Evaluate on this data set or folder of classes; default: the run's own data set."
+            metavar="PATH",
+            parser=expand_path,
+            help="Evaluate on this data set or folder of classes; default: the run's own data set.",
         ),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name a data set of timm, as data.dataset does: wds/NAME, hfds/NAME ..."),
+        typer.Option(
+            metavar="NAME", help="Evaluate on a data set of timm: wds/NAME, hfds/NAME and others, as for data.dataset."
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -63,11 +68,14 @@ def evaluate(
         bool, typer.Option("--flip", help="Average probabilities over each image and its mirror image.")
     ] = False,
     precision: Annotated[
-        PrecisionOrAuto, typer.Option(help="Compute in this precision; auto: bf16 on a GPU that has it, else fp32.")
+        PrecisionOrAuto,
+        typer.Option(help="Compute in this precision; auto: bf16 on a GPU that supports it, otherwise fp32."),
     ] = "fp32",
     confusion: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write the confusion matrix to FILE (.png, .pdf, .svg or .csv)."),
+        typer.Option(
+            metavar="FILE", parser=expand_path, help="Write the confusion matrix to FILE (.png, .pdf, .svg or .csv)."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -94,10 +102,10 @@ def evaluate(
     from eit.data.datasets import open_evaluation
     from eit.data.loaders import evaluation_batch_size, evaluation_loader
     from eit.inference.confusion import write_confusion
+    from eit.inference.evaluate import check_matrix, make_views
     from eit.inference.evaluate import evaluate as run
-    from eit.inference.evaluate import make_views
     from eit.inference.evaluation_data import evaluation_config, match_classes
-    from eit.inference.runtimes import load
+    from eit.inference.exported_models import load
     from eit.memory import keep_freed
     from eit.precision import resolve_precision
 
@@ -105,6 +113,8 @@ def evaluate(
     used_device = distributed.start(device_for(checkpoint, device))
     used_precision = resolve_precision(precision, used_device)
     model = load(checkpoint)
+    if confusion:
+        check_matrix(len(model.card.classes), f"--confusion {confusion}")
     check_model(model, checkpoint, used_precision, sizes or ())
     if split and not dataset:
         raise UserError(f"--split {split} names a split of a data set of timm: give --dataset NAME too")
@@ -124,8 +134,8 @@ def evaluate(
 
 
 def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int]) -> None:
-    """Raise a UserError where the model does not compute in this precision, or takes no images of these sizes."""
-    from eit.inference.runtimes import ExportedModel
+    """Raise a UserError if the model does not compute in this precision, or does not accept these sizes."""
+    from eit.inference.exported_models import ExportedModel
     from eit.models.registry import check_size
 
     exported = isinstance(model, ExportedModel)
@@ -142,9 +152,7 @@ def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int
 
 def print_metrics(results: Sequence[tuple[dict[str, Any], "Metrics"]], settings: dict[str, Any], as_json: bool) -> None:
     """The metrics of each view; of a single one with its classes."""
-    views = [
-        view | {key: value for key, value in vars(metrics).items() if key != "confusion"} for view, metrics in results
-    ]
+    views = [view | {key: value for key, value in vars(metrics).items() if key != "pairs"} for view, metrics in results]
     if as_json:
         print(json.dumps(views[0] | settings if len(views) == 1 else settings | dict(views=views), indent=2))
     elif len(views) == 1:

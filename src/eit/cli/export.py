@@ -1,6 +1,7 @@
 """`eit export CKPT --format FORMAT`."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +11,7 @@ import typer
 from eit.cli.options import Checkpoint, Json, MaxPixels
 from eit.cli.output import print_result, program
 from eit.errors import UserError
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.export.exporter import Export
@@ -23,12 +25,17 @@ def export(
     format: Annotated[Format, typer.Option(help="Write this format; torch: a torch.export program.")] = "onnx",
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write to FILE; default: next to the weights, with their name."),
+        typer.Option(
+            metavar="FILE",
+            parser=expand_path,
+            help="Write to FILE; default: next to the weights, with their name; -int8 is added for --int8.",
+        ),
     ] = None,
     int8: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
+            parser=expand_path,
             help="Quantise to int8, with the images of this folder or data set to choose value ranges; default: fp32.",
         ),
     ] = None,
@@ -39,9 +46,17 @@ def export(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own.",
+            parser=expand_path,
+            help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own, or if "
+            "it is not here the images of --int8 that set no range.",
         ),
     ] = None,
+    max_drop: Annotated[
+        float,
+        typer.Option(
+            metavar="POINTS", min=0, max=100, help="Keep --int8 only if it costs at most so many points of top-1."
+        ),
+    ] = 2.0,
     max_pixels: MaxPixels = None,
     as_json: Json = False,
 ) -> None:
@@ -54,21 +69,14 @@ def export(
     """
     if data and not int8:
         raise UserError(f"--data {data} is for --int8, whose accuracy is measured on it: give --int8 PATH too")
-    from eit.data.datasets import open_evaluation
     from eit.export import exporter
-    from eit.inference.evaluation_data import evaluation_config, match_classes
     from eit.weights.load import load
 
-    file = Path(out).expanduser() if out else exporter.default_file(checkpoint, format)
+    file = Path(out) if out else exporter.default_file(checkpoint, format, int8 is not None)
     exporter.check_request(format, file, int8 is not None)
     model = load(checkpoint)
-    calibration = None
-    if int8:
-        config = evaluation_config(model.card, data, max_pixels=max_pixels)
-        labelled = match_classes(model.card, open_evaluation(config))
-        chosen = exporter.calibration_images(int8, images, config)
-        calibration = exporter.Calibration(chosen, labelled)
-    done = exporter.export(model, file, format, calibration)
+    calibration = exporter.open_calibration(model.card, int8, images, data, max_pixels) if int8 else None
+    done = exporter.export(model, file, format, calibration, max_drop)
     print_result(json.loads(json.dumps(asdict(done), default=str)), as_json, export_text(done, model.card))
 
 
@@ -92,4 +100,4 @@ def export_text(done: "Export", card: "Card") -> str:
             f"int8: top-1 {int8.top1:.2f}%, fp32 {int8.fp32_top1:.2f}%, on {int8.images:,} images; "
             f"{int8.fp32_bytes / 1e6:.2f} MB without; ranges from {int8.calibrated_on} images"
         )
-    return "\n".join([*lines, f"next: {program()} predict {done.file} IMAGE..."])
+    return "\n".join([*lines, f"next: {program()} predict {shlex.quote(str(done.file))} IMAGE..."])

@@ -8,6 +8,7 @@ import typer
 
 from eit.cli.options import Json, RedirectingGroup, file_to_write, refuse_before_command
 from eit.cli.output import print_table
+from eit.files import expand_path
 
 
 class ModelsGroup(RedirectingGroup):
@@ -58,12 +59,15 @@ def list_all(
 @models.command()
 def plot(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="The picture to write: .png, .pdf or .svg.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="FILE", parser=expand_path, help="The picture to write: .png, .pdf or .svg.", show_default=False
+        ),
     ],
 ) -> None:
     """Draw published top-1 against model size.
 
-    One panel is by parameters, one by multiply-accumulates; many model families are shown.
+    One panel has parameters, one multiply-accumulates on the axis. Many model families are shown.
     """
     from eit.models.registry import published_results
     from eit.plots import results
@@ -76,7 +80,7 @@ def plot(
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Name, sizes, costs, and published results (None where there are none) of each model."""
+    """Name, sizes, costs, and published results (None if there are none) of each model."""
     from eit.models.complexity import complexity
     from eit.models.registry import MODELS, VARIANTS, create_model
 
@@ -95,10 +99,10 @@ def print_legend() -> None:
     from eit.models.registry import AUTHORS_CODE
 
     print(
-        "MACs: multiply-accumulates of one 224x224 image; next to them what the paper counts as FLOPs (no attention\n"
-        "products, but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus\n"
-        "has no published results.\n"
+        "MACs: multiply-accumulates of one 224x224 image. paper's FLOPs: as the paper counts (no attention products,\n"
+        "but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus has no\n"
+        "published results.\n"
         "The authors' weights are not included in this package. They are at\n"
         f"{AUTHORS_CODE}/tree/main/model;\n"
-        "eit predict and eit eval accept their .pth files, eit convert makes safetensors of them."
+        "eit predict and eit eval accept their .pth files; eit convert converts them to safetensors."
     )

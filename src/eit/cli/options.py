@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from eit.cli.output import program
 from eit.errors import UserError
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 class Precision(StrEnum):
-    """As `eit.precision.PRECISIONS`, which is not imported here, for it needs torch."""
+    """As `eit.precision.PRECISIONS`, which is not imported here, because it needs torch."""
 
     fp32 = "fp32"
     tf32 = "tf32"
@@ -62,6 +63,7 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CKPT",
+        parser=expand_path,
         help="A weights file, a run folder (its best.safetensors is used), digits, or hf-hub:USER/NAME.",
         show_default=False,
     ),
@@ -70,6 +72,7 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
+        parser=expand_path,
         help="An included recipe (eit recipes lists them), or PATH.yaml.",
         show_default=False,
         autocompletion=complete_recipe,
@@ -104,7 +107,7 @@ ValFraction = Annotated[
         metavar="FRACTION",
         min=0,
         max=1,
-        help="Hold out this share of train/ where there is no val/, as data.val_fraction does; default: none.",
+        help="Hold out this share of train/ if there is no val/, as data.val_fraction does; default: none.",
     ),
 ]
 
@@ -128,7 +131,7 @@ class RedirectingGroup(TyperGroup):
 
 
 def refuse_before_command(context: typer.Context, **options: bool) -> None:
-    """Raise a UserError where an option of a bare group stands before one of its commands, which would ignore it."""
+    """Raise a UserError if an option of a bare group stands before one of its commands, which would ignore it."""
     if context.invoked_subcommand is not None and (given := [f"--{name}" for name, value in options.items() if value]):
         raise UserError(f"{context.command_path} {given[0]} {context.invoked_subcommand}: leave {given[0]} out here")
 
@@ -141,7 +144,7 @@ def file_to_write(name: str, option: str, also: str | None = None) -> Path:
     """
     from eit.plots import PICTURES
 
-    file = Path(name).expanduser()
+    file = Path(name)
     known = [*PICTURES, *([also] if also else [])]
     if file.suffix.lower() not in known:
         raise UserError(f"{option} {name}: give a file name that ends in {', '.join(known[:-1])} or {known[-1]}")
@@ -152,7 +155,7 @@ def file_to_write(name: str, option: str, also: str | None = None) -> Path:
 
 def folder_to_write(name: str, option: str) -> Path:
     """A folder that exists or can be made: checked before anything is computed, made once there is a result."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = "read-only" if there.is_dir() else "a file"
@@ -162,7 +165,7 @@ def folder_to_write(name: str, option: str) -> Path:
 
 def device_for(checkpoint: str, device: str) -> str:
     """`device`, but the CPU for an exported file."""
-    from eit.inference.runtimes import is_exported
+    from eit.inference.exported_models import is_exported
 
     if not is_exported(checkpoint):
         return device

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,18 +18,67 @@ if TYPE_CHECKING:
     from eit.training.trainer import Stopped
 
 
+def prepare_streams() -> None:
+    """Let the streams take any name: one outside the encoding is printed as \\u72ac, one that is not UTF-8 is read.
+
+    What is written to a closed stream is lost, and a closed stdin is empty.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the whole process)
+        elif hasattr(stream, "reconfigure"):  # not a replacement, as notebooks and test tools have
+            stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+
+
+def drop_output() -> None:
+    """Let the end of the process write what is left of stdout nowhere: its reader is gone, or its disk is full."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_options: set[str] = set()  # of the command that runs; none if it takes the keys of a recipe
+
+
+def use_options_of(command: Any) -> None:
+    """Let messages name the options of this command, if it takes no keys of a recipe."""
+    global _options
+    _options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    if any(parameter.name == "overrides" for parameter in command.params):
+        _options = set()
+
+
+def has_option(option: str) -> bool:
+    return option in _options
+
+
+def name_options(text: str) -> str:
+    """`text` with the command's options in place of recipe keys: data.max_pixels=9 becomes --max-pixels 9."""
+
+    def option(match: re.Match[str]) -> str:
+        key, value = match[1].replace("_", "-"), match[2]
+        name = "--data" if key == "root" else f"--{key}"
+        if name not in _options:
+            return value if key == "root" and value and _options else match[0]  # PATH, without an option
+        return name if value is None else f"{name} {value}"
+
+    return re.sub(r"(?<![\w.])(?:data|train)\.(\w+)(?:=([^\s:;,)]+))?", option, text)
+
+
 def print_error(error: Exception) -> None:
-    """One line; where every rank has the same error, from rank 0."""
+    """One line; if every rank has the same error, only from rank 0."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"eit: {printable(str(error))}", file=sys.stderr)
-    elif not getattr(error, "__notes__", []):
-        print(f"eit [rank {rank}]: {printable(str(error))}", file=sys.stderr)
+    text = printable(name_options(str(error)))
+    with suppress(OSError):  # nobody reads it any more
+        if rank == "0":
+            print(f"eit: {text}", file=sys.stderr)
+        elif not getattr(error, "__notes__", []):
+            print(f"eit [rank {rank}]: {text}", file=sys.stderr)
 
 
 def print_result(result: Any, as_json: bool, text: str) -> None:
     """`result` as JSON, or `text`, whose lines may hold names of files and classes."""
-    print(json.dumps(result, indent=2) if as_json else "\n".join(map(printable, text.split("\n"))))
+    print(json.dumps(result, indent=2) if as_json else "\n".join(map(printable, name_options(text).split("\n"))))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -7,6 +7,7 @@ import typer
 from eit.cli.options import Checkpoint, Json, folder_to_write
 from eit.cli.output import print_result, program
 from eit.errors import UserError
+from eit.files import expand_path
 
 
 def push(
@@ -16,7 +17,9 @@ def push(
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Write a local folder instead of uploading; needs no network."),
+        typer.Option(
+            metavar="FOLDER", parser=expand_path, help="Write a local folder instead of uploading; needs no network."
+        ),
     ] = None,
     name: Annotated[
         str | None,

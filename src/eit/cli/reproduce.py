@@ -2,49 +2,49 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from eit.cli.options import Json, RedirectingGroup, refuse_before_command
 from eit.cli.output import exit_stopped, print_error, print_result
 from eit.errors import UserError, few
+from eit.files import expand_path
 
 if TYPE_CHECKING:
     from eit.reproduce.experiment import Cell, Experiment
 
+T = TypeVar("T")
+
 
 class ReproduceGroup(RedirectingGroup):
-    """Answers `eit reproduce NAME --plan` and the like, where the subcommand was an option once."""
+    """Answers old spellings, `eit reproduce NAME [--plan]`, with the command that replaced them."""
 
     def redirect(self, words: list[str]) -> list[str] | None:
-        names = [word.partition("=")[0] for word in words]
-        for option in ("list", "plan", "tables", "again", "curve"):
-            if f"--{option}" in names:
-                return ["reproduce", option, *_without_option(words, names.index(f"--{option}"), option)]
+        for number, word in enumerate(words):
+            option, given, value = word.partition("=")
+            if (command := option.removeprefix("--")) in (
+                "list",
+                "plan",
+                "tables",
+                "again",
+                "curve",
+            ) and option != command:
+                rest = words[:number] + words[number + 1 :]
+                if command in ("again", "curve") and not given:
+                    value = rest.pop(number) if number < len(rest) else "RUN"
+                name = rest.pop(0) if rest and not rest[0].startswith("-") else "NAME"
+                right = dict(list=[], curve=[value], again=[name, value, *rest])
+                return ["reproduce", command, *right.get(command, [name, *rest])]
         if words[0].startswith("-"):
             return None if words[0] in ("-h", "--help", "--json") else ["reproduce", "run", "NAME", *words]
         from eit.reproduce.experiment import experiment_names
 
-        known = words[0] in experiment_names() or words[0].endswith((".yaml", ".yml"))
-        return ["reproduce", "run", *words] if known else None
-
-
-def _without_option(words: list[str], number: int, command: str) -> list[str]:
-    """The words that follow the subcommand `command`, which is the option words[number]."""
-    _, given, value = words[number].partition("=")
-    rest = [*words[:number], *words[number + 1 :]]
-    if command == "list":
-        return []
-    if command in ("again", "curve") and not given:
-        value = rest.pop(number) if number < len(rest) else "RUN"
-    if command == "curve":
-        return [value]
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else "NAME"
-    return [name, value, *rest] if command == "again" else [name, *rest]
+        is_experiment = words[0] in experiment_names() or words[0].endswith((".yaml", ".yml"))
+        return ["reproduce", "run", *words] if is_experiment else None
 
 
 reproduce = typer.Typer(cls=ReproduceGroup, rich_markup_mode=None, invoke_without_command=True)
@@ -64,6 +64,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
+        parser=expand_path,
         help="An included experiment (eit reproduce list), or PATH.yaml.",
         show_default=False,
         autocompletion=complete_experiment,
@@ -78,14 +79,17 @@ BudgetOption = Annotated[
     ),
 ]
 Results = Annotated[
-    str, typer.Option(metavar="FOLDER", help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN.")
+    str,
+    typer.Option(
+        metavar="FOLDER", parser=expand_path, help="Keep the runs in FOLDER: each is in FOLDER/NAME/BUDGET/RUN."
+    ),
 ]
 Roots = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
         metavar="NAME=PATH",
-        help="Read the data set NAME from PATH; repeatable; default: where the experiment says.",
+        help="Read the data set NAME from PATH; repeatable; default: the path in the experiment.",
     ),
 ]
 Only = Annotated[
@@ -104,7 +108,7 @@ def _load(name: str, budget: str | None) -> tuple["Experiment", str, list["Cell"
 
 
 def _choose(cells: Sequence["Cell"], only: Sequence[str], name: str) -> list["Cell"]:
-    """The runs with one of the texts `only` in their name; all of them where there is none."""
+    """The runs with one of the texts `only` in their name; without texts, all of them."""
     chosen = [cell for cell in cells if not only or any(text in cell.name for text in only)]
     if not chosen:
         raise UserError(f"--only {' '.join(only)}: no run of {name} has it in its name, such as {cells[0].name}")
@@ -117,6 +121,7 @@ def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
     roots: dict[str, str] = {}
     for word in words:
         key, _, path = word.partition("=")
+        path = expand_path(path)
         if not (key and path):
             raise UserError(f"--data {word} is not NAME=PATH, such as --data {known[0]}=PATH")
         if roots.setdefault(key, path) != path:
@@ -187,16 +192,9 @@ def run(
     roots = _roots(data or (), cells)
     chosen = _choose(cells, only or (), name)
     from eit import distributed
-    from eit.memory import keep_freed
     from eit.reproduce import runs
-    from eit.training.trainer import Stopped
 
-    keep_freed()
-    distributed.start()
-    try:
-        diverged = runs.run(chosen, experiment.runs.measure, Path(results), roots)
-    except Stopped as stop:
-        exit_stopped(stop)
+    diverged = _train(lambda: runs.run(chosen, experiment.runs.measure, Path(results), roots))
     _print_tables(experiment, budget, Path(results), as_json, diverged)
     if diverged:
         if distributed.is_main():
@@ -229,12 +227,12 @@ def plan(
     Nothing is trained.
     """
     if images_per_s is not None and not math.isfinite(images_per_s):
-        raise UserError(f"--images-per-s {images_per_s} is no rate: give a number, such as 8000")
+        raise UserError(f"--images-per-s {images_per_s} is not a rate: give a number, such as 8000")
     _, _, cells = _load(name, budget)
     roots = _roots(data or (), cells)
-    from eit.reproduce.commands import commands, plan_text
+    from eit.reproduce.plan import plan_runs, plan_text
 
-    rows = commands(_choose(cells, only or (), name), Path(results), roots, images_per_s)
+    rows = plan_runs(_choose(cells, only or (), name), Path(results), roots, images_per_s)
     print_result(dict(runs=[asdict(row) for row in rows]), as_json, plan_text(rows))
 
 
@@ -264,7 +262,8 @@ def again(
     results: Results = "results",
     data: Roots = None,
     out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Train in this run folder; default: runs/again/RUN.")
+        str | None,
+        typer.Option(metavar="FOLDER", parser=expand_path, help="Train in this run folder; default: runs/again/RUN."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -272,8 +271,8 @@ def again(
 
     eit reproduce again small_data digits-vit-seed-0 --budget smoke
 
-    Both runs are identical on the same machine and versions. Otherwise top-1 may differ by three standard deviations
-    over seeds; the exit status is 1 where it differs by more.
+    On the same machine and versions, both runs are identical. Elsewhere, top-1 may differ by three standard deviations
+    over seeds; the exit status is 1 if it differs by more.
     """
     experiment, budget, cells = _load(name, budget)
     roots = _roots(data or (), cells)
@@ -281,16 +280,9 @@ def again(
     if cell is None:
         raise UserError(f"RUN {run}: {name} has no such run with --budget {budget}, such as {cells[0].name}")
     from eit import distributed
-    from eit.memory import keep_freed
     from eit.reproduce import runs
-    from eit.training.trainer import Stopped
 
-    keep_freed()
-    distributed.start()
-    try:
-        second = runs.again(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}"))
-    except Stopped as stop:
-        exit_stopped(stop)
+    second = _train(lambda: runs.rerun(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}")))
     if distributed.is_main():
         print_result(asdict(second) | dict(agrees=second.agrees), as_json, str(second))
     raise typer.Exit(0 if second.agrees else 1)
@@ -301,7 +293,10 @@ def curve(
     folder: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_FOLDER", help="A run of the experiment imagenet, finished or not.", show_default=False
+            metavar="RUN_FOLDER",
+            parser=expand_path,
+            help="A run of the experiment imagenet, finished or not.",
+            show_default=False,
         ),
     ],
     as_json: Json = False,
@@ -310,10 +305,24 @@ def curve(
 
     eit reproduce curve results/imagenet/full/imagenet-mini
     """
-    from eit.reproduce.published import compare
+    from eit.reproduce.published import compare_curve
 
-    compared = compare(Path(folder))
+    compared = compare_curve(Path(folder))
     print_result(asdict(compared), as_json, str(compared))
+
+
+def _train(function: Callable[[], T]) -> T:
+    """Call a function that trains; a signal ends the process with the run saved."""
+    from eit import distributed
+    from eit.memory import keep_freed
+    from eit.training.trainer import Stopped
+
+    keep_freed()
+    distributed.start()
+    try:
+        return function()
+    except Stopped as stop:
+        exit_stopped(stop)
 
 
 def _print_tables(
@@ -329,4 +338,8 @@ def _print_tables(
         raise UserError(f"{folder} has no finished run: train some with eit reproduce run, or give another --results")
     if distributed.is_main():
         page = build(experiment, budget, results)
-        print_result(verdicts(experiment, budget, results) if as_json else None, as_json, f"{page.read_text()}\n{page}")
+        print_result(
+            verdicts(experiment, budget, results) if as_json else None,
+            as_json,
+            f"{page.read_text(encoding='utf-8')}\n{page}",
+        )

@@ -1,5 +1,6 @@
 """`eit train RECIPE [KEY=VALUE...]`."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -7,6 +8,7 @@ import typer
 from eit.cli.options import Json, Overrides, complete_recipe
 from eit.cli.output import exit_stopped, print_result, program
 from eit.cli.recipes import list_recipes
+from eit.files import expand_path
 
 
 def train(
@@ -14,6 +16,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="RECIPE",
+            parser=expand_path,
             help="An included recipe, or PATH.yaml; default: print the included recipes.",
             autocompletion=complete_recipe,
         ),
@@ -25,7 +28,7 @@ def train(
 
     eit train cifar10 data.root=PATH name=mine train.epochs=100
 
-    The run folder is runs/NAME, or out=FOLDER. Its recipe.yaml holds every key with its value; copy it and change its
+    The run folder is runs/NAME, or out=FOLDER. Its recipe.yaml has every key with its value. Copy it and change its
     name to make a recipe of your own.
     """
     if recipe is None:
@@ -50,9 +53,10 @@ def train(
 
 
 def summary_text(summary: dict[str, Any], folder: str) -> str:
+    quoted = shlex.quote(folder)
     return (
         f"top-1 {summary['last_top1']:.2f}% after the last of {summary['epochs']} epochs "
         f"(best {summary['best_top1']:.2f}% after epoch {summary['best_epoch'] + 1})\n"
         f"run folder {folder}\n"
-        f"next: {program()} eval {folder}    {program()} predict {folder} IMAGE..."
+        f"next: {program()} eval {quoted}    {program()} predict {quoted} IMAGE..."
     )

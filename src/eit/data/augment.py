@@ -16,7 +16,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 from torchvision.transforms import functional as TF
 
 from eit.config import Augment
-from eit.data.images import View, not_a_thread, resize_and_crop
+from eit.data.images import View, limit_aspect_ratio, resize_and_crop
 from eit.data.random_crop import Kept, ResizedCrop, decoded, to_pixels
 from eit.data.shear import FASTER
 from eit.errors import UserError
@@ -130,7 +130,7 @@ def simple_crop(view: View) -> Compose:
     """DeiT III's simple random crop: resize the shorter side, pad 4 pixels by reflection, crop a random square."""
     mode = InterpolationMode(view.interpolation)
     crop = RandomCrop(view.size, padding=4, padding_mode="reflect")
-    return Compose([not_a_thread, Resize(view.size, mode), crop])
+    return Compose([limit_aspect_ratio, Resize(view.size, mode), crop])
 
 
 class Whole:

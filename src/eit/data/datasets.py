@@ -116,9 +116,9 @@ def _read_timm_pair(config: Data) -> tuple[AnyImages, AnyImages]:
 
 
 def open_evaluation(config: Data) -> AnyImages:
-    """What to evaluate on: the validation images, where there are any, else the class folders of `data.root`.
+    """The images to evaluate on: the validation images, or if there are none, the class folders of `data.root`.
 
-    What was left out of folders is said.
+    Files that were left out of folders are named.
     """
     images = _open_evaluation(config)
     images.classes = [compose(name) for name in images.classes]
@@ -154,7 +154,7 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
     Training images are those that no validation image is taken from. What was left out of folders is said.
 
     Raises:
-        UserError: no such folder, no images there, or images that come in turn.
+        UserError: no such folder, no images there, or a stream of images.
     """
     divided = config.model_copy(update=dict(val_fraction=config.val_fraction or 0.2))
     if config.root == DIGITS or _is_timms(config) or read_layout(_folder(config), config.max_pixels, config.dataset):
@@ -169,11 +169,37 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
         else:
             images = _all_below(root, config.max_pixels, without)
     if not isinstance(images, Images):
-        raise UserError(f"{config.root}: these images come in turn; a folder of images is expected")
+        raise UserError(f"{config.root}: these images are a stream; give a folder of images")
     for note in _left_out(Path(config.root), images):
         say(note)
     images.pixel_range = config.pixel_range
     return images
+
+
+def readable_images(images: Images) -> Images:
+    """`images` without those that cannot be read: each is named in a line. All are decoded once.
+
+    Raises:
+        UserError: none can be read.
+    """
+
+    def fault(index: int) -> str | None:
+        try:
+            images.read(index, 3)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = list(track(pool.map(fault, range(len(images))), "reading images", len(images)))
+    unreadable = [text for text in faults if text]
+    if len(unreadable) == len(images):
+        raise UserError(f"none of {len(images)} images can be read; the first: {unreadable[0]}")
+    for text in unreadable[:10]:
+        say(f"left out: {text}")
+    if len(unreadable) > 10:
+        say(f"left out: {len(unreadable) - 10} more unreadable images")
+    return images.subset(i for i, text in enumerate(faults) if not text) if unreadable else images
 
 
 def _all_below(root: Path, max_pixels: int, without: Path | None) -> Images:

@@ -254,14 +254,14 @@ def decode(
 ) -> Image.Image:
     """An image file -> upright PIL image of mode RGB (3 channels) or L (1), whatever it was stored as.
 
-    `name` stands for the file in messages where it is an open one. `load` decodes instead of `whole`. `examine` is
+    `name` stands for the file in messages if it is an open one. `load` decodes instead of `whole`. `examine` is
     called with the opened file first.
 
     The orientation is applied; other metadata are not read, and may be damaged. Grey pixels of more than 8 bits are
     scaled to 8 (`to_8_bits`), transparency is dropped, as torchvision and timm do.
 
     Raises:
-        UnreadableImage: no image, of a format that is not read, damaged, or of more than `max_pixels` by its header.
+        UnreadableImage: not an image, of a format that is not read, damaged, or of more than `max_pixels` pixels.
     """
 
     def convert(image: Image.Image) -> Image.Image:
@@ -318,7 +318,8 @@ def _convert(file: Any, max_pixels: int, where: Any, convert: Any, exif: bytes |
         width, height = image.size
         if width * height > max_pixels:
             raise UnreadableImage(
-                f"{where}: {width}x{height} is more than the {max_pixels} pixels that data.max_pixels allows"
+                f"{where}: {width}x{height} is more than data.max_pixels={max_pixels} allows; "
+                f"to read it, set data.max_pixels={width * height}"
             )
         if exif:
             image.info["exif"] = exif
@@ -512,7 +513,7 @@ def compose(name: str) -> str:
 # -- Views -------------------------------------------------------------------------------------------------------------
 
 
-def not_a_thread(image: Image.Image) -> Image.Image:
+def limit_aspect_ratio(image: Image.Image) -> Image.Image:
     """The centre of an image that is more than 8 times as long as wide: resized, it would grow without bound."""
     width, height = image.size
     if max(width, height) > 8 * min(width, height):
@@ -522,7 +523,7 @@ def not_a_thread(image: Image.Image) -> Image.Image:
 
 def resize_and_crop(image: Image.Image, resize: int, size: int, interpolation: str) -> Image.Image:
     """Shorter side to `resize` pixels, then the centre `size` x `size`: what evaluation and prediction see."""
-    image = not_a_thread(image)
+    image = limit_aspect_ratio(image)
     if min(image.size) != resize:
         image = TF.resize(image, [resize], InterpolationMode(interpolation), antialias=True)
     return TF.center_crop(image, [size]) if image.size != (size, size) else image

@@ -132,7 +132,7 @@ def read_idx(file: Path, axes: int) -> Any:
         with open(file, "rb") as opened, gzip.open(opened) if file.suffix == ".gz" else opened as stream:
             header = stream.read(start)
             if header[:4] != bytes((0, 0, 8, axes)) or len(header) < start:
-                raise UserError(f"{file} is no idx file of {axes}-dimensional bytes")
+                raise UserError(f"{file} is not an idx file of {axes}-dimensional bytes")
             shape = [int(n) for n in np.frombuffer(header[4:], ">u4")]
             expected = math.prod(shape)
             if expected > MAX_IDX:
@@ -173,7 +173,7 @@ def _read_tiny(root: Path, max_pixels: int) -> Pair:
         raise UserError(f"{root / 'train'} lacks {what}; {again}")
     counts = Counter(train.labels)
     for label, wnid in enumerate(train.classes):
-        boxes = root / "train" / wnid / f"{wnid}_boxes.txt"  # a line an image
+        boxes = root / "train" / wnid / f"{wnid}_boxes.txt"  # one line per image
         if boxes.is_file() and (said := len(boxes.read_text().split("\n")) - 1) > counts[label]:
             raise UserError(f"{boxes.parent} has {counts[label]} images, {boxes.name} lists {said}: {again}")
     if (root / "val" / "images").is_dir():
@@ -197,7 +197,7 @@ def _read_tiny_val(folder: Path, wnids: list[str], max_pixels: int) -> Images:
         name, wnid = [*line.split("\t"), "", ""][:2]
         source = folder / "images" / name
         if wnid not in number or Path(name).name != name:
-            raise UserError(f"{file}: {line[:60]!r} is no line of an image and a class of train/")
+            raise UserError(f"{file}: the line {line[:60]!r} does not name an image and a class of train/")
         if not source.is_file():
             raise UserError(f"{source} is missing: val_annotations.txt names it")
         labels.append(number[wnid])
@@ -209,7 +209,7 @@ def _read_tiny_val(folder: Path, wnids: list[str], max_pixels: int) -> Images:
 
 
 def class_names(words: Path, wnids: Sequence[str]) -> list[str]:
-    """The first word of each WordNet id of a words.txt (`id<TAB>word, word`), all and the id where two share it."""
+    """The first word of each WordNet id in words.txt (`id<TAB>word, word`); if two ids share it, all words and id."""
     lines = (line.partition("\t") for line in words.read_text().splitlines())
     said = {wnid: text for wnid, _, text in lines}
     first = [said.get(wnid, wnid).split(",")[0] for wnid in wnids]
@@ -382,7 +382,7 @@ ARCHIVES = {
 
 
 def read_layout(root: Path, max_pixels: int, dataset: str | None = None) -> Pair | None:
-    """Training and validation images of a published layout below `root`; None where there is none.
+    """Training and validation images of a published layout below `root`; None if there is none.
 
     Where several lie there, `dataset` says which is meant.
     """

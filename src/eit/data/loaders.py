@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,7 +26,7 @@ from eit.data.prefetch import Prefetcher, to_device
 from eit.data.random_crop import Kept
 from eit.data.streaming import StreamEvaluationLoader, StreamLoader
 from eit.data.timm_datasets import ImageStream
-from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_options
+from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, waiting, worker_options
 from eit.errors import UserError
 from eit.randomness import Stream, generator, own_randomness, set_cpu_seed
 
@@ -48,7 +49,7 @@ def train_loader(
     if isinstance(images, ImageStream):
         if config.cache or augment.repeats > 1:
             key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"
-            raise UserError(f"{key} needs images with random access: data.dataset={config.dataset} comes in turn")
+            raise UserError(f"{key} needs images with random access: data.dataset={config.dataset} is a stream")
         return StreamLoader(images, view, order, config, augment, device)
     if (config.cache is None and fits_in_memory(images, view) and not augment.by_image) or config.cache:
         return CachedLoader(images, view, order, config.bad_image_budget, augment, device)
@@ -187,7 +188,7 @@ class WorkerLoader:
         yield from self.prefetched(self._host_batches(), epoch)
 
     def _host_batches(self) -> Iterator[HostBatch]:
-        for batch in self.loader:
+        for batch in waiting.batches(self.loader):
             self.bad.add_from(batch)
             yield batch
 
@@ -232,6 +233,13 @@ class EvaluationLoader:
             valid = min(self.batch_size, len(self.images) - block * self.batch_size)
             yield Batch(normalise(pixels, self.view.mean, self.view.std), labels, valid)
 
+    def _worker_count(self) -> int | None:
+        """None by default, but 0 if images are in memory, or few and small: processes would take longer to start."""
+        is_quick = isinstance(self.images.sources[0], np.ndarray) or (
+            len(self.images) < 256 and fits_in_memory(self.images, self.view)
+        )
+        return 0 if self.workers is None and is_quick else self.workers
+
     def _read(self) -> Iterable[tuple[Tensor, Tensor]]:
         last = len(self.images) - 1
         keys = [[min(block * self.batch_size + i, last) for i in range(self.batch_size)] for block in self.own_blocks]
@@ -239,11 +247,11 @@ class EvaluationLoader:
             _Pixels(self.images, self.view),
             batch_sampler=keys,
             collate_fn=collate,
-            **worker_options(self.workers, self.device),
+            **worker_options(self._worker_count(), self.device),
         )
-        for pixels, labels, faults, _ in loader:
+        for pixels, labels, faults, _ in waiting.batches(loader):
             if faults:
-                raise UserError(f"unreadable validation image: {faults[0]}")
+                raise UserError(faults[0])
             yield pixels, labels
 
 
@@ -255,7 +263,7 @@ class _Pixels(Dataset):
         try:
             pixels = self.view.pixels(self.images.read(index, self.view.channels))
         except UnreadableImage as error:
-            return Sample(torch.empty(0), 0, [str(error)])
+            return Sample(torch.empty(0), 0, [f"unreadable validation image: {error}"])
         return Sample(pixels, self.images.labels[index], [])
 
 

@@ -12,7 +12,7 @@ from eit.data.workers import Batch, HostBatch
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; nothing waits for the copy where its source is pinned memory, which lives until it is done.
+    """`tensor` on `device`; nothing waits for the copy if its source is pinned memory, which lives until it is done.
 
     Pageable memory may be freed before: MPS would read whatever is there then.
     """

@@ -42,7 +42,7 @@ class Devkit:
 
 
 def prepare_imagenet(source: Path, target: Path) -> dict[str, Any]:
-    """Unpack the three archives of `source` into the image folder `target`, or go on where a stopped run left it.
+    """Unpack the three archives of `source` into the image folder `target`, or continue a stopped run.
 
     An archive whose part of `target` is complete is not needed any more. The validation images come first: they take
     minutes, the training images hours.
@@ -121,7 +121,7 @@ def _list_classes(archive: Path, devkit: Devkit) -> list[tarfile.TarInfo]:
     names = [member.name.removesuffix(".tar") for member in members]
     for wnid in names:
         if wnid not in devkit.train:
-            raise UserError(f"{archive} holds {wnid}.tar, which is no class of {DEVKIT}")
+            raise UserError(f"{archive} has {wnid}.tar, which is not a class of {DEVKIT}")
     if missing := sorted(devkit.train.keys() - set(names)):
         some = f"{missing[0]}.tar, one of {len(missing)} missing of the {len(devkit.train)} in {DEVKIT}"
         raise UserError(f"{archive} is truncated, or another archive: it has no {some}")
@@ -232,7 +232,7 @@ def _complete(folder: Path, counts: Mapping[str, int]) -> set[str]:
     classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     for wnid in classes:
         if wnid not in counts:
-            raise UserError(f"{folder / wnid} is no class of {DEVKIT}: remove it, or choose another TARGET")
+            raise UserError(f"{folder / wnid} is not a class of {DEVKIT}: remove it, or choose another TARGET")
         images = sum(name.endswith(".JPEG") for name in os.listdir(folder / wnid))
         if images != counts[wnid]:
             raise UserError(f"{folder / wnid} has {images} images, not {counts[wnid]}: remove it and run this again")

@@ -25,7 +25,7 @@ LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that PNG has
 def write_shards(train: AnyImages, val: AnyImages, folder: Path, count: int, val_count: int) -> dict[str, Any]:
     """Write `count` training and `val_count` validation shards below `folder`, with `_info.json` as timm reads it.
 
-    Training images are shuffled over the shards, once, for readers that take them in turn. A sample's key is its number
+    Training images are shuffled over the shards, once, for readers that stream them. A sample's key is its number
     in the data set, so that a reader with random access (`layouts.py`) finds the order and the batches of the source.
     A stopped run goes on with the shards that are not there yet; `_info.json` comes last.
 
@@ -35,7 +35,7 @@ def write_shards(train: AnyImages, val: AnyImages, folder: Path, count: int, val
     parts = {"train": (train, count), "val": (val, val_count)}
     for name, (images, number) in parts.items():
         if not isinstance(images, Images):
-            raise UserError("these images come in turn already: shards are written from images with random access")
+            raise UserError("these images are a stream: shards are written from images with random access")
         if number > len(images):
             option = "--count" if name == "train" else "--val-count"
             raise UserError(f"{number} shards for {len(images)} images of {name}: set {option} {len(images)} or less")
@@ -111,7 +111,7 @@ def _write_shard(file: Path, images: Images, indices: list[int]) -> None:
 
 
 def _stored(images: Images, index: int) -> tuple[bytes, str]:
-    """An image's bytes as they are, where they are of a common format, else as PNG; and the format.
+    """An image's bytes as they are if they have a common format, otherwise as PNG; and the format.
 
     Pixels of more than 8 bits whose range is known here are stored in 8 bits, for readers that do not know it.
     """

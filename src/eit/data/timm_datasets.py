@@ -88,7 +88,7 @@ def _refuse_commands(config: Data, *names: str) -> None:
     remote = "://" in config.root
     for text in (config.root, *names):
         if text.startswith("pipe:") or (remote and re.search(r"['\"`$;&<>\\\s]", text)):
-            raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, for a shell would see it")
+            raise UserError(f"data.dataset={config.dataset}: {text!r} is refused, because a shell would execute it")
 
 
 def shard_names(reader: Any) -> list[str]:

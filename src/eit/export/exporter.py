@@ -5,11 +5,9 @@ The batch size is dynamic; so are height and width for this package's models. Th
 """
 
 import copy
-import json
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,15 +23,17 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from eit.config import Data, data_config
-from eit.data.datasets import AnyImages, open_unlabelled
+from eit.data.datasets import DIGITS, AnyImages, open_evaluation, open_unlabelled, readable_images
 from eit.data.images import Images, View, normalise, to_mode, to_uint8
 from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
-from eit.files import write_file
+from eit.export.hub import without_paths
+from eit.files import temporary_folder, write_file
 from eit.inference.evaluate import evaluate
-from eit.inference.runtimes import INPUT, KEY, OUTPUT, RUNTIMES, need
+from eit.inference.evaluation_data import evaluation_config, match_classes
+from eit.inference.exported_models import INPUT, KEY, OUTPUT, RUNTIMES, import_runtime
 from eit.models.eit import EIT
-from eit.weights.card import Card, card_text
+from eit.weights.card import Card, serialize_card
 from eit.weights.formats import digest
 from eit.weights.load import find_weights
 
@@ -44,6 +44,7 @@ AXES = dict(batch=0, height=2, width=3)  # axes of the images that may be dynami
 TOLERANCE = 1e-4  # relative to the largest logit: sums in single precision, in another order
 ROUNDING = 1e-6  # absolute, for small logits
 INT8_OPERATORS = ["Conv", "MatMul", "Gemm"]  # norms, softmax and sums stay in fp32
+MAX_DROP = 2.0  # points of top-1 that int8 may cost
 PHOTOS = 8  # per size, for the comparison
 
 
@@ -88,48 +89,65 @@ class Calibration:
     labelled: AnyImages
 
 
-def default_file(checkpoint: str, format: str) -> Path:
-    """Next to the weights, with their name; in the working folder for included weights and those of the hub."""
-    if Path(checkpoint).exists():
-        return find_weights(checkpoint).with_suffix(_suffix(format))
-    return Path(Path(checkpoint.partition("@")[0]).name + _suffix(format))
+def default_file(checkpoint: str, format: str, int8: bool = False) -> Path:
+    """Next to the weights, with their name, and -int8; in the working folder for included weights and the hub's."""
+    ending = ("-int8" if int8 else "") + _suffix(format)
+    if Path(checkpoint).expanduser().exists():
+        weights = find_weights(checkpoint)
+        return weights.with_name(weights.stem + ending)
+    return Path(Path(checkpoint.partition("@")[0]).name + ending)
 
 
 def check_request(format: str, file: Path, int8: bool) -> None:
     """Raise a UserError, before anything is computed, if `export` could not write `file`."""
     if file.suffix != _suffix(format):
-        raise UserError(f"--out {file}: a file of --format {format} ends in {_suffix(format)}")
+        raise UserError(f"--out {file}: give a name that ends in {_suffix(format)} for --format {format}")
     if not file.parent.is_dir():
-        raise UserError(f"--out {file}: there is no folder {file.parent}")
+        raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or give another one")
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"--out {file}: {'it is a folder' if file.is_dir() else f'{file.parent} is read-only'}")
+        reason = "it is a folder" if file.is_dir() else f"{file.parent} is read-only"
+        raise UserError(f"--out {file}: {reason}; give another file")
     if not file.exists() and any(part.exists() for part in _parts(file)):
         raise UserError(f"--out {file}: {_parts(file)[1].name} next to it belongs to another file; give another name")
     if int8 and format == "torch":
         raise UserError("--int8 is for --format onnx and openvino")
+    if int8 and file.exists() and not any(mark in file.read_bytes() for mark in (b"QuantizeLinear", b"FakeQuantize")):
+        raise UserError(f"--out {file}: this file is not in int8, and would be lost; give another name")
     for module in NEEDED[format]:
-        need(module, f"--format {format}")
+        import_runtime(module, f"--format {format}")
 
 
-def export(model: Any, file: Path, format: str, calibration: Calibration | None = None) -> Export:
+def export(
+    model: Any, file: Path, format: str, calibration: Calibration | None = None, max_drop: float = MAX_DROP
+) -> Export:
     """Write a model of `eit.load`, on any device, to `file` in the format `format`; in int8 if `calibration` is given.
 
     The file is kept only if its runtime runs it and every logit is within 1e-4 of the largest logit of torch's value,
-    so that top-1 is equal except for ties.
+    so that top-1 is equal except for ties; in int8 only if top-1 falls by at most `max_drop` points. The paths of this
+    machine in its recipe are shortened to their last part. The caller's model stays as it is.
 
     Raises:
-        UserError: a missing runtime, or an architecture that cannot be exported.
+        UserError: no model with a card, a missing runtime, an architecture that cannot be exported, or int8 that costs
+            more accuracy than `max_drop`.
         FloatingPointError: the file's logits differ from torch's.
     """
+    if not isinstance(getattr(model, "card", None), Card):
+        raise UserError(
+            f"export takes a model of eit.load, whose card names classes and preprocessing, not {model!r:.60}"
+        )
+    file = Path(file)
     check_request(format, file, calibration is not None)
     model = copy.deepcopy(model).cpu().eval()  # the caller's model stays on its device
+    model.card = without_paths(model.card)
     dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        written = Path(folder) / file.name
-        graph = Path(folder) / "graph.onnx"  # the source of ONNX and OpenVINO files
+    with temporary_folder() as folder, _quiet():
+        written = folder / file.name
+        graph = folder / "graph.onnx"  # the source of ONNX and OpenVINO files
         program = _program(model, dynamic)
         if format == "torch":
-            torch.export.save(program, written, extra_files={KEY: card_text(model.card, digest(model.state_dict()))})
+            torch.export.save(
+                program, written, extra_files={KEY: serialize_card(model.card, sha256=digest(model.state_dict()))}
+            )
             run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
         else:
             _write_onnx(program, graph, model.card, dynamic)
@@ -138,10 +156,15 @@ def export(model: Any, file: Path, format: str, calibration: Calibration | None 
         int8 = None
         if calibration is not None:
             fp32_bytes = _size(written)
-            quantised = Path(folder) / "int8.onnx"
+            quantised = folder / "int8.onnx"
             _quantise(graph, quantised, calibration.images, model.card.view)
             run = _convert(quantised, written, model.card)
-            int8 = _judge(model, run, calibration, fp32_bytes)
+            int8 = _measure_int8(model, run, calibration, fp32_bytes)
+            if int8.fp32_top1 - int8.top1 > max_drop:
+                raise UserError(
+                    f"int8 is not kept: top-1 falls from {int8.fp32_top1:.2f}% to {int8.top1:.2f}% on {int8.images:,} "
+                    f"images, by more than {max_drop:g} points; give --int8 other images, or a larger --max-drop"
+                )
         size = _size(written)
         for part in _parts(written)[::-1]:  # the files that it refers to come first
             write_file(file.with_suffix(part.suffix), part.read_bytes())
@@ -186,6 +209,39 @@ def photos(view: View, size: tuple[int, int]) -> Tensor:
     return normalise(torch.stack(images), view.mean, view.std)
 
 
+def open_calibration(
+    card: Card, path: str, count: int, data: str | None = None, max_pixels: int | None = None
+) -> Calibration:
+    """Images of `path` that set the ranges of int8, and labelled images that measure its accuracy; none is both.
+
+    The labelled ones are those of `data`; by default the validation images of the run, or of `path` if the run's data
+    are not here.
+
+    Raises:
+        UserError: no such path, no images there, or no labelled images.
+    """
+    own = str(card.data.get("root") or "")
+    is_here = own == DIGITS or (own and Path(own).expanduser().is_dir()) or "/" in str(card.data.get("dataset") or "")
+    config = evaluation_config(card, data or (None if is_here else path), max_pixels=max_pixels)
+    chosen = readable_images(calibration_images(path, count, config))
+    try:
+        labelled = match_classes(card, open_evaluation(config))
+    except UserError as error:
+        raise UserError(f"{error}; --int8 needs labelled images, to measure its accuracy: give --data PATH") from None
+    if isinstance(labelled, Images) and not (held_out := _without(labelled, chosen)):
+        chosen = chosen.evenly(len(chosen) // 2)
+        if not chosen or not (held_out := _without(labelled, chosen)):
+            raise UserError(f"--int8 {path}: no image is left to measure accuracy: give more images, or --data PATH")
+    return Calibration(chosen, held_out if isinstance(labelled, Images) else labelled)
+
+
+def _without(images: Images, others: Images) -> Images:
+    """`images` but the files of `others`."""
+    used = {os.path.realpath(source) for source in others.sources if isinstance(source, str)}
+    kept = [i for i, s in enumerate(images.sources) if not isinstance(s, str) or os.path.realpath(s) not in used]
+    return images.subset(kept)
+
+
 def calibration_images(path: str, count: int, config: Data) -> Images:
     """At most `count` images, evenly spaced: a data set's training images, or otherwise all below the folder.
 
@@ -216,9 +272,12 @@ def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
     card = model.card
     x = torch.zeros(2, card.in_chans, card.size, card.size)
     try:
-        return torch.export.export(model, (x,), dynamic_shapes=({AXES[name]: Dim.DYNAMIC for name in dynamic},))
+        program = torch.export.export(model, (x,), dynamic_shapes=({AXES[name]: Dim.DYNAMIC for name in dynamic},))
     except Exception as error:  # each architecture raises its own errors
         raise UserError(f"{card.model} cannot be exported: {first_line(error)}") from None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names folders of this machine
+    return program
 
 
 def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[str]) -> None:
@@ -236,7 +295,7 @@ def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[
         f"pixels, centre {view.size}x{view.size}, minus {card.mean}, divided by {card.std}."
     )
     proto.producer_name, proto.producer_version = "eit", card.version
-    onnx.helper.set_model_props(proto, {KEY: _card_json(card)})
+    onnx.helper.set_model_props(proto, {KEY: serialize_card(card)})
     shape = proto.graph.input[0].type.tensor_type.shape.dim
     names = {shape[axis].dim_param: name for name, axis in AXES.items()}
     for value in (*proto.graph.input, *proto.graph.output):
@@ -244,13 +303,10 @@ def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[
             if dim.dim_param:
                 dim.dim_param = names[dim.dim_param]
     del proto.graph.value_info[:]  # it has the exporter's names
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # it has folders of this machine
     assert [d.dim_param for d in shape if d.dim_param] == dynamic
     onnx.save(proto, file)
-
-
-def _card_json(card: Card) -> str:
-    """The card in ASCII, because folder names need not be valid text."""
-    return json.dumps(card.model_dump(mode="json"))
 
 
 def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
@@ -261,7 +317,7 @@ def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
         import openvino as ov
 
         model = ov.convert_model(graph)
-        model.set_rt_info(_card_json(card), KEY)
+        model.set_rt_info(serialize_card(card), KEY)
         ov.save_model(model, file, compress_to_fp16=False)
     return RUNTIMES[file.suffix](file)
 
@@ -283,7 +339,7 @@ def _quantise(graph: Path, file: Path, images: Images, view: View) -> None:
     quantize_static(graph, file, Reader(), op_types_to_quantize=INT8_OPERATORS, per_channel=True)
 
 
-def _judge(model: Any, run: Callable[[Tensor], Tensor], calibration: Calibration, fp32_bytes: int) -> Int8:
+def _measure_int8(model: Any, run: Callable[[Tensor], Tensor], calibration: Calibration, fp32_bytes: int) -> Int8:
     loader = evaluation_loader(calibration.labelled, model.card.view, 64, None, torch.device("cpu"))
     before, after = evaluate(model, loader), evaluate(run, loader)
     return Int8(after.images, after.top1, before.top1, fp32_bytes, len(calibration.images))
@@ -302,7 +358,7 @@ def _runtime(format: str) -> str:
     if format == "torch":
         return f"torch.export {torch.__version__.partition('+')[0]}"
     name, module = dict(onnx=("ONNX Runtime", "onnxruntime"), openvino=("OpenVINO", "openvino"))[format]
-    return f"{name} {need(module, '').__version__.partition('-')[0]}"
+    return f"{name} {import_runtime(module, '').__version__.partition('-')[0]}"
 
 
 @contextmanager

@@ -3,28 +3,28 @@
 import json
 import math
 import re
-import tempfile
 from importlib import resources
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
 from eit import __version__
 from eit.data.datasets import DIGITS
 from eit.errors import UserError, few, first_line, printable
-from eit.files import write_file
+from eit.files import temporary_folder, write_file
+from eit.hub_access import prepare_hub
 from eit.models.complexity import complexity
 from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, MODELS, TIMM
 from eit.weights.card import Card
 from eit.weights.formats import weights_bytes
-from eit.weights.load import HUB, SHIPPED, load, read_card
+from eit.weights.load import HUB, INCLUDED, load, read_card
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
 BEST, FINAL = "best.safetensors", "final.safetensors"  # in a run folder
@@ -65,7 +65,7 @@ def write_folder(
     _check_folder(folder)
     model = load(checkpoint)
     card = model.card = without_paths(model.card)
-    run = _run_of(Path(checkpoint))
+    run = _run_of(Path(checkpoint).expanduser())
     name = printable(str(name or (card.recipe or {}).get("name") or folder.resolve().name))
     repo = repo or f"USER/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('.-') or 'NAME'}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,9 +115,9 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
         raise UserError(f"--repo {repo}: {first_line(error)}") from None
     if "/" not in repo:
         raise UserError(f"--repo {repo}: USER/NAME is expected")
-    with tempfile.TemporaryDirectory() as staging:
-        write_folder(checkpoint, Path(staging), name or repo.rpartition("/")[2], license, repo)
-        hub_logging.set_verbosity_error()  # no lines on retries; the error is reported below
+    with temporary_folder() as staging:
+        write_folder(checkpoint, staging, name or repo.rpartition("/")[2], license, repo)
+        prepare_hub()
         try:
             api = HfApi(library_name="eit", library_version=__version__)
             address = api.create_repo(repo, private=private or None, exist_ok=True)  # None: the owner's default
@@ -126,6 +126,8 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
             api.upload_folder(repo_id=repo, folder_path=staging, commit_message=f"Upload by eit {__version__}")
         except UserError:
             raise
+        except OfflineModeIsEnabled:
+            raise UserError(f"--repo {repo}: the hub cannot be reached; --to FOLDER writes a local folder") from None
         except Exception as error:  # from the hub, its HTTP library or the network
             raise UserError(f"--repo {repo}: {_line(error)}") from None
     return str(address)
@@ -139,16 +141,23 @@ def without_paths(card: Card) -> Card:
     if card.recipe is None:
         return card
     recipe = json.loads(json.dumps(card.recipe))
-    for key in (*PATHS, "out"):
-        section, _, name = key.rpartition(".")
-        part = recipe.get(section) if section else recipe
-        if isinstance(part, dict) and isinstance(value := part.get(name), str) and _is_path(value):
-            part[name] = PurePath(urlsplit(value).path if "://" in value else value).name
+    for section, part in [("", recipe), *((name, part) for name, part in recipe.items() if isinstance(part, dict))]:
+        for name, value in part.items():
+            key = f"{section}.{name}".strip(".")
+            if isinstance(value, str) and (_is_path(value) if key in (*PATHS, "out") else _shows_folders(value)):
+                part[name] = re.split(r"[/\\]", (urlsplit(value).path if "://" in value else value).rstrip("/\\"))[-1]
     return card.model_copy(update=dict(recipe=recipe))
 
 
+def _shows_folders(value: str) -> bool:
+    """Whether the value of any key is an absolute path or an address: /home/me/x, ~/x, hfds//home/me/x, C:\\x."""
+    if any(map(str.isspace, value)) and not value.startswith(("/", "~")):
+        return False  # a text
+    return value.startswith(("/", "~")) or "//" in value or re.match(r"[A-Za-z]:\\", value) is not None
+
+
 def _is_path(value: str) -> bool:
-    return value not in (DIGITS, *SHIPPED) and not value.startswith((TIMM, HUB))
+    return value not in (DIGITS, *INCLUDED) and not value.startswith((TIMM, HUB))
 
 
 def model_card(
@@ -181,7 +190,7 @@ def model_card(
         model_name=name,
         eval_results=results or None,
     )
-    recipe_yaml = yaml.safe_dump(recipe, sort_keys=False, width=100) if recipe else ""
+    recipe_yaml = yaml.dump(recipe, Dumper=_TextInOneLine, sort_keys=False, width=10**6) if recipe else ""
     text = ModelCard.from_template(
         head,
         template_str=resources.files("eit.export").joinpath("model_card.md.j2").read_text(encoding="utf-8"),
@@ -208,6 +217,17 @@ def model_card(
     return f"{text}\n"
 
 
+class _TextInOneLine(yaml.SafeDumper):
+    """Text of several lines with its line ends escaped, so that none of it begins a line of the page."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_TextInOneLine.add_representer(str, _represent_text)
+
+
 def escape_markdown(text: object) -> str:
     """`text` in one line that Markdown shows as it is, in a cell of a table too."""
     return re.sub(r"([\\`*_\[\]<|&~$#])", r"\\\1", printable(str(text)))
@@ -222,10 +242,10 @@ def _data_name(data: dict[str, Any]) -> str | None:
 def _config(model: Any, license: str | None) -> dict[str, Any]:
     """config.json as timm writes it, without the argument that transformers would pass twice."""
     card: Card = model.card
-    with tempfile.TemporaryDirectory() as staging:
-        config = dict(label_names=card.classes)
+    with temporary_folder() as staging:
+        config = {} if "classes" in card.guessed else dict(label_names=card.classes)
         save_for_hf(model, staging, model_config=config, data_config=card.timm_cfg, safe_serialization=True)
-        found: dict[str, Any] = json.loads((Path(staging) / CONFIG).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
     found["model_args"].pop("num_classes", None)  # transformers passes the outer one as well, and fails
     for key in ("license", "origin_url"):  # of the published weights, which these are not
         found["pretrained_cfg"].pop(key, None)
@@ -252,7 +272,7 @@ def _architecture(card: Card) -> dict[str, Any]:
 def _is_cut(recipe: dict[str, Any], key: str) -> bool:
     """Whether `without_paths` shortened this key of the recipe."""
     section, _, name = key.rpartition(".")
-    value = (recipe.get(section) or {}).get(name)
+    value = recipe.get(section, {}).get(name)
     return isinstance(value, str) and _is_path(value) and not name.endswith("_split")
 
 

@@ -11,7 +11,7 @@ from eit.files import write_file
 
 
 def write_confusion(file: Path, counts: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Write `counts` (truth x prediction) as a picture, or as a table with class names where `file` ends in .csv.
+    """Write `counts` (truth x prediction) as a picture, or as a table with class names if `file` ends in .csv.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,21 +1,28 @@
 """Exact accuracy, loss, calibration and confusions: each image counts once, with the same figures on any ranks."""
 
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from eit import distributed
 from eit.console import progress
+from eit.data.datasets import open_evaluation
 from eit.data.images import View
-from eit.data.loaders import AnyEvaluationLoader
+from eit.data.loaders import AnyEvaluationLoader, evaluation_loader
+from eit.errors import UserError
+from eit.inference.evaluation_data import evaluation_config, match_classes
 from eit.precision import arithmetic, resolve_precision
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
+LARGEST_MATRIX = 4096  # classes; the square of more would fill the memory
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,9 @@ class Metrics:
             sum_b n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3).
         correct1: images that are right.
         correct5: images that are among the first five.
-        per_class: class -> images, top1 (recall; None without images), precision (None where it is never predicted), f1
-            (None where neither).
-        confusion: counts `[truth][prediction]`, in the order of the classes.
+        per_class: class -> images, top1 (recall; None without images), precision (None if it is never predicted), f1
+            (None if neither exists).
+        pairs: (truth, prediction) -> images, those that occur.
     """
 
     images: int
@@ -44,37 +51,99 @@ class Metrics:
     correct1: int
     correct5: int
     per_class: dict[str, dict[str, float | None]]
-    confusion: list[list[int]]
+    pairs: dict[tuple[int, int], int]
+
+    @property
+    def confusion(self) -> list[list[int]]:
+        """Counts `[truth][prediction]`, in the order of the classes; for at most `LARGEST_MATRIX` classes."""
+        check_matrix(len(self.per_class), "a confusion matrix")
+        table = [[0] * len(self.per_class) for _ in self.per_class]
+        for (truth, prediction), count in self.pairs.items():
+            table[truth][prediction] = count
+        return table
+
+
+def check_matrix(classes: int, what: str) -> None:
+    """Raise a UserError if a matrix of classes x classes would be too large."""
+    if classes > LARGEST_MATRIX:
+        raise UserError(f"{what} has at most {LARGEST_MATRIX:,} classes, these are {classes:,}; --json has each class")
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """`model` in evaluation mode; each of its modules is put back into its own mode at the end."""
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
+    if modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, precision: str = "fp32", flip: bool = False
+    model: Callable[[Tensor], Tensor],
+    loader: AnyEvaluationLoader | str | os.PathLike[str],
+    precision: str = "fp32",
+    flip: bool = False,
 ) -> Metrics:
-    """Run `model` over `loader`; every rank gets the result of all.
+    """Run `model`, in evaluation mode, over `loader`; every rank gets the result of all. The model is left as it was.
 
     Counts are integers, and sums of floats are those of each batch, added exactly (`math.fsum`), so that the figures do
     not depend on the number of ranks. All of it stays on the device until the end, but for MPS, which has no float64.
 
     Args:
-        model: normalised images (B, channels, height, width) -> logits (B, classes); in evaluation mode.
-        loader: of `eit.data.loaders.evaluation_loader`, on the model's device.
+        model: normalised images (B, channels, height, width) -> logits (B, classes).
+        loader: of `eit.data.loaders.evaluation_loader`, on the model's device; for a model of `eit.load` also a data
+            set or a folder of classes.
         precision: of the forward pass: `fp32`, `tf32`, `bf16`, `fp16` or `auto`.
         flip: whether probabilities are the mean of those of the image and of its mirror image.
+
+    Raises:
+        UserError: what is given is not of these types, or has no images.
+        FloatingPointError: an output is NaN or infinite.
     """
+    if not callable(model):
+        raise UserError(f"evaluate takes a model, as eit.load gives it, not {type(model).__name__}")
+    if isinstance(loader, str | os.PathLike):
+        loader = _loader_of(model, os.fspath(loader))
+    if not hasattr(loader, "own_blocks") or not len(loader.images.classes):
+        raise UserError(f"evaluate takes a loader of evaluation_loader, or a folder, not {type(loader).__name__}")
+    with evaluation_mode(model):
+        return _evaluate(model, loader, precision, flip)
+
+
+def _loader_of(model: Any, path: str) -> AnyEvaluationLoader:
+    """The images of a data set or folder, for a model with a card."""
+    if not hasattr(model, "card"):
+        raise UserError(
+            f"evaluating a folder ({path}) needs a model of eit.load: its card names classes and preprocessing"
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))  # exported ones have none
+    images = match_classes(model.card, open_evaluation(evaluation_config(model.card, path)))
+    return evaluation_loader(images, model.card.view, 64, None, device)
+
+
+def _evaluate(model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, precision: str, flip: bool) -> Metrics:
     classes = loader.images.classes
     resolved = resolve_precision(precision, loader.device)
     where = torch.device("cpu") if loader.device.type == "mps" else loader.device
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=where)  # truth x prediction
     correct5 = torch.zeros((), dtype=torch.int64, device=where)
     correct = torch.zeros(BINS, dtype=torch.int64, device=where)
     all_bins = torch.arange(BINS, device=where)
     sums: list[Tensor] = []  # of each batch: BINS confidences, and the loss
+    cells: list[Tensor] = []  # of each batch: truth * classes + prediction, (B,)
     with progress("evaluating", len(loader.own_blocks)) as advance:
         for batch in loader:
             x, valid = batch.images, batch.valid
             with arithmetic(x.device, resolved):
                 outputs = [model(x), model(x.flip(-1))] if flip else [model(x)]
+            if outputs[0].ndim != 2 or outputs[0].shape[1] != len(classes):
+                raise UserError(
+                    f"the model gives outputs {tuple(outputs[0].shape)}, but the data have {len(classes)} classes"
+                )
             logs = torch.stack([logits[:valid].to(where).double().log_softmax(dim=1) for logits in outputs])
             log_p = logs.logsumexp(dim=0) - math.log(len(outputs))  # (B, classes), of the mean probability
             labels = batch.labels[:valid].to(where)
@@ -82,17 +151,32 @@ def evaluate(
             confidence, predicted = values[:, 0].exp(), ranked[:, 0]
             bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # (b / 15, (b + 1) / 15]
             in_bin = bins[:, None] == all_bins  # (B, BINS); bincount with weights has no fixed order on CUDA
-            confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+            cells.append(labels * len(classes) + predicted)
             correct5 += (ranked == labels[:, None]).sum()
             correct += (in_bin & (predicted == labels)[:, None]).sum(dim=0)
             loss = F.nll_loss(log_p, labels, reduction="sum")
             sums.append(torch.cat(((in_bin * confidence[:, None]).sum(dim=0), loss[None])))
             advance()
-    confusion, correct5, correct = (distributed.sum_over_ranks(t.cpu()) for t in (confusion, correct5, correct))
-    own = torch.stack(sums).tolist() if sums else []
-    columns = zip(*(row for rows in distributed.gather(own) for row in rows), strict=True)
-    *confidence_sums, loss_sum = (math.fsum(column) for column in columns)
-    images, correct1 = int(confusion.sum()), int(confusion.trace())
+    correct5, correct = (distributed.sum_over_ranks(t.cpu()) for t in (correct5, correct))
+    own: tuple[Any, ...] = [], [], []
+    if cells:
+        counted = torch.cat(cells).unique(return_counts=True)
+        own = torch.stack(sums).tolist(), *(t.tolist() for t in counted)
+    pairs: Counter[tuple[int, int]] = Counter()
+    rows = []
+    for rank_rows, keys, counts in distributed.gather(own):
+        rows += rank_rows
+        for key, count in zip(keys, counts, strict=True):
+            pairs[divmod(key, len(classes))] += count
+    images = sum(pairs.values())
+    if not images:
+        raise UserError("there are no images to evaluate on")
+    *confidence_sums, loss_sum = (math.fsum(column) for column in zip(*rows, strict=True))
+    if math.isnan(loss_sum):
+        raise FloatingPointError(
+            "some outputs of the model are NaN or infinite: its weights are damaged, or the precision is too low"
+        )
+    correct1 = sum(count for (truth, prediction), count in pairs.items() if truth == prediction)
     gaps = [abs(right - conf) for right, conf in zip(correct.tolist(), confidence_sums, strict=True)]
     return Metrics(
         images=images,
@@ -102,13 +186,17 @@ def evaluate(
         ece=100 * math.fsum(gaps) / images,
         correct1=correct1,
         correct5=int(correct5),
-        per_class=dict(zip(_unique(classes), _per_class(confusion), strict=True)),
-        confusion=confusion.tolist(),
+        per_class=dict(zip(_unique(classes), _per_class(pairs, len(classes)), strict=True)),
+        pairs=dict(sorted(pairs.items())),
     )
 
 
-def _per_class(confusion: Tensor) -> list[dict[str, float | None]]:
-    columns = confusion.sum(dim=1), confusion.sum(dim=0), confusion.diagonal()
+def _per_class(pairs: Counter[tuple[int, int]], classes: int) -> list[dict[str, float | None]]:
+    columns = [0] * classes, [0] * classes, [0] * classes  # images, predictions, both
+    for (truth, prediction), count in pairs.items():
+        columns[0][truth] += count
+        columns[1][prediction] += count
+        columns[2][truth] += count * (truth == prediction)
     return [
         dict(
             images=n,
@@ -116,7 +204,7 @@ def _per_class(confusion: Tensor) -> list[dict[str, float | None]]:
             precision=100 * right / predicted if predicted else None,
             f1=200 * right / (n + predicted) if n + predicted else None,
         )
-        for n, predicted, right in zip(*(column.tolist() for column in columns), strict=True)
+        for n, predicted, right in zip(*columns, strict=True)
     ]
 
 
@@ -129,7 +217,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 def make_views(
     view: View, sizes: Sequence[int] = (), crop_ratios: Sequence[float] = ()
 ) -> dict[tuple[int, float], View]:
-    """(size, crop ratio) -> `view` with these, for each size with each crop ratio; where none is given, as in `view`.
+    """(size, crop ratio) -> `view` with these, for each size with each crop ratio; if none is given, as in `view`.
 
     A crop ratio is the centre crop's share of the resized shorter side.
     """

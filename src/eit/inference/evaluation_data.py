@@ -1,11 +1,13 @@
 """Which images weights are evaluated on, with the class numbers of the weights."""
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from eit.config import Data, data_config
 from eit.console import say
-from eit.data.datasets import AnyImages
+from eit.data.datasets import DIGITS, AnyImages
 from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, few
 from eit.weights.card import Card
@@ -43,32 +45,53 @@ def evaluation_config(
         given |= dict(root=own.get("root"), dataset=own.get("dataset"))
         if not own.get("root"):
             raise UserError("these weights do not name a data set: give --data PATH")
+        if own["root"] != DIGITS and not own.get("dataset") and not Path(str(own["root"])).expanduser().is_dir():
+            raise UserError(f"the data set that these weights name, {own['root']}, is not here: give --data PATH")
     given |= dict(val_fraction=own.get("val_fraction"), pixel_range=card.pixel_range)
     return data_config(max_pixels=max_pixels or card.max_pixels, **{k: v for k, v in given.items() if v is not None})
 
 
 def match_classes(card: Card, images: ImageSet) -> ImageSet:
-    """`images` with the model's class numbers: by name, or by order where converted weights have names of their own.
+    """`images` with the model's class numbers.
+
+    Equal lists of classes are matched by position. So are weights whose class names are guessed, with a line that says
+    so: most training loops number the folders in the order of their names. Other classes are matched by name.
 
     Raises:
-        UserError: the images have classes that the model does not know, or come in turn with other class numbers.
+        UserError: the images have classes that the model does not know, names that stand for two classes, or other
+            class numbers where they are read in turn.
     """
-    unknown = [name for name in images.classes if name not in card.classes]
-    if isinstance(images, ImageStream):
-        if images.classes == card.classes:
-            return images
-        if not unknown:
-            raise UserError(
-                f"the data have the model's classes in another order or number ({len(images.classes)} classes, the "
-                f"model {len(card.classes)}), and are read in turn, where they cannot be renumbered"
-            )
-    elif not unknown:
-        number = {name: i for i, name in enumerate(card.classes)}
-        return replace(images, classes=card.classes, labels=[number[images.classes[y]] for y in images.labels])
-    if card.recipe is None and len(images.classes) == len(card.classes):
-        say("class names differ from the model's; matched by order")
+    if images.classes == card.classes:
         return images
-    raise UserError(
-        f"the data have classes that the model does not know: {few(unknown, 5)} "
-        f"(the model's {len(card.classes)} classes: {few(card.classes, 5)})"
-    )
+    if "classes" in card.guessed:
+        if len(images.classes) != len(card.classes):
+            raise UserError(
+                f"these weights do not name their {len(card.classes)} classes, the data have {len(images.classes)}; "
+                "name them in the order of the logits: eit convert IN OUT --classes FILE"
+            )
+        say(
+            "these weights do not name their classes: matched by position, the first logit is "
+            f"{images.classes[0]!r}, the last {images.classes[-1]!r}; if that is wrong, name them in the order of the "
+            "logits: eit convert IN OUT --classes FILE"
+        )
+        return images
+    unknown = [name for name in images.classes if name not in card.classes]
+    if unknown:
+        raise UserError(
+            f"the data have classes that the model does not know: {few(unknown, 5)} (the model's {len(card.classes)} "
+            f"classes: {few(card.classes, 5)}); classes are matched by name"
+            + ("; to name them like the folders: eit convert IN OUT --classes FILE" if card.recipe is None else "")
+        )
+    if isinstance(images, ImageStream):
+        raise UserError(
+            f"the data have the model's classes in another order or number ({len(images.classes)} classes, the "
+            f"model {len(card.classes)}), and are read in turn, where they cannot be renumbered"
+        )
+    counts = Counter(card.classes), Counter(images.classes)
+    if twice := [name for name in counts[1] if max(count[name] for count in counts) > 1]:
+        raise UserError(
+            f"{few(twice)} is the name of several classes, and the lists of model and data differ: they cannot be "
+            "matched by name; give the data all classes of the model, in its order"
+        )
+    number = {name: i for i, name in enumerate(card.classes)}
+    return replace(images, classes=card.classes, labels=[number[images.classes[y]] for y in images.labels])

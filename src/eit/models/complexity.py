@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a model costs.
+    """The cost of a model.
 
     Attributes:
-        params: parameters.
+        params: number of parameters.
         macs: multiply-accumulates of all matrix products and convolutions, for one image.
-        published_macs: the paper's "FLOPs", which leave out the two attention products but count the stem's bias, the
+        published_macs: the paper's "FLOPs": without the two attention products, but with the stem's bias, the
             max-pool's inputs and 2 per LayerNorm element.
     """
 
@@ -27,7 +27,7 @@ class Complexity:
 
 
 def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
-    """Count `model` on one image. Nothing is computed or changed.
+    """Count the cost of `model` for one image, without computing anything.
 
     Args:
         model: any model that takes images (B, channels, height, width).
@@ -53,7 +53,7 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
 
     for module in twin.modules():
         module.register_forward_hook(count)
-    # The math kernel is two batched products, which the counter tells apart from the linear layers.
+    # The math kernel uses batched products, which the counter distinguishes from the linear layers.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         twin(torch.empty(1, *input_size, device="meta"))
     flops = counter.get_flop_counts()["Global"]
@@ -62,9 +62,9 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
 
 
 def training_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> int:
-    """Multiply-accumulates of a training step, for one image: forward, and by inputs and weights in the backward pass.
+    """Multiply-accumulates of a training step for one image: forward pass, gradients of inputs and of weights.
 
-    Three times `Complexity.macs`, less once the layers that read the image, whose gradient nobody needs.
+    Three times `Complexity.macs`, without the gradient of the image, which is not needed.
     """
     reading = 0
     twin = copy.deepcopy(model).to("meta").eval().requires_grad_()

@@ -1,8 +1,8 @@
 """EIT, LSRA and plain ViT as one model family (arXiv 2203.07116).
 
-They differ in the *schedule*: how many of a layer's channels go through attention, the rest going through a depthwise
-3x3 convolution (EIT-T in the paper). The stem (EIT-P) makes overlapping patches with a convolution and a max-pool.
-The paper's vision configuration of LSRA is not known: what is called LSRA here are readings of it.
+They differ in the *schedule*: how many of a layer's channels go through attention. The rest go through a depthwise 3x3
+convolution (EIT-T in the paper). The stem (EIT-P) makes overlapping patches with a convolution and a max-pool.
+The paper's configuration of LSRA for images is not known: what is called LSRA here is an interpretation.
 
 Legend of the shape comments: B batch, N tokens (class token first), C channels, H heads, D head width; h, w token grid.
 """
@@ -22,17 +22,17 @@ Schedule = str | tuple[int, ...] | list[int]
 
 
 def decreasing_conv(dim: int, depth: int, heads: int) -> list[int]:
-    """The paper's schedule: attention grows linearly with depth, the last layer is all attention."""
+    """The paper's schedule: attention grows linearly with depth, and the last layer is all attention."""
     return [int(dim // heads * (layer + 1) / depth) * heads for layer in range(depth - 1)] + [dim]
 
 
 def increasing_conv(dim: int, depth: int, heads: int) -> list[int]:
-    """The paper's schedule upside down, for ablation."""
+    """The paper's schedule in reverse order, for the ablation."""
     return decreasing_conv(dim, depth, heads)[::-1]
 
 
 def constant_half(dim: int, depth: int, heads: int) -> list[int]:
-    """LSRA, as it is read here: half of the channels in every layer, the last included."""
+    """Our interpretation of LSRA: half of the channels in every layer, including the last."""
     return [(dim // heads) // 2 * heads] * depth
 
 
@@ -57,11 +57,11 @@ def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads
         schedule: `eit`, `increasing`, `lsra` or `vit` (the keys of `SCHEDULES`), or a sequence of `depth` ints, each a
             multiple of `num_heads` in [0, embed_dim].
         embed_dim: width C.
-        depth: layers.
-        num_heads: heads of each layer.
+        depth: number of layers.
+        num_heads: number of heads of each layer.
 
     Raises:
-        ValueError: numbers that do not go together; the message names them.
+        ValueError: the numbers do not fit together; the message names them.
 
     Examples:
         >>> attention_channels("eit", embed_dim=250, depth=5, num_heads=10)
@@ -84,9 +84,13 @@ def attention_channels(schedule: Schedule, embed_dim: int, depth: int, num_heads
     return channels
 
 
-POOLS = ("token", "avg", "max", "avgmax", "")  # what the head reads; "": all tokens
-CLS_CONV = ("identity", "zero", "mean")  # what the class token has in place of the convolution
-CONV_BRANCH = ("depthwise", "gated")
+POOLS = ("token", "avg", "max", "avgmax", "")  # global_pool: what the head reads; "": all tokens
+CHOICES = dict(  # values of other arguments of EIT
+    cls_conv=("identity", "zero", "mean"),
+    conv_branch=("depthwise", "gated"),
+    stem=("conv_pool", "patch"),
+    pos_embed=("none", "learned"),
+)
 
 
 class ConvPoolStem(nn.Module):
@@ -104,7 +108,7 @@ class ConvPoolStem(nn.Module):
         self.pool = ops.MaxPool2d(pool_size)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
+        """Tokens (h, w) of an image of height x width pixels; an axis is 0 if the image is too small."""
         pad = 2 * (self.kernel_size // 2)
         h, w = (((n + pad - self.kernel_size) // self.stride + 1) // self.pool_size for n in (height, width))
         return max(h, 0), max(w, 0)
@@ -122,7 +126,7 @@ class PatchStem(nn.Module):
         self.proj = ops.PatchConv2d(in_chans, embed_dim, patch_size, patch_size, **factory_kwargs)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Tokens (h, w) of an image of height x width pixels; an axis is 0 where the image is too small."""
+        """Tokens (h, w) of an image of height x width pixels; an axis is 0 if the image is too small."""
         return height // self.pitch, width // self.pitch
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,11 +134,11 @@ class PatchStem(nn.Module):
 
 
 class ConvAttention(nn.Module):
-    """Token mixer: the first channels through a depthwise 3x3 convolution, the last through attention, concatenated.
+    """Token mixer: the first channels go through a depthwise 3x3 convolution, the last through attention.
 
-    The class token is not part of the grid. `cls_conv` says what it has in place of the convolution: its own channels
+    The class token is not on the grid. `cls_conv` sets what it gets instead of the convolution: its own channels
     (`identity`, as published), `zero`, or the `mean` of the convolved grid. The `gated` branch has linear layers around
-    the convolution, as the Lite Transformer's code has them: Linear to twice the width, GLU, convolution, Linear.
+    the convolution, as in the Lite Transformer's code: Linear to twice the width, GLU, convolution, Linear.
     """
 
     __jit_ignored_attributes__ = ("_padded",)
@@ -197,7 +201,7 @@ class ConvAttention(nn.Module):
         dropout = self.attn_drop_rate if self.training else 0.0
         if torch.jit.is_scripting():
             pass
-        else:  # which TorchScript does not compile
+        else:  # TorchScript does not compile this
             if self._padded.apply_to(x, self.qkv, self.proj):
                 return self.proj_drop(self._padded.attention(x, self.qkv, self.proj, dropout))
         # (B, N, 3*H*D) -> (3, B, H, N, D), views all the way
@@ -213,7 +217,7 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         """(B, 1+h*w, C) -> the same shape."""
-        if not hasattr(self, "conv"):  # TorchScript then leaves out the part that a layer lacks
+        if not hasattr(self, "conv"):  # hasattr lets TorchScript leave out a missing part
             x = self.attend(x)
         elif not hasattr(self, "qkv"):
             x = self.convolve(x, h, w)
@@ -281,24 +285,24 @@ class EIT(nn.Module):
         img_size: pixels, an int or (height, width). Only the learned position table depends on it.
         kernel_size: pixels, of the convolution of the `conv_pool` stem: 16 of "EIT16/4/3" in the paper's names.
         stride: pixels, of that convolution: 4 of "EIT16/4/3".
-        pool_size: of the max-pool after it, and its stride: 3 of "EIT16/4/3".
-        in_chans: image channels.
-        num_classes: logits; 0 for features.
+        pool_size: side and stride of the max-pool after it: 3 of "EIT16/4/3".
+        in_chans: number of image channels.
+        num_classes: number of logits; 0 for features.
         embed_dim: width C, a multiple of `num_heads`.
-        depth: layers.
-        num_heads: heads of each layer, which share its attention channels evenly.
+        depth: number of layers.
+        num_heads: number of heads of each layer, which share its attention channels evenly.
         schedule: attention channels of each layer, see `attention_channels`.
-        cls_conv: what the class token, which is not on the grid, has in place of each layer's convolution: `identity`
-            (its own normalised channels, as published: the same update for every image), `zero` (no update; of the
-            gated branch its last bias), or `mean` (that of the convolved grid).
-        conv_branch: `depthwise` (a 3x3 convolution alone, as published), or `gated` (Linear to twice the width, GLU,
+        cls_conv: what the class token, which is not on the grid, gets instead of each layer's convolution: `identity`
+            (its own normalised channels, as published: the same update for every image), `zero` (no update; with the
+            gated branch, the bias of its last layer), or `mean` (the mean of the convolved grid).
+        conv_branch: `depthwise` (only a 3x3 convolution, as published), or `gated` (Linear to twice the width, GLU,
             that convolution, Linear: the Lite Transformer's branch in two dimensions).
         stem: `conv_pool` (EIT-P) or `patch` (ViT).
         patch_size: pixels, of the `patch` stem.
         pos_embed: `none` (the paper), or `learned`: a table for the tokens of `img_size`, interpolated to other sizes.
         representation_size: width of an optional Linear + tanh before the head.
         global_pool: what the head reads: `token`; `avg`, `max` or `avgmax` over the grid; or "" for all tokens.
-        mlp_ratio: hidden width of the MLP by `embed_dim`.
+        mlp_ratio: hidden width of the MLP divided by `embed_dim`.
         qkv_bias: whether queries, keys and values have a bias.
         init_std: standard deviation of the linear layers' initial values.
         drop_rate: dropout before the head.
@@ -310,10 +314,10 @@ class EIT(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: arguments that do not make a model; the message names the argument.
+        ValueError: the arguments do not make a valid model; the message names the argument.
     """
 
-    card: Any  # set by `eit.load`: what the weights say about classes and preprocessing
+    card: Any  # set by `eit.load`: classes and preprocessing of the weights
     __jit_ignored_attributes__ = ("card",)
 
     def __init__(
@@ -348,14 +352,10 @@ class EIT(nn.Module):
     ) -> None:
         super().__init__()
         factory_kwargs: dict[str, Any] = dict(device=device, dtype=dtype)
-        if cls_conv not in CLS_CONV:
-            raise ValueError(f"cls_conv={cls_conv!r} is not one of {', '.join(CLS_CONV)}")
-        if conv_branch not in CONV_BRANCH:
-            raise ValueError(f"conv_branch={conv_branch!r} is not one of {', '.join(CONV_BRANCH)}")
-        if stem not in ("conv_pool", "patch"):
-            raise ValueError(f"stem={stem!r} is not one of conv_pool, patch")
-        if pos_embed not in ("none", "learned"):
-            raise ValueError(f"pos_embed={pos_embed!r} is not one of none, learned")
+        given = dict(cls_conv=cls_conv, conv_branch=conv_branch, stem=stem, pos_embed=pos_embed)
+        for name, value in given.items():
+            if value not in CHOICES[name]:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(CHOICES[name])}")
         if global_pool not in POOLS:
             raise ValueError(_unknown_pool(global_pool))
         sizes = dict(
@@ -468,7 +468,7 @@ class EIT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) -> logits (B, num_classes), features (B, C) where that is 0."""
+        """Images (B, in_chans, height, width) -> logits (B, num_classes), or features (B, C) if num_classes is 0."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -486,17 +486,17 @@ class EIT(nn.Module):
         Args:
             x: images (B, in_chans, height, width).
             indices: the last n blocks, a list of blocks (negative from the end), or None for all.
-            return_prefix_tokens: give (map, class token (B, 1, C)) pairs.
+            return_prefix_tokens: return pairs (map, class token (B, 1, C)).
             norm: apply the final norm to each output.
-            stop_early: leave out the blocks after the last one wanted.
+            stop_early: do not run the blocks after the last chosen one.
             output_fmt: `NCHW` (B, C, h, w) or `NLC` (B, h*w, C).
-            intermediates_only: leave out the final features.
+            intermediates_only: do not return the final features.
 
         Returns:
             (final normalised tokens (B, 1+h*w, C), list of outputs), or the list alone.
 
         Raises:
-            ValueError: an unknown `output_fmt`, or a block that is not there.
+            ValueError: an unknown `output_fmt`, or a block that does not exist.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NLC")
@@ -520,13 +520,13 @@ class EIT(nn.Module):
             indices = depth
         given = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
         if not given or any(not -depth <= i < depth for i in given):
-            raise ValueError(f"indices={indices} go beyond the {depth} blocks")
+            raise ValueError(f"indices={indices}: the model has only {depth} blocks")
         return [i % depth for i in given]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the outputs of blocks `indices`, as in `forward_intermediates`, do not need; returns them."""
+        """Remove what outputs of blocks `indices`, as in `forward_intermediates`, do not need; return the indices."""
         wanted = self._chosen_blocks(indices)
         self.blocks = self.blocks[: max(wanted) + 1]
         if prune_norm:
@@ -542,15 +542,15 @@ class EIT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, with new initial values, for another number of classes.
+        """Replace the head by a new one with initial values.
 
         Args:
-            num_classes: logits; 0 removes the head.
-            global_pool: another pooling, as of the model; None keeps it.
+            num_classes: number of logits; 0 removes the head.
+            global_pool: another pooling, as for the model; None keeps it.
         """
         if global_pool is not None:
             if global_pool not in POOLS:
-                raise AssertionError(_unknown_pool(global_pool))  # the kind that timm asks for here
+                raise AssertionError(_unknown_pool(global_pool))  # timm expects this type
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = self.cls_token
@@ -561,13 +561,13 @@ class EIT(nn.Module):
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Declare another usual size of the images: pixels, an int or (height, width).
+        """Set the usual size of the images: pixels, an int or (height, width).
 
-        Any size is taken without this. What changes is the size in `model_args` of timm's exports, and a learned
-        position table, which is interpolated once instead of at each step.
+        Other sizes work without this. It changes the size in `model_args` of timm's exports, and it interpolates a
+        learned position table once instead of in each step.
 
         Raises:
-            ValueError: the stem makes no token of so few pixels.
+            ValueError: the images are too small for the stem.
         """
         size, grid = self._size_and_grid(img_size)
         if self.pos_embed is not None and grid != self.grid_size:
@@ -581,12 +581,12 @@ class EIT(nn.Module):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         grid = self.patch_embed.grid_size(height, width)
         if 0 in grid:
-            raise ValueError(f"img_size={img_size} is smaller than the stem needs: it makes no token")
+            raise ValueError(f"img_size={img_size} is too small: the stem makes no token")
         return (height, width), grid
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizer factory must not decay, beside all of one axis."""
+        """Parameters that timm's optimizer factory must not decay, besides those with one axis."""
         return {"cls_token", "pos_embed"}
 
     @torch.jit.ignore
@@ -601,10 +601,10 @@ class EIT(nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: EIT) -> dict[str, Tensor]:
-    """Weights from elsewhere -> names and shapes of `model`, by timm's conventions.
+    """Convert weights to the names and shapes of `model`, by timm's conventions.
 
-    Names may be the published ones, or those of DistributedDataParallel and torch.compile. A square position table of
-    another resolution is interpolated; what does not fit is left for `load_state_dict` to name.
+    The names may be the published ones, or those of DistributedDataParallel and torch.compile. A square position table
+    of another resolution is interpolated. Other mismatches are left to `load_state_dict`, which names them.
     """
     state = our_names(state_dict)
     table, wanted = state.get("pos_embed"), model.pos_embed
@@ -616,7 +616,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: EIT) -> dict[s
 
 
 def our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published parameter names, and those of DDP and torch.compile, -> ours (timm's where the part is the same)."""
+    """Published parameter names, and those of DDP and torch.compile -> ours, which are timm's for the same parts."""
     renames = [(".eit_p.conv.", ".proj."), (".eit_t.conv1.", ".attn.conv.")]
     named = {}
     for name, tensor in state_dict.items():

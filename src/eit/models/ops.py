@@ -1,8 +1,8 @@
 """Layers of PyTorch, with the same parameters and results, computed faster on a CPU with AVX-512 or on a GPU.
 
-docs/performance.md has what each is worth. Elsewhere, and in scripted and exported programs, they are the plain
-operators; so are those of AVX-512 in compiled ones: Inductor cannot lay out these views once height and width are
-symbols. Tracers of torch.fx take each function as one operator, for they know neither the device nor the width.
+docs/performance.md has the gain of each. On other devices, and in scripted and exported programs, PyTorch's operators
+run. In compiled programs they replace those for AVX-512, because Inductor cannot lay out these views if height and
+width are symbols. torch.fx traces each function as one operator, because it knows neither the device nor the width.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-NARROW = 16  # channels of a head: the fused attention takes longer over fewer than over just these
-MANY = 64  # tokens: over fewer, padding takes longer than it saves
+NARROW = 16  # channels of a head: with fewer, fused attention takes longer than with 16
+MANY = 64  # tokens: with fewer, padding takes longer than it saves
 CACHE = 1 << 22  # bytes of attention weights
-WIDTH = 8  # flash attention wants head widths that are multiples of it, else a slower kernel runs
+WIDTH = 8  # flash attention needs head widths that are multiples of 8; otherwise a slower kernel runs
 PAD_HEADS_ON = {"cuda"}  # kinds of device
 FOLD_STRIDES_ON: set[str] = set()  # of the stem, besides CPUs with AVX-512: not yet measured on a GPU
 
@@ -34,14 +34,14 @@ class Linear(nn.Linear):
 
 @torch.fx.wrap
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` as a convolution of one pixel.
+    """`F.linear` as a 1x1 convolution.
 
     PyTorch gives float32 matrix products to MKL, which leaves AVX-512 unused on AMD, and convolutions to oneDNN.
     """
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
-    else:  # which TorchScript does not compile
-        if not _on_avx512(x) or type(weight) not in (Tensor, nn.Parameter):  # a quantised one has its own product
+    else:  # TorchScript does not compile this
+        if not _on_avx512(x) or type(weight) not in (Tensor, nn.Parameter):  # quantised weights have their own product
             return F.linear(x, weight, bias)
         image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
         image = F.conv2d(image, weight[:, :, None, None], bias)  # (1, out_features, 1, pixels)
@@ -57,9 +57,9 @@ class PatchConv2d(nn.Conv2d):
 
 @torch.fx.wrap
 def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """`F.conv2d`, where the stride divides the kernel with each stride x stride square as the channels of one pixel.
+    """`F.conv2d`; if the stride divides the kernel, each stride x stride square becomes the channels of one pixel.
 
-    A kernel of 16 and stride 4 over 3 channels is then one of 4 and stride 1 over 48, which fill the registers.
+    A kernel of 16 with stride 4 over 3 channels is then a kernel of 4 with stride 1 over 48, which fill the registers.
     """
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, bias, stride, padding)
@@ -88,7 +88,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 @torch.fx.wrap
 def max_pool(x: Tensor, size: int) -> Tensor:
-    """`F.max_pool2d` with stride `size`, which keeps where the maxima were for the backward pass, and not its input."""
+    """`F.max_pool2d` with stride `size`; for the backward pass it keeps the positions of the maxima, not its input."""
     if torch.jit.is_scripting():
         return F.max_pool2d(x, size, size)
     else:
@@ -103,7 +103,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         pooled, places = F.max_pool2d(x, size, size, return_indices=True)
-        return pooled, places.int()  # half of what they come in
+        return pooled, places.int()  # half of the memory
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
@@ -115,7 +115,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        b, c, h, w = ctx.shape  # the operator reads shape and format of its input alone
+        b, c, h, w = ctx.shape  # the operator reads only shape and format of its input
         x = gradient.new_empty(b, h, w, c).permute(0, 3, 1, 2) if ctx.channels_last else gradient.new_empty(ctx.shape)
         square, zero, one = [ctx.size] * 2, [0, 0], [1, 1]
         operator = torch.ops.aten.max_pool2d_with_indices_backward
@@ -140,7 +140,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Matrix products with a softmax between, for as many images at a time as leave the weights in the cache."""
+    """Matrix products with a softmax between, for as many images at a time as fit into the cache."""
     of_one = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
     images = max(CACHE // of_one, 1)
     pieces = []
@@ -155,11 +155,11 @@ def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Ten
 
 
 class PaddedHeads:
-    """Attention by a `qkv` and a `proj` layer whose weights get zeros, for wider heads: exactly the same result.
+    """Attention with `qkv` and `proj` weights padded with zeros, for wider heads: exactly the same result.
 
-    Unlike padding of queries, keys and values this costs nothing per token. In evaluation the padded weights are kept
-    until the layers' own change. A change shows in the weights' version, or else comes after a step that recorded
-    gradients or a change of mode: torch's fused optimizers raise no version.
+    Unlike padded queries, keys and values, this costs nothing per token. In evaluation the padded weights are kept
+    until the layers' weights change. A change shows in the version of the weights. torch's fused optimizers do not
+    change the version, so the padded weights are also dropped after recording gradients and after a change of mode.
     """
 
     def __init__(self, heads: int, width: int) -> None:
@@ -167,7 +167,7 @@ class PaddedHeads:
         self._kept: tuple[Any, ...] = ()
 
     def apply_to(self, x: Any, qkv: nn.Module, proj: nn.Module) -> bool:
-        """Whether heads are padded for this input: not in programs that are traced, nor around layers with hooks."""
+        """Whether to pad heads for this input: not in traced programs, and not if the layers have hooks."""
         if self.padded == self.width or isinstance(x, torch.fx.Proxy) or x.device.type not in PAD_HEADS_ON:
             return False
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
@@ -202,11 +202,11 @@ class PaddedHeads:
         if not kept or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 padded = tuple(None if p is None else p.to(dtype) for p in self._pad(qkv.weight, qkv.bias, proj.weight))
-            kept = self._kept = state, padded, own  # while they are held, their ids stay theirs
+            kept = self._kept = state, padded, own  # holding them keeps their ids valid
         return kept[1]
 
     def forget(self) -> None:
-        """Keep no padded weights."""
+        """Drop the padded weights."""
         self._kept = ()
 
     def _pad(self, weight: Tensor, bias: Tensor | None, proj: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, register_model
 
 import eit.models.eit  # no `from` import: this module may be imported while that one waits for timm
 from eit.errors import UserError, first_line, nearest
+from eit.hub_access import hub_reason, prepare_hub
 from eit.plots import Point
 
 AUTHORS_CODE = "https://github.com/MrHaiPi/EIT"
@@ -27,7 +28,7 @@ class Variant:
     depth: int
     num_heads: int
     published_params: float  # millions
-    gmacs: float  # with the attention products, as usual; tests/claims/test_cost.py counts them
+    gmacs: float  # with the attention products, as tests/claims/test_cost.py counts them
     published_gmacs: float  # what the paper calls FLOPs
     published_top1: float
     published_top5: float
@@ -47,8 +48,8 @@ VARIANTS = {
 
 _EIT = dict(schedule="eit", cls_conv="identity", conv_branch="depthwise", stem="conv_pool", pos_embed="none")
 
-# The paper's vision configuration of LSRA is not known. `lsra` and `lite` are two readings. `lsra`: half the channels
-# in each layer, and no channel bypasses the mixer. `lite`: the branch and the positions of the Lite Transformer's code.
+# The paper's configuration of LSRA for images is not known. `lsra` and `lite` are two interpretations. `lsra`: half of
+# the channels in each layer, none bypasses the mixer. `lite`: branch and positions of the Lite Transformer's code.
 FAMILIES: dict[str, dict[str, str]] = {
     "eit": _EIT,
     "eit_plus": _EIT | dict(cls_conv="zero"),  # better than published, at no cost
@@ -127,8 +128,8 @@ def create_model(name: str, family: str | None = None, **arguments: Any) -> "eit
         A model in training mode that takes images (B, in_chans, height, width) and returns logits (B, num_classes).
 
     Raises:
-        UserError: an unknown name, family or argument, a family that contradicts an eit_plus name, or values that
-            make no valid model.
+        UserError: an unknown name, family or argument, a family that contradicts an eit_plus name, or values that do
+            not make a valid model.
 
     Examples:
         >>> create_model("eit_mini", num_classes=10, family="lsra").attn_channels
@@ -172,28 +173,31 @@ def _create_timm_model(name: str, img_size: int | None = None, **arguments: Any)
     plain = name.removeprefix(TIMM)
     if img_size is not None and getattr(timm.get_pretrained_cfg(plain), "fixed_input_size", False):
         arguments["img_size"] = img_size
+    is_download = bool(arguments.get("pretrained"))
+    if is_download:
+        prepare_hub()
     try:
         return timm.create_model(plain, **arguments)
     except Exception as error:  # each architecture raises its own errors, and so do downloads
-        hint = "; weights can be given as a file" if arguments.get("pretrained") else ""
-        raise UserError(f"{name}: {first_line(error)}{hint}") from None
+        reason = hub_reason(error) if is_download else first_line(error)
+        raise UserError(f"{name}: {reason}{'; weights can be given as a file' if is_download else ''}") from None
 
 
 def check_size(model: Any, size: int, own: int, name: str) -> None:
-    """Raise a UserError if `model`, made for inputs of `own` pixels, does not take images of `size` pixels."""
+    """Raise a UserError if `model`, made for inputs of `own` pixels, does not accept images of `size` pixels."""
     if isinstance(model, eit.models.eit.EIT):
         stem = model.patch_embed
         if 0 in stem.grid_size(size, size):
             least = next(n for n in range(size, 1 << 20) if 0 not in stem.grid_size(n, n))
-            raise UserError(f"--size {size}: {name} makes no token of so few pixels; the smallest size is {least}")
+            raise UserError(f"--size {size} is too small for {name}: the smallest size is {least}")
     elif size != own and (
         hasattr(model, "image_size") or getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
     ):  # torchvision's ViT, timm's
-        raise UserError(f"--size {size}: {name} takes only {own} pixels")
+        raise UserError(f"--size {size}: {name} accepts only {own} pixels")
 
 
 def head_names(model: Any) -> tuple[str, ...]:
-    """Names of the classifier's modules. A model that was made outside the registry has no configuration."""
+    """Names of the classifier's modules; `head` for a model without timm's configuration."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -269,9 +273,9 @@ def eit_plus_large(pretrained: bool = False, **arguments: Any) -> "eit.models.ei
 
 @register_model
 def resnet24_small(num_classes: int = 1000, in_chans: int = 3, pretrained: bool = False, **of_timm: Any) -> Any:
-    """torchvision's ResNet with 2, 3, 3, 3 basic blocks and a stem for small images: a peer of EIT (eit reproduce).
+    """torchvision's ResNet with 2, 3, 3, 3 basic blocks and a stem for small images, for eit reproduce.
 
-    Of its 17.4 M parameters (10 classes) EIT's 3.08 M at 32x32 are 17.7%, the paper's ratio to its ResNet.
+    It has 17.4 M parameters with 10 classes. EIT's 3.08 M at 32x32 are 17.7% of them, the paper's ratio to its ResNet.
     """
     from torchvision.models.resnet import BasicBlock, ResNet
 

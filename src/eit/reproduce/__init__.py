@@ -1,1 +1,1 @@
-"""The paper's claims as experiments: files of experiments (experiment.py), runs (runs.py), and weighed (verdict.py)."""
+"""The paper's claims as experiments: read (experiment.py), trained and measured (runs.py), judged (verdict.py)."""

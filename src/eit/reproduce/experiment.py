@@ -1,4 +1,4 @@
-"""Experiments as data: experiments/*.yaml say what is trained, what is measured of it, and what is claimed."""
+"""Experiments as data: experiments/*.yaml list what is trained, what is measured, and what is claimed."""
 
 import itertools
 import re
@@ -10,25 +10,28 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_recipe, parse_yaml
+from eit.config import Count, NotNegative, Recipe, Section, load_recipe, parse_overrides, parse_recipe, parse_yaml
 from eit.errors import UserError, nearest
+from eit.files import expand_path, read_text
+from eit.plain_yaml import KeysOf
 
-LAYERS = ("share", "share_with_dc", "diversity", "distance", "entropy", "class_token")  # one value per layer
-EXACT = ("params", "macs", "published_macs")  # counted
-RUN = (*EXACT, "last_top1", "best_top1", "last_top5", "seconds")
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a folder, or of a part of it
+LAYER_METRICS = ("share", "share_with_dc", "diversity", "distance", "entropy", "class_token")  # one value per layer
+COUNTED = ("params", "macs", "published_macs")  # metrics without a spread over seeds
+RUN_METRICS = (*COUNTED, "last_top1", "best_top1", "last_top5", "seconds")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # a folder name, or a part of one
 ORDER = ["small_data", "ablation", "pooling", "frequency", "diversity", "imagenet"]
 
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+Settings = Annotated[dict[str, Any], KeysOf(Recipe)]
 
 
 class Level(Section):
-    """One value of an axis: another recipe to begin with, what it sets, and how many processes its batch is for."""
+    """One value of an axis: what it sets in the recipe, another base recipe, the number of processes of its batch."""
 
     recipe: str | None = None
     processes: Count | None = None
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: Settings = Field(default_factory=dict)
 
 
 class Budget(Section):
@@ -36,54 +39,55 @@ class Budget(Section):
 
     cost: str
     levels: dict[str, list[str]] = Field(default_factory=dict)
-    """of each axis; all of one that is not named"""
-    set: dict[str, Any] = Field(default_factory=dict)
-    """for every run"""
-    adjust: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """for the runs of a level, after what the level itself sets"""
+    """axis -> its levels in this budget; default: all of them"""
+    set: Settings = Field(default_factory=dict)
+    """recipe keys of every run"""
+    adjust: dict[str, Settings] = Field(default_factory=dict)
+    """level -> recipe keys of its runs, set after those of the level itself"""
 
 
 class Measure(Section):
-    """What is measured of each trained model beside its accuracy."""
+    """What is measured of each trained model besides its accuracy."""
 
     analysis: Count | None = None
-    """of so many validation images: high-frequency shares and head diversity, trained and at initial values"""
+    """number of validation images for high-frequency shares and head diversity, trained and at initial values"""
     sizes: tuple[Count, ...] = ()
-    """percent of the training size: top-1 there too"""
+    """image sizes in percent of the training size; top-1 is measured at each"""
 
     def has(self, metric: str) -> bool:
-        """Whether `eit.reproduce.runs.Result.value` knows it."""
+        """Whether `eit.reproduce.runs.Result.value` has the metric."""
         kind, _, rest = metric.partition(".")
         if kind in ("trained", "initial", "gain"):
-            return bool(self.analysis) and rest in LAYERS
+            return bool(self.analysis) and rest in LAYER_METRICS
         if kind in ("size", "kept"):
             return rest in map(str, self.sizes)
-        return metric in RUN
+        return metric in RUN_METRICS
 
 
 class Claim(Section):
-    """That `metric` is higher at one level of `axis` than at another, or equal within a margin, or reaches a value."""
+    """`metric` is higher at one level of `axis` than at another, or equal within a margin, or reaches given values."""
 
     says: str
     code: str
-    """the file of this package, and the name in it"""
+    """the file of this package that the claim is about, and the name in it"""
     paper: str = ""
-    """the versions of the paper that say so; none: ours"""
+    """the versions of the paper that make the claim; empty: ours"""
     primary: bool = False
-    """one of at most six that are corrected together; the others are exploratory"""
+    """one of at most six claims that are corrected together; the others are exploratory"""
     metric: str
     """see `eit.reproduce.runs.Result.value`"""
     axis: str
     rises: Pair | None = None
-    """lower and higher level"""
+    """the lower and the higher level"""
     equal: Pair | None = None
     """two levels that differ by less than `within`"""
     reaches: dict[str, float] | None = None
+    """level -> the value to reach"""
     within: NotNegative = 0.0
-    """the margin of `equal`; what may be missing of values to reach"""
+    """the margin of `equal`, or the allowed shortfall of `reaches`"""
 
     @model_validator(mode="after")
-    def _one(self) -> "Claim":
+    def _has_one_kind(self) -> "Claim":
         if sum(kind is not None for kind in (self.rises, self.equal, self.reaches)) != 1:
             raise ValueError("a claim has one of rises, equal and reaches")
         if (self.equal and not self.within) or (self.rises and self.within):
@@ -92,7 +96,7 @@ class Claim(Section):
 
     @property
     def levels(self) -> list[str]:
-        """Of the axis, that it speaks of; of two, the lower one first."""
+        """The levels that are compared, the lower one first."""
         return list(self.rises or self.equal or self.reaches or ())
 
 
@@ -101,7 +105,7 @@ class Experiment(Section):
     shows: str
     refuted: str
     of: str | None = None
-    """another experiment, whose runs it looks at"""
+    """another experiment, whose runs are used"""
     control: str | None = None
     """the level that Dunnett's test compares the others with"""
     recipe: str = "cifar10"
@@ -111,13 +115,13 @@ class Experiment(Section):
     claims: dict[str, Claim] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _together(self) -> "Experiment":
+    def _is_consistent(self) -> "Experiment":
         names = [self.name, *self.budgets, *(level for levels in self.axes.values() for level in levels)]
         if wrong := [name for name in names if not NAME.fullmatch(name)]:
-            raise ValueError(f"{wrong[0]!r} is no name: letters, digits and _ . + - make one")
+            raise ValueError(f"{wrong[0]!r} is not a name: use letters, digits and _ . + -")
         set_by = [*(budget.set for budget in self.budgets.values()), *(level.set for level in self.levels)]
         if any("out" in values for values in set_by):
-            raise ValueError("out is not to be set: --results says where runs are")
+            raise ValueError("out cannot be set: --results names the folder of the runs")
         if bare := [axis for axis, levels in self.axes.items() if not levels]:
             raise ValueError(f"axes.{bare[0]} has no levels")
         for budget in self.budgets.values():
@@ -125,28 +129,28 @@ class Experiment(Section):
                 if not levels:
                     raise ValueError(f"a budget has no levels of {axis}")
                 if unknown := set(levels) - set(self.axes.get(axis, ())):
-                    raise ValueError(f"a budget names {axis}={min(unknown)}, which the axes do not have")
+                    raise ValueError(f"a budget names {axis}={min(unknown)}, which is not a level of the axes")
             if unknown := set(budget.adjust) - {level for levels in self.axes.values() for level in levels}:
-                raise ValueError(f"a budget adjusts {min(unknown)}, which the axes do not have")
+                raise ValueError(f"a budget adjusts {min(unknown)}, which is not a level of the axes")
         return self
 
     @property
     def levels(self) -> list[Level]:
-        """Of all axes."""
+        """The levels of all axes."""
         return [level for levels in self.axes.values() for level in levels.values()]
 
     @property
     def runs(self) -> "Experiment":
-        """The experiment whose runs these are."""
+        """The experiment whose runs are used: this one, or the one in `of`."""
         return read(self.of) if self.of else self
 
     def check(self) -> None:
-        """Raise a ValueError where it has no runs, or a claim speaks of what they do not have."""
+        """Raise a ValueError if there are no runs, or if a claim needs a level or a metric that they do not have."""
         if self.of and not self.claims:
-            raise ValueError("claims are needed of runs of another experiment")
+            raise ValueError("claims are needed, because `of` names another experiment's runs")
         runs = self.runs
         if runs.of or not runs.axes or not runs.budgets:
-            raise ValueError("axes and budgets are needed, or of: an experiment that has them")
+            raise ValueError("axes and budgets are needed, or `of`: the name of an experiment that has them")
         for budget in runs.budgets:
             cells = [cell.name for cell in runs.cells(budget)]
             if twice := [cell for cell in cells if cells.count(cell) > 1]:
@@ -163,18 +167,15 @@ class Experiment(Section):
 
     @property
     def default_budget(self) -> str:
-        """`short`, or the first where it has none of this name."""
+        """`short`, or the first budget if there is no `short`."""
         budgets = self.runs.budgets
         return "short" if "short" in budgets else next(iter(budgets))
 
     def budget(self, name: str) -> Budget:
-        """
-        Raises:
-            UserError: it has no such budget.
-        """
+        """The budget `name`; raises a UserError if there is none."""
         budgets = self.runs.budgets
         if name not in budgets:
-            raise UserError(f"--budget {name}: {self.name} has {', '.join(budgets)}")
+            raise UserError(f"--budget {name}: the budgets of {self.name} are {', '.join(budgets)}")
         return budgets[name]
 
     def cells(self, budget: str) -> list["Cell"]:
@@ -202,26 +203,26 @@ class Cell:
     experiment: str
     budget: str
     levels: dict[str, str]  # of each axis
-    base: str  # the recipe that it begins with
-    values: dict[str, Any]  # of the recipe
-    processes: int = 1  # that its batch size is for
+    base: str  # name of the base recipe
+    values: dict[str, Any]  # of all keys of the recipe
+    processes: int = 1  # that the batch size is for
 
     @property
     def name(self) -> str:
-        """Of its folder: cifar10-eit-seed-0."""
+        """The name of the run folder: cifar10-eit-seed-0."""
         return "-".join(f"{axis}-{level}" if level.isdigit() else level for axis, level in self.levels.items())
 
     def folder(self, results: Path) -> Path:
-        """Where its run folder is."""
+        """The run folder."""
         return results / self.experiment / self.budget / self.name
 
     def recipe(self, results: Path, roots: Mapping[str, str], processes: int | None = None) -> Recipe:
-        """Checked, with its run folder, and the data in `roots` (by name) instead of where the experiment has them.
+        """The recipe of the run, with `out` set and `data.root` from `roots` (data set -> folder), if it is there.
 
-        On another number of processes than it is for, the batch is cut so that the global one stays.
+        On another number of processes, the batch per process is changed so that the global batch stays the same.
 
         Raises:
-            UserError: as `eit.config.parse_recipe`; a batch that cannot be cut so.
+            UserError: as `eit.config.parse_recipe`, or the global batch cannot be divided among the processes.
         """
         recipe = parse_recipe(merged(self.values, dict(out=str(self.folder(results)))))
         world = processes or self.processes
@@ -231,7 +232,7 @@ class Cell:
         elif images * micros % world == 0:
             images, micros = images * micros // world, 1
         else:
-            raise UserError(f"{self.name}: a global batch of {images * micros} is no multiple of {world} processes")
+            raise UserError(f"{self.name}: the global batch {images * micros} is not a multiple of {world} processes")
         data = dict(batch_size=images) | (dict(root=roots[self.data]) if self.data in roots else {})
         return recipe.model_copy(
             update=dict(
@@ -242,7 +243,7 @@ class Cell:
 
     @property
     def global_batch(self) -> int:
-        """Images a step, of all processes."""
+        """Images per step of all processes."""
         recipe = self.recipe(Path(), {})
         return recipe.data.batch_size * recipe.train.accumulate * self.processes
 
@@ -253,7 +254,7 @@ class Cell:
 
 
 def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with those of `more`, section by section."""
+    """`values` updated by `more`, section by section."""
     result = dict(values)
     for key, value in more.items():
         old = result.get(key)
@@ -262,16 +263,16 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 
 def experiment_names() -> list[str]:
-    """The experiments that ship."""
+    """Names of the included experiments."""
     names = {p.name.removesuffix(".yaml") for p in resources.files("eit.reproduce.experiments").iterdir()}
     return [name for name in ORDER if name in names] + sorted(names.difference(ORDER))
 
 
 def load(name: str) -> Experiment:
-    """An experiment that ships, or one of your own: PATH.yaml.
+    """An included experiment, or PATH.yaml.
 
     Raises:
-        UserError: there is none, or it is no experiment, in one line.
+        UserError: an unknown name, or a file that is not a valid experiment.
     """
     experiment = read(name)
     try:
@@ -279,43 +280,38 @@ def load(name: str) -> Experiment:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{name} is no experiment: {error}") from None
+        raise UserError(f"{name} is not a valid experiment: {error}") from None
     return experiment
 
 
 def read(name: str) -> Experiment:
-    """As `load`, without a look at what it says of runs that may be another's."""
+    """As `load`, without the checks that need the runs, which may belong to another experiment."""
     if name in experiment_names():
         text = resources.files("eit.reproduce.experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     elif name.endswith((".yaml", ".yml")):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {name}: {error}") from None
+        text = read_text(expand_path(name), "experiment")
     else:
         known = ", ".join(experiment_names())
         raise UserError(
             f"unknown experiment {name!r}{nearest(name, experiment_names())} (known: {known}, or a PATH.yaml)"
         )
-    values = parse_yaml(text, name, "an experiment: axes:, budgets: and claims:")
+    values = parse_yaml(text, name, Experiment, "an experiment: axes:, budgets: and claims:")
     axes = values.get("axes")
     for axis, levels in axes.items() if isinstance(axes, dict) else ():
         if isinstance(levels, list):  # of a key of the recipe: seed: [0, 1, 2]
-            values["axes"][axis] = {str(level): dict(set={axis: level}) for level in levels}
+            values["axes"][axis] = {str(level): dict(set=parse_overrides([f"{axis}={level}"])) for level in levels}
     try:
         experiment = Experiment.model_validate(dict(name=Path(name).stem) | values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{name} is no experiment: {f'{where}: ' if where else ''}{message}") from None
+        raise UserError(f"{name} is not a valid experiment: {f'{where}: ' if where else ''}{message}") from None
     if experiment.name != name and experiment.name in experiment_names():
-        raise UserError(
-            f"{name}: an experiment called {experiment.name} ships with the package: give yours another name"
-        )
+        raise UserError(f"{name}: {experiment.name} is the name of an included experiment: give yours another name")
     return experiment
 
 
-def names_of(cells: Iterable[Cell], axis: str) -> list[str]:
-    """The levels of an axis, in their order."""
+def level_names(cells: Iterable[Cell], axis: str) -> list[str]:
+    """The levels of an axis, in order."""
     return list(dict.fromkeys(cell.levels[axis] for cell in cells))

@@ -1,4 +1,4 @@
-"""The runs of an experiment: trained one after the other, measured, and read again from their folders."""
+"""The runs of an experiment: train and measure them one after the other, read their results, repeat a run."""
 
 import json
 import shutil
@@ -33,16 +33,16 @@ from eit.training.trainer import train
 from eit.weights.load import load
 
 MEASURED, WEIGHTS = "measured.json", "final.safetensors"
-BATCH = 64  # of what is measured
+BATCH = 64  # images per batch when measuring
 
 
-class File(BaseModel):
-    """Of a finished run; what tables are made of is checked."""
+class RunFile(BaseModel):
+    """A file of a finished run. The values that tables need are checked."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class Summary(File):
+class Summary(RunFile):
     params: int
     last_top1: FiniteFloat
     last_top5: FiniteFloat
@@ -51,7 +51,7 @@ class Summary(File):
     seconds: FiniteFloat
 
 
-class Measurements(File):
+class Measurements(RunFile):
     macs: int
     published_macs: int
     size: dict[str, FiniteFloat] = {}
@@ -59,7 +59,7 @@ class Measurements(File):
     initial: dict[str, list[FiniteFloat] | FiniteFloat | str] = {}
 
 
-class Environment(File):
+class Environment(RunFile):
     world_size: int
     threads: int
     device: str
@@ -67,23 +67,25 @@ class Environment(File):
     commit: str | None
 
 
-FILES: dict[str, type[File]] = {"summary.json": Summary, MEASURED: Measurements, "environment.json": Environment}
+FILES: dict[str, type[RunFile]] = {"summary.json": Summary, MEASURED: Measurements, "environment.json": Environment}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run."""
+    """A finished run, and the contents of its summary.json, measured.json and environment.json."""
 
     cell: Cell
-    summary: dict[str, Any]  # of the run
-    measured: dict[str, Any]  # beside its accuracy
-    environment: dict[str, Any]  # of its training
+    summary: dict[str, Any]
+    measured: dict[str, Any]
+    environment: dict[str, Any]
 
     def value(self, metric: str) -> float | None:
-        """`last_top1` and the like of summary.json, or a path in measured.json: trained.share, size.150. Lists: mean.
+        """A metric; None if it was not measured.
 
-        `gain.X` is trained.X less initial.X, `kept.X` size.X less last_top1, to the four decimals of a percentage that
-        measured.json has. None where it was not measured.
+        Args:
+            metric: a key of summary.json, such as `last_top1`, or a path in measured.json, such as `trained.share` or
+                `size.150`; of a list, the mean. `gain.X` is trained.X minus initial.X. `kept.X` is size.X minus
+                last_top1, both rounded to the four decimals that measured.json has.
         """
         kind, _, rest = metric.partition(".")
         pair = dict(gain=(f"trained.{rest}", f"initial.{rest}"), kept=(f"size.{rest}", "last_top1")).get(kind)
@@ -99,10 +101,10 @@ class Result:
 
 
 def read_result(cell: Cell, results: Path) -> Result | None:
-    """What is known of a run, from its folder alone; None where it is not finished.
+    """The result of a run, read from its folder; None if the run is not finished.
 
     Raises:
-        UserError: the folder holds a run of another recipe (an experiment was changed since), or is damaged.
+        UserError: the folder has a run of another recipe (the experiment was changed since), or is damaged.
     """
     folder = cell.folder(results)
     if (recipe := recorded_recipe(cell, folder)) is None:
@@ -117,16 +119,19 @@ def read_result(cell: Cell, results: Path) -> Result | None:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{folder / name} is damaged: {where or 'all of it'}: {first['msg']}") from None
+            raise UserError(f"{folder / name} is damaged: {where or 'the whole file'}: {first['msg']}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / name} is damaged: {error}") from None
     result = Result(cell, *files.values())
     log, summary = read_log(folder), result.summary
     if len(log) != summary["epochs"] or log[-1].get("val_top1") != summary["last_top1"]:
-        raise UserError(f"{folder / 'log.jsonl'} is not of {summary['epochs']} epochs to {summary['last_top1']}%")
+        raise UserError(
+            f"{folder / 'log.jsonl'} does not match summary.json: {summary['epochs']} epochs that end with top-1 "
+            f"{summary['last_top1']}% are expected"
+        )
     images = recipe.data.batch_size * recipe.train.accumulate * result.environment["world_size"]
     if images != (planned := cell.global_batch):
-        raise UserError(f"{folder} holds a run of a global batch of {images}, not {planned}: give another --results")
+        raise UserError(f"{folder} has a run with the global batch {images}, not {planned}: give another --results")
     return result
 
 
@@ -137,20 +142,21 @@ def read_results(experiment: Experiment, budget: str, results: Path) -> list[Res
 
 
 def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[str, str]) -> list[str]:
-    """Train and measure what is not done yet. A stopped run is continued; a folder of another recipe is refused.
+    """Train and measure the runs that are not finished. A stopped run is resumed.
 
     Returns:
-        The runs that ended because their loss or its gradient was not finite, which does not keep the others waiting.
+        Names of the runs that ended with a non-finite loss or gradient. They do not stop the others.
 
     Raises:
-        UserError: missing data, before anything is trained; as `eit.training.trainer.train`.
-        Stopped: as `eit.training.trainer.train`; the same command goes on.
+        UserError: missing data (before anything is trained), a folder with another recipe, and those of
+            `eit.training.trainer.train`.
+        Stopped: as `eit.training.trainer.train`.
     """
     device = distributed.start(cells[0].values["train"]["device"])
     recipes = [resolve_architecture(cell.recipe(results, roots, distributed.world_size())) for cell in cells]
     left = distributed.on_main(lambda: [i for i, cell in enumerate(cells) if not is_done(cell, measure, results)])
     if not left:
-        say(f"finished: all {len(cells)} runs are in {recipes[0].run_folder().parent}; another --results trains anew")
+        say(f"finished: all {len(cells)} runs are in {recipes[0].run_folder().parent}; another --results trains again")
     seen: set[str] = set()
     for i in left:
         if cells[i].data not in seen:
@@ -158,9 +164,9 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
             try:
                 images, _ = open_data(recipes[i].data)
             except UserError as error:
-                raise UserError(f"{error}; --data {cells[i].data}=PATH says where it is") from None
+                raise UserError(f"{error}; give --data {cells[i].data}=PATH") from None
             if not isinstance(images, Images):
-                raise UserError(f"{cells[i].data}: images that come in turn cannot be measured; make a folder of them")
+                raise UserError(f"{cells[i].data}: streamed images cannot be measured; give a folder of images")
     diverged = []
     for number, i in enumerate(left, start=1):
         folder = recipes[i].run_folder()
@@ -177,44 +183,44 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
 
 
 def is_done(cell: Cell, measure: Measure, results: Path) -> bool:
-    """Whether a run is finished, and all of `measure` measured."""
+    """Whether a run is finished, and everything in `measure` was measured."""
     result = read_result(cell, results)
     return result is not None and result.measured.get("measure") == measure.model_dump(mode="json")
 
 
 def recorded_recipe(cell: Cell, folder: Path) -> Recipe | None:
-    """The recipe of the run in a folder, where there is one.
+    """The recipe of the run in a folder; None if the folder has no run.
 
     Raises:
-        UserError: it is another than the cell's.
+        UserError: it differs from the cell's recipe.
     """
     if not (folder / "recipe.yaml").exists():
         return None
     recipe = read_recipe(folder)
     different = differences(recipe, cell.recipe(folder.parents[2], {}))
-    if cell.values["model"]["name"].startswith(TIMM):  # whose recipe a run notes without what the model does not have
+    if cell.values["model"]["name"].startswith(TIMM):  # a run's recipe leaves out arguments that the model lacks
         different = [line for line in different if not line.startswith("model.")]
     if different:
-        raise UserError(f"{folder} holds a run of another recipe ({few(different)}): give another --results")
+        raise UserError(f"{folder} has a run of another recipe ({few(different)}): give another --results")
     return recipe
 
 
 def reuse_identical_run(recipe: Recipe, results: Path) -> bool:
-    """Whether the run is finished, or its like in another experiment was copied: the same recipe, data and batch."""
+    """Whether the run is finished, or was copied from another experiment: a run of the same recipe, data and batch."""
     folder = recipe.run_folder()
     if folder.exists():
         return (folder / "summary.json").exists() and (folder / WEIGHTS).exists()
     own = recipe.model_dump(exclude={"out"})
     for file in sorted(results.glob(f"*/*/*/{WEIGHTS}")):
         other = file.parent
-        if other.name.startswith("."):  # half of a copy
+        if other.name.startswith("."):  # an unfinished copy
             continue
         try:
-            like = (other / "summary.json").exists() and read_recipe(other).model_dump(exclude={"out"}) == own
-        except UserError:  # of another version
+            same = (other / "summary.json").exists() and read_recipe(other).model_dump(exclude={"out"}) == own
+        except UserError:  # from another version
             continue
-        if like:
-            say(f"{other} has the same recipe: copied")
+        if same:
+            say(f"copied from {other}, which has the same recipe")
             temporary = folder.with_name(f".{folder.name}")
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(other, temporary, ignore=shutil.ignore_patterns(".lock*", MEASURED, "checkpoints"))
@@ -231,7 +237,7 @@ def measure_run(recipe: Recipe, measure: Measure, device: torch.device) -> None:
 
 @torch.no_grad()
 def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict[str, Any]:
-    """Of a finished run, from its final weights, on one process."""
+    """What `measure` asks of a finished run, from its final weights, on one process; see `Measurements`."""
     folder = recipe.run_folder()
     trained = load(folder / WEIGHTS).to(device)
     images, view = open_evaluation(recipe.data), trained.card.view
@@ -264,7 +270,7 @@ def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict
 
 
 def batches(images: Images, view: View, device: torch.device, title: str = "") -> Iterator[Tensor]:
-    """Normalised, each image once: unlike those of `eit.data.loaders`, not divided among processes."""
+    """Normalised batches of all images: unlike `eit.data.loaders`, not divided among processes."""
     starts = range(0, len(images), BATCH)
     for start in track(starts, title, len(starts)) if title else starts:
         some = range(start, min(start + BATCH, len(images)))
@@ -273,8 +279,10 @@ def batches(images: Images, view: View, device: torch.device, title: str = "") -
 
 
 def layer_measures(analysis: Analysis) -> dict[str, Any]:
-    """One value per layer: its high-frequency shares; diversity and distance of its heads, in pixels, and their entropy
-    relative to uniform attention; the share of the class token that depends on the image. And the logits' spread."""
+    """One value per layer of each metric in `LAYER_METRICS`, the shares of white noise, and the spread of the logits.
+
+    Diversity and distance are in pixels, entropy is relative to uniform attention.
+    """
     blocks, heads = analysis.layers_at("block"), analysis.attention
     measures: dict[str, list[float]] = {
         key: [getattr(block, key) for block in blocks] for key in ("share", "share_se", "share_with_dc")
@@ -291,7 +299,7 @@ def layer_measures(analysis: Analysis) -> dict[str, Any]:
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """JSON, with floats of six digits, and lists of numbers in a line each."""
+    """JSON with six-digit floats, and each list of numbers on one line."""
 
     def short(value: Any) -> Any:
         if isinstance(value, float):
@@ -304,45 +312,49 @@ def as_text(values: dict[str, Any]) -> str:
     return f"{{\n{parts}\n}}\n"
 
 
-# -- A cell, once more ------------------------------------------------------------------------------------------------
+# -- A run, repeated --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Again:
-    """A run that was trained a second time, against the first."""
+class Rerun:
+    """A run that was trained a second time, compared with the recorded run."""
 
-    identical: bool  # every epoch's losses and accuracies
+    identical: bool  # losses and accuracies of every epoch
     top1: float
     recorded_top1: float
-    limit: float | None  # points: three standard deviations over seeds; None where there are fewer than two
-    changed: list[str]  # of the environment: "torch: 2.13 -> 2.14"
+    limit: float | None  # points: three standard deviations over seeds; None for a single seed
+    changed: list[str]  # differences of the environment: "torch: 2.13 -> 2.14"
 
     @property
     def agrees(self) -> bool:
-        """Whether it is the same, or within the limit."""
+        """Whether the runs are identical, or top-1 differs by at most the limit."""
         return self.identical or (self.limit is not None and abs(self.top1 - self.recorded_top1) <= self.limit)
 
     def __str__(self) -> str:
         """For the terminal."""
         if self.identical:
             return f"top-1 {self.top1:.2f}%: identical in every epoch"
-        limit = "one seed has no spread" if self.limit is None else f"limit {self.limit:.2f}: 3 deviations over seeds"
+        limit = (
+            "no limit: only one seed"
+            if self.limit is None
+            else f"limit {self.limit:.2f}: 3 standard deviations over seeds"
+        )
         word = "agrees" if self.agrees else "does not agree"
         changed = f"\nchanged: {'; '.join(self.changed)}" if self.changed else ""
         return f"top-1 {self.top1:.2f}%, recorded {self.recorded_top1:.2f}% ({limit}): {word}{changed}"
 
 
-def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str, str], out: Path) -> Again:
-    """Train the recorded recipe of a finished run anew in `out`, and compare. The global batch stays, as in `run`.
+def rerun(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str, str], out: Path) -> Rerun:
+    """Train the recorded recipe of a finished run again in `out`, and compare. The global batch stays, as in `run`.
 
     Raises:
-        UserError: the run is not there; `out` is its folder, or holds a run of another recipe.
+        UserError: the run is not finished, or `out` is its folder or has a run of another recipe.
     """
     if (recorded := read_result(cell, results)) is None:
-        raise UserError(f"{cell.folder(results)} is no finished run: there is nothing to compare with")
+        raise UserError(f"{cell.folder(results)} has no finished run to compare with: train it with eit reproduce run")
     folder = cell.folder(results)
     if out.resolve() == folder.resolve():
-        raise UserError(f"--out {out} is the recorded run itself: give another one")
+        raise UserError(f"--out {out} is the recorded run itself: give another folder")
     seeds = [r for r in read_results(experiment, cell.budget, results) if differ_only_in_seed(r.cell, cell)]
     top1s = [float(r.summary["last_top1"]) for r in seeds]
     distributed.start(cell.values["train"]["device"])
@@ -357,9 +369,9 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
     )
     summary = train(recipe)
     old, new = read_log(folder), read_log(out)
-    before, after = flat(recorded.environment), flat(json.loads((out / "environment.json").read_text()))
+    before, after = flatten(recorded.environment), flatten(json.loads((out / "environment.json").read_text()))
     timed = {"images_per_s"}
-    return Again(
+    return Rerun(
         identical=[{k: v for k, v in line.items() if k not in timed} for line in old]
         == [{k: v for k, v in line.items() if k not in timed} for line in new],
         top1=summary["last_top1"],
@@ -370,14 +382,14 @@ def again(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
 
 
 def differ_only_in_seed(first: Cell, second: Cell) -> bool:
-    """Whether two runs differ in nothing but their seed."""
+    """Whether two runs differ at most in their seed."""
     return all(level == second.levels[axis] for axis, level in first.levels.items() if axis != "seed")
 
 
-def flat(values: dict[str, Any]) -> dict[str, str]:
-    """The environment but for the command, with the properties of its parts by their names."""
-    parts = ("gpu", "settings")  # whose names alone would not do: both gpu and cpu have a capability
-    facts = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu", *parts)}
-    facts |= values["packages"] | values.get("cpu", {})
-    facts |= {f"{part} {key}": value for part in parts for key, value in values.get(part, {}).items()}
+def flatten(environment: dict[str, Any]) -> dict[str, str]:
+    """The environment as one level of strings, without the command."""
+    parts = ("gpu", "settings")  # their keys get the part's name as a prefix: both gpu and cpu have a capability
+    facts = {key: value for key, value in environment.items() if key not in ("command", "packages", "cpu", *parts)}
+    facts |= environment["packages"] | environment.get("cpu", {})
+    facts |= {f"{part} {key}": value for part in parts for key, value in environment.get(part, {}).items()}
     return {key: str(value) for key, value in facts.items()}

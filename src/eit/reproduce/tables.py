@@ -1,4 +1,4 @@
-"""Results -> tables, a figure and verdicts. Nothing is measured here, and no table has published figures."""
+"""Build tables, a figure and verdicts from results. Nothing is measured here; tables have no published figures."""
 
 import hashlib
 import itertools
@@ -16,12 +16,12 @@ from eit import plots
 from eit.errors import few
 from eit.files import write_file
 from eit.models.registry import VARIANTS, published_results
-from eit.reproduce.experiment import EXACT, Cell, Claim, Experiment, experiment_names, load, names_of
+from eit.reproduce.experiment import COUNTED, Cell, Claim, Experiment, experiment_names, level_names, load
 from eit.reproduce.runs import Result, read_results
-from eit.reproduce.verdict import Gap, Verdict, contrast, correct, weigh
+from eit.reproduce.verdict import Effect, Verdict, contrast, correct, judge_claim
 
 PAGE, FIGURE = "README.md", "figure.png"
-COLOURS = {  # models of other names are grey
+COLOURS = {  # models with other names are grey
     "eit": "#0057b8",
     "eit_zero": "#56b4e9",
     "eit_mean": "#009e73",
@@ -35,66 +35,66 @@ DASHES: dict[str, Any] = {"initial": (0, (3, 2)), "trained": "-"}
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and standard deviation (ddof 1), or the one value, or nothing."""
+    """Mean ± standard deviation (ddof 1); of one value, the value; of none, an empty string."""
     if not values:
         return ""
     return f"{fmean(values):{form}} ± {stdev(values):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
+    """The lines of a Markdown table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def values(results: Iterable[Result], metric: str, **levels: str) -> list[float]:
-    """A metric of the runs at these levels, by seed."""
+    """A metric of the runs at these levels, in the order of the seeds."""
     measured = (r.value(metric) for r in results if levels.items() <= r.cell.levels.items())
     return [value for value in measured if value is not None]
 
 
-def missing(experiment: Experiment, budget: str, results: Sequence[Result]) -> list[Cell]:
-    """Runs of the budget that are not finished."""
+def unfinished(experiment: Experiment, budget: str, results: Sequence[Result]) -> list[Cell]:
+    """The runs of the budget that are not finished."""
     done = {result.cell.name for result in results}
     return [cell for cell in experiment.cells(budget) if cell.name not in done]
 
 
-def weighed(experiment: Experiment, budget: str, results: Path) -> dict[str, Verdict]:
+def judge_claims(experiment: Experiment, budget: str, results: Path) -> dict[str, Verdict]:
     """The verdict on each claim of an experiment, from the runs of a budget in `results`.
 
-    Its primary claims are corrected together with those of this package's other experiments at the same budget; one
-    whose experiment does not have the budget counts as not yet run. An experiment of one's own stands alone.
+    Primary claims of all included experiments at the same budget are corrected together; those of an experiment without
+    this budget count as not yet run. An experiment of the user's own is corrected alone.
     """
     names = experiment_names() if experiment.name in experiment_names() else []
     others = [load(name) for name in names if name != experiment.name]
     verdicts: dict[tuple[str, str], Verdict] = {}
-    for weighing in [experiment, *others]:
-        claims = {key: claim for key, claim in weighing.claims.items() if weighing is experiment or claim.primary}
+    for judged in [experiment, *others]:
+        claims = {key: claim for key, claim in judged.claims.items() if judged is experiment or claim.primary}
         if not claims:
             continue
         runs, planned = [], []
-        if budget in weighing.runs.budgets:
-            runs, planned = read_results(weighing, budget, results), weighing.cells(budget)
+        if budget in judged.runs.budgets:
+            runs, planned = read_results(judged, budget, results), judged.cells(budget)
         verdicts |= {
-            (weighing.name, key): weigh(claim, runs, planned, weighing.control) for key, claim in claims.items()
+            (judged.name, key): judge_claim(claim, runs, planned, judged.control) for key, claim in claims.items()
         }
     verdicts |= correct({key: verdict for key, verdict in verdicts.items() if verdict.primary})
     return {key: verdicts[experiment.name, key] for key in experiment.claims}
 
 
 def report_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
-    """What was measured, in the experiment's own table, of the models that it speaks of."""
+    """The experiment's own table of measurements; of another experiment's runs only those that its claims compare."""
     if experiment.of:
         named = {level for claim in experiment.claims.values() for level in claim.levels}
         axis = next(iter(experiment.claims.values())).axis
         results = [result for result in results if result.cell.levels[axis] in named]
-    return part_for(TABLES, experiment.name, results, runs_table)(experiment, results)
+    return own_or_default(TABLES, experiment.name, results, runs_table)(experiment, results)
 
 
-def part_for(parts: dict[str, Any], name: str, results: Sequence[Result], usual: Any) -> Any:
-    """An experiment's own table or drawing, by data set and model (or variant); of runs without those, the usual."""
+def own_or_default(functions: dict[str, Any], name: str, results: Sequence[Result], default: Any) -> Any:
+    """The experiment's own function, if all runs have the axes that it needs (data, model or variant)."""
     axes = {"data", "variant" if name == "ablation" else "model"}
-    return parts.get(name, usual) if all(axes <= r.cell.levels.keys() for r in results) else usual
+    return functions.get(name, default) if all(axes <= r.cell.levels.keys() for r in results) else default
 
 
 def build(experiment: Experiment, budget: str, results: Path) -> Path:
@@ -108,44 +108,44 @@ def build(experiment: Experiment, budget: str, results: Path) -> Path:
 
 
 def page(experiment: Experiment, budget: str, folder: Path) -> str:
-    """The text of README.md: what was measured, and the verdicts, from the runs in the results folder."""
+    """The text of README.md: measurements and verdicts, from the runs in the results folder."""
     results = read_results(experiment, budget, folder)
-    left = [cell.name for cell in missing(experiment, budget, results)]
-    undone = f" Not done: {few(left)}." if results and left else ""
+    left = [cell.name for cell in unfinished(experiment, budget, results)]
+    undone = f" Not finished: {few(left)}." if results and left else ""
     lines = [
         f"# {experiment.name}, budget {budget}",
         "",
         f"What it shows: {experiment.shows}.",
         "",
-        f"What would refute it: {experiment.refuted}.",
+        f"Refuted if: {experiment.refuted}.",
         "",
-        f"{extent(experiment, budget)} {len(results)} of {len(results) + len(left)} runs are done.{undone} "
+        f"{extent(experiment, budget)} {len(results)} of {len(results) + len(left)} runs are finished.{undone} "
         f"{machines(results)}".rstrip(),
         "",
     ]
     if results:
         lines += [*report_table(experiment, results), ""]
-    lines += claims_table(experiment, weighed(experiment, budget, folder))
+    lines += claims_table(experiment, judge_claims(experiment, budget, folder))
     if results:
         lines += ["", f"![{experiment.name}, {budget}]({FIGURE})"]
     return "\n".join(lines) + "\n"
 
 
-def disagreement(experiment: Experiment, budget: str, results: Path) -> Path | None:
-    """The page or the figure that is missing or shows something else than the runs in `results`, if one does."""
+def stale_file(experiment: Experiment, budget: str, results: Path) -> Path | None:
+    """The page or the figure, if it is missing or was not built from the runs in `results`; otherwise None."""
     folder, finished = results / experiment.name / budget, read_results(experiment, budget, results)
-    if not (folder / PAGE).exists() or (folder / PAGE).read_text() != page(experiment, budget, results):
+    if not (folder / PAGE).exists() or (folder / PAGE).read_text(encoding="utf-8") != page(experiment, budget, results):
         return folder / PAGE
-    return None if shows(folder / FIGURE, finished) else folder / FIGURE
+    return None if is_current_figure(folder / FIGURE, finished) else folder / FIGURE
 
 
-def shows(file: Path, results: Sequence[Result]) -> bool:
-    """Whether a figure is there, and of these results."""
+def is_current_figure(file: Path, results: Sequence[Result]) -> bool:
+    """Whether the figure exists and was drawn from these results."""
     return has_digest(file, digest(results))
 
 
 def has_digest(file: Path, digest: str) -> bool:
-    """Whether a figure is there, and says that it shows what has this digest."""
+    """Whether the figure exists and its metadata has this digest of what it shows."""
     try:
         with Image.open(file) as image:
             return bool(image.info.get("Description") == digest)
@@ -154,59 +154,68 @@ def has_digest(file: Path, digest: str) -> bool:
 
 
 def verdicts(experiment: Experiment, budget: str, folder: Path) -> dict[str, Any]:
-    """The page for machines."""
-    results, claims = read_results(experiment, budget, folder), weighed(experiment, budget, folder)
+    """The content of the page as JSON."""
+    results, claims = read_results(experiment, budget, folder), {}
+    for name, verdict in judge_claims(experiment, budget, folder).items():
+        fields = asdict(verdict)
+        claims[name] = dict(says=experiment.claims[name].says, gaps=fields.pop("effects"), **fields)
     return dict(
         experiment=experiment.name,
         budget=budget,
         runs=[dict(name=r.cell.name, **r.summary, **r.measured) for r in results],
-        missing=[cell.name for cell in missing(experiment, budget, results)],
-        claims={name: dict(says=experiment.claims[name].says, **asdict(claims[name])) for name in claims},
+        missing=[cell.name for cell in unfinished(experiment, budget, results)],
+        claims=claims,
     )
 
 
 def extent(experiment: Experiment, budget: str) -> str:
-    """Epochs and sizes of a budget's runs, of those of our models."""
-    facts: dict[str, None] = {}  # in their order
+    """Sizes and epochs of a budget's runs of this package's models."""
+    epochs: dict[str, dict[str, None]] = {}  # size -> epochs, both in order
     for cell in experiment.cells(budget):
         recipe = cell.recipe(Path(), {})
         if variant := VARIANTS.get(recipe.model.name):
             width, depth = recipe.model.embed_dim or variant.embed_dim, recipe.model.depth or variant.depth
-            facts[f"{recipe.train.epochs} epochs of {depth} layers of {width} channels"] = None
-    return f"{'; '.join(facts)}."
+            epochs.setdefault(f"{depth} layers of {width} channels", {})[str(recipe.train.epochs)] = None
+    return "; ".join(f"{size}, epochs: {', '.join(counts)}" for size, counts in epochs.items()) + "."
 
 
 def machines(results: Sequence[Result]) -> str:
-    """Where they were run, and from which commits."""
+    """The machines that trained the runs, and the commits of the code."""
     if not results:
         return ""
     environments = [result.environment for result in results]
     names = set()
     for e in environments:
         processes, threads = e["world_size"], e["threads"]
-        each = f"{processes} process{'es' * (processes > 1)} of {threads} thread{'s' * (threads > 1)}"
+        each = f"{processes} process{'es' * (processes > 1)} with {threads} thread{'s' * (threads > 1)}"
         names.add(f"{each} on {e['device'].removeprefix('cpu: ')}, torch {e['packages']['torch']}")
     commits = sorted({e["commit"][:10] + e["commit"][40:] for e in environments if e["commit"]})  # + if changed since
-    return f"By {'; '.join(sorted(names))}; commit {', '.join(commits)}."
+    return f"Trained by {'; '.join(sorted(names))}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
 
 
 def claims_table(experiment: Experiment, verdicts: dict[str, Verdict]) -> list[str]:
     """One line per claim."""
     rows = [
-        [claim.says, claim.paper or "ours", f"`{claim.code}`", gaps(verdicts[key], claim), verdict_text(verdicts[key])]
+        [
+            claim.says,
+            claim.paper or "ours",
+            f"`{claim.code}`",
+            effects_text(verdicts[key], claim),
+            verdict_text(verdicts[key]),
+        ]
         for key, claim in experiment.claims.items()
     ]
     return markdown(["claim", "paper", "in the code", "difference [interval]", "verdict"], rows)
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """The word, what decided, and whether it was corrected for the other claims."""
+    """The verdict, its evidence, and whether it is exploratory."""
     text = f"**{verdict.word}**" + (f", {verdict.evidence}" if verdict.evidence else "")
     return f"{text} (exploratory)" if verdict.p is not None and not verdict.primary else text
 
 
 def scaled(metric: str) -> tuple[float, str, str]:
-    """Factor, form and unit in which a metric is shown."""
+    """Factor, format and unit for showing a metric."""
     kind = metric.rpartition(".")[2]
     if kind.startswith("share"):
         return 100, "+.2f", " points"
@@ -214,27 +223,29 @@ def scaled(metric: str) -> tuple[float, str, str]:
         return 1, "+.3f", " px"
     if kind == "seconds":
         return 1, "+.0f", " s"
-    if kind in EXACT:
+    if kind in COUNTED:
         return 1e-6, "+.3f", " M"
     return 1, "+.2f", " points"
 
 
-def gaps(verdict: Verdict, claim: Claim) -> str:
-    """Each data set's difference, with its interval, and the mean over them."""
-    differences = [*verdict.gaps, verdict.mean] if verdict.mean else verdict.gaps
-    parts = [gap_text(gap, claim.metric, interval=claim.metric not in EXACT) for gap in differences]
+def effects_text(verdict: Verdict, claim: Claim) -> str:
+    """The difference and its interval on each data set, and the mean over the data sets."""
+    differences = [*verdict.effects, verdict.mean] if verdict.mean else verdict.effects
+    parts = [effect_text(effect, claim.metric, interval=claim.metric not in COUNTED) for effect in differences]
     return ", ".join(parts) + (" (90% intervals)" if claim.equal and differences else "")
 
 
-def gap_text(gap: Gap, metric: str, interval: bool = True) -> str:
-    """`cifar10 +6.55 [4.10, 9.00] points (5, 5 runs)`."""
+def effect_text(effect: Effect, metric: str, interval: bool = True) -> str:
+    """`cifar10 +6.55 [+4.10, +9.00] points (5 and 4 runs)`."""
     factor, form, unit = scaled(metric)
-    text = f"{gap.data} {factor * gap.difference:{form}}"
-    if interval and gap.low is not None and gap.high is not None:
-        text += f" [{factor * gap.low:{form}}, {factor * gap.high:{form}}]"
+    text = f"{effect.data} {factor * effect.difference:{form}}"
+    if interval and effect.low is not None and effect.high is not None:
+        text += f" [{factor * effect.low:{form}}, {factor * effect.high:{form}}]"
     text += unit
-    if not gap.judged and interval and gap.runs != (0, 0):
-        text += f" ({gap.runs[0]} and {gap.runs[1]} runs)"
+    if interval and effect.low is None and min(effect.runs) > 1:
+        text += " (interval not available)"
+    if not effect.judged and interval and effect.runs != (0, 0):
+        text += f" ({effect.runs[0]} and {effect.runs[1]} runs)"
     return text
 
 
@@ -242,7 +253,7 @@ def gap_text(gap: Gap, metric: str, interval: bool = True) -> str:
 
 
 def runs_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
-    """Accuracy and cost, a row for the runs that differ in their seed alone."""
+    """Accuracy and cost, one row for the runs that differ only in their seed."""
     cells = [result.cell for result in results]
     axes = [axis for axis in cells[0].levels if axis != "seed"]
     sizes = experiment.runs.measure.sizes
@@ -266,8 +277,8 @@ def runs_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
 
 
 def by_layer(results: Sequence[Result], metric: str) -> Iterator[tuple[str, str, str, list[list[float]]]]:
-    """Data set, model, weights (initial, trained), and the layers' values of each of its runs that has them."""
-    data, model = (names_of([r.cell for r in results], axis) for axis in ("data", "model"))
+    """(data set, model, weights, runs): `weights` is initial or trained, `runs` has the layers' values of each run."""
+    data, model = (level_names([r.cell for r in results], axis) for axis in ("data", "model"))
     for levels in itertools.product(data, model):
         own = [r.measured for r in results if (r.cell.levels["data"], r.cell.levels["model"]) == levels]
         for state in ("initial", "trained"):
@@ -276,7 +287,7 @@ def by_layer(results: Sequence[Result], metric: str) -> Iterator[tuple[str, str,
 
 
 def layers_table(metric: str, factor: float, unit: str, form: str) -> Any:
-    """A table of a metric by layer: mean and standard deviation over seeds, at initial values and trained."""
+    """A function for the table of a metric by layer: mean ± standard deviation over seeds, initial and trained."""
 
     def table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
         rows, depth = [], 0
@@ -292,27 +303,27 @@ def layers_table(metric: str, factor: float, unit: str, form: str) -> Any:
 
 
 def frequency_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
-    """Both shares."""
+    """The shares without and with DC."""
     lines = []
     for metric, name in (("share", "without DC"), ("share_with_dc", "with DC")):
         noise = {round(100 * r.measured["trained"][f"noise_{metric}"], 1) for r in results if "trained" in r.measured}
         unit = f"Percent of the energy {name} above half the Nyquist frequency"
-        unit += f" (white noise: {', '.join(map(str, sorted(noise)))})"
+        unit += f" (white noise has {', '.join(map(str, sorted(noise)))})"
         lines += [*layers_table(metric, 100, unit, ".1f")(experiment, results), ""]
     return lines[:-1]
 
 
 def diversity_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
-    """Diversity, and next to it the entropy that says whether it can be tested."""
-    pixels = layers_table("diversity", 1, "Pixels, standard deviation of the heads' attention distances", ".3f")
-    entropy = "Percent of the entropy of uniform attention, mean of the heads (above 95: not testable)"
+    """Diversity, and the entropy that decides whether diversity can be tested."""
+    pixels = layers_table("diversity", 1, "Standard deviation of the heads' attention distances, in pixels", ".3f")
+    entropy = "Percent of the entropy of uniform attention, mean over heads (above 95: diversity is not testable)"
     lines = pixels(experiment, results)
     if any(r.measured.get("trained", {}).get("entropy") for r in results):
         lines += ["", *layers_table("entropy", 100, entropy, ".1f")(experiment, results)]
     return lines
 
 
-# The eight arms of the ablation's factorial: conv + max-pool stem, position embedding, convolution in the layers
+# The eight variants of the ablation's factorial design: does it have each of the FACTORS?
 FACTORIAL = {
     "eit": (1, 0, 1),
     "no_convolution": (1, 0, 0),
@@ -327,34 +338,30 @@ FACTORS = ("the conv + max-pool stem", "the position embedding", "convolution in
 
 
 def ablation_table(experiment: Experiment, results: Sequence[Result]) -> list[str]:
-    """All arms; the effects of the factorial, once each of its arms is there."""
+    """All variants, and the effects of the factorial design if each of its variants has at least two runs."""
     lines, rows = runs_table(experiment, results), []
-    for data in names_of([result.cell for result in results], "data"):
-        arms = [values(results, "last_top1", data=data, variant=arm) for arm in FACTORIAL]
-        if min(map(len, arms)) < 2:
+    for data in level_names([result.cell for result in results], "data"):
+        top1s = [values(results, "last_top1", data=data, variant=variant) for variant in FACTORIAL]
+        if min(map(len, top1s)) < 2:
             continue
         for chosen in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
             signs = [math.prod(2 * has[factor] - 1 for factor in chosen) for has in FACTORIAL.values()]
             name = " x ".join(FACTORS[factor] for factor in chosen)
-            effect = contrast(arms, [sign / 4 for sign in signs], data)
-            rows.append([name, gap_text(effect, "last_top1")])
+            effect = contrast(top1s, [sign / 4 for sign in signs], data)
+            rows.append([name, effect_text(effect, "last_top1")])
     if rows:
         lines += ["", *markdown(["effect of (x: interaction)", "on top-1 after the last epoch [95% interval]"], rows)]
     return lines
 
 
-TABLES: dict[str, Any] = {
-    "ablation": ablation_table,
-    "frequency": frequency_table,
-    "diversity": diversity_table,
-}
+TABLES: dict[str, Any] = {"ablation": ablation_table, "frequency": frequency_table, "diversity": diversity_table}
 
 
 # -- Figures ----------------------------------------------------------------------------------------------------------
 
 
 def figure(experiment: Experiment, results: Sequence[Result], file: Path) -> None:
-    """Draw finished runs. The picture holds a digest of what it shows."""
+    """Draw finished runs. The metadata of the picture has a digest of what it shows."""
     metadata = {"Software": None, "Description": digest(results)}
     if experiment.name == "imagenet":
         plots.results(with_measured(results), file, metadata=metadata)
@@ -362,7 +369,7 @@ def figure(experiment: Experiment, results: Sequence[Result], file: Path) -> Non
     from matplotlib.figure import Figure
 
     shown = Figure(dpi=110, layout="constrained")
-    part_for(DRAWINGS, experiment.name, results, draw_accuracy)(shown, results)
+    own_or_default(DRAWINGS, experiment.name, results, draw_accuracy)(shown, results)
     plots.save(shown, file, metadata=metadata)
 
 
@@ -376,42 +383,42 @@ def with_measured(results: Sequence[Result]) -> list[plots.Point]:
 
 
 def digest(results: Sequence[Result]) -> str:
-    """Of everything that a figure can show."""
+    """A digest of everything that a figure can show."""
     content = [[r.cell.name, r.summary, {k: v for k, v in r.measured.items() if k != "environment"}] for r in results]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw_accuracy(shown: Any, results: Sequence[Result]) -> None:
-    """Last-epoch top-1 of every run, a row for those that differ in their seed alone."""
+    """Last-epoch top-1 of every run, one row for the runs that differ only in their seed."""
     cells = [r.cell for r in results]
     data = list(dict.fromkeys(cell.data for cell in cells))
-    arms = list(dict.fromkeys(arm_of(cell) for cell in cells))
-    shown.set_size_inches(4.6 * len(data), 1.1 + 0.36 * len(arms))
+    variants = list(dict.fromkeys(variant_name(cell) for cell in cells))
+    shown.set_size_inches(4.6 * len(data), 1.1 + 0.36 * len(variants))
     for panel, name in zip(shown.subplots(1, len(data), squeeze=False)[0], data, strict=True):
-        for y, arm in enumerate(arms):
-            own = [r for r in results if r.cell.data == name and arm_of(r.cell) == arm]
+        for y, variant in enumerate(variants):
+            own = [r for r in results if r.cell.data == name and variant_name(r.cell) == variant]
             top1s = values(own, "last_top1")
-            colour = COLOURS.get(arm, "#555555")
+            colour = COLOURS.get(variant, "#555555")
             panel.plot(top1s, [y] * len(top1s), "o", color=colour, alpha=0.55, markeredgewidth=0)
             if top1s:
                 panel.plot([fmean(top1s)] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2)
-        panel.set_yticks(range(len(arms)), [arm.replace("_", " ") for arm in arms])
-        panel.set_ylim(len(arms) - 0.5, -0.5)
+        panel.set_yticks(range(len(variants)), [variant.replace("_", " ") for variant in variants])
+        panel.set_ylim(len(variants) - 0.5, -0.5)
         panel.set(title=name, xlabel="top-1 after the last epoch (%)")
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
 
 
-def arm_of(cell: Cell) -> str:
-    """What tells runs of one data set apart, but for their seed."""
+def variant_name(cell: Cell) -> str:
+    """The levels of a run, without data set and seed."""
     return " ".join(level for axis, level in cell.levels.items() if axis not in ("data", "seed")) or cell.data
 
 
 def draw_layers(factor: float, **labels: str) -> Any:
-    """Metrics by layer, a row each, trained and at initial values (dashed): means over seeds, with their range."""
+    """A function that draws metrics by layer, one row each: mean and range over seeds, initial values dashed."""
 
     def panels_of(shown: Any, results: Sequence[Result]) -> None:
-        data = names_of([r.cell for r in results], "data")
+        data = level_names([r.cell for r in results], "data")
         shown.set_size_inches(4.6 * len(data) + 1.2, 3.1 * len(labels) + 0.3)
         rows = shown.subplots(len(labels), len(data), squeeze=False, sharex=True, sharey="row")
         legend = {}

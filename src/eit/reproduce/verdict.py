@@ -1,12 +1,13 @@
-"""Claims against measurements: per data set a difference, its interval and a test; over all of them one word.
+"""Judge claims by measurements: a difference, an interval and a test for each data set, then one verdict over all.
 
-Runs of two levels are compared unpaired: one seed gives models of different shapes nothing in common. Comparisons with
-the experiment's control go through Dunnett's test (scipy), others through Welch's. A claim holds where it does on every
-data set, so its p is the largest of theirs (an intersection-union test). The primary claims, at most six, are corrected
-together by Holm's method (statsmodels); all others are exploratory.
+Runs of two levels are compared unpaired, because models of different shapes share nothing with the same seed.
+Comparisons with the experiment's control use Dunnett's test (scipy), others Welch's. A claim holds if it holds on every
+data set, so its p is the largest over the data sets (an intersection-union test). The primary claims, at most six, are
+corrected together by Holm's method (statsmodels). All others are exploratory.
 """
 
 import math
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,12 +18,12 @@ import numpy as np
 from scipy import stats
 
 from eit.analysis.attention import NEAR_UNIFORM
-from eit.reproduce.experiment import EXACT, Cell, Claim
+from eit.reproduce.experiment import COUNTED, Cell, Claim
 from eit.reproduce.runs import Result
 
 ALPHA = 0.05
-LEAST = 5  # runs of a level on a data set, below which nothing is decided
-MOST = 6  # primary claims
+MIN_RUNS = 5  # of each level on a data set; with fewer there is no verdict
+MAX_PRIMARY = 6
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 PARTLY, NOT_RUN, FEW, UNTESTABLE = "partly run", "not yet run", "too few runs", "not testable"
 
@@ -30,19 +31,20 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Gap:
-    """The higher level's mean less the lower one's, on one data set.
+class Effect:
+    """The mean of the higher level minus the mean of the lower level, on one data set.
 
     Attributes:
-        data: the data set; of values to reach, the level.
+        data: the data set; for a claim that reaches values, the level.
         difference: of the means.
-        low: end of the 95% interval (90% of an equivalence, whose test it is); None without a spread.
-        high: its other end.
-        p: of the claim here: that the difference has another sign than claimed, two-sided; of an equivalence, that it
-            is not within the margin (TOST). None without a spread.
-        opposite: p of its opposite.
-        runs: of the higher and of the lower level.
-        judged: whether every planned run is there, and at least five of each level.
+        low: lower end of the 95% interval (90% for an equivalence); None if there are fewer than two runs of a level,
+            no spread, or no convergence of Dunnett's interval.
+        high: its upper end.
+        p: two-sided, of the claimed sign; for an equivalence, of a difference within the margin (TOST). None if there
+            is no spread.
+        opposite: p of the opposite of the claim.
+        runs: number of runs of the higher and of the lower level.
+        judged: whether all planned runs are finished, at least five of each level.
     """
 
     data: str
@@ -57,30 +59,30 @@ class Gap:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say of a claim.
+    """The verdict on a claim.
 
     Attributes:
-        word: holds, does not hold, undecided; too few runs (of a budget with fewer than five seeds), partly run, not
-            yet run; not testable (diversity of heads that attend uniformly).
-        gaps: by data set; of values to reach, by level.
+        word: holds, does not hold, undecided; too few runs (the budget has fewer than five seeds), partly run, not yet
+            run; not testable (diversity of heads that attend uniformly).
+        effects: by data set; for a claim that reaches values, by level.
         primary: whether its p is corrected together with those of the other primary claims.
-        p: that it does not hold on every data set; None where nothing was tested.
-        opposite: that its opposite is true on no data set, corrected for their number; None as p.
-        mean: over the data sets, each counted once, where all are judged.
-        note: what else decided, or is needed to decide.
+        p: the largest p over the data sets; None if nothing was tested.
+        opposite: the smallest p of the opposite, times the number of data sets; None if nothing was tested.
+        mean: over the data sets with equal weights, if all are judged; None for one data set.
+        note: why there is no verdict, or what would decide.
     """
 
     word: str
-    gaps: tuple[Gap, ...] = ()
+    effects: tuple[Effect, ...] = ()
     primary: bool = False
     p: float | None = None
     opposite: float | None = None
-    mean: Gap | None = None
+    mean: Effect | None = None
     note: str = ""
 
     @property
     def evidence(self) -> str:
-        """What decided, in words; nothing where no test did."""
+        """The p values and the note, in words."""
         parts = []
         if self.word in (HOLDS, UNDECIDED) and self.p is not None:
             parts.append(p_text(self.p))
@@ -97,67 +99,69 @@ def p_text(p: float) -> str:
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
 
 
-def weigh(claim: Claim, results: Sequence[Result], planned: Iterable[Cell], control: str | None = None) -> Verdict:
-    """The verdict on a claim, taken for itself; `correct` is for those that are primary.
+def judge_claim(
+    claim: Claim, results: Sequence[Result], planned: Iterable[Cell], control: str | None = None
+) -> Verdict:
+    """The verdict on one claim, without a correction for other claims; see `correct`.
 
     Args:
-        claim: what is said.
+        claim: the claim.
         results: finished runs of the budget.
-        planned: all its runs. A data set is judged when every run there that the claim speaks of is finished, so that
-            nothing is decided by the runs that came first.
+        planned: all its runs. A data set is judged when all of its runs of the claim's levels are finished, so that the
+            runs that come first decide nothing.
         control: the level that Dunnett's test compares all others with; None: Welch's test for each pair.
     """
     if claim.reaches:
-        return _reached(claim, results, [cell for cell in planned if cell.levels.get(claim.axis) in claim.levels])
-    values, want = _by_level(results, claim.axis, claim.metric), _count(claim, planned)
-    data = [name for name in want if set(claim.levels) <= set(want[name])]
-    gaps, notes = [], []
+        return _judge_reached(claim, results, [cell for cell in planned if cell.levels.get(claim.axis) in claim.levels])
+    values, counts = _values_by_level(results, claim.axis, claim.metric), _planned_counts(claim, planned)
+    data = [name for name in counts if set(claim.levels) <= set(counts[name])]
+    is_counted, effects = claim.metric in COUNTED, []
     for name in data:
-        have = {level: values.get(name, {}).get(level, []) for level in claim.levels}
-        whole = {level: runs for level, runs in values.get(name, {}).items() if len(runs) >= want[name].get(level, 0)}
-        complete = set(claim.levels) <= set(whole)
-        if claim.metric in EXACT:
-            if all(have.values()):
-                gaps.append(_counted(name, claim, have))
+        runs = {level: values.get(name, {}).get(level, []) for level in claim.levels}
+        if not all(runs.values()):
             continue
-        if all(have.values()):
-            judged = complete and all(len(runs) >= LEAST for runs in have.values())
-            gaps.append(replace(_compare(name, claim, whole | have, control), judged=judged))
-    tests = [gap for gap in gaps if gap.judged]
-    verdict = Verdict(NOT_RUN, tuple(gaps), claim.primary)
-    if not data or not gaps:
+        complete = {k: v for k, v in values.get(name, {}).items() if len(v) >= counts[name].get(k, 0)}
+        if is_counted:
+            effects.append(_compare_counts(name, claim, runs))
+        else:
+            is_judged = set(runs) <= set(complete) and all(len(v) >= MIN_RUNS for v in runs.values())
+            effects.append(replace(_compare(name, claim, complete | runs, control), judged=is_judged))
+    judged = [effect for effect in effects if is_counted or effect.judged]
+    verdict = Verdict(NOT_RUN, tuple(effects), claim.primary)
+    if not any(values.get(name, {}).get(level) for name in data for level in claim.levels):
         return verdict
-    if claim.metric in EXACT:
-        above = all(gap.difference > 0 for gap in gaps)
-        return replace(verdict, word=NOT_RUN if len(gaps) < len(data) else HOLDS if above else FAILS)
-    if any(want[name][level] < LEAST for name in data for level in claim.levels):
-        return replace(verdict, word=FEW, note=f"fewer than {LEAST} of each are planned")
-    if uniform := _uniform(claim, results, data):
+    partly = replace(verdict, word=PARTLY, note=f"{len(judged)} of {len(data)} data sets" if len(data) > 1 else "")
+    if not effects:
+        return partly
+    if not is_counted and any(counts[name][level] < MIN_RUNS for name in data for level in claim.levels):
+        return replace(verdict, word=FEW, note=f"fewer than {MIN_RUNS} of each are planned")
+    if uniform := _uniform_heads(claim, results, data):
         return replace(verdict, word=UNTESTABLE, note=uniform)
-    if len(tests) < len(data):
-        note = f"{len(tests)} of {len(data)} data sets" if tests else ""
-        return replace(verdict, word=PARTLY if tests else NOT_RUN, note=note)
-    if claim.equal:
-        for gap in tests:
-            if (gap.p is None or gap.p >= ALPHA) and (runs := runs_needed(values[gap.data], claim)):
-                notes.append(f"{runs} runs of each would decide on {gap.data}, were there no difference")
-    p, opposite = _together(tests)
-    mean = _mean(claim, [values[name] for name in data]) if len(data) > 1 else None
+    if len(judged) < len(data):
+        return partly
+    if is_counted:
+        return replace(verdict, word=HOLDS if all(effect.difference > 0 for effect in effects) else FAILS)
+    notes = []
+    for effect in judged if claim.equal else ():
+        if (effect.p is None or effect.p >= ALPHA) and (n := runs_needed(values[effect.data], claim)):
+            notes.append(f"{n} runs of each would decide on {effect.data}, if there is no difference")
+    p, opposite = _combine(judged)
+    mean = _mean_effect(claim, [values[name] for name in data]) if len(data) > 1 else None
     return decide(replace(verdict, p=p, opposite=opposite, mean=mean, note="; ".join(notes)))
 
 
 def decide(verdict: Verdict) -> Verdict:
-    """The verdict with the word that its p and its opposite's say."""
+    """The verdict with the word that follows from its two p values."""
     assert verdict.p is not None and verdict.opposite is not None
     word = HOLDS if verdict.p < ALPHA else FAILS if verdict.opposite < ALPHA else UNDECIDED
     return replace(verdict, word=word, note=verdict.note if word == UNDECIDED else "")
 
 
 def correct(primary: Mapping[Key, Verdict]) -> dict[Key, Verdict]:
-    """Primary verdicts, decided anew by Holm's method over all of them; what is not yet tested counts as p = 1."""
+    """Primary verdicts, decided again with p corrected by Holm's method; a claim that is not yet tested has p = 1."""
     from statsmodels.stats.multitest import multipletests
 
-    assert len(primary) <= MOST
+    assert len(primary) <= MAX_PRIMARY
     adjusted = {}
     for side in ("p", "opposite"):
         p_values = [1.0 if (p := getattr(verdict, side)) is None else p for verdict in primary.values()]
@@ -168,11 +172,11 @@ def correct(primary: Mapping[Key, Verdict]) -> dict[Key, Verdict]:
     }
 
 
-Runs = Mapping[str, Sequence[float]]  # of one data set: a metric, by level
+Runs = Mapping[str, Sequence[float]]  # level -> the metric of each run, on one data set
 
 
-def _by_level(results: Sequence[Result], axis: str, metric: str) -> dict[str, dict[str, list[float]]]:
-    """Data set -> level -> the metric of each run, of all levels: Dunnett's test takes more than the claim's two."""
+def _values_by_level(results: Sequence[Result], axis: str, metric: str) -> dict[str, dict[str, list[float]]]:
+    """Data set -> level -> the metric of each run, of all levels: Dunnett's test uses more than the claim's two."""
     by_level: dict[str, dict[str, list[float]]] = {}
     for result in results:
         if axis in result.cell.levels and (value := result.value(metric)) is not None:
@@ -180,8 +184,8 @@ def _by_level(results: Sequence[Result], axis: str, metric: str) -> dict[str, di
     return by_level
 
 
-def _count(claim: Claim, planned: Iterable[Cell]) -> dict[str, dict[str, int]]:
-    """Data set -> level -> planned runs."""
+def _planned_counts(claim: Claim, planned: Iterable[Cell]) -> dict[str, dict[str, int]]:
+    """Data set -> level -> number of planned runs."""
     counts: dict[str, dict[str, int]] = {}
     for cell in planned:
         levels = counts.setdefault(cell.data, {})
@@ -189,48 +193,60 @@ def _count(claim: Claim, planned: Iterable[Cell]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _counted(data: str, claim: Claim, have: Runs) -> Gap:
-    """Of what is counted, the least difference of any two runs."""
+def _compare_counts(data: str, claim: Claim, runs: Runs) -> Effect:
+    """For a counted metric: the smallest difference of any two runs."""
     lower, higher = claim.levels
-    gap = min(have[higher]) - max(have[lower])
-    return Gap(data, gap, gap, gap, runs=(len(have[higher]), len(have[lower])))
+    difference = min(runs[higher]) - max(runs[lower])
+    return Effect(data, difference, difference, difference, runs=(len(runs[higher]), len(runs[lower])))
 
 
-def _compare(data: str, claim: Claim, values: Runs, control: str | None) -> Gap:
-    """One data set."""
+def _compare(data: str, claim: Claim, values: Runs, control: str | None) -> Effect:
+    """The test of the claim on one data set."""
     lower, higher = claim.levels
     a, b = values[higher], values[lower]
-    gap = Gap(data, fmean(a) - fmean(b), runs=(len(a), len(b)))
+    effect = Effect(data, fmean(a) - fmean(b), runs=(len(a), len(b)))
     if min(len(a), len(b)) < 2 or variance(a) + variance(b) <= 1e-18 * max(map(abs, (*a, *b))) ** 2:
-        return gap
+        return effect
     if claim.equal:
-        return _equivalence(gap, a, b, claim.within)
+        return _equivalence(effect, a, b, claim.within)
     if control in claim.levels:
         others = {level: runs for level, runs in values.items() if level != control and len(runs) > 1}
         index = list(others).index(higher if lower == control else lower)
         p, low, high = _dunnett(tuple(map(tuple, others.values())), tuple(values[str(control)]), index)
-        if higher == control:
+        if higher == control and low is not None and high is not None:
             low, high = -high, -low
     else:
         test = stats.ttest_ind(a, b, equal_var=False)
         interval = test.confidence_interval(1 - ALPHA)
         p, low, high = float(test.pvalue), float(interval.low), float(interval.high)
-    up = gap.difference > 0
-    return replace(gap, low=low, high=high, p=p if up else 1.0, opposite=1.0 if up else p)
+    up = effect.difference > 0
+    return replace(effect, low=low, high=high, p=p if up else 1.0, opposite=1.0 if up else p)
 
 
 @lru_cache(maxsize=512)
 def _dunnett(
     others: tuple[tuple[float, ...], ...], control: tuple[float, ...], index: int
-) -> tuple[float, float, float]:
-    """Two-sided p and 95% interval of one of `others` less the control. The integral is random; its seed is fixed."""
-    test = stats.dunnett(*map(np.asarray, others), control=np.asarray(control), rng=np.random.default_rng(0))
-    interval = test.confidence_interval(1 - ALPHA)
-    return float(test.pvalue[index]), float(interval.low[index]), float(interval.high[index])
+) -> tuple[float, float | None, float | None]:
+    """Two-sided p and 95% interval of one of `others` minus the control; None if scipy's interval does not converge.
+
+    scipy integrates with random numbers. Their seed is fixed; other seeds are tried if the interval does not converge.
+    """
+    p = None
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        test = stats.dunnett(*map(np.asarray, others), control=np.asarray(control), rng=rng)
+        p = float(test.pvalue[index]) if p is None else p
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            interval = test.confidence_interval(1 - ALPHA)
+        if not caught:
+            return p, float(interval.low[index]), float(interval.high[index])
+    assert p is not None
+    return p, None, None
 
 
-def _equivalence(gap: Gap, a: Sequence[float], b: Sequence[float], within: float) -> Gap:
-    """Two one-sided Welch tests (TOST), and the 90% interval: inside the margin just where they say so."""
+def _equivalence(effect: Effect, a: Sequence[float], b: Sequence[float], within: float) -> Effect:
+    """Two one-sided Welch tests (TOST), and the 90% interval, which is inside the margin if both tests pass."""
     from statsmodels.stats.weightstats import ttost_ind
 
     inside = float(ttost_ind(a, b, -within, within, usevar="unequal")[0])
@@ -239,11 +255,11 @@ def _equivalence(gap: Gap, a: Sequence[float], b: Sequence[float], within: float
     ]
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(1 - 2 * ALPHA)
     opposite = min(1.0, 2 * min(float(test.pvalue) for test in beyond))
-    return replace(gap, low=float(interval.low), high=float(interval.high), p=inside, opposite=opposite)
+    return replace(effect, low=float(interval.low), high=float(interval.high), p=inside, opposite=opposite)
 
 
 def runs_needed(values: Runs, claim: Claim, power: float = 0.8, most: int = 10_000) -> int | None:
-    """Runs of each level for two one-sided tests to find the levels equal, at the spread seen, if they are."""
+    """Runs of each level with which the two one-sided tests find equal levels equal, at the spread of `values`."""
     lower, higher = claim.levels
     spread = math.sqrt((variance(values[lower]) + variance(values[higher])) / 2)
     for n in range(2, most):
@@ -254,41 +270,41 @@ def runs_needed(values: Runs, claim: Claim, power: float = 0.8, most: int = 10_0
     return None
 
 
-def _together(gaps: Sequence[Gap]) -> tuple[float, float]:
-    """p of the claim on every data set, and of its opposite on any, by Bonferroni over them."""
-    p = max(1.0 if gap.p is None else gap.p for gap in gaps)
-    return p, min(1.0, len(gaps) * min(1.0 if gap.opposite is None else gap.opposite for gap in gaps))
+def _combine(effects: Sequence[Effect]) -> tuple[float, float]:
+    """p of the claim on all data sets, and of its opposite on any of them (Bonferroni)."""
+    p = max(1.0 if effect.p is None else effect.p for effect in effects)
+    return p, min(1.0, len(effects) * min(1.0 if effect.opposite is None else effect.opposite for effect in effects))
 
 
-def contrast(samples: Sequence[Sequence[float]], weights: Sequence[float], name: str) -> Gap:
-    """A weighted sum of means, with the 95% interval that the spread of each sample gives it (Welch, Satterthwaite)."""
+def contrast(samples: Sequence[Sequence[float]], weights: Sequence[float], name: str) -> Effect:
+    """A weighted sum of means, with its 95% interval from the spread of each sample (Welch, Satterthwaite)."""
     difference = math.fsum(weight * fmean(runs) for weight, runs in zip(weights, samples, strict=True))
     least = min(map(len, samples))
-    gap = Gap(name, difference, runs=(least, least))
+    effect = Effect(name, difference, runs=(least, least))
     if least < 2:
-        return gap
+        return effect
     parts = [
         (weight**2 * variance(runs) / len(runs), len(runs) - 1) for weight, runs in zip(weights, samples, strict=True)
     ]
     if (total := math.fsum(square for square, _ in parts)) == 0:
-        return gap
+        return effect
     freedom = total**2 / math.fsum(square**2 / n for square, n in parts)
     half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * math.sqrt(total)
-    return replace(gap, low=difference - half, high=difference + half, judged=least >= LEAST)
+    return replace(effect, low=difference - half, high=difference + half, judged=least >= MIN_RUNS)
 
 
-def _mean(claim: Claim, by_data: Sequence[Runs]) -> Gap:
-    """The mean difference over these data sets, each counted once."""
+def _mean_effect(claim: Claim, by_data: Sequence[Runs]) -> Effect:
+    """The mean difference over the data sets, with equal weights."""
     lower, higher = claim.levels
     samples = [values[level] for values in by_data for level in (higher, lower)]
     return contrast(samples, [1 / len(by_data), -1 / len(by_data)] * len(by_data), "mean")
 
 
-def _uniform(claim: Claim, results: Sequence[Result], data: Sequence[str]) -> str:
-    """Which level's heads attend all but uniformly, where the claim is about their diversity."""
+def _uniform_heads(claim: Claim, results: Sequence[Result], data: Sequence[str]) -> str:
+    """For a claim about head diversity: the level whose heads attend nearly uniformly, and where; otherwise empty."""
     if not claim.metric.endswith(".diversity"):
         return ""
-    entropies = _by_level(results, claim.axis, "trained.entropy")
+    entropies = _values_by_level(results, claim.axis, "trained.entropy")
     for name in data:
         for level in claim.levels:
             runs = entropies.get(name, {}).get(level, [])
@@ -297,8 +313,8 @@ def _uniform(claim: Claim, results: Sequence[Result], data: Sequence[str]) -> st
     return ""
 
 
-def _reached(claim: Claim, results: Sequence[Result], planned: Sequence[Cell]) -> Verdict:
-    """Of means over runs; a claim fails as soon as one is below."""
+def _judge_reached(claim: Claim, results: Sequence[Result], planned: Sequence[Cell]) -> Verdict:
+    """Compare means over runs with the values to reach; the claim fails as soon as one is below."""
     assert claim.reaches
     done = {result.cell.name for result in results}
     values: dict[str, list[float]] = {level: [] for level in claim.reaches}
@@ -306,10 +322,10 @@ def _reached(claim: Claim, results: Sequence[Result], planned: Sequence[Cell]) -
         level, value = result.cell.levels.get(claim.axis, ""), result.value(claim.metric)
         if level in values and value is not None:
             values[level].append(value)
-    gaps = tuple(
-        Gap(level, fmean(runs) - claim.reaches[level], runs=(len(runs), 0)) for level, runs in values.items() if runs
+    effects = tuple(
+        Effect(level, fmean(runs) - claim.reaches[level], runs=(len(runs), 0)) for level, runs in values.items() if runs
     )
-    if any(gap.difference < -claim.within for gap in gaps):
-        return Verdict(FAILS, gaps, claim.primary)
-    whole = len(gaps) == len(values) and all(cell.name in done for cell in planned)
-    return Verdict(HOLDS if whole else PARTLY if gaps else NOT_RUN, gaps, claim.primary)
+    if any(effect.difference < -claim.within for effect in effects):
+        return Verdict(FAILS, effects, claim.primary)
+    complete = len(effects) == len(values) and all(cell.name in done for cell in planned)
+    return Verdict(HOLDS if complete else PARTLY if effects else NOT_RUN, effects, claim.primary)

@@ -1,13 +1,12 @@
 """The global batch: checked before a run starts, and kept when the number of processes changes."""
 
-import json
-
 from eit import distributed
 from eit.config import Recipe
 from eit.console import say
 from eit.data.order import SampleOrder
 from eit.errors import UserError
-from eit.training.optim import base_rate
+from eit.files import read_json
+from eit.training.optim import peak_lr
 from eit.training.run_folder import resumable_recipe
 
 
@@ -41,8 +40,9 @@ def recorded_global_batch(recipe: Recipe) -> int | None:
     if (before.data.batch_size, before.train.accumulate) != (recipe.data.batch_size, recipe.train.accumulate):
         return None
     try:
-        return json.loads((folder / "environment.json").read_text()).get("global_batch")
-    except (OSError, ValueError):
+        recorded = read_json(folder / "environment.json")["global_batch"]
+        return recorded if type(recorded) is int and recorded > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -55,8 +55,8 @@ def check_order(recipe: Recipe, order: SampleOrder) -> None:
             f"a batch of {order.global_batch} ({parts}) is larger than the {order.images} training images"
             + (f"; set data.batch_size={most} or less" if most else "")
         )
-    if recipe.optim.min_lr > base_rate(recipe, order):
-        rate = f"optim.lr={recipe.optim.lr:g}, {base_rate(recipe, order):g} for a batch of {order.global_batch}"
+    if recipe.optim.min_lr > peak_lr(recipe, order):
+        rate = f"optim.lr={recipe.optim.lr:g}, {peak_lr(recipe, order):g} for a batch of {order.global_batch}"
         raise UserError(f"optim.min_lr={recipe.optim.min_lr:g} is larger than the peak rate ({rate})")
     if (recipe.augment.mixup or recipe.augment.cutmix) and order.batch_size % 2:
         raise UserError(f"data.batch_size={order.batch_size} is odd: mixup and cutmix mix pairs")

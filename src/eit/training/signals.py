@@ -2,13 +2,14 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from eit.data.workers import STOP_SIGNALS
+from eit.data.workers import STOP_SIGNALS, waiting
 
 
 @contextmanager
@@ -16,37 +17,42 @@ def stop_signals() -> Iterator[Callable[[], list[float]]]:
     """Within the context, `STOP_SIGNALS` do not end the process; the value, called, has 1.0 for each that was received.
 
     The training loop reads it and stops. A second SIGINT ends the process at once.
+
+    Raises:
+        StopRequested: in the context, as `eit.data.workers.waiting` says.
     """
     received: set[int] = set()
 
     def handle(signum: int, _: Any) -> None:
         received.add(signum)
+        waiting.request_stop()
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield lambda: [0.0] * len(STOP_SIGNALS)
         return
     previous_handlers = {signum: signal.signal(signum, handle) for signum in STOP_SIGNALS}
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    previous_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    read_end, write_end = socket.socketpair()  # Windows cannot set a pipe to non-blocking
+    write_end.setblocking(False)
+    previous_wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=_exit_at_second_interrupt, args=(read_end,), daemon=True)
     watcher.start()
     try:
         yield lambda: [float(signum in received) for signum in STOP_SIGNALS]
     finally:
+        waiting.stop.clear()
         signal.set_wakeup_fd(previous_wakeup)
         for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)
-        os.write(write_end, bytes(1))  # loader processes have the pipe too: closing it would not end the thread
+        write_end.send(bytes(1))  # loader processes have the socket too: closing it would not end the thread
         watcher.join()
-        os.close(write_end)
+        write_end.close()
 
 
-def _exit_at_second_interrupt(read_end: int) -> None:
+def _exit_at_second_interrupt(read_end: socket.socket) -> None:
     """End the process at its second SIGINT, also while the main thread waits for other ranks and runs no handler."""
     interrupts = 0
-    with os.fdopen(read_end, "rb", buffering=0) as signums:
-        while signum := signums.read(1)[0]:
+    with read_end:
+        while signum := read_end.recv(1)[0]:
             interrupts += signum == signal.SIGINT
             if interrupts == 2:
                 show_cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""  # a progress bar hides it
@@ -54,7 +60,8 @@ def _exit_at_second_interrupt(read_end: int) -> None:
                 os._exit(130)
 
 
-os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a loader process must not write to our pipe
+if hasattr(os, "register_at_fork"):  # a loader process must not write to our socket
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def first_signal(counts: Sequence[float]) -> int:

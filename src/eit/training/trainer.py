@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,18 +35,20 @@ from eit.data.loaders import (
     train_loader,
 )
 from eit.data.order import SampleOrder
-from eit.data.workers import STOP_SIGNALS, Batch
-from eit.environment import environment
-from eit.errors import UserError, is_out_of_memory
+from eit.data.workers import STOP_SIGNALS, Batch, LoaderStalled, StopRequested
+from eit.environment import environment, versions
+from eit.errors import UserError, first_line, is_out_of_memory
 from eit.files import write_file
 from eit.inference.evaluate import evaluate
 from eit.precision import Precision, autocast, deterministic_algorithms, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.checkpoint import (
+    BackgroundWriter,
     Progress,
     State,
-    Writer,
+    advice_without,
     check_unchanged,
+    load_card,
     load_checkpoint,
     load_state,
     newest_checkpoint,
@@ -54,9 +56,17 @@ from eit.training.checkpoint import (
 )
 from eit.training.global_batch import check_order, micro_batches_per_step, out_of_memory_advice
 from eit.training.loss import Distillation, class_weights, make_criterion
-from eit.training.optim import can_skip_updates, largest_rate, make_optimizer, make_schedule
+from eit.training.optim import can_skip_updates, largest_lr, load_optimizer, make_lr_scheduler, make_optimizer
 from eit.training.run_folder import RunFolder, read_summary
-from eit.training.setup import build_model, choose_trainable, make_card, make_view, recorded_model, resolve_architecture
+from eit.training.setup import (
+    build_model,
+    check_single_images,
+    choose_trainable,
+    make_card,
+    make_view,
+    recorded_model,
+    resolve_architecture,
+)
 from eit.training.signals import first_signal, stop_signals
 from eit.training.step_reports import StepReport, StepReports, share_step
 from eit.weights.card import Card
@@ -87,6 +97,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         with ExitStack() as resources:
             resources.enter_context(deterministic_algorithms(recipe.train.deterministic))
             device = distributed.start(recipe.train.device)
+            distributed.check_agreement(start_facts(recipe))
             precision = distributed.on_main(lambda: resolve_precision(recipe.train.precision, device))
             resources.enter_context(float32_products(precision))
             prepared = prepare(recipe, device, precision)
@@ -94,7 +105,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             if summary:
                 say(f"{recipe.run_folder()} is finished; set another out= to train again")
                 return summary
-            writer = resources.enter_context(Writer())
+            writer = resources.enter_context(BackgroundWriter())
             return Trainer(prepared, folder, writer).fit()
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -143,6 +154,7 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     loader = train_loader(train_images, view, order, recipe.data, recipe.augment, device)
     model = build_model(recipe, len(classes), initial=recorded is None)
     choose_trainable(recipe, model)
+    check_single_images(recipe, model, view)
     weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
     needs_teacher = recipe.loss.teacher and not distributed.on_main(lambda: read_summary(recipe.run_folder()))
     distillation = Distillation(recipe.loss, view, classes, device) if needs_teacher else None
@@ -163,7 +175,18 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     prepared.progress.fixed = fixed_properties(prepared)
     if len(set(distributed.gather(prepared.progress.fixed["data"]))) > 1:
         raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
+    distributed.check_agreement(prepared.progress.fixed)
     return prepared
+
+
+def start_facts(recipe: Recipe) -> dict[str, Any]:
+    """What all ranks must share before they start: versions, code, and the recipe but for what belongs to a machine."""
+    sections = recipe.model_dump(mode="json")
+    facts = {key: value for key, value in sections.items() if not isinstance(value, dict)}
+    facts |= {
+        f"{name}.{key}": v for name, keys in sections.items() if isinstance(keys, dict) for key, v in keys.items()
+    }
+    return {key: value for key, value in facts.items() if key not in ("out", "data.root", "data.workers")} | versions()
 
 
 def fixed_properties(prepared: Prepared) -> dict[str, Any]:
@@ -193,7 +216,8 @@ def claim_run_folder(prepared: Prepared, resources: ExitStack) -> tuple[RunFolde
         if summary := read_summary(folder.path):
             newest, _ = newest_checkpoint(folder.path)
             if newest is not None:
-                check_unchanged(load_state(newest), prepared.progress, folder.path)
+                state = load_state(newest)
+                check_unchanged(newest, load_card(newest), state, prepared.recipe, prepared.progress)
         return summary
 
     summary = distributed.on_main(claim)
@@ -206,7 +230,7 @@ def claim_run_folder(prepared: Prepared, resources: ExitStack) -> tuple[RunFolde
 class Trainer:
     """Trains what was prepared. Rank 0 has the run folder and writes to it; the rest is the same on all ranks."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder | None, writer: Writer) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder | None, writer: BackgroundWriter) -> None:
         self.prepared, self.folder, self.writer = prepared, folder, writer
         self.recipe, self.device, self.precision = prepared.recipe, prepared.device, prepared.precision
         self.order, self.loader, self.progress = prepared.order, prepared.loader, prepared.progress
@@ -218,7 +242,7 @@ class Trainer:
         self.ema = None if config.ema_decay is None else ModelEmaV3(self.model, decay=config.ema_decay)
         self.optimizer: Any = make_optimizer(recipe, self.model, order)
         self.skips_updates = can_skip_updates(self.optimizer)
-        self.schedule = make_schedule(recipe, self.optimizer, order)
+        self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, order)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.mixup = make_mixup(recipe.augment, len(classes))
         weights = None if weights is None else weights.to(device)
@@ -248,24 +272,39 @@ class Trainer:
             for fault in faults:
                 say(fault)
             if checkpoint is None:
-                self.folder.cut_log(0)
+                self.folder.cut_log(0, {})
                 return None
             weights, averaged, state = load_checkpoint(checkpoint)
-            check_unchanged(state, self.progress, self.folder.path)
+            check_unchanged(checkpoint, load_card(checkpoint), state, self.recipe, self.progress)
+            try:
+                self.restore(weights, averaged, state)  # here on rank 0 alone, before anything is changed on the disk
+            except Exception as error:  # torch raises almost any for what is not its own
+                if is_out_of_memory(error):
+                    raise
+                reason = f"does not fit this run: {first_line(error)}"
+                raise UserError(f"{checkpoint} {reason}; {advice_without(checkpoint)}") from None
             step = state["progress"]["step"]
             say(f"continuing {self.folder.path} from step {step}")
-            self.folder.cut_log(step)
+            self.folder.cut_log(step, state["progress"]["last"])
             return weights, averaged, state
 
-        if (checkpoint := distributed.on_main(read)) is None:
-            return
-        weights, averaged, state = checkpoint
+        checkpoint = distributed.on_main(read)
+        if checkpoint is not None and self.folder is None:
+            self.restore(*checkpoint)
+
+    def restore(self, weights: StateDict, averaged: StateDict | None, state: State) -> None:
+        """Load what a checkpoint holds. Any exception: it does not fit the recipe."""
+        progress, (epoch, step) = state["progress"], (0, state["progress"]["step"])
+        if progress["last"]:
+            epoch = progress["last"]["epoch"] + 1
+        if step != self.total_steps and not 0 <= step - epoch * self.order.steps <= self.order.steps:
+            raise ValueError(f"step {step} is not in epoch {epoch + 1} of {self.total_steps} steps")
         self.model.load_state_dict(weights)
         if self.ema:
             self.ema.module.load_state_dict(averaged)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        vars(self.progress).update(state["progress"])
+        vars(self.progress).update(progress)
 
     def parallel_network(self) -> Any:
         """The model as it is called in training: on several ranks through DDP, and compiled if the recipe says so."""
@@ -284,13 +323,27 @@ class Trainer:
         """Train the epochs that are left; the summary of the finished run."""
         self.start_logging()
         with stop_signals() as self.received_signals:
-            while (epoch := self.progress.last.get("epoch", -1) + 1) * self.order.steps < self.total_steps:
-                self.train_epoch(epoch)
-                is_best = self.evaluate(epoch)
-                self.save(is_best)
-                if any(self.signals) and self.progress.step < self.total_steps:
-                    self.stop()
+            try:
+                self.train_epochs()
+            except (StopRequested, LoaderStalled) as error:  # no batch came: the weights are those after the last step
+                self.handle_report(self.reports.flush())
+                self.save()
+                self.writer.wait()
+                if isinstance(error, StopRequested):
+                    raise Stopped(first_signal(self.received_signals()), self.recipe.run_folder()) from None
+                raise
         return distributed.on_main(self.finish)
+
+    def train_epochs(self) -> None:
+        """Train, evaluate and save each epoch that is left."""
+        while (epoch := self.progress.last.get("epoch", -1) + 1) * self.order.steps < self.total_steps:
+            self.train_epoch(epoch)
+            is_best = self.evaluate(epoch)
+            self.save(is_best, self.progress.last)
+            if self.folder:
+                self.folder.show_epoch(self.progress.last, len(self.prepared.train_images.classes))
+            if any(self.signals) and self.progress.step < self.total_steps:
+                self.stop()
 
     def start_logging(self) -> None:
         recipe, order, images = self.recipe, self.order, self.prepared.train_images
@@ -319,15 +372,15 @@ class Trainer:
         title = f"epoch {epoch + 1}/{self.recipe.train.epochs}"
         with progress_bar(title, order.steps, start=first_step) as advance:
             while progress.step < end:
-                self.schedule.step_update(progress.step)
+                self.lr_scheduler.step_update(progress.step)
                 self.step(batches)
                 progress.seconds += self.throughput.end_step(progress.step, is_last=progress.step == end)
                 images_per_s = round(self.throughput.images_per_s)
-                self.displayed |= {"lr": largest_rate(self.optimizer), "images/s": images_per_s}
+                self.displayed |= {"lr": largest_lr(self.optimizer), "images/s": images_per_s}
                 advance(**self.displayed)
                 if progress.step < end:
                     self.save_if_due()
-        self.act_on(self.reports.flush())
+        self.handle_report(self.reports.flush())
         if self.throughput.seconds_since_start() > EARLY_SAVE:  # evaluation may meet an image that cannot be read
             self.save()
 
@@ -342,16 +395,16 @@ class Trainer:
             norm,
             loss_scale=self.scaler.scale(self.one) if self.scaler.is_enabled() else self.one,
             unreadable_images=len(self.loader.bad.seen),
-            writer_failed=self.writer.fault() is not None,
+            writer_failed=self.writer.error() is not None,
             save_is_due=self.folder is not None and self.save_minutes_are_over(),
             signals=self.received_signals(),
         )
         # Raises if the step before was not finite, so that no update follows that one.
-        self.act_on(self.reports.add(self.progress.step, shared))
+        self.handle_report(self.reports.add(self.progress.step, shared))
         if max_norm := self.recipe.optim.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         if self.skips_updates:
-            # x - x is NaN for infinity and NaN, otherwise 0. The optimizer changes nothing where found_inf is 1.
+            # x - x is NaN for infinity and NaN, otherwise 0. The optimizer changes nothing if found_inf is 1.
             self.optimizer.found_inf = ((shared[:2] - shared[:2]) != 0).any().float()
             self.optimizer.step()
         else:
@@ -382,7 +435,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def act_on(self, report: StepReport | None) -> None:
+    def handle_report(self, report: StepReport | None) -> None:
         """Stop the run, or remember what to do, as the report of a step says. All ranks do the same."""
         if report is None:
             return
@@ -417,20 +470,28 @@ class Trainer:
         return error
 
     def evaluate(self, epoch: int) -> bool:
-        """Evaluate the weights and their moving average, and log the epoch; whether these weights are the best yet."""
+        """Evaluate the weights and their moving average; whether these weights are the best yet."""
         progress = self.progress
         self.network.eval()
         for module in (self.model, self.ema):
             distributed.share_buffers(module)
         metrics = evaluate(self.model, self.val_loader, self.precision)
         averaged = evaluate(self.ema.module.eval(), self.val_loader, self.precision) if self.ema else None
+        for name, result in (("weights", metrics), ("moving average of the weights", averaged)):
+            if result is not None and not math.isfinite(result.loss):
+                advice = "earlier checkpoints are intact; try a lower optim.lr or train.precision=fp32"
+                error = FloatingPointError(
+                    f"the validation loss of the {name} is {result.loss} after epoch {epoch + 1}; {advice}"
+                )
+                error.add_note(distributed.ON_MAIN)
+                raise error
         is_best = metrics.top1 > progress.best_top1
         if is_best:
             progress.best_top1, progress.best_epoch = metrics.top1, epoch
         progress.last = {
             "epoch": epoch,
             "step": progress.step,
-            "lr": largest_rate(self.optimizer),
+            "lr": largest_lr(self.optimizer),
             "train_loss": progress.loss_sum / (progress.step - epoch * self.order.steps),
             "val_loss": metrics.loss,
             "val_top1": metrics.top1,
@@ -438,8 +499,6 @@ class Trainer:
             "ema_top1": averaged.top1 if averaged else None,
             "images_per_s": round(self.throughput.images_per_s, 1),
         }
-        if self.folder:
-            self.folder.log_epoch(progress.last, len(self.prepared.train_images.classes))
         return is_best
 
     def save_minutes_are_over(self) -> bool:
@@ -452,23 +511,23 @@ class Trainer:
         every = self.recipe.train.save_every
         if not (any(self.signals) or self.save_is_due or (every and self.progress.step % every == 0)):
             return
-        self.act_on(self.reports.flush())
+        self.handle_report(self.reports.flush())
         self.save()
         self.save_is_due, self.saved_at = False, time.monotonic()
         if any(self.signals):
             self.stop()
 
-    def save(self, is_best: bool = False) -> None:
-        """Copy the state of training on rank 0, and write it while training goes on."""
+    def save(self, is_best: bool = False, line: dict[str, Any] | None = None) -> None:
+        """Copy the state of training on rank 0, and write it while training goes on, before the epoch's `line`."""
         if self.folder is None:
             return
         optimizer, scaler = self.optimizer.state_dict(), self.scaler.state_dict()
-        state = dict(optimizer=optimizer, scaler=scaler, progress=asdict(self.progress))
+        state = dict(optimizer=optimizer, scaler=scaler, progress=self.progress.model_dump())
         averaged = self.ema.module.state_dict() if self.ema else None
         card = self.prepared.card
         best_card = card_with_metrics(card, self.progress) if is_best else None
-        path, step, weights = self.folder.path, self.progress.step, self.model.state_dict()
-        self.writer.submit(write_checkpoint, path, step, card, best_card, weights, averaged, state)
+        folder, step, weights = self.folder, self.progress.step, self.model.state_dict()
+        self.writer.submit(save_epoch, folder, line, step, card, best_card, weights, averaged, state)
 
     def stop(self) -> NoReturn:
         """Raise Stopped, after the checkpoint has been written."""
@@ -527,6 +586,14 @@ def warm_up(network: nn.Module, x: Tensor, precision: Precision) -> None:
     network.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
+
+
+def save_epoch(folder: RunFolder, line: dict[str, Any] | None, step: int, *arguments: Any) -> None:
+    """Write a checkpoint, then the epoch's line of the log, if an epoch ended."""
+    folder.check()
+    write_checkpoint(folder.path, step, *arguments)
+    if line is not None:
+        folder.append_log(line)
 
 
 def write_checkpoint(

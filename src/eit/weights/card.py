@@ -5,13 +5,17 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 
 from eit import __version__
-from eit.config import model_arguments, split_name
+from eit.config import Recipe, Section, model_arguments, split_name
 from eit.data.images import MAX_PIXELS, View
-from eit.errors import UserError
+from eit.errors import UserError, few
 from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, TIMM, create_model, is_model
+
+LARGEST_SIZE, LARGEST_RESIZE = 4096, 8192  # pixels: what untrusted weights may ask for
+SECTIONS = [name for name, field in Recipe.model_fields.items() if isinstance(field.default, Section)]
 
 
 class Card(BaseModel):
@@ -21,14 +25,16 @@ class Card(BaseModel):
         model: a name of the zoo, or timm/NAME. A card made for eit_plus_mini has eit_mini of the family eit_plus.
         arguments: of `eit.create_model`: family and all but num_classes and img_size.
         classes: names, in the order of the logits.
-        mean: of pixels in 0..1, one a channel.
-        std: of pixels in 0..1, one a channel.
+        mean: of pixels in 0..1, one value per channel.
+        std: of pixels in 0..1, one value per channel.
         size: pixels of the model's square input.
         resize: pixels of the shorter side before the centre crop.
         interpolation: of the resize.
         version: of this package, that wrote the weights.
         recipe: that of the run, section by section; None of converted weights.
         metrics: on the validation images of the run, percentages.
+        guessed: fields that are assumed, because the weights came without them. They are not facts: classes are then
+            matched by position, not by name.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,12 +44,13 @@ class Card(BaseModel):
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
-    size: Annotated[int, Field(ge=1, le=65536)]
-    resize: Annotated[int, Field(ge=1, le=65536)]
+    size: Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+    resize: Annotated[int, Field(ge=1, le=LARGEST_RESIZE)]
     interpolation: Literal["bilinear", "bicubic"]
     version: str = __version__
     recipe: dict[str, Any] | None = None
     metrics: dict[str, float] | None = None
+    guessed: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -62,12 +69,16 @@ class Card(BaseModel):
     def _together(self) -> "Card":
         if not len(self.mean) == len(self.std) == self.arguments.get("in_chans", 3) in (1, 3):
             raise ValueError("mean and std do not fit the model's channels")
-        if not isinstance(self.data, dict) or not isinstance(self.data.get("max_pixels", 1), int):
-            raise ValueError("the recipe is none")
+        if not set(self.guessed) <= {"classes", "mean", "std", "size", "resize", "interpolation"}:
+            raise ValueError("an unknown field is guessed")
+        if any(not isinstance((self.recipe or {}).get(name, {}), dict) for name in SECTIONS):
+            raise ValueError("a section of the recipe has no keys")
+        if not isinstance(self.data.get("max_pixels", 1), int):
+            raise ValueError("data.max_pixels is not a number")
         if (pair := self.data.get("pixel_range")) is not None:
             low, high = pair
             if not float(low) < float(high):
-                raise ValueError("the range of pixels is none")
+                raise ValueError("data.pixel_range is not LOW below HIGH")
         return self
 
     def create_model(self) -> EIT:
@@ -99,7 +110,7 @@ class Card(BaseModel):
 
     @property
     def data(self) -> dict[str, Any]:
-        """The recipe's section on data; empty where there is none."""
+        """The recipe's section on data; empty if there is none."""
         return (self.recipe or {}).get("data") or {}
 
     @property
@@ -110,11 +121,39 @@ class Card(BaseModel):
 
     @property
     def max_pixels(self) -> int:
-        """The cap on an image's pixels that the run had."""
-        return int(self.data.get("max_pixels", MAX_PIXELS))
+        """The limit on an image's pixels that the run had. Untrusted weights can lower the default, not raise it."""
+        return min(int(self.data.get("max_pixels", MAX_PIXELS)), MAX_PIXELS)
+
+    @property
+    def assumptions(self) -> str:
+        """What is guessed, as `name value`; an empty string if nothing is."""
+        shown = self.model_dump(include=set(self.guessed)) | dict(classes=few(self.classes))
+        return ", ".join(f"{name} {shown[name]}" for name in self.guessed)
 
 
-def known_card(header: dict[str, Any], source: str) -> Card:
+def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's for colour, 0.5 otherwise."""
+    if channels == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (0.5,) * channels, (0.5,) * channels
+
+
+def default_class_names(count: int) -> list[str]:
+    """ImageNet-1K's for 1000 classes, numbers otherwise."""
+    if count != 1000:
+        return [str(i) for i in range(count)]
+    info = ImageNetInfo()
+    return [info.index_to_description(i) for i in range(count)]
+
+
+def assumed(classes: int, channels: int, size: int) -> dict[str, Any]:
+    """The fields of a card for weights that came without them: a guess, to be named in `Card.guessed`."""
+    mean, std = default_mean_std(channels)
+    resize = round(size * 256 / 224) if size > 64 else size
+    return dict(classes=default_class_names(classes), mean=mean, std=std, resize=resize, interpolation="bicubic")
+
+
+def parse_card(header: dict[str, Any], source: str) -> Card:
     """The card of `source`, of a model that this version can make.
 
     Raises:
@@ -122,8 +161,11 @@ def known_card(header: dict[str, Any], source: str) -> Card:
     """
     try:
         card = Card.model_validate(header)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, RecursionError, OverflowError):
         raise UserError(f"{source}: its description of the model is damaged") from None
+    if card.recipe is None and "guessed" not in header:  # converted by a version that did not mark its guesses
+        guesses = assumed(len(card.classes), card.in_chans, card.size)
+        card.guessed = tuple(name for name in guesses if getattr(card, name) == guesses[name])
     try:
         card.arguments = model_arguments(card.arguments)
         if not card.model.startswith(TIMM):
@@ -142,9 +184,9 @@ def _preset(card: Card) -> dict[str, str]:
     return FAMILIES[card.arguments.get("family", "eit")]
 
 
-def card_text(card: Card, sha256: str) -> str:
-    """The card as files hold it, with the checksum of the weights and the whole preset, which may change later."""
-    header = card.model_dump(mode="json")
+def serialize_card(card: Card, **more: str) -> str:
+    """The card as files hold it, with the whole preset, which may change later, and with `more` keys; in ASCII."""
+    header = card.model_dump(mode="json", exclude={"guessed"} if card.recipe is not None else None)
     if not card.model.startswith(TIMM):
         header["arguments"] = _preset(card) | card.arguments
-    return json.dumps(header | {"sha256": sha256})
+    return json.dumps(header | more)

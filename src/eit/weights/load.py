@@ -2,30 +2,36 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from eit.errors import UserError, first_line
+from eit.console import say
+from eit.errors import UserError
+from eit.hub_access import hub_reason, prepare_hub
 from eit.models.eit import EIT, our_names
 from eit.models.registry import head_names
 from eit.weights.card import Card
-from eit.weights.convert import recognise
-from eit.weights.fit import check_fit, resample_positions
-from eit.weights.formats import StateDict, read_weights
+from eit.weights.compatibility import check_compatible, resample_positions
+from eit.weights.convert import TIMM_FILES, infer_card
+from eit.weights.formats import StateDict, read_weights, strip_prefixes
 
 HUB = "hf-hub:"
-SHIPPED = {name: Path(__file__).with_name("eit_digits.safetensors") for name in ("digits", "eit_digits")}
+INCLUDED = {name: Path(__file__).with_name("eit_digits.safetensors") for name in ("digits", "eit_digits")}
 
 
 def load(path: str | os.PathLike[str]) -> EIT:
-    """A self-describing checkpoint, or the authors' .pth -> model in evaluation mode.
+    """A self-describing checkpoint, or weights of another training loop -> model in evaluation mode.
+
+    What weights do not say (class names, mean, std ...) is assumed, printed in one line, and listed in `card.guessed`.
 
     Args:
-        path: a weights file, a run folder (its best.safetensors, else final.safetensors), or `digits`, which ships.
+        path: a weights file, a run folder (its best.safetensors, else final.safetensors), a folder of
+            `timm.models.save_for_hf`, or `digits`, which is included.
 
     Returns:
         The model, on the CPU and in float32; for weights of timm's models, timm's class. Its `Card` is the attribute
@@ -37,10 +43,10 @@ def load(path: str | os.PathLike[str]) -> EIT:
     file = find_weights(path)
     state, card = read_weights(file)
     if card is None:
-        card = recognise(state, file)
+        card = infer_card(state, file)
     with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
         model: Any = card.create_model()  # timm's classes too
-    check_fit(model, state, str(file))
+    check_compatible(model, state, str(file))
     if isinstance(model, EIT):
         model.load_state_dict(state, strict=True, assign=True)
     else:  # models of timm keep buffers that are not in the file
@@ -48,8 +54,18 @@ def load(path: str | os.PathLike[str]) -> EIT:
         model.load_state_dict(state, strict=True)
     model.requires_grad_(True).float().eval()
     model.card = card
+    say_assumptions(card, str(path))
     model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | card.timm_cfg
     return model
+
+
+def say_assumptions(card: Card, source: str) -> None:
+    """Print what is guessed about weights, and how to say it; nothing if all is known."""
+    if card.guessed:
+        say(
+            f"{source} does not say how it was trained; assumed: {card.assumptions}. If that is wrong, set it with "
+            "eit convert (--classes, --size, --mean, --std, --crop-ratio, --interpolation, or --like timm/NAME)"
+        )
 
 
 def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_head: bool = False) -> Any:
@@ -66,7 +82,7 @@ def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_h
         UserError: names or shapes differ (both are named), or the file cannot be trusted.
     """
     if isinstance(source, Mapping):
-        state, name = our_names(source), "the state dict"
+        state, name = our_names(strip_prefixes(source)), "the state dict"
     else:
         file = find_weights(source)
         state, name = read_weights(file)[0], str(file)
@@ -75,51 +91,61 @@ def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_h
         own = {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
         state = {k: v for k, v in state.items() if not k.startswith(heads)} | own
     state = resample_positions(model, dict(state), name)
-    check_fit(model, state, name)
+    check_compatible(model, state, name)
     model.load_state_dict(state, strict=True)
     return model
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """A weights file: the path itself, that of a folder, one that ships, or one of the hub (hf-hub:USER/NAME).
+    """A weights file: the path itself, that of a folder, an included one, or one of the hub (hf-hub:USER/NAME).
 
-    Of a run folder it is `best.safetensors` (else `final`), of one that `eit push` wrote `model.safetensors`.
+    Of a run folder it is `best.safetensors` (else `final`), of one that `eit push` or `timm.models.save_for_hf` wrote
+    `model.safetensors` (else `pytorch_model.bin`).
     """
     if str(path).startswith(HUB):
         return _fetch(str(path))
-    path = Path(path)
-    if str(path) in SHIPPED and not path.exists():
-        return SHIPPED[str(path)]
+    path = Path(path).expanduser()
+    if str(path) in INCLUDED and not path.exists():
+        return INCLUDED[str(path)]
     if path.is_dir():
-        for name in ("best.safetensors", "final.safetensors", "model.safetensors"):
+        for name in ("best.safetensors", "final.safetensors", *TIMM_FILES):
             if (path / name).is_file():
                 return path / name
         if not (path / "recipe.yaml").is_file():
-            raise UserError(f"{path} is no run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
+            raise UserError(f"{path} is not a run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
     if not path.is_file():
         raise UserError(
-            f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(SHIPPED)} is expected"
+            f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(INCLUDED)} is expected"
         )
     return path
 
 
-def names_weights(name: str) -> bool:
+def is_weights_name(name: str) -> bool:
     """Whether `find_weights` has a place to look for `name`."""
-    return Path(name).exists() or name in SHIPPED or name.startswith(HUB)
+    return Path(name).expanduser().exists() or name in INCLUDED or name.startswith(HUB)
 
 
 def _fetch(name: str) -> Path:
     """The weights of a repository on the Hugging Face hub, kept in its cache; a revision stands behind an @."""
     repo, _, revision = name.removeprefix(HUB).partition("@")
-    hub_logging.set_verbosity_error()  # its retries; what it fails by is said below
+    prepare_hub()
+    weights, *others = TIMM_FILES
     try:
-        return Path(hf_hub_download(repo, "model.safetensors", revision=revision or None))
+        try:
+            file = hf_hub_download(repo, weights, revision=revision or None)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # no network
+                raise
+            file = hf_hub_download(repo, others[0], revision=revision or None)
     except Exception as error:  # of the hub, of its HTTP library, of the network
-        raise UserError(f"{name} cannot be fetched: {first_line(error)}") from None
+        raise UserError(f"{name} cannot be fetched: {hub_reason(error)}") from None
+    with suppress(Exception):  # weights of eit push do not need it
+        hf_hub_download(repo, "config.json", revision=revision or None)
+    return Path(file)
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
-    """What a weights file, or a run folder's, says about itself; None where it says nothing."""
+    """What a weights file, or a run folder's, says about itself; None if it says nothing."""
     file = find_weights(path)
     return read_weights(file)[1] if file.suffix == ".safetensors" else None

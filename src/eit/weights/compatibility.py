@@ -1,4 +1,4 @@
-"""Whether weights fit a model, and what differs where they do not."""
+"""Whether weights fit a model, and what differs if they do not."""
 
 import sys
 from typing import Any
@@ -10,20 +10,22 @@ from eit.models.registry import head_names
 from eit.weights.formats import StateDict
 
 
-def check_fit(model: Any, state: StateDict, source: str) -> None:
+def check_compatible(model: Any, state: StateDict, source: str) -> None:
     """Raise a UserError that says how `state` differs from what `model` needs."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    types = [k for k in own if k in state and own[k].is_floating_point() != state[k].is_floating_point()]
     heads = tuple(f"{head}." for head in head_names(model))
-    if shapes and all(k.startswith(heads) for k in shapes) and not missing and not extra:
+    if shapes and all(k.startswith(heads) and state[k].ndim for k in shapes) and not missing and not extra:
         have, want = len(state[shapes[0]]), len(own[shapes[0]])
         raise UserError(
             f"{source} has a head for {have} classes, {want} are needed; model.reset_head=true makes a new one"
         )
     faults = [
         *(f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in shapes),
+        *(f"{k} is of {state[k].dtype} instead of {own[k].dtype}" for k in types),
         *(f"{k} is missing" for k in missing),
         *(f"{k} is unknown" for k in extra),
     ]

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from eit.errors import UserError, first_line
 from eit.models.registry import check_size
-from eit.weights.card import Card, known_card
+from eit.weights.card import Card, parse_card
 from eit.weights.load import load as load_model
+from eit.weights.load import say_assumptions
 
 KEY = "eit"  # of the metadata that holds the card
 INPUT, OUTPUT = "images", "logits"
 Run = Callable[[np.ndarray], np.ndarray]
-Port = tuple[str, list[Any]]  # name and shape of an input or output; a dynamic axis is no int
+Port = tuple[str, list[Any]]  # name and shape of an input or output; a dynamic axis is not an int
 
 
 class ExportedModel(nn.Module):
@@ -39,10 +40,14 @@ class ExportedModel(nn.Module):
         self.file, self.card, self.fixed_size, self._run = file, card, fixed_size, run
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self._run(np.ascontiguousarray(x.numpy(force=True)))).to(x.device)
+        try:
+            logits = self._run(np.ascontiguousarray(x.numpy(force=True)))
+        except Exception as error:  # of a runtime, which have no common base
+            raise UserError(f"{self.file} cannot be run on {tuple(x.shape)}: {_line(error)}") from None
+        return torch.from_numpy(logits).to(x.device)
 
     def check_size(self, size: int) -> None:
-        """Raise a UserError where images of `size` pixels are not taken."""
+        """Raise a UserError if images of `size` pixels are not accepted."""
         if self.fixed_size and size != self.card.size:
             raise UserError(f"--size {size}: {self.file} was exported for {self.card.size} pixels alone")
         with torch.device("meta"):
@@ -50,21 +55,26 @@ class ExportedModel(nn.Module):
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """A self-describing checkpoint (a file or a run folder), the authors' .pth, or an exported file -> its model.
+    """A self-describing checkpoint (a file or a run folder), weights of another loop, or an exported file -> its model.
 
-    The model is in evaluation mode; its `card` says which model it is, its classes and its preprocessing. A .onnx file
+    The model is in evaluation mode; its `card` says which model it is, its classes and its preprocessing, and which of
+    these are `guessed`. A .onnx file
     needs ONNX Runtime, a .xml file OpenVINO (the extra `export`); both give an `ExportedModel`. All else gives an
     `eit.EIT`, or a model of timm.
 
     Raises:
         UserError: no such file, damaged, untrusted, or one that does not say which model it is.
     """
-    file = Path(path)
-    if not is_exported(path):
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"eit.load takes the name of weights, or their path, not {type(path).__name__}")
+    file = Path(path).expanduser()
+    if not is_exported(file):
         return load_model(path)
     if not file.is_file():
         raise UserError(f"no exported model at {file}")
-    return RUNTIMES[file.suffix.lower()](file)
+    model = RUNTIMES[file.suffix.lower()](file)
+    say_assumptions(model.card, str(path))
+    return model
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
@@ -72,7 +82,7 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in RUNTIMES and not Path(path).is_dir()
 
 
-def need(module: str, what: str) -> ModuleType:
+def import_runtime(module: str, what: str) -> ModuleType:
     """The module of a runtime.
 
     Raises:
@@ -88,7 +98,7 @@ def need(module: str, what: str) -> ModuleType:
 
 def open_onnx(file: Path) -> ExportedModel:
     """A .onnx file, run by ONNX Runtime on as many threads as torch has."""
-    ort = need("onnxruntime", f"running {file}")
+    ort = import_runtime("onnxruntime", f"running {file}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors, which are raised as well
@@ -110,7 +120,7 @@ def openvino_core() -> Any:
 
 def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
     """A .xml file, run by OpenVINO on as many threads as torch has, in `f32` or `bf16`."""
-    need("openvino", f"running {file}")
+    import_runtime("openvino", f"running {file}")
     try:
         core = openvino_core()
         model = core.read_model(file)
@@ -139,15 +149,14 @@ def _read_card(file: Path, text: str | None) -> Card:
     if text is None:
         raise UserError(f"{file} was not written by eit export: it lacks the metadata {KEY!r} (classes, preprocessing)")
     try:
-        return known_card(json.loads(text), str(file))
-    except UserError:
-        raise
+        header = json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"{file}: its metadata {KEY!r} is damaged") from None
+    return parse_card(header, str(file))
 
 
 def _check_signature(file: Path, card: Card, ports: list[Port]) -> None:
-    """Raise a UserError where inputs and outputs are not those of the card's model."""
+    """Raise a UserError if inputs and outputs are not those of the card's model."""
     if [name for name, _ in ports] != [INPUT, OUTPUT]:
         raise UserError(f"{file} has {', '.join(name for name, _ in ports)}, instead of {INPUT} and {OUTPUT}")
     images, logits = (shape for _, shape in ports)

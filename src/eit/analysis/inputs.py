@@ -1,4 +1,4 @@
-"""What is analysed: names on the command line -> models, with what they want to see and where they come from."""
+"""The inputs of an analysis: models by name, each with the preprocessing and the source of its weights; images."""
 
 import glob
 import hashlib
@@ -23,38 +23,38 @@ from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, ch
 from eit.randomness import Stream, set_seed
 from eit.training.setup import build_model
 from eit.weights.card import Card
-from eit.weights.load import SHIPPED, find_weights, load, names_weights
+from eit.weights.load import INCLUDED, find_weights, is_weights_name, load
 
 TORCHVISION = "torchvision/"
 
 
 @dataclass
-class Subject:
+class LoadedModel:
     """A model to analyse, in evaluation mode."""
 
     label: str  # short, and unique in a report
-    state: str  # trained, untrained, or initial: the initial values of the trained one before it
+    state: str  # trained, untrained, or initial: the initial values of the trained model before it
     model: Any
     view: View
-    source: str  # as the user gave it, or what its initial values are
+    source: str  # the name as the user gave it, or the seed of the initial values
     sha256: str = ""  # of the weights file
     card: Card | None = None
-    group: str = ""  # the pattern that it was found by, if several runs were
+    group: str = ""  # the pattern, if it matched several runs
 
     @property
     def seed(self) -> int | None:
-        """Of the recipe that it was trained by."""
+        """The seed of the recipe that trained it."""
         recipe = self.card.recipe if self.card else None
         return None if recipe is None else parse_recipe(recipe).seed
 
     @property
     def name(self) -> str:
-        """The label, with what must be known of it wherever it is shown."""
+        """The label, with the state unless it is trained."""
         return self.label if self.state == "trained" else f"{self.label} ({self.state})"
 
     @property
     def provenance(self) -> str:
-        """Where the values come from, for a caption."""
+        """The source of its weights, for a caption."""
         if self.state == "initial":
             return f"{self.name}: {self.source}"
         digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
@@ -63,37 +63,36 @@ class Subject:
         return f"{self.label}: {self.source} ({self.state}{top1}{digest})"
 
 
-def open_subjects(names: Sequence[str], size: int | None = None, initial: bool = True) -> Iterator[Subject]:
-    """The models in order; behind each trained one of ours the same with its initial values, if wanted.
+def load_models(names: Sequence[str], size: int | None = None, initial: bool = True) -> Iterator[LoadedModel]:
+    """Load the models in order. With `initial`, each trained model of this package is followed by its initial values.
 
-    A name is that of a checkpoint (a weights file, a run folder, one that ships), of the zoo (NAME or FAMILY/NAME), of
-    timm (timm/NAME) or of torchvision (torchvision/NAME); or a pattern, see `expand_groups`. `size` replaces the pixels
-    of their input.
+    A name is a weights file, a run folder, included weights, a model of this package (NAME or FAMILY/NAME), of timm
+    (timm/NAME) or of torchvision (torchvision/NAME), or a pattern, see `expand_groups`. `size` replaces the input size
+    in pixels.
 
     Raises:
-        UserError: no such checkpoint or model, or one that does not take `size`.
+        UserError: an unknown name, or a model that does not accept `size`.
     """
     check_names(names)
     runs = expand_groups(names, tell=True)
     for (name, group), label in zip(runs, _labels([name for name, _ in runs]), strict=True):
-        subject = replace(_open(name, label), group=group)
+        loaded = replace(_open(name, label), group=group)
         if size is not None:
-            check_size(subject.model, size, subject.view.size, subject.label)
-            resize = size * subject.view.resize // subject.view.size
-            subject.view = replace(subject.view, size=size, resize=resize)
-        yield subject
-        if initial and subject.card is not None:
-            yield _initial(subject)
+            check_size(loaded.model, size, loaded.view.size, loaded.label)
+            resize = size * loaded.view.resize // loaded.view.size
+            loaded.view = replace(loaded.view, size=size, resize=resize)
+        yield loaded
+        if initial and loaded.card is not None:
+            yield _initial(loaded)
 
 
 def expand_groups(names: Sequence[str], tell: bool = False) -> list[tuple[str, str]]:
-    """(name, group) of each model: a pattern such as runs/eit* stands for all weights that match it, as one group.
+    """(name, group) of each model. A pattern such as runs/eit* stands for all weights that match it, as one group.
 
-    The group is the pattern, or "" of a name that stands alone. A match without weights is left out, with a line if
-    this shall `tell` of it.
+    The group is the pattern, or "" for a single model. A match without weights is left out (`tell`: with a line).
 
     Raises:
-        UserError: a pattern that no weights match.
+        UserError: no weights match a pattern.
     """
     expanded = []
     for name in names:
@@ -109,16 +108,16 @@ def expand_groups(names: Sequence[str], tell: bool = False) -> list[tuple[str, s
                 if tell:
                     say(f"{error}: left out of {name}")
         if not runs:
-            raise UserError(f"no run folder with weights and no weights file matches {name}")
+            raise UserError(f"no weights file, and no run folder with weights, matches {name}")
         expanded += [(run, name if len(runs) > 1 else "") for run in runs]
     return expanded
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise a UserError for a name that `open_subjects` would refuse, before anything is computed."""
+    """Raise a UserError for an unknown name, before anything is computed."""
     for name, _ in expand_groups(names):
         kind, _, plain = name.partition("/")
-        if names_weights(name) or name in MODELS or (kind in FAMILIES and plain in VARIANTS):
+        if is_weights_name(name) or name in MODELS or (kind in FAMILIES and plain in VARIANTS):
             continue
         if name.startswith(TIMM):
             check_timm_name(name)
@@ -127,15 +126,15 @@ def check_names(names: Sequence[str]) -> None:
             if plain not in known:
                 raise UserError(f"torchvision has no model {plain!r}{nearest(plain, known)}")
         else:
-            near = nearest(name, [*MODELS, *SHIPPED])
+            near = nearest(name, [*MODELS, *INCLUDED])
             raise UserError(
-                f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(SHIPPED)}, "
+                f"no weights at {name}{near} (known: a weights file, a run folder, {', '.join(INCLUDED)}, "
                 f"{', '.join(MODELS)}, lsra/eit_mini and so on, timm/NAME, torchvision/NAME)"
             )
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The last part of a path, or as many as tell the paths apart; a number where the same name is given twice."""
+    """The last parts of each path, as many as needed to distinguish them; a number if a name is given twice."""
     parts = [
         [name]
         if name.partition("/")[0] in FAMILIES
@@ -150,12 +149,12 @@ def _labels(names: Sequence[str]) -> list[str]:
     return [x if x not in labels[:i] else f"{x} ({labels[:i].count(x) + 1})" for i, x in enumerate(labels)]
 
 
-def _open(name: str, label: str) -> Subject:
+def _open(name: str, label: str) -> LoadedModel:
     kind, _, plain = name.partition("/")
-    if names_weights(name):
+    if is_weights_name(name):
         model = load(name)
         digest = hashlib.sha256(find_weights(name).read_bytes()).hexdigest()
-        return Subject(label, "trained", model, model.card.view, name, digest, model.card)
+        return LoadedModel(label, "trained", model, model.card.view, name, digest, model.card)
     state = "untrained"
     set_seed(Stream.INITIAL_VALUES, 0)
     if name in MODELS:
@@ -164,10 +163,10 @@ def _open(name: str, label: str) -> Subject:
         model, state = _timm_model(name)
     elif name.startswith(TORCHVISION):
         model, state = _torchvision_model(plain)
-        return Subject(label, state, model.eval(), _torchvision_view(plain), name)
+        return LoadedModel(label, state, model.eval(), _torchvision_view(plain), name)
     else:
         model = create_model(plain, family=kind)
-    return Subject(label, state, model.eval(), _timm_view(model), name)
+    return LoadedModel(label, state, model.eval(), _timm_view(model), name)
 
 
 def _timm_model(name: str) -> tuple[Any, str]:
@@ -175,7 +174,7 @@ def _timm_model(name: str) -> tuple[Any, str]:
         try:
             return create_model(name, pretrained=True), "trained"
         except UserError as error:
-            say(f"{str(error).partition(';')[0]}; it is analysed untrained")
+            say(f"{str(error).partition(';')[0]}; the model is analysed untrained")
     return create_model(name), "untrained"
 
 
@@ -183,12 +182,12 @@ def _torchvision_model(name: str) -> tuple[Any, str]:
     try:
         return torchvision.models.get_model(name, weights="DEFAULT"), "trained"
     except OSError as error:
-        say(f"the weights of {TORCHVISION}{name} cannot be had ({error}); it is analysed untrained")
+        say(f"the weights of {TORCHVISION}{name} cannot be downloaded ({error}); the model is analysed untrained")
     return torchvision.models.get_model(name), "untrained"
 
 
 def _timm_view(model: Any) -> View:
-    """What timm's configuration of the model says of its input."""
+    """Preprocessing by timm's configuration of the model."""
     config = resolve_data_config({}, model=model)
     size = config["input_size"][-1]
     resize = math.floor(size / config["crop_pct"])
@@ -196,7 +195,7 @@ def _timm_view(model: Any) -> View:
 
 
 def _torchvision_view(name: str) -> View:
-    """What the transforms of the model's weights do."""
+    """Preprocessing by the transforms of the model's weights."""
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     size, resize = transforms.crop_size[0], transforms.resize_size[0]
     return View(
@@ -208,17 +207,17 @@ def _interpolation(name: str) -> Literal["bilinear", "bicubic"]:
     return "bilinear" if name == "bilinear" else "bicubic"
 
 
-def _initial(trained: Subject) -> Subject:
-    """The model of a checkpoint with the values that its training began with."""
+def _initial(trained: LoadedModel) -> LoadedModel:
+    """The same model with the initial values of its training."""
     card = trained.card
     assert card is not None
     if card.recipe is None:
         set_seed(Stream.INITIAL_VALUES, 0)
-        model, source = card.create_model(), "initial values of seed 0, for the weights do not say their own"
+        model, source = card.create_model(), "initial values of seed 0, because the weights name no seed"
     else:
         recipe = parse_recipe(card.recipe)
         own = card.arguments.get("cls_conv")
-        if own is not None and recipe.model.cls_conv is None:  # the family's setting is younger than the weights
+        if own is not None and recipe.model.cls_conv is None:  # the weights are older than this key of the family
             recipe = recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(cls_conv=own))))
         model = build_model(recipe, len(card.classes), initial=False)
         source = f"initial values of seed {recipe.seed}"
@@ -230,16 +229,20 @@ def _initial(trained: Subject) -> Subject:
 def choose_images(
     path: str, count: int, labelled: str | bool, max_pixels: int = MAX_PIXELS, without: Path | None = None
 ) -> Images:
-    """At most `count` images of `path`, evenly spaced: of a data set its validation images, else all below the folder.
+    """At most `count` images of `path`, evenly spaced: the validation images of a data set, or all below a folder.
 
-    Classes are told from folders only where the images must be `labelled`, which may be the option that needs labels.
-    Those below the folder `without` do not count: the figures of an earlier report.
+    Args:
+        path: a folder or a data set.
+        count: largest number of images.
+        labelled: whether labels are needed, or the name of the option that needs them.
+        max_pixels: images with more pixels are refused.
+        without: a folder to leave out, such as the figures of an earlier report.
 
     Raises:
         UserError: no such path, or no images there.
     """
     if not path.strip():
-        raise UserError("--data '': a folder of images, or a data set, is expected")
+        raise UserError("--data '': give a folder of images or a data set")
     config = data_config(root=path, max_pixels=max_pixels)
     root = Path(path).expanduser()
     if path != DIGITS and not root.exists():
@@ -252,5 +255,5 @@ def choose_images(
     except UserError as error:
         option = labelled if isinstance(labelled, str) else "--bands"
         raise UserError(f"{option} needs labelled images: {error}") from None
-    assert not isinstance(images, ImageStream)  # those have a data.dataset
+    assert not isinstance(images, ImageStream)  # streams need data.dataset
     return images.evenly(count)
