@@ -88,9 +88,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height):
 def test_the_pixel_cap_can_be_set(tmp_path):
     file = saved(tmp_path, Image.new("L", (20, 10)), "a.png")
     assert decode(file, max_pixels=200).size == (20, 10)
-    with pytest.raises(
-        UnreadableImage, match=r"a\.png: 20x10 is more than the 199 pixels that data\.max_pixels allows"
-    ):
+    with pytest.raises(UnreadableImage, match=r"a\.png: 20x10 is more than data\.max_pixels=199 allows"):
         decode(file, max_pixels=199)
 
 
@@ -172,7 +170,7 @@ def test_other_packages_open_images_as_we_do_while_they_are_asked_to(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     file = saved(tmp_path, Image.fromarray(RAMP[:, :4]), "r.png", exif=exif)
-    few = pytest.raises(UnreadableImage, match="more than the 20 pixels")
+    few = pytest.raises(UnreadableImage, match="more than data.max_pixels=20")
     with careful_pillow(MAX_PIXELS), careful_pillow(20), few:
         Image.open(file)
     with careful_pillow(MAX_PIXELS), Image.open(file) as image:
