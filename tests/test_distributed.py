@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 import eit
 from eit import distributed
+from eit.config import load_recipe
+from eit.training.trainer import start_facts
 from tests.helpers.commands import run_eit
 from tests.helpers.training import TINY
 
@@ -54,7 +57,7 @@ def machine(monkeypatch):
         store = store or dist.HashStore()
         for other in set(range(world)) - {rank}:
             if not store.check([f"eit/gpu/{other}"]):
-                store.set(f"eit/gpu/{other}", f"{socket.gethostname()} GPU-of-rank-{other}")
+                store.set(f"eit/gpu/{other}", f"cuda {socket.gethostname()} GPU-of-rank-{other}" if gpus else "cpu")
         monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, rank, world)]))
         monkeypatch.setattr(distributed, "_of_this_start", lambda store, *_: store)
         monkeypatch.setattr(distributed, "_waiting", None)
@@ -179,6 +182,50 @@ def test_gpus_of_one_machine_are_two_and_so_are_those_of_one_number_on_two_machi
     assert len(calls.of("join")) == 4
 
 
+@pytest.mark.parametrize("devices", [["cuda:0", "cpu"], ["cpu", "cuda:1"]])
+def test_ranks_on_devices_of_two_kinds_are_one_line_on_each(machine, devices):
+    """Their groups would wait for each other."""
+    calls = machine(gpus=2)
+    kinds = [device.partition(":")[0] for device in devices]
+    for error in joined(devices):
+        assert str(error) == f"rank 0 computes on {kinds[0]} and rank 1 on {kinds[1]}: give all one device"
+    assert calls.made == []
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", ""])
+def test_a_variable_that_is_not_a_number_is_one_line(machine, monkeypatch, name, text):
+    machine(RANK=0, WORLD_SIZE=2)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(eit.UserError, match=f"{name}={text} is not a number"):
+        distributed.start("cpu")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_that_is_taken_is_one_line(machine, monkeypatch, host):
+    machine(RANK=0, WORLD_SIZE=2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setenv("MASTER_ADDR", host)
+        monkeypatch.setattr(distributed, "rendezvous", rendezvous)
+        with pytest.raises(eit.UserError, match=f"the port of MASTER_PORT={port} is taken: give another --master-port"):
+            distributed.start("cpu")
+
+
+def test_a_rank_0_that_is_not_reached_is_said_and_is_one_line(machine, monkeypatch, capsys):
+    machine(RANK=1, WORLD_SIZE=2)
+    monkeypatch.setattr(distributed, "SILENT", 0.1)
+    monkeypatch.setattr(distributed, "JOIN", timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "rendezvous", rendezvous)
+    with pytest.raises(eit.UserError, match="rank 1 cannot join the others at 127.0.0.1:1: ") as error:
+        distributed.start("cpu")
+    assert "\n" not in str(error.value)
+    assert "eit: rank 1 waits for the others at 127.0.0.1:1, up to 0:00:02; SIGTERM ends it" in capsys.readouterr().err
+
+
 @pytest.fixture
 def group(monkeypatch):
     """Two ranks, of which this is rank 0; the collectives are noted, and each gives what it was given."""
@@ -213,6 +260,37 @@ def test_what_ranks_tell_each_other_goes_through_gloo(group):
     ]
 
 
+FACTS = dict(seed=0, torch="2.14.1", code="abc")
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([FACTS | dict(seed=1)], "seed is 0 on rank 0, 1 on rank 1"),
+        ([FACTS, FACTS | dict(torch="2.13")], "torch is 2.14.1 on rank 0, 2.13 on rank 2"),
+        ([FACTS | dict(code="d", seed=2)], "seed is 0 on rank 0, 2 on rank 1, code is abc on rank 0, d on rank 1"),
+        ([{}], "seed is 0 on rank 0, None on rank 1"),
+        ([FACTS | dict(new=1)], "new is None on rank 0, 1 on rank 1"),
+    ],
+)
+def test_ranks_that_do_not_agree_are_one_line_on_each(monkeypatch, others, said):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, *others])
+    with pytest.raises(eit.UserError, match=f"the ranks do not agree: {said}") as error:
+        distributed.check_agreement(FACTS)
+    assert error.value.__notes__ == [distributed.ON_MAIN]
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, dict(FACTS)])
+    distributed.check_agreement(FACTS)
+
+
+def test_what_ranks_share_is_the_recipe_but_for_what_belongs_to_a_machine():
+    facts = start_facts(load_recipe("digits"))
+    assert {"seed", "name", "optim.lr", "train.device", "loss.teacher", "torch", "eit", "code of eit"} <= facts.keys()
+    for word in ("out=x", "data.root=there", "data.workers=3"):
+        assert start_facts(load_recipe("digits", [word])) == facts
+    for word in ("seed=4", "optim.lr=1", "train.epochs=3", "data.batch_size=2", "train.precision=bf16"):
+        assert start_facts(load_recipe("digits", [word])) != facts
+
+
 def test_tensors_on_a_device_are_summed_where_they_are(group):
     on_device = torch.zeros(2, device="meta")
     assert distributed.sum_over_ranks(on_device) is on_device
@@ -230,8 +308,9 @@ def test_the_end_of_a_group_is_the_end_of_both(machine, monkeypatch):
 # -- Processes
 
 
-def train(folder, out, ranks, *overrides):
-    done = run_eit("train", "cifar10", *TINY, f"data.root={folder}", f"out={out}", *overrides, ranks=ranks)
+def train(folder, out, ranks, *overrides, **options):
+    words = ["train", "cifar10", *TINY, f"data.root={folder}", f"out={out}", *overrides]
+    done = run_eit(*words, ranks=ranks, **options)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -245,7 +324,7 @@ DETERMINISTIC = [
 
 def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path):
     one = train(folder, tmp_path / "one", 0, *DETERMINISTIC, "data.batch_size=8")
-    two = train(folder, tmp_path / "two", 2, *DETERMINISTIC, "data.batch_size=4")
+    two = train(folder, tmp_path / "two", 2, *DETERMINISTIC, "data.batch_size=4", torchrun=True)
     for a, b in zip(one, two, strict=True):
         for key in ("train_loss", "val_loss"):
             assert a[key] == pytest.approx(b[key], rel=1e-4)
@@ -286,7 +365,7 @@ def test_what_one_rank_meets_is_said_and_counted_for_all(folder, tmp_path):
 
 
 def test_the_accuracy_of_a_run_on_two_ranks_is_that_of_its_weights_with_batch_norm_too(folder, tmp_path):
-    words = ["model.name=timm/resnet10t", "data.batch_size=4", "train.ema_decay=0.5"]
+    words = ["model.name=timm/test_resnet", "data.batch_size=4", "train.ema_decay=0.5"]
     line = train(folder, tmp_path / "run", 2, *words)[-1]
     done = run_eit("eval", tmp_path / "run" / "final.safetensors", "--json", "--batch-size", 4)
     found = json.loads(done.stdout)

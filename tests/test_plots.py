@@ -86,7 +86,7 @@ def test_a_picture_of_many_classes_has_a_pixel_for_each(tmp_path):
     assert min(pixels.shape) > 1000
 
 
-def test_curves(tmp_path, figures):
+def test_curves(tmp_path, figures, drawn_curves):
     lines = [
         dict(epoch=i, train_loss=2 / (i + 1), val_loss=2.2 / (i + 1), val_top1=50.0 + i, ema_top1=None)
         for i in range(3)

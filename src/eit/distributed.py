@@ -7,10 +7,14 @@ alone: what rank 0 does while the others wait (download, read, measure, write) g
 
 import os
 import re
+import signal
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer, current_thread, main_thread
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -19,13 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from eit.errors import UserError, few
+from eit.errors import UserError, few, first_line
 
 T = TypeVar("T")
 NCCL_TIMEOUT = timedelta(minutes=3)  # of a collective of a step: so soon a lost node is noticed
 GLOO_TIMEOUT = timedelta(minutes=10)  # the same on the CPU
 WAIT_TIMEOUT = timedelta(hours=12)  # of ranks that wait for rank 0, which may download a data set
 JOIN = 2 * GLOO_TIMEOUT  # others may have to notice first that a rank is gone
+SILENT = 30.0  # seconds, after which a line says what is waited for
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -39,7 +44,7 @@ def start(device: str = "auto") -> torch.device:
         raise UserError(f"train.device={device} is not one of auto, cpu, mps, cuda, cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    ranks = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    ranks = _variable("WORLD_SIZE") if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
     if ranks > 1 and device.startswith("cuda:"):
         raise same_everywhere(
             f"train.device={device} is for one process, and there are {ranks}: give cuda, one GPU each"
@@ -58,8 +63,16 @@ def start(device: str = "auto") -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(f"RANK is set, as torchrun does, but {', '.join(missing)} not: set it, or unset RANK")
-        store, rank, world = next(rendezvous("env://", timeout=JOIN))
-        _join(chosen, _of_this_start(store, rank, world), rank, world)
+        rank, place = _variable("RANK"), f"{os.environ['MASTER_ADDR']}:{_variable('MASTER_PORT')}"
+        with _said_after(SILENT, f"rank {rank} waits for the others at {place}, up to {JOIN}; SIGTERM ends it"):
+            try:
+                store, rank, world = next(rendezvous("env://", timeout=JOIN))
+            except (RuntimeError, OSError, ValueError) as error:  # torch's DistError is a RuntimeError
+                if "in use" in str(error) or "EADDRINUSE" in str(error):
+                    advice = "give another --master-port (MASTER_PORT), or end the process that has it"
+                    raise UserError(f"the port of MASTER_PORT={place.rpartition(':')[2]} is taken: {advice}") from None
+                raise UserError(f"rank {rank} cannot join the others at {place}: {first_line(error)}") from None
+            _join(chosen, _of_this_start(store, rank, world), rank, world)
     global _waiting
     if dist.is_initialized() and _waiting is None:
         _waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
@@ -77,6 +90,29 @@ def same_everywhere(text: str) -> UserError:
     return error
 
 
+def _variable(name: str) -> int:
+    """A number in the environment, as torchrun sets it."""
+    if not re.fullmatch("[0-9]{1,9}", text := os.environ[name]):
+        raise UserError(f"{name}={text} is not a number: it is set by torchrun, or by hand for each process")
+    return int(text)
+
+
+@contextmanager
+def _said_after(seconds: float, line: str) -> Iterator[None]:
+    """Print a line if the context lasts longer. Ctrl-C ends the process in it: torch waits where Python cannot."""
+    timer = Timer(seconds, lambda: print(f"eit: {line}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    is_main = current_thread() is main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if is_main else None
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
 def _gpu_of_rank() -> int:
     """The index of this process's GPU: LOCAL_RANK, or 0 if each process sees one (srun --gpus-per-task=1)."""
     return 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", 0))
@@ -86,12 +122,17 @@ def _join(device: torch.device, store: dist.Store, rank: int, world: int) -> Non
     """Make the group of the devices.
 
     Raises:
-        UserError: two ranks would compute on one GPU, on which NCCL would fail.
+        UserError: two ranks would compute on one GPU, on which NCCL would fail, or one on a GPU and one on the CPU.
     """
+    gpu = device.type
+    if gpu == "cuda":
+        gpu += f" {socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"eit/gpu/{rank}", gpu)
+    gpus = [store.get(f"eit/gpu/{other}").decode() for other in range(world)]
+    kinds = [other.partition(" ")[0] for other in gpus]
+    if other := next((other for other in range(world) if kinds[other] != kinds[0]), 0):
+        raise same_everywhere(f"rank 0 computes on {kinds[0]} and rank {other} on {kinds[other]}: give all one device")
     if device.type == "cuda":
-        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-        store.set(f"eit/gpu/{rank}", gpu)
-        gpus = [store.get(f"eit/gpu/{other}").decode() for other in range(world)]
         if len(sharing := [str(other) for other in range(world) if gpus[other] == gpu]) > 1:
             raise same_everywhere(f"ranks {few(sharing)} share one GPU: start as many processes as there are GPUs")
         dist.init_process_group(
@@ -171,6 +212,16 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=_waiting)
     return values
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Raise a UserError on every rank if a value is not that of rank 0. The line names the rank and what differs."""
+    first, *others = gather(dict(facts))
+    for other, values in enumerate(others, 1):
+        keys = [key for key in first | values if first.get(key) != values.get(key)]
+        if keys:
+            differing = few([f"{key} is {first.get(key)} on rank 0, {values.get(key)} on rank {other}" for key in keys])
+            raise same_everywhere(f"the ranks do not agree: {differing}; start all with one command and one version")
 
 
 def share_buffers(module: Any) -> None:

@@ -1,5 +1,6 @@
 """The environment of a run, which its figures depend on: code, packages, machine, GPU, settings of torch."""
 
+import hashlib
 import os
 import platform
 import re
@@ -23,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         eit=version("eit"),
         commit=_commit(),
         python=platform.python_version(),
-        packages={"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")},
+        packages=_packages(),
         system=f"{platform.system()} {platform.machine()}",
         device=torch.cuda.get_device_name(device) if cuda else f"{device.type}: {cpu['model name']}",
         **(dict(gpu=_gpu(device)) if cuda else {}),
@@ -35,6 +36,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         world_size=distributed.world_size(),
         command=" ".join(["eit", *sys.argv[1:]]),
     )
+
+
+def versions() -> dict[str, str]:
+    """What several processes of one run must share: Python's minor version, packages, and this package's code."""
+    here, code = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(here.rglob("*.py")):
+        code.update(f"{file.relative_to(here).as_posix()}\n".encode() + file.read_bytes())
+    python = ".".join(platform.python_version_tuple()[:2])
+    return dict(python=python, eit=version("eit"), **_packages(), **{"code of eit": code.hexdigest()[:12]})
+
+
+def _packages() -> dict[str, str]:
+    return {"torch": torch.__version__} | {n: version(n) for n in ("torchvision", "timm", "pillow", "numpy")}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

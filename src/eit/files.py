@@ -99,14 +99,17 @@ def open_regular(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
     Raises:
         OSError: the file is missing, or is a link, a folder, a pipe or a device; or what `open` raises.
     """
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(None, "it is not a regular file", name)
+        return descriptor
+
     if path.is_symlink():
         raise OSError(None, "it is a link, not a regular file", str(path))
-    file = open(path, mode, opener=lambda name, own: os.open(name, own | flags, 0o666), **options)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(None, "it is not a regular file", str(path))
-    return file
+    return open(path, mode, opener=opener, **options)
 
 
 def read_regular(path: Path, most: int = MOST_TEXT) -> bytes:

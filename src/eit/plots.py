@@ -1,6 +1,6 @@
 """Pictures: curves of a run, confusion matrices, image grids, published results. Matplotlib is imported when needed."""
 
-import os
+import io
 import re
 import warnings
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from eit.console import say
 from eit.errors import UserError, shorten
+from eit.files import write_file
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -241,16 +242,14 @@ def save(figure: Any, file: Path, **options: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    temporary = file.with_name(f".{file.name}")
+    picture = io.BytesIO()
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "Glyph .* missing", UserWarning)
-        try:
-            figure.savefig(temporary, format=file.suffix[1:].lower(), **options)
-            os.replace(temporary, file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        figure.savefig(picture, format=file.suffix[1:].lower(), **options)
+    try:
+        write_file(file, picture.getvalue())
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
     missing = {chr(int(found[1])) for w in caught if (found := re.match(r"Glyph (\d+) .* missing", str(w.message)))}
     if new := sorted(missing - _missing_letters):
         _missing_letters.update(new)

@@ -97,10 +97,18 @@ def test_tokens_are_filtered_after_the_layer_and_nowhere_else(layer):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet18", "vit_tiny_patch16_224"])
-def test_maps_in_any_order_are_put_back_as_they_were(name):
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("swin_tiny_patch4_window7_224", dict(img_size=56, embed_dim=24, depths=(2, 2), num_heads=(1, 2))),
+        ("resnet18", dict(layers=(1, 1, 1, 1))),
+        ("vit_tiny_patch16_224", dict(img_size=64, depth=3)),
+    ],
+)
+def test_maps_in_any_order_are_put_back_as_they_were(name, arguments):
     torch.manual_seed(0)
-    model, x, seen = timm.create_model(name).eval(), torch.randn(1, 3, 224, 224), []
+    model, x, seen = timm.create_model(name, **arguments).eval(), torch.randn(1, 3, 64, 64), []
+    x = x[..., : arguments.get("img_size", 64), : arguments.get("img_size", 64)]
     with torch.no_grad():
         before = model(x)
         with replace_tokens(model, 1, lambda grid: (seen.append(grid.shape), grid.clone())[1]):
@@ -122,7 +130,7 @@ def test_windows_cannot_be_filtered():
         filter_accuracy(Windows(BOARD), loader_of([BOARD, -BOARD]), rho=0.5)
 
 
-def test_the_command_with_filters(tmp_path):
+def test_the_command_with_filters(tmp_path, no_figures):
     data = save_digits(tmp_path / "data")
     words = ("analyze", "digits", "--data", data, "--out", tmp_path / "out", "--images", "6", "--pictures", "0")
     done = run_eit(*words, "--filters", "--no-initial")

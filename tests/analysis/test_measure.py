@@ -20,6 +20,7 @@ from eit.analysis.measure import analyze
 from eit.analysis.robustness import BandAccuracy, band_accuracy, band_noise, rings
 from eit.errors import UserError
 
+SWIN = dict(embed_dim=24, depths=(2, 2), num_heads=(1, 2))  # small
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)
 
 
@@ -85,26 +86,27 @@ def test_every_sub_block_and_both_kinds_of_channels_are_seen():
 @pytest.mark.parametrize(
     "name, grid, pitch, heads, missing",
     [
-        ("vit_tiny_patch16_224", (14, 14), 16, 3, []),
-        ("deit_tiny_distilled_patch16_224", (14, 14), 16, 3, []),
-        ("beit_base_patch16_224", (14, 14), 16, 12, []),
-        ("eva02_tiny_patch14_224", (16, 16), 14, 3, []),
-        ("vit_relpos_small_patch16_224", (14, 14), 16, 6, ["image-dependent share of the class token: "]),
+        ("vit_tiny_patch16_224", (7, 7), 16, 3, []),
+        ("deit_tiny_distilled_patch16_224", (7, 7), 16, 3, []),
+        ("beit_base_patch16_224", (7, 7), 16, 12, []),
+        ("eva02_tiny_patch14_224", (8, 8), 14, 3, []),
+        ("vit_relpos_small_patch16_224", (7, 7), 16, 6, ["image-dependent share of the class token: "]),
         # two attentions of 6 heads side by side
-        ("vit_small_patch16_18x2_224", (14, 14), 16, 12, ["transfer of layers 1, 2: "]),
-        ("pit_ti_224", (27, 27), 8, 2, []),
-        ("torchvision", (14, 14), 16, 3, []),
+        ("vit_small_patch16_18x2_224", (7, 7), 16, 12, ["transfer of layers 1, 2: "]),
+        ("pit_ti_224", (13, 13), 8, 2, []),
+        ("torchvision", (7, 7), 16, 3, []),
     ],
 )
 def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(name, grid, pitch, heads, missing):
     if name == "torchvision":
         torch.manual_seed(0)
-        model = torchvision.models.VisionTransformer(224, 16, 2, 3, 192, 384).eval()
+        model = torchvision.models.VisionTransformer(112, 16, 2, 3, 192, 384).eval()
     else:
-        model = timm_model(name, **({} if name == "pit_ti_224" else dict(depth=2)))
+        narrow = dict(embed_dim=192) if "beit" in name else {}
+        model = timm_model(name, img_size=112, depth=(1, 1, 1) if name == "pit_ti_224" else 2, **narrow)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)  # torchvision's head has zeros alone
-    x = images(2, (224, 224))
+    x = images(2, (112, 112))
     with torch.no_grad():
         before = model(x)
         with watch(model, lambda tokens: None, lambda heads: None, None, lambda flow: None):
@@ -116,7 +118,7 @@ def test_vits_of_timm_and_torchvision_are_measured_whole_and_their_outputs_stay(
     assert len(found.transfers("mixer")) == len(found.transfers("mlp")) == (0 if "18x2" in name else found.depth)
     assert len(found.attention) == found.depth == len(found.layers_at("block"))
     assert found.grid == grid and found.attention[0].pitch == pytest.approx(pitch)
-    assert all(0 < d < 1.42 * 224 for layer in found.attention for d in layer.distance)
+    assert all(0 < d < 1.42 * 112 for layer in found.attention for d in layer.distance)
     assert len(found.attention[0].distance) == heads
 
 
@@ -136,7 +138,9 @@ def test_nn_multiheadattention_keeps_its_fast_path(batch):
 
 
 def test_a_norm_behind_the_mlp_is_not_taken_for_what_the_mixer_left():
-    found = analyze(timm_model("vit_tiny_patch16_224", block_fn=ResPostBlock, depth=2), images(1, (224, 224)))
+    found = analyze(
+        timm_model("vit_tiny_patch16_224", block_fn=ResPostBlock, depth=2, img_size=64), images(1, (64, 64))
+    )
     assert found.layers_at("mixer") == [] and len(found.layers_at("block")) == 2
 
 
@@ -284,16 +288,21 @@ def test_a_rho_beyond_the_corner_is_refused(rho):
 
 
 @pytest.mark.parametrize(
-    "name, missing",
+    "name, arguments, missing",
     [
-        ("resnet18", "attention distances of layers 1 to 5: ResNet does not call scaled_dot_product_attention there"),
-        ("swin_tiny_patch4_window7_224", "layers 1 to 12: SwinTransformer attends within windows there"),
-        ("convit_tiny", "layers 1 to 12: ConVit does not call scaled_dot_product_attention there"),
-        ("cait_xxs24_224", "layers 25, 26: Cait attends from 1 to 197 tokens there"),
+        (
+            "resnet18",
+            {},
+            "attention distances of layers 1 to 5: ResNet does not call scaled_dot_product_attention there",
+        ),
+        ("swin_tiny_patch4_window7_224", SWIN, "layers 1 to 4: SwinTransformer attends within windows there"),
+        ("convit_tiny", dict(depth=12), "layers 1 to 12: ConVit does not call scaled_dot_product_attention there"),
+        ("cait_xxs24_224", dict(depth=2), "layers 3, 4: Cait attends from 1 to 50 tokens there"),
     ],
 )
-def test_of_other_models_frequencies_are_measured_and_it_is_said_what_is_missing(name, missing):
-    found = analyze(timm_model(name), images(1, (224, 224)))
+def test_of_other_models_frequencies_are_measured_and_it_is_said_what_is_missing(name, arguments, missing):
+    size = {} if name == "resnet18" else dict(img_size=112)
+    found = analyze(timm_model(name, **arguments, **size), images(1, (112, 112)))
     assert any(missing in line for line in found.missing) and all("\n" not in line for line in found.missing)
     assert found.attention == [] and found.layers_at("block")
 
@@ -305,8 +314,8 @@ def test_a_grid_on_which_rho_separates_nothing_is_named():
 
 def test_maps_with_channels_last_are_read_so():
     torch.manual_seed(0)
-    model = torchvision.models.swin_t().eval()  # (B, h, w, C)
-    assert analyze(model, images(1, (224, 224))).grid == (56, 56)
+    model = torchvision.models.SwinTransformer([4, 4], 24, [1, 1], [1, 2], [7, 7]).eval()  # (B, h, w, C)
+    assert analyze(model, images(1, (112, 112))).grid == (28, 28)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +344,7 @@ def test_global_attention_on_maps_is_measured():
 @pytest.mark.parametrize("name", ["tnt_s_legacy_patch16_224", "mobilevit_xxs"])
 def test_tokens_that_are_not_one_grid_an_image_are_not_measured(name):
     with pytest.raises(CannotMeasure, match="no layer of .* has a grid"):
-        analyze(timm_model(name), images(2, (224, 224)))
+        analyze(timm_model(name, **({} if name == "mobilevit_xxs" else dict(depth=2))), images(2, (224, 224)))
 
 
 class Twice(nn.Module):
@@ -360,7 +369,7 @@ def test_dropped_tokens_are_not_taken_for_a_smaller_grid():
         def forward(self, x):
             return x[:, :170]
 
-    model = timm_model("vit_tiny_patch16_224")
+    model = timm_model("vit_tiny_patch16_224", depth=2)
     model.norm_pre = Drop()  # 169 of 196 tokens would be 13 x 13
     with pytest.raises(CannotMeasure, match="no layer of .* has a grid"):
         analyze(model, images(1, (224, 224)))
@@ -510,13 +519,14 @@ def test_pictures_of_an_image():
 
 
 def test_what_cannot_be_shown_is_said():
-    swin = timm_model("swin_tiny_patch4_window7_224")
-    (one,), missing = image_maps.compute_maps(swin, images(1, (224, 224)), with_rollout=True, with_grad_cam=True)
-    assert one.rollout is None and one.class_attention is None and len(one.energy) == 12
+    swin = timm_model("swin_tiny_patch4_window7_224", img_size=112, **SWIN)
+    (one,), missing = image_maps.compute_maps(swin, images(1, (112, 112)), with_rollout=True, with_grad_cam=True)
+    assert one.rollout is None and one.class_attention is None and len(one.energy) == 4
     assert len(missing) == 1 and missing[0].startswith("Grad-CAM of SwinTransformer: ") and "norm1" in missing[0]
-    (one,), missing = image_maps.compute_maps(timm_model("pit_ti_224"), images(1, (224, 224)), with_rollout=True)
+    pit = timm_model("pit_ti_224", img_size=112, depth=(1, 1, 1))
+    (one,), missing = image_maps.compute_maps(pit, images(1, (112, 112)), with_rollout=True)
     assert one.rollout is None and missing == ["attention rollout: its layers have different numbers of tokens"]
-    registers = timm_model("vit_little_patch16_reg4_gap_256")
+    registers = timm_model("vit_little_patch16_reg4_gap_256", depth=2)
     (one,), _ = image_maps.compute_maps(registers, images(1, (256, 256)))
     assert one.class_attention is None  # it has no class token
 

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import zipfile
 from collections import Counter
 from itertools import pairwise
@@ -254,9 +252,10 @@ def test_parts_of_different_sets_are_refused(digits, packed, tmp_path):
     assert "has a part twice" in refuse(packed)
 
 
-def test_no_parts_is_one_line(tmp_path):
+def test_no_parts_is_one_line(tmp_path, capsys):
     assert "has no parts of packed images" in refuse(tmp_path)
     assert "has no parts of packed images" in refuse(tmp_path / "nowhere")
-    command = [sys.executable, pack.__file__, "check", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("pack: ") and done.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        pack.main(["check", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("pack: ") and error.count("\n") == 1

@@ -1,7 +1,7 @@
 """`eit predict`."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.cli.conftest import assert_mistake, failed
 from tests.helpers.commands import run_eit
 
 
-def test_included_weights_predict_and_say_how_good_they_are(tmp_path):
+def test_included_weights_predict_and_say_how_good_they_are(tmp_path, monkeypatch):
     """Right after installation: their accuracy is what they say, and what results/ has for their seed."""
     root = Path(__file__).parents[2]
     found = json.loads(run_eit("eval", "digits", "--json", cwd=tmp_path).stdout)
@@ -27,7 +27,8 @@ def test_included_weights_predict_and_say_how_good_they_are(tmp_path):
     assert json.loads((run / "summary.json").read_text())["last_top1"] == pytest.approx(found["top1"])
     assert yaml.safe_load((run / "recipe.yaml").read_text()) == card.recipe
     assert find_weights("eit_digits").stat().st_size < 1_500_000
-    subprocess.run([sys.executable, root / "tools" / "demo_images.py", tmp_path / "images"], check=True)
+    monkeypatch.setattr(sys, "argv", ["demo_images.py", str(tmp_path / "images")])
+    runpy.run_path(str(root / "tools" / "demo_images.py"))
     lines = run_eit("predict", "digits", "images", "--top", 1, cwd=tmp_path).stdout.splitlines()
     assert len(lines) == 6 and all(Path(line.split()[0]).parent.name == line.split()[1] for line in lines)
 

@@ -1,6 +1,7 @@
 """Shards: the same batches as the folder they were written from, and every sample once where they come in turn."""
 
 import json
+import os
 import pickle
 import struct
 import tarfile
@@ -367,7 +368,7 @@ def test_a_stream_without_shards_is_shared_batch_by_batch(tmp_path, monkeypatch)
 
 
 def test_processes_share_the_shards_of_an_evaluation(tmp_path):
-    """torchrun: the same figures on three ranks, one of which has no shard, as on one."""
+    """The same figures on three ranks, one of which has no shard, as on one."""
     require_webdataset()
     write_shards(*open_data(Data(root="sklearn:digits")), tmp_path / "shards", 2, 2)
     words = ["eval", "digits", "--data", "shards", "--dataset", "wds/digits", "--batch-size", 64, "--json"]
@@ -377,23 +378,20 @@ def test_processes_share_the_shards_of_an_evaluation(tmp_path):
     assert first == second and first["images"] == len(open_data(Data(root="sklearn:digits"))[1])
 
 
+def note_images(folder):
+    """From now on, this rank writes down which images it trains on."""
+    original = StreamLoader.epoch
+
+    def noted(self, epoch, first_step=0):
+        for batch in original(self, epoch, first_step):
+            with open(folder / f"seen-{os.environ['RANK']}", "a") as file:
+                print(json.dumps([epoch, numbers(batch.images)]), file=file)
+            yield batch
+
+    StreamLoader.epoch = noted
+
+
 def test_a_webdataset_run_over_two_processes_sees_every_sample(streamed, tmp_path):
-    """torchrun; every rank writes down which images it trained on."""
-    watch = tmp_path / "watch"
-    (watch / "eit_watch").mkdir(parents=True)
-    (watch / "sitecustomize.py").write_text(
-        "import os, builtins\n"
-        "if 'RANK' in os.environ:\n"
-        "    import eit.data.streaming as streaming, json\n"
-        "    original = streaming.StreamLoader.epoch\n"
-        "    def epoch(self, epoch, first_step=0):\n"
-        "        for batch in original(self, epoch, first_step):\n"
-        "            numbers = ((batch.images[:, 0, 8, 8] * 0.5 + 0.5) * 255).round().int().tolist()\n"
-        f"            with open('{tmp_path}/seen-' + os.environ['RANK'], 'a') as f:\n"
-        "                f.write(json.dumps([epoch, numbers]) + '\\n')\n"
-        "            yield batch\n"
-        "    streaming.StreamLoader.epoch = epoch\n"
-    )
     plain = ["augment.pad_crop=0", "augment.hflip=0", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"]
     words = [
         *TINY,
@@ -403,7 +401,9 @@ def test_a_webdataset_run_over_two_processes_sees_every_sample(streamed, tmp_pat
         "data.batch_size=4",
         "data.workers=1",
     ]
-    done = run_eit("train", "cifar10", *words, f"out={tmp_path / 'run'}", ranks=2, env={"PYTHONPATH": str(watch)})
+    done = run_eit(
+        "train", "cifar10", *words, f"out={tmp_path / 'run'}", ranks=2, prepare=partial(note_images, tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     for epoch in (0, 1):
         seen = [

@@ -149,6 +149,7 @@ def test_files_of_someone_else_stay(home, tmp_path):
     )  # its own, again
 
 
+@pytest.mark.project
 def test_private_means_private(home, hub):
     handler, env = hub
     done = run_eit("push", "runs/mine", "--repo", "me/pets", "--private", cwd=home, env=env)
@@ -413,6 +414,7 @@ def test_what_goes_wrong_is_one_line(home, words, line):
     assert done.stderr.count("\n") == 1 and not (home / "x").exists()
 
 
+@pytest.mark.project
 def test_who_is_not_logged_in_is_told_in_one_line(home, hub):
     _, env = hub
     done = run_eit("push", "runs/mine", "--repo", "me/pets", cwd=home, env=env | dict(HF_TOKEN="hf_wrong"))

@@ -5,7 +5,7 @@ EMA, dropout), kills all its processes once to three times, at a random step, wh
 evaluation, continues it, and compares with the run that nobody disturbed: weights, moving average, optimizer and log
 must be identical, to the bit. A line a kill, and a summary; status 1 where a trial differs.
 
-A fault is put into the code on purpose, to see that the comparison can fail.
+A fault is put into the code on purpose, to see that the comparison can fail. With --small, the model has 16 channels.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from eit.weights.formats import read_safetensors
 EPOCHS, STEPS = 3, 22
 SHORT = [f"train.epochs={EPOCHS}", "train.warmup_epochs=1", "train.save_every=5", "out=run"]
 SHORT += ["train.ema_decay=0.9", "model.attn_drop_rate=0.1", "model.drop_path_rate=0.1"]
+SMALL = ["model.embed_dim=16", "model.depth=2", "model.num_heads=2"]
 # A global batch of 64 in each, or as near as three can share
 VARIANTS = {
     "1 process, 2 workers": (1, ["data.batch_size=64", "data.cache=false", "data.workers=2"]),
@@ -287,5 +288,7 @@ if __name__ == "__main__":
     parser.add_argument("trials", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--small", action="store_true", help="train a model of 16 channels")
     words = parser.parse_args()
+    SHORT += SMALL if words.small else []
     sys.exit(main(words.trials, words.seed, words.fault))

@@ -1,15 +1,18 @@
 """Small folders of real images."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+_digits = cache(load_digits)
+
 
 def save_digits(folder: Path, classes: int = 3, train: int = 12, val: int = 4, size: int = 16) -> Path:
     """A train/ + val/ image folder of scanned digits, named after their number."""
-    digits = load_digits()
+    digits = _digits()
     for label in range(classes):
         pixels = digits.images[digits.target == label]
         for part, chosen in (("train", pixels[:train]), ("val", pixels[train : train + val])):

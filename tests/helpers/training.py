@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from eit.config import load_recipe
 from eit.randomness import Stream
 from eit.training import trainer as trainer_module
 from eit.training.trainer import train
-from tests.helpers.commands import launcher
+from tests.helpers.commands import Running, launcher
 
 # A model that trains in seconds
 TINY = [
@@ -70,23 +71,23 @@ def train_until_killed(recipe, step, monkeypatch):
 
 # -- As processes
 
-LONG = ["train.epochs=400", "train.warmup_epochs=1"]  # ended by the test
+LONG = ["model.embed_dim=16", "model.depth=2", "model.num_heads=2", "train.epochs=4000", "train.warmup_epochs=1"]
 
 
 @contextmanager
 def long_run(folder, *overrides, ranks=0, options=(), until="epoch 2"):
-    """A long digits run as a process group of its own, given when the line `until` is out."""
-    words = [*launcher(ranks), "train", "digits", *LONG, *overrides]
+    """A digits run for the test to end, as a process group of its own, given when the line `until` is out.
+
+    With `ranks` it is torchrun's.
+    """
+    words = ["train", "digits", *LONG, *overrides]
     if ranks:
-        words[4:4] = options
-    process = subprocess.Popen(
-        words,
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+        command = [*launcher(ranks), *words]
+        command[4:4] = options
+        more = dict(text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, **more)
+    else:
+        process = Running(*words, cwd=folder)
     try:
         for line in process.stderr:
             if line.startswith(until):
@@ -104,6 +105,14 @@ def finish(process, seconds=60):
     err = process.communicate(timeout=seconds)[1]
     assert "Traceback" not in err.replace('Traceback (most recent call last):\n  File "<frozen', ""), err
     return process.returncode, err
+
+
+def wait_for(condition):
+    """Until it holds, at most a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def children(pid):

@@ -259,7 +259,7 @@ def test_intermediates_are_the_blocks_outputs():
     normed = model.norm(outputs[1])
     assert torch.equal(image, normed[:, 1:]) and torch.equal(prefix, normed[:, :1])
     assert [m.shape[1] for m in model.forward_intermediates(x, 2, intermediates_only=True)] == [24, 24]
-    with pytest.raises(ValueError, match="beyond the 3 blocks"):
+    with pytest.raises(ValueError, match="only 3 blocks"):
         model.forward_intermediates(x, [3])
 
 

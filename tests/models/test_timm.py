@@ -148,7 +148,12 @@ def test_it_can_be_scripted(schedule, more):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-    torch.jit.script(eit.load("digits"))  # with its card
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_included_weights_can_be_scripted_with_their_card():
+    model, x = eit.load("digits"), torch.randn(2, 3, 8, 8)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
 
 
 @pytest.mark.parametrize("pool", ["token", "avg", "max", "avgmax", ""])
@@ -179,7 +184,7 @@ def test_an_unused_tail_is_pruned_with_the_representation_layer():
 
 
 def test_features_alone_at_any_size():
-    model = timm.create_model("eit_tiny", features_only=True).eval()
+    model = timm.create_model("eit_tiny", depth=3, features_only=True).eval()
     assert model.feature_info.channels() == [330] * 3 and model.feature_info.reduction() == [12] * 3
     with torch.no_grad():
         for size, grid in (((224, 224), (19, 19)), ((160, 320), (13, 27)), ((97, 61), (8, 5))):

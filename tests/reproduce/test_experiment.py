@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 import eit
 from eit.errors import UserError
@@ -50,10 +51,10 @@ def test_the_paper_s_sizes():
             or [model[key] for key in ("embed_dim", "depth", "num_heads")] == [None] * 3
         ), "eit_mini's own 250, 5, 10"
     assert all(cell.values["model"]["embed_dim"] <= 96 for cell in experiments.load("small_data").cells("short"))
-    resnet = eit.create_model("timm/resnet24_small", num_classes=10)
     small = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, num_classes=10)
-    ours = eit.complexity(eit.create_model("eit_mini", **small), (3, 32, 32))
-    theirs = eit.complexity(resnet, (3, 32, 32))
+    with torch.device("meta"):
+        models = eit.create_model("eit_mini", **small), eit.create_model("timm/resnet24_small", num_classes=10)
+    ours, theirs = (eit.complexity(model, (3, 32, 32)) for model in models)
     assert ours.params / theirs.params == pytest.approx(0.177, abs=0.0005)
     assert ours.macs < theirs.macs
 
@@ -63,7 +64,8 @@ def test_schedules_of_the_ablation_have_equal_mean_shares(budget):
     arms = {}
     for cell in experiments.load("ablation").cells(budget):
         model = cell.recipe(Path("results"), {}).model
-        arms[cell.levels["variant"]] = eit.create_model(model.name, img_size=32, **model.arguments())
+        with torch.device("meta"):
+            arms[cell.levels["variant"]] = eit.create_model(model.name, img_size=32, **model.arguments())
     shares = {name: statistics.mean(arm.attn_channels) for name, arm in arms.items()}
     assert shares["eit"] == shares["increasing"] == shares["constant"]
     assert len(set(arms["constant"].attn_channels)) == 1

@@ -1,8 +1,8 @@
 """Pages and figures come from results alone."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -79,15 +79,14 @@ def test_figures_of_each_experiment_are_drawn(ran, tmp_path):
     assert digest(read_results(experiment, "tiny", ran / "results"))
 
 
-def test_weights_are_prepared_for_a_release(ran, tmp_path, monkeypatch):
+def test_weights_are_prepared_for_a_release(ran, tmp_path, capsys):
     results = tmp_path / "results"
     first = experiments.load("small_data").cells("smoke")[:3]
     for cell, name in zip(first, ("digits-eit-seed-0", "digits-eit-seed-1", "digits-vit-seed-0"), strict=True):
         shutil.copytree(ran / "results" / "tiny" / "tiny" / name, cell.folder(results))
         (cell.folder(results) / "recipe.yaml").write_text(cell.recipe(results, {}).to_yaml())
-    command = [sys.executable, str(ROOT / "tools" / "release_weights.py"), str(tmp_path / "out"), str(results)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    release = runpy.run_path(str(ROOT / "tools" / "release_weights.py"))["main"]
+    release(str(tmp_path / "out"), str(results))
     name = "small-data-smoke-digits-eit"
     assert (tmp_path / "out" / name / "README.md").exists()
     assert (tmp_path / "out" / "SHA256SUMS").read_text().endswith(f"  {name}.zip\n")
@@ -97,8 +96,12 @@ def test_weights_are_prepared_for_a_release(ran, tmp_path, monkeypatch):
     assert (tmp_path / "out" / name / "curves.png").exists()
     for cell in first:
         (cell.folder(results) / "final.safetensors").unlink()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (
-        done.returncode == 1 and "eit reproduce run small_data --budget smoke --results FOLDER trains it" in done.stdout
-    )
-    assert subprocess.run(command[:2], capture_output=True, text=True).stderr.startswith("usage: ")
+    with pytest.raises(SystemExit, match="no weights in "):
+        release(str(tmp_path / "out"), str(results))
+    assert "eit reproduce run small_data --budget smoke --results FOLDER trains it" in capsys.readouterr().out
+
+
+def test_the_tool_for_a_release_says_how_it_is_used(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["release_weights.py"])
+    with pytest.raises(SystemExit, match="^usage: python tools/release_weights.py OUT"):
+        runpy.run_path(str(ROOT / "tools" / "release_weights.py"), run_name="__main__")

@@ -1,5 +1,7 @@
 """Checkpoints of training: whole or not there."""
 
+import errno
+import hashlib
 import io
 import os
 import resource
@@ -12,8 +14,11 @@ import pytest
 import torch
 
 import eit
+from eit.config import load_recipe
 from eit.training.checkpoint import (
     BackgroundWriter,
+    Progress,
+    check_unchanged,
     load_checkpoint,
     load_state,
     newest_checkpoint,
@@ -36,7 +41,7 @@ def steps(tmp_path, state):
 
 
 def training_state(step):
-    return dict(optimizer={}, scaler={}, progress=dict(step=step))
+    return dict(optimizer={}, scaler={}, progress=Progress(step=step).model_dump())
 
 
 def test_the_newest_two_are_kept_with_checksums(steps):
@@ -68,6 +73,94 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(steps, name, d
     assert len(faults) == 1 and "step-30 is damaged" in faults[0]
 
 
+MANIFESTS = [
+    "[" * 200000,
+    "9" * 5000,
+    "[]",
+    '{"sha256": 3}',
+    '{"sha256": [1]}',
+    '{"sha256": {}}',
+    '{"sha256": {"/etc": "x"}}',
+]
+
+
+@pytest.mark.parametrize("text", [*MANIFESTS, '{"sha256": {"state.pt": NaN}}', "\0"], ids=range(9))
+def test_a_manifest_of_another_kind_is_a_damaged_checkpoint(steps, text):
+    (steps / "checkpoints" / "step-30" / "manifest.json").write_text(text)
+    folder, faults = newest_checkpoint(steps)
+    assert folder.name == "step-20" and len(faults) == 1 and "step-30 is damaged: manifest.json" in faults[0]
+
+
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def link(file):
+    file.rename(file.with_name("moved"))
+    file.symlink_to("moved")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("change", [pipe, link])
+def test_links_and_pipes_in_a_checkpoint_are_not_opened(steps, name, change):
+    change(steps / "checkpoints" / "step-30" / name)
+    folder, faults = newest_checkpoint(steps)
+    assert folder.name == "step-20" and f"step-30 is damaged or cannot be read now: {name}: it is" in faults[0]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_read_now_is_named_the_one_before_used_and_nothing_is_deleted(steps, state, monkeypatch, number):
+    def fail(file, _):
+        if "step-30" in file.name:
+            raise OSError(number, os.strerror(number))
+        return original(file, "sha256")
+
+    original = hashlib.file_digest
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", fail)
+        folder, faults = newest_checkpoint(steps)
+        reason = f"step-30 is damaged or cannot be read now: model.safetensors: {os.strerror(number)}"
+        assert folder.name == "step-20" and len(faults) == 1 and reason in faults[0]
+        save_checkpoint(steps, 25, card(), state, None, training_state(25))
+    assert saved_steps(steps) == [30, 25, 20]
+    assert newest_checkpoint(steps)[0].name == "step-30"  # it can be read again
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_empty(steps, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(eit.UserError, match="checkpoints cannot be read: Permission denied"):
+        saved_steps(steps)
+
+
+def test_names_that_are_almost_those_of_checkpoints_are_not_theirs(steps):
+    for name in ("step-٣٠", "step-030", "step-" + "9" * 200, "step-", "step-x"):
+        (steps / "checkpoints" / name).mkdir()
+    assert saved_steps(steps) == [30, 20]
+
+
+def test_a_checkpoint_that_is_a_link_is_damaged_and_only_the_link_is_deleted(steps, state):
+    (steps / "other").mkdir()
+    (steps / "other" / "file").write_text("precious")
+    (steps / "checkpoints" / "step-40").symlink_to("../other")
+    folder, faults = newest_checkpoint(steps)
+    assert folder.name == "step-30" and "step-40 is damaged: it is a link" in faults[0]
+    save_checkpoint(steps, 40, card(), state, None, training_state(40))
+    assert saved_steps(steps) == [40, 30] and (steps / "other" / "file").read_text() == "precious"
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(steps, state, monkeypatch, capsys):
+    def busy(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert save_checkpoint(steps, 40, card(), state, None, training_state(40)).name == "step-40"
+    assert "cannot be deleted (step-20: Device or resource busy); training goes on" in capsys.readouterr().err
+
+
 def test_no_whole_checkpoint_is_an_error(steps):
     for step in (20, 30):
         truncate(steps / "checkpoints" / f"step-{step}" / "state.pt")
@@ -88,6 +181,63 @@ def test_checkpoints_that_a_run_went_back_behind_are_dropped(steps, state):
     truncate(steps / "checkpoints" / "step-30" / "state.pt")
     save_checkpoint(steps, 25, card(), state, None, training_state(25))
     assert saved_steps(steps) == [25, 20]
+
+
+# -- A checkpoint that is whole, and not of this run
+
+
+STATES = {
+    "fixed is missing": lambda state: state["progress"].pop("fixed"),
+    "seconds is missing": lambda state: state["progress"].pop("seconds"),
+    "step: Input should be a valid integer": lambda state: state["progress"].update(step="x"),
+    "step: Input should be greater": lambda state: state["progress"].update(step=-10),
+    "step is 1000000000": lambda state: state["progress"].update(step=10**9),
+    "best_top1: Input should be a valid number": lambda state: state["progress"].update(best_top1="x"),
+    "loss_sum: Input should be a finite number": lambda state: state["progress"].update(loss_sum=float("nan")),
+    "last: Input should be a valid dictionary": lambda state: state["progress"].update(last=[1]),
+    "lr: Field required": lambda state: state["progress"].update(last=dict(epoch=1, step=10)),
+    "moon: Extra inputs are not permitted": lambda state: state["progress"].update(moon=1),
+    "not a state of training, with optimizer, scaler, progress": lambda state: state.pop("scaler"),
+    "not a state of training": lambda state: state.update(optimizer=3),
+}
+
+
+@pytest.mark.parametrize("message", STATES)
+def test_a_state_of_another_version_is_one_line_with_a_way_out(tmp_path, state, message):
+    written = training_state(10)
+    STATES[message](written)
+    save_checkpoint(tmp_path, 10, card(), state, None, written)
+    folder, faults = newest_checkpoint(tmp_path)
+    assert not faults
+    with pytest.raises(
+        eit.UserError, match=f"state.pt is .*{message}.*; to continue from .*, delete .*step-10"
+    ) as error:
+        load_state(folder)
+    assert "\n" not in str(error.value)
+
+
+def recorded(*overrides):
+    recipe = load_recipe("digits", list(overrides))
+    return card().model_copy(update=dict(recipe=recipe.model_dump(mode="json")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change"),
+    [
+        (["optim.lr=0.5"], "optim.lr: 0.5 -> "),
+        (["model.embed_dim=32"], "model.embed_dim: 32 -> "),
+        (["seed=7"], "seed: 7 -> 0"),
+        (["augment.mixup=0.3", "data.batch_size=8"], r"augment.mixup: 0.3 -> .*\)"),
+    ],
+)
+def test_a_checkpoint_knows_the_recipe_that_it_is_of(steps, overrides, change):
+    folder = steps / "checkpoints" / "step-30"
+    state, recipe = training_state(30), load_recipe("digits")
+    with pytest.raises(eit.UserError, match=rf"step-30 is of another recipe \({change}"):
+        check_unchanged(folder, recorded(*overrides), state, recipe, Progress())
+    check_unchanged(folder, recorded("data.workers=3", "data.root=there", "out=x"), state, recipe, Progress())
+    with pytest.raises(eit.UserError, match="does not say of which recipe it is"):
+        check_unchanged(folder, card(), state, recipe, Progress())
 
 
 class Evil:

@@ -4,14 +4,13 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +19,9 @@ import eit
 from eit.config import load_recipe
 from eit.training import folder_lock
 from eit.training.run_folder import RunFolder
+from eit.training.trainer import save_epoch
+from tests.helpers.commands import FORKS
+from tests.helpers.training import wait_for
 
 HERE = socket.gethostname()
 NONE = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
@@ -87,9 +89,10 @@ if __name__ == "__main__":
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     from eit.config import load_recipe
     from eit.training.run_folder import RunFolder
-    from tests.training.test_folder_lock import refuse
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
     if number:
-        fcntl.flock = refuse(number)
+        fcntl.flock = flock
     run = RunFolder(folder, load_recipe("digits"))
     if not os.fork():
         sys.exit()
@@ -109,10 +112,8 @@ def other_process(folder, number=0):
     """A process that holds `folder` and has loader workers of each kind; `number`: the error of its flock, if any."""
     script = folder.parent / "holder.py"
     script.write_text(HOLDER)
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     words = [sys.executable, str(script), str(folder), str(number)]
-    holder = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True, env=environment)
+    holder = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert holder.stdout.readline() == b"\n"
         yield holder
@@ -174,7 +175,7 @@ def test_a_run_that_is_refused_holds_nothing(folder, monkeypatch, number):
         monkeypatch.setattr(fcntl, "flock", refuse(number))
     with open_run(folder):
         pass
-    (folder / "log.jsonl").write_text('{"step": 1}\n')
+    (folder / "checkpoints" / "step-1").mkdir(parents=True)
     with pytest.raises(eit.UserError, match="another recipe") as refused:
         open_run(folder, "optim.lr=0.5")
     with open_run(folder):
@@ -276,13 +277,6 @@ def test_a_name_that_is_older_than_the_marker_is_not_trusted_at_once(folder, clo
         open_run(folder)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def refreshers():
     return [thread for thread in threading.enumerate() if thread.name == "run folder's lock"]
 
@@ -301,10 +295,60 @@ def test_a_run_whose_lock_was_taken_over_ends_and_leaves_it_alone(folder, monkey
         (folder / ".lock-soft").unlink()
         hold(folder, host="elsewhere", pid=7)
         wait_for(lambda: not refreshers())  # which would keep the other's lock alive
-        for write in (lambda: run.log_epoch({}, 3), run.finish):
+        for write in (run.check, run.finish):
             with pytest.raises(eit.UserError, match="was taken over by process 7 on elsewhere"):
                 write()
     assert (folder / ".lock-soft").exists() and "elsewhere" in (folder / ".lock").read_text()
+
+
+def remake(folder):
+    """Another process removed the folder, and its run holds the new one."""
+    shutil.rmtree(folder)
+    hold(folder, pid=os.getppid(), start=folder_lock._describe(os.getppid())["start"])
+
+
+def remake_and_end(folder):
+    remake(folder)
+    (folder / ".lock").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (shutil.rmtree, "was removed while this process trained in it"),
+        (lambda folder: folder.rename(folder.with_name("moved")), "was removed while"),
+        (lambda folder: (folder / ".lock").unlink(), "was removed while"),
+        (remake, f"was taken over by process {os.getppid()} on .*: it was replaced; this process ends here"),
+        (remake_and_end, "was taken over by an unknown process: it was replaced"),
+    ],
+)
+def test_a_folder_that_was_removed_or_remade_is_noticed_before_the_next_save(folder, change, said):
+    with open_run(folder) as run:
+        run.check()
+        change(folder)
+        before = sorted(folder.rglob("*"))
+        for write in (run.check, run.finish, lambda: save_epoch(run, None, 1)):
+            with pytest.raises(eit.UserError, match=said):
+                write()
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_system_whose_file_numbers_change_does_not_end_a_run(folder, monkeypatch):
+    with open_run(folder) as run:
+        monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+        run.check()
+
+
+@pytest.mark.parametrize("content", ["[" * 100000, "9" * 5000, '{"pid": "x", "host": 3}', "\ud800", "null"])
+def test_a_lock_with_any_content_names_an_unknown_process(folder, content):
+    folder.mkdir()
+    (folder / ".lock").write_text(content, errors="surrogatepass")
+    with open(folder / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(
+            eit.UserError, match="in use by another process .an unknown process.|in use by another proc"
+        ):
+            open_run(folder)
 
 
 def test_a_forked_process_does_not_release_the_soft_lock(tmp_path):
@@ -318,11 +362,23 @@ def test_a_forked_process_does_not_release_the_soft_lock(tmp_path):
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_system_without_fcntl_has_the_soft_lock(folder):
-    code = "import sys; sys.modules['fcntl'] = None; from pathlib import Path; from eit.config import load_recipe; "
-    code += "from eit.training.run_folder import RunFolder; from eit import UserError; "
-    code += "run = RunFolder(Path(sys.argv[1]), load_recipe('digits'))\n"
-    code += "try: RunFolder(run.path, load_recipe('digits'))\nexcept UserError: print('refused')"
-    words = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.stdout == "refused\n" and done.stderr.count("the file .lock-soft locks it instead") == 2, done.stderr
+def hold_twice_without_fcntl(folder, said):
+    """In a new process."""
+    sys.stderr = said.open("w", buffering=1)
+    for name in [*sys.modules]:
+        if name.split(".")[0] == "filelock" or name in ("eit.training.folder_lock", "eit.training.run_folder"):
+            del sys.modules[name]
+    sys.modules["fcntl"] = None
+    from eit.training.run_folder import RunFolder
+
+    run = RunFolder(folder, load_recipe("digits"))
+    with pytest.raises(eit.UserError, match="is in use by another run of this process"):
+        RunFolder(run.path, load_recipe("digits"))
+
+
+def test_a_system_without_fcntl_has_the_soft_lock(folder, tmp_path):
+    process = FORKS.Process(target=hold_twice_without_fcntl, args=(folder, tmp_path / "said"))
+    process.start()
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0 and said.count("the file .lock-soft locks it instead") == 2, said

@@ -1,7 +1,6 @@
 """A run goes on with another number of processes: micro-batches keep its global batch, or one line says why not."""
 
 import json
-import subprocess
 
 import pytest
 import torch
@@ -9,10 +8,12 @@ import torch
 import eit
 from eit import distributed
 from eit.config import load_recipe
+from eit.randomness import Stream
+from eit.training import trainer
 from eit.training.global_batch import micro_batches_per_step, out_of_memory_advice
 from eit.training.run_folder import RunFolder
 from eit.training.trainer import train
-from tests.helpers.commands import launcher
+from tests.helpers.commands import start_ranks, wait_for_all
 from tests.helpers.training import TINY, log, recipe, train_until_killed, weights
 from tests.test_distributed import DETERMINISTIC
 
@@ -105,30 +106,26 @@ def test_a_batch_that_the_user_has_changed_is_the_users(folder, monkeypatch):
     assert micro_batches_per_step(r) == 4 and train(r)["epochs"] == 2
 
 
-UNTIL_STEP_3 = """
-import os, sys
-from eit import cli
-from eit.training import trainer as train
-from eit.randomness import Stream
-seed = train.set_seed
-def set_seed(*counters):
-    if counters[0] == Stream.STEP and counters[2] == 3:
-        raise KeyboardInterrupt
-    seed(*counters)
-train.set_seed = set_seed
-cli.main()
-"""
+def stop_at_step_3():
+    seed = trainer.set_seed
+
+    def set_seed(*counters):
+        if counters[0] == Stream.STEP and counters[2] == 3:
+            raise KeyboardInterrupt
+        seed(*counters)
+
+    trainer.set_seed = set_seed
 
 
 def test_the_same_command_goes_on_with_one_process_of_two(folder, tmp_path, monkeypatch, capsys):
     """As with torchrun --nnodes=1:2 when a node is lost: to the same weights but for rounding."""
-    file = tmp_path / "until_step_3.py"
-    file.write_text(UNTIL_STEP_3)
     words = [*DETERMINISTIC, "train.save_every=1", "data.batch_size=4"]
     out = tmp_path / "moved"
-    command = [*launcher(2)[:-2], file, "train", "cifar10", *TINY, *words, f"data.root={folder}", f"out={out}"]
-    stopped = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert stopped.returncode != 0 and (out / "checkpoints" / "step-3").is_dir(), stopped.stderr
+    command = ["train", "cifar10", *TINY, *words, f"data.root={folder}", f"out={out}"]
+    (error := tmp_path / "stderr").touch()
+    stopped = start_ranks(command, [tmp_path] * 2, [(error, error)] * 2, stop_at_step_3)
+    assert wait_for_all(stopped, 120) == [130, 130], error.read_text()
+    assert (out / "checkpoints" / "step-3").is_dir()
     assert json.loads((out / "environment.json").read_text())["global_batch"] == 8
     train(recipe(folder, *words, f"out={out}"))
     said = capsys.readouterr().err

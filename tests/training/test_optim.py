@@ -1,11 +1,12 @@
 """Optimizer, learning rate and schedule."""
 
 import pytest
+import torch
 
 import eit
 from eit.config import load_recipe
 from eit.data.order import SampleOrder
-from eit.training.optim import make_lr_scheduler, make_optimizer
+from eit.training.optim import load_optimizer, make_lr_scheduler, make_optimizer
 
 
 def test_the_schedule_starts_at_step_0_and_ends_at_the_lowest_rate(folder):
@@ -68,3 +69,41 @@ def test_each_layer_learns_slower_than_the_next():
     }
     for part, share in expected.items():
         assert {round(v, 6) for name, v in of.items() if name.startswith(part)} == {share}
+
+
+def stepped(*settings):
+    """An AdamW that took a step, and its parameters."""
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), **dict(settings))
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.clear(),
+        lambda state: state.update(param_groups=[]),
+        lambda state: state["param_groups"][0].update(weight_decay="x"),
+        lambda state: state["param_groups"][0].update(betas=[0.9]),
+        lambda state: state["param_groups"][0].update(eps=None),
+        lambda state: state["state"][0].update(exp_avg=torch.zeros(7)),
+        lambda state: state["state"][0].update(exp_avg=torch.zeros(2, 3, 4)),
+        lambda state: state["param_groups"][0].update(params=[0]),
+    ],
+    ids=range(8),
+)
+def test_a_state_that_does_not_fit_the_optimizer_is_an_error(spoil):
+    state = stepped().state_dict()
+    spoil(state)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        load_optimizer(stepped(), state)
+
+
+def test_the_state_of_an_equal_optimizer_is_restored():
+    first, second = stepped(), stepped(("lr", 1e-4))
+    load_optimizer(second, first.state_dict())
+    assert second.param_groups[0]["lr"] == first.param_groups[0]["lr"]
+    for one, other in zip(first.state.values(), second.state.values(), strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])

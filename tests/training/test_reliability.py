@@ -26,10 +26,21 @@ from eit.training import trainer as train_module
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
 from eit.training.trainer import train
 from eit.weights.formats import read_safetensors
-from tests.helpers.commands import run_eit
+from tests.helpers.commands import run_eit, start_ranks, wait_for_all
 from tests.helpers.images import save_digits
 from tests.helpers.shared import require
-from tests.helpers.training import TINY, children, finish, long_run, recipe, same, train_until_killed, weights
+from tests.helpers.training import (
+    LONG,
+    TINY,
+    children,
+    finish,
+    long_run,
+    recipe,
+    same,
+    train_until_killed,
+    wait_for,
+    weights,
+)
 from tests.test_distributed import DETERMINISTIC
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +58,7 @@ def chaos(trials, tmp_path, *words, timeout=500):
 
 
 def test_runs_killed_at_random_come_back_identical(tmp_path):
-    done = chaos(1, tmp_path)
+    done = chaos(1, tmp_path, "--small")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 trials came back identical" in done.stdout
 
@@ -159,6 +170,20 @@ def test_a_dead_loader_process_ends_the_run_with_its_cause(tmp_path):
 
 
 def test_a_dead_rank_ends_the_others(tmp_path):
+    (error := tmp_path / "stderr").touch()
+    words = ["train", "digits", *LONG, "data.batch_size=32"]
+    ranks = start_ranks(words, [tmp_path] * 2, [(Path(os.devnull), error)] * 2)
+    try:
+        wait_for(lambda: "epoch 2" in error.read_text() or not ranks[0].is_alive())
+        ranks[1].kill()
+    finally:
+        statuses = wait_for_all(ranks, 60)
+    assert statuses == [1, -signal.SIGKILL], error.read_text()
+    assert error.read_text().splitlines()[-1] == ("eit: another process of this run ended; its own error line says why")
+
+
+@pytest.mark.slow
+def test_torchrun_says_which_rank_died(tmp_path):
     with long_run(tmp_path, "data.batch_size=32", ranks=2) as process:
         os.kill(children(process.pid)[1], signal.SIGKILL)
         err = process.communicate(timeout=60)[1]
@@ -170,7 +195,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_the_weights_are_the_same(t
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     words = ["train", "digits", *FIVE]
-    assert run_eit(*words, cwd=tmp_path / "whole", ranks=2).returncode == 0
+    assert run_eit(*words, cwd=tmp_path / "whole", ranks=2, torchrun=True).returncode == 0
     with long_run(tmp_path / "broken", *FIVE, ranks=2, options=["--max-restarts=3"]) as process:
         ranks = [pid for pid in children(process.pid) if b"eit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(ranks[1], signal.SIGKILL)
@@ -198,40 +223,38 @@ def test_a_run_goes_on_with_another_number_of_ranks_in_the_same_order(folder, tm
         train(recipe(folder, "data.batch_size=4", f"out={tmp_path / 'third'}"))
 
 
-RANK = """
-import os, sys
-os.environ |= dict(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
-sys.argv[1:3] = []
-from eit.cli import main
-main()
-"""
-
-
-def two_machines(tmp_path, code, *overrides):
+def two_machines(tmp_path, *overrides, prepare=None):
     """Exit status and stderr of the two ranks of a run, each in a folder of its own with data/ in it."""
-    processes = []
-    for rank in range(2):
-        words = [sys.executable, "-c", code, str(rank), str(20000 + os.getpid() % 20000), "train", "cifar10", *TINY]
-        more = dict(cwd=tmp_path / f"machine{rank}", stderr=subprocess.PIPE, text=True)
-        processes.append(subprocess.Popen([*words, "data.root=data", "data.batch_size=4", *overrides], **more))
-    try:
-        errors = [p.communicate(timeout=60)[1] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [p.returncode for p in processes], errors
+    words = ["train", "cifar10", *TINY, "data.root=data", "data.batch_size=4", *overrides]
+    folders, errors = ([tmp_path / f"{name}{rank}" for rank in range(2)] for name in ("machine", "stderr"))
+    for file in errors:
+        file.touch()
+    processes = start_ranks(words, folders, [(Path(os.devnull), file) for file in errors], prepare)
+    return wait_for_all(processes, 60), [file.read_text() for file in errors]
 
 
 def test_ranks_that_see_different_data_refuse_at_the_start(tmp_path):
     """The same data.root on two machines, one of which lacks an image."""
     for rank in range(2):
         save_digits(tmp_path / f"machine{rank}" / "data", train=12 - rank)
-    status, errors = two_machines(tmp_path, RANK)
+    status, errors = two_machines(tmp_path)
     assert status == [2, 2], errors
     for error in errors:
         assert error.count("\n") == 1 and "the ranks see different data at data: names or labels differ" in error
     assert not list(tmp_path.rglob("log.jsonl"))
+
+
+def seed_by_rank():
+    sys.argv.append(f"seed={os.environ['RANK']}")
+
+
+def test_ranks_with_another_recipe_refuse_at_the_start(tmp_path):
+    for rank in range(2):
+        save_digits(tmp_path / f"machine{rank}" / "data")
+    status, errors = two_machines(tmp_path, prepare=seed_by_rank)
+    assert status == [2, 2] and errors[1] == "", errors
+    assert errors[0].startswith("eit: the ranks do not agree: seed is 0 on rank 0, 1 on rank 1; start all with one")
+    assert not list(tmp_path.rglob("recipe.yaml"))
 
 
 def test_images_that_one_rank_alone_cannot_read_stop_both(tmp_path):
@@ -240,7 +263,7 @@ def test_images_that_one_rank_alone_cannot_read_stop_both(tmp_path):
         folder = save_digits(tmp_path / f"machine{rank}" / "data")
     for name in ("000.png", "001.png", "002.png"):
         (folder / "train" / "digit1" / name).write_bytes(b"nothing")
-    status, errors = two_machines(tmp_path, RANK)
+    status, errors = two_machines(tmp_path)
     assert status == [2, 2] and all("3 of 36 training images are unreadable" in error for error in errors), errors
 
 
@@ -252,25 +275,25 @@ def test_an_environment_that_describes_half_a_group_is_one_line(tmp_path):
     )
 
 
-NAN_ON_RANK_1 = """
-import os
-from eit.training import trainer as train
-make = train.make_criterion
-def broken(*arguments):
-    criterion, calls = make(*arguments), []
-    def loss(logits, target):
-        calls.append(0)
-        return criterion(logits, target) * (float("nan") if len(calls) == 6 and os.environ["RANK"] == "1" else 1)
-    return loss
-train.make_criterion = broken
-"""
+def nan_on_rank_1():
+    make = train_module.make_criterion
+
+    def broken(*arguments):
+        criterion, calls = make(*arguments), []
+
+        def loss(logits, target):
+            calls.append(0)
+            return criterion(logits, target) * (float("nan") if len(calls) == 6 and os.environ["RANK"] == "1" else 1)
+
+        return loss
+
+    train_module.make_criterion = broken
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path):
     for rank in range(2):
         save_digits(tmp_path / f"machine{rank}" / "data")
-    code = RANK.replace("from eit.cli import main", NAN_ON_RANK_1 + "from eit.cli import main")
-    status, errors = two_machines(tmp_path, code, "train.save_every=1", "out=run")
+    status, errors = two_machines(tmp_path, "train.save_every=1", "out=run", prepare=nan_on_rank_1)
     assert status == [1, 1], errors
     assert "eit: the loss is nan in epoch 2, step 5, on images" in errors[0] and "Traceback" not in "".join(errors)
     assert errors[1] == ""  # said once
@@ -380,7 +403,7 @@ import json, os, sys, time
 from eit.training.run_folder import RunFolder
 from eit.config import load_recipe
 from eit.training.trainer import train
-log, seen = RunFolder.log_epoch, {}
+show, seen = RunFolder.show_epoch, {}
 def note(name):
     pages = int(open('/proc/self/statm').read().split()[1])
     files = [os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')]
@@ -388,10 +411,10 @@ def note(name):
     children = open(f'/proc/self/task/{os.getpid()}/children').read().split()
     seen[name] = dict(memory=pages * os.sysconf('SC_PAGE_SIZE'), files=len(files), children=len(children))
 def watched(self, line, classes):
-    log(self, line, classes)
+    show(self, line, classes)
     if line['epoch'] + 1 in (int(sys.argv[1]), int(sys.argv[2])):
         note(line['epoch'] + 1)
-RunFolder.log_epoch = watched
+RunFolder.show_epoch = watched
 note('start')
 train(load_recipe('digits', sys.argv[3:]))
 for _ in range(100):  # the thread that feeds a loader process closes its pipe a moment after that process is gone

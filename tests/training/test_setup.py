@@ -10,7 +10,7 @@ import eit
 from eit.config import load_recipe
 from eit.data.datasets import open_data
 from eit.training import trainer as train_module
-from eit.training.setup import build_model, choose_trainable, resolve_architecture
+from eit.training.setup import build_model, check_single_images, choose_trainable, make_view, resolve_architecture
 from eit.training.trainer import train
 from eit.weights.card import Card
 from eit.weights.formats import save_weights
@@ -79,12 +79,12 @@ def test_a_table_of_timm_is_interpolated_too():
 
 
 def test_a_model_of_timm_is_trained_continued_and_loaded(folder, monkeypatch, capsys):
-    start = [f"data.root={folder}", *TINY[6:], "model.name=timm/resnet18", "model.in_chans=1"]
+    start = [f"data.root={folder}", *TINY[6:], "model.name=timm/test_resnet", "model.in_chans=1"]
     r = load_recipe("cifar10", [*start, f"out={folder.parent / 'run'}", "train.max_steps=5"])
     train(r)
-    assert "timm/resnet18 has no such arguments: " in capsys.readouterr().err
+    assert "timm/test_resnet has no such arguments: " in capsys.readouterr().err
     model = eit.load(r.run_folder())
-    assert type(model).__name__ == "ResNet" and model.card.model == "timm/resnet18" and model.card.in_chans == 1
+    assert type(model).__name__ == "ResNet" and model.card.model == "timm/test_resnet" and model.card.in_chans == 1
     again = [
         *start[:-2],
         f"model.pretrained={r.run_folder()}",
@@ -92,9 +92,9 @@ def test_a_model_of_timm_is_trained_continued_and_loaded(folder, monkeypatch, ca
         f"out={folder.parent / 'again'}",
     ]
     resolved = resolve_architecture(load_recipe("cifar10", again))
-    assert (resolved.model.name, resolved.model.in_chans, resolved.model.embed_dim) == ("timm/resnet18", 1, None)
+    assert (resolved.model.name, resolved.model.in_chans, resolved.model.embed_dim) == ("timm/test_resnet", 1, None)
     tuned = build_model(resolved, 7)
-    assert torch.equal(tuned.conv1.weight, model.conv1.weight) and tuned.fc.weight.shape == (7, 512)
+    assert torch.equal(tuned.conv1[0].weight, model.conv1[0].weight) and tuned.fc.weight.shape == (7, 96)
 
 
 def test_weights_of_timm_are_asked_for(monkeypatch, folder):
@@ -135,11 +135,14 @@ def test_a_wrong_start_is_one_line(folder, overrides, message):
 
 @pytest.mark.parametrize("name", ["swin_s3_tiny_224", "beit_base_patch16_224", "levit_128s", "legacy_seresnet18"])
 def test_models_of_timm_with_buffers_and_names_of_their_own_load_again(name, tmp_path):
-    small = dict(swin_s3_tiny_224={}, beit_base_patch16_224={}, levit_128s={}, legacy_seresnet18={})[name]
+    small = dict(
+        swin_s3_tiny_224=dict(embed_dim=24),
+        beit_base_patch16_224=dict(embed_dim=96, depth=2, num_heads=3),
+    ).get(name, {})
     model = eit.create_model(f"timm/{name}", num_classes=2, **small).eval()
     card = Card(
-        model=f"timm/{name}", arguments={}, classes=["a", "b"], mean=(0.5,) * 3, std=(0.5,) * 3, size=224, resize=224,
-        interpolation="bicubic",
+        model=f"timm/{name}", arguments=small, classes=["a", "b"], mean=(0.5,) * 3, std=(0.5,) * 3, size=224,
+        resize=224, interpolation="bicubic",
     )  # fmt: skip
     save_weights(tmp_path / "w.safetensors", model.state_dict(), card)
     x = torch.randn(1, 3, 224, 224)
@@ -213,7 +216,7 @@ def test_what_is_frozen_keeps_its_values(folder, overrides):
 
 
 def test_the_statistics_of_frozen_batch_norms_stay(folder):
-    start = [f"data.root={folder}", *TINY[6:], "model.name=timm/resnet18", f"out={folder.parent / 'run'}"]
+    start = [f"data.root={folder}", *TINY[6:], "model.name=timm/test_resnet", f"out={folder.parent / 'run'}"]
     r = resolve_architecture(load_recipe("cifar10", [*start, "optim.trainable=head", "train.max_steps=3"]))
     before = build_model(r, 3).state_dict()
     train(r)
@@ -254,13 +257,17 @@ def test_a_distilled_student_agrees_with_its_teacher_more_often(tmp_path):
 
 
 def test_a_teacher_of_timm_teaches_in_a_continued_run_to_the_same_weights(folder, tmp_path, monkeypatch):
-    torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "teacher.pth")
-    teacher = ["loss.teacher=timm/resnet18", f"loss.teacher_weights={tmp_path / 'teacher.pth'}", "loss.teacher_size=32"]
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    teacher = [
+        "loss.teacher=timm/test_resnet",
+        f"loss.teacher_weights={tmp_path / 'teacher.pth'}",
+        "loss.teacher_size=32",
+    ]
     more = [*teacher, "train.save_every=1", "loss.distillation=hard"]
     whole, broken, alone = (recipe(folder, *m, f"out={tmp_path / n}") for n, m in (("w", more), ("b", more), ("a", [])))
     train(whole)
     train_until_killed(broken, 5, monkeypatch)
-    torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "other.pth")
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "other.pth")
     teacher_before = (tmp_path / "teacher.pth").read_bytes()
     (tmp_path / "teacher.pth").write_bytes((tmp_path / "other.pth").read_bytes())
     with pytest.raises(eit.UserError, match="another loss.teacher: "):
@@ -281,3 +288,38 @@ def test_a_real_lack_of_memory_is_one_line(folder, monkeypatch):
         eit.UserError, match="out of memory with data.batch_size=8 at data.image_size=16: set data.batch"
     ):
         train(recipe(folder))
+
+
+def single_images(folder, *words):
+    """The recipe and model of batches of one image."""
+    off = ["augment.mixup=0", "augment.cutmix=0", "data.batch_size=1", "data.image_size=32"]
+    r = resolve_architecture(recipe(folder, *off, *words))
+    model = build_model(r, 3)
+    choose_trainable(r, model)
+    return r, model
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "efficientnet_b0"])
+def test_a_batch_of_one_image_is_one_line_if_batch_norms_cannot_learn_from_it(folder, name):
+    r, model = single_images(folder, f"model.name=timm/{name}")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(eit.UserError, match=f"data.batch_size=1: timm/{name} has batch norms, .*set data.batch_size=2"):
+        check_single_images(r, model, make_view(r))
+    assert same(before, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.name=timm/resnet10t", "data.image_size=64"],  # four values per channel
+        ["model.name=timm/resnet10t", "optim.trainable=head"],  # frozen norms
+        ["model.name=timm/resnet10t", "data.batch_size=2"],
+        ["model.name=timm/vit_tiny_patch16_224"],
+        [],
+    ],
+)
+def test_a_batch_of_one_image_is_taken_if_the_model_can(folder, words):
+    r, model = single_images(folder, *words)
+    state = torch.get_rng_state()
+    check_single_images(r, model, make_view(r))
+    assert torch.equal(torch.get_rng_state(), state)

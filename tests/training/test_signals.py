@@ -1,8 +1,8 @@
 """Signals that ask a run to save and stop."""
 
+import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,27 +10,23 @@ from pathlib import Path
 import pytest
 
 from eit.data.workers import STOP_SIGNALS
+from eit.randomness import Stream
+from eit.training import trainer
 from eit.training.checkpoint import saved_steps
-from tests.helpers.commands import run_eit
+from tests.helpers.commands import Running, run_eit
 from tests.helpers.training import children, finish, long_run
 
 
 def test_a_signal_saves_and_the_same_command_continues(tmp_path):
     """Ctrl-C here; SIGTERM and SIGUSR1 are in test_reliability."""
     words = ["train", "digits", "train.epochs=3", "train.warmup_epochs=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eit", *words],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = Running(*words, cwd=tmp_path)
     for line in process.stderr:
         if line.startswith("epoch 1"):
             break
     process.send_signal(signal.SIGINT)
-    err = process.stderr.read()
-    assert process.wait(60) == 128 + signal.SIGINT, err
+    _, err = process.communicate(60)
+    assert process.returncode == 128 + signal.SIGINT, err
     assert "the same command" in err and "Traceback" not in err
     done = run_eit(*words, cwd=tmp_path)
     assert done.returncode == 0 and "continuing" in done.stderr
@@ -44,26 +40,19 @@ def test_slurms_warning_saves_and_ends(tmp_path):
     assert saved_steps(tmp_path / "runs" / "digits")
 
 
-STUCK = """
-import ctypes, sys
-from eit import cli
-from eit.randomness import Stream
-from eit.training import trainer as train
-def stuck(*counters):
-    if counters[0] == Stream.STEP:
-        print("in a step", file=sys.stderr, flush=True)
-        ctypes.CDLL(None).pause()  # once for each signal, without a way for Python to run its handler
-        ctypes.CDLL(None).pause()
-        ctypes.CDLL(None).pause()
-train.set_seed = stuck
-cli.main()
-"""
+def stick_in_a_step():
+    def stuck(*counters):
+        if counters[0] == Stream.STEP:
+            print("in a step", file=sys.stderr, flush=True)
+            for _ in range(3):  # once for each signal, without a way for Python to run its handler
+                ctypes.CDLL(None).pause()
+
+    trainer.set_seed = stuck
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """Also where the main thread hangs in a call that is none of Python's, as in a collective."""
-    words = [sys.executable, "-c", STUCK, "train", "digits"]
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = Running("train", "digits", cwd=tmp_path, prepare=stick_in_a_step)
     try:
         while "in a step" not in process.stderr.readline():
             assert process.poll() is None
@@ -73,7 +62,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
         process.send_signal(signal.SIGINT)
         status, err = finish(process, 10)
     finally:
-        process.kill()
+        process.process.kill()
     assert status == 130 and "eit: interrupted" in err and "saved before" in err
 
 

@@ -1,5 +1,10 @@
 """The training loop: determinism, continuation, what is learnt, and what ends a run."""
 
+import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,10 +13,12 @@ from eit.config import load_recipe
 from eit.data import datasets as data_module
 from eit.data.datasets import open_data
 from eit.data.order import SampleOrder
+from eit.data.workers import LoaderStalled, StopRequested
+from eit.randomness import Stream
 from eit.training import loss as loss_module
 from eit.training import trainer as train_module
 from eit.training.checkpoint import load_checkpoint, newest_checkpoint, saved_steps
-from eit.training.trainer import train
+from eit.training.trainer import Stopped, train
 from eit.weights.formats import read_safetensors
 from tests.helpers.training import Killed, log, recipe, same, train_until_killed, weights
 
@@ -58,7 +65,7 @@ def test_a_run_that_died_continues_to_the_same_weights_and_log(folder, monkeypat
 
 
 def test_what_was_logged_after_the_checkpoint_is_logged_once(folder, monkeypatch):
-    """The process dies between the log's line and the checkpoint of the same epoch, in the middle of a second line."""
+    """The line of an epoch follows its checkpoint; a torn one is left out."""
     r = recipe(folder, "train.epochs=3")
     original = train_module.write_checkpoint
 
@@ -71,7 +78,7 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(folder, monkeypatch
         patch.setattr(train_module, "write_checkpoint", write_checkpoint)
         with pytest.raises(Killed):
             train(r)
-    assert [line["step"] for line in log(r.run_folder())] == [4, 8]
+    assert [line["step"] for line in log(r.run_folder())] == [4]
     with open(r.run_folder() / "log.jsonl", "a") as f:
         f.write('{"epoch": 2, "st')
     train(r)
@@ -99,8 +106,11 @@ def test_a_run_is_not_continued_on_other_data(folder, monkeypatch):
 # -- What is learnt
 
 
+NARROW_DIGITS = ["model.embed_dim=32", "model.depth=2", "model.num_heads=4", "train.epochs=12", "train.warmup_epochs=1"]
+
+
 def test_shuffled_labels_teach_nothing(tmp_path, monkeypatch):
-    """The digits recipe reaches 98% on true labels; on shuffled ones it must stay near chance, or labels leak."""
+    """On true labels the same recipe learns, see below; on shuffled ones it must stay near chance, or labels leak."""
 
     def shuffled(config):
         train_images, val_images = data_module.open_data(config)
@@ -109,12 +119,12 @@ def test_shuffled_labels_teach_nothing(tmp_path, monkeypatch):
         return train_images, val_images
 
     monkeypatch.setattr(train_module, "open_data", shuffled)
-    summary = train(load_recipe("digits", [f"out={tmp_path}", "train.epochs=12", "train.warmup_epochs=1"]))
+    summary = train(load_recipe("digits", [f"out={tmp_path}", *NARROW_DIGITS]))
     assert summary["last_top1"] < 20
 
 
 def test_true_labels_do(tmp_path):
-    summary = train(load_recipe("digits", [f"out={tmp_path}", "train.epochs=12", "train.warmup_epochs=1"]))
+    summary = train(load_recipe("digits", [f"out={tmp_path}", *NARROW_DIGITS]))
     assert summary["last_top1"] > 50
 
 
@@ -286,3 +296,87 @@ def test_what_cannot_be_trained_is_one_line_before_anything_starts(folder, overr
         train(r)
     assert "\n" not in str(error.value)
     assert not (r.run_folder() / "log.jsonl").exists()
+
+
+# -- Validation, waiting, threads
+
+
+@pytest.mark.parametrize(
+    ("call", "value", "name"),
+    [(1, math.nan, "weights"), (3, math.inf, "weights"), (2, math.nan, "moving average of the weights")],
+)
+def test_a_validation_loss_that_is_not_finite_ends_the_run_in_one_line(folder, monkeypatch, call, value, name):
+    calls = []
+
+    def evaluate(*arguments):
+        calls.append(0)
+        metrics = original(*arguments)
+        return replace(metrics, loss=value) if len(calls) == call else metrics
+
+    original = train_module.evaluate
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    r, epoch = recipe(folder, "train.ema_decay=0.9"), (call + 1) // 2
+    said = f"the validation loss of the {name} is {value} after epoch {epoch}; earlier checkpoints are intact"
+    with pytest.raises(FloatingPointError, match=said):
+        train(r)
+    assert saved_steps(r.run_folder()) == [4 * e for e in range(epoch - 1, 0, -1)]
+    assert len(log(r.run_folder())) == epoch - 1 and "NaN" not in (r.run_folder() / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("error", [StopRequested(), LoaderStalled("no batch")])
+def test_a_wait_for_a_batch_that_ends_saves_the_last_step(folder, monkeypatch, error):
+    whole, stopped = recipe(folder, f"out={folder.parent / 'whole'}"), recipe(folder)
+    train(whole)
+    original = train_module.set_seed
+
+    def set_seed(*counters):
+        if counters[0] == Stream.STEP and counters[2] == 6:
+            signal.raise_signal(signal.SIGTERM)
+            raise error
+        original(*counters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "set_seed", set_seed)
+        with pytest.raises((Stopped, LoaderStalled), match="stopped by SIGTERM; run the same|no batch"):
+            train(stopped)
+    assert saved_steps(stopped.run_folder()) == [6, 4]
+    train(stopped)
+    assert same(weights(whole.run_folder()), weights(stopped.run_folder()))
+    assert [line["val_loss"] for line in log(whole.run_folder())] == [
+        line["val_loss"] for line in log(stopped.run_folder())
+    ]
+
+
+def test_a_run_in_a_background_thread_trains_as_in_the_main_one(folder):
+    """As in a server, or in a notebook's cell that starts one: Python sets signal handlers in the main thread alone."""
+    with ThreadPoolExecutor(1) as pool:
+        summary = pool.submit(train, recipe(folder)).result()
+    assert summary == train(recipe(folder))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda state: state["optimizer"].clear(), "does not fit this run: "),
+        (lambda state: state["progress"]["last"].update(epoch=9), "does not fit this run: step 5 is not in epoch 11"),
+        (
+            lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(7)),
+            "exp_avg of the optimizer has sh",
+        ),
+        (lambda state: state["progress"]["fixed"].update(global_batch=9), "was trained with another global_batch: 9"),
+    ],
+)
+def test_a_state_that_does_not_fit_the_run_is_one_line_and_changes_nothing(folder, monkeypatch, spoil, said):
+    r = recipe(folder, "train.save_every=5")
+    train_until_killed(r, 6, monkeypatch)
+    before = (r.run_folder() / "log.jsonl").read_bytes()
+
+    def load(checkpoint):
+        weights, averaged, state = load_checkpoint(checkpoint)
+        spoil(state)
+        return weights, averaged, state
+
+    monkeypatch.setattr(train_module, "load_checkpoint", load)
+    with pytest.raises(eit.UserError, match=said) as error:
+        train(r)
+    assert "\n" not in str(error.value) and (r.run_folder() / "log.jsonl").read_bytes() == before

@@ -1,6 +1,7 @@
 """What is guessed about weights is marked, and can be given; `eit convert` in this process."""
 
 import json
+from functools import partial
 
 import pytest
 import safetensors
@@ -8,9 +9,12 @@ import safetensors.torch
 import timm
 import torch
 import typer.testing
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 import eit
 from eit.cli.app import app
+from eit.config import load_recipe
+from eit.training.setup import make_view
 from eit.weights.card import Card, assumed, parse_card
 from eit.weights.convert import infer_card, preprocessing_of_timm
 from eit.weights.formats import read_weights, save_weights
@@ -191,6 +195,37 @@ def test_a_folder_of_save_for_hf_is_weights(tmp_path, arguments, names, safe):
     assert again.card.guessed == (() if names else ("classes",))
 
 
+def test_a_repository_of_the_hub_that_timm_wrote_is_weights(tmp_path, monkeypatch):
+    """With a pickle instead of safetensors; without a network the first try ends it."""
+    asked = []
+
+    class Missing(EntryNotFoundError):
+        def __init__(self, kind="no such file"):
+            Exception.__init__(self, kind)
+
+    class Offline(LocalEntryNotFoundError):
+        def __init__(self):
+            Exception.__init__(self, "offline")
+
+    def download(repo, name, revision, failure=Missing):
+        asked.append(name)
+        if not (tmp_path / "hf" / name).exists():
+            raise failure()
+        return str(tmp_path / "hf" / name)
+
+    monkeypatch.setattr("eit.weights.load.hf_hub_download", download)
+    timm.models.save_for_hf(eit.create_model("eit_mini", num_classes=3, **SMALL), tmp_path / "hf")
+    assert load("hf-hub:me/pets").card.guessed == ("classes",)
+    assert asked == ["model.safetensors", "pytorch_model.bin", "config.json"]
+    (tmp_path / "hf" / "pytorch_model.bin").unlink()
+    for failure, count in ((Missing, 2), (Offline, 1), (TimeoutError, 1)):
+        asked.clear()
+        monkeypatch.setattr("eit.weights.load.hf_hub_download", partial(download, failure=failure))
+        with pytest.raises(eit.UserError, match="hf-hub:me/pets cannot be fetched"):
+            load("hf-hub:me/pets")
+        assert len(asked) == count
+
+
 def test_a_folder_of_another_model_of_timm_is_weights(tmp_path):
     model = timm.create_model("resnet10t", num_classes=3)
     timm.models.save_for_hf(model, tmp_path / "hf", safe_serialization=True)
@@ -239,3 +274,11 @@ def test_a_section_of_a_recipe_that_is_none_is_damage(section, value):
 def test_weights_lower_the_limit_on_pixels_and_never_raise_it():
     limits = {n: Card(**header() | dict(recipe=dict(data=dict(max_pixels=n)))).max_pixels for n in (5, 10**7, 10**12)}
     assert limits == {5: 5, 10**7: 10**7, 10**12: eit.data.images.MAX_PIXELS}
+
+
+@pytest.mark.parametrize(
+    "keys", [["data.image_size=5000"], ["data.image_size=4096", "data.crop_ratio=0.3"], ["data.image_size=100000"]]
+)
+def test_a_recipe_cannot_make_weights_that_would_be_refused(keys):
+    with pytest.raises(eit.UserError, match="images have at most 4096 pixels"):
+        make_view(load_recipe("cifar10", keys))

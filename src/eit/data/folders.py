@@ -132,13 +132,18 @@ def read_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Images:
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """Part of a data set (train, val, test) -> its folder below `root`, by the names in `PARTS`."""
+    """Part of a data set (train, val, test) -> its folder below `root`, by the names in `PARTS`.
+
+    A folder `test` without class folders is none.
+    """
     parts = {}
     folders = {entry.name: Path(entry.path) for entry in _entries(root, Counter())[0]}
     lower = {name.lower(): path for name, path in folders.items()}
     for part, names in PARTS.items():
         if found := next((where[name] for name in names for where in (folders, lower) if name in where), None):
             parts[part] = found
+    if "test" in parts and not any(map(_has_image, _folders(parts["test"]))):
+        del parts["test"]  # images without labels
     return parts
 
 
@@ -152,8 +157,13 @@ def is_class_folder(root: Path, divided: bool = False) -> bool:
     holding = [part for part, folder in parts.items() if any(map(_has_image, _folders(folder)))]
     if not holding:
         return any(map(_has_image, _folders(root)))
-    others = [folder for folder in _folders(root) if folder not in parts.values()]
-    return len(holding) == 1 and not divided and any(map(_has_image, others))
+    if len(holding) > 1 or divided:
+        return False
+    (holder,) = (parts[part] for part in holding)
+    mixed = any(is_image_name(entry.name) for entry in _entries(holder, Counter())[1])
+    named = {name for names in PARTS.values() for name in names}
+    others = [folder for folder in _folders(root) if folder != holder and (mixed or folder.name.lower() not in named)]
+    return any(map(_has_image, others))
 
 
 def _folders(folder: Path) -> list[Path]:

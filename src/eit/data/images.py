@@ -89,12 +89,19 @@ TURNS = {
 }
 
 
+# Tags of TIFF that the pixels need: layout, compression, colours, orientation
+PIXEL_TAGS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, *range(320, 326)}
+PIXEL_TAGS |= {332, 334, 338, 339, 347, *range(529, 533)}
+
+
 def orientation(image: Image.Image) -> int:
     """The orientation by EXIF or XMP, 1 to 8; 1 if there is none, or it cannot be read."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # of Pillow's parsers; the pixels are what counts
-        return 1
+    except Exception:  # Pillow's parsers read all of the metadata
+        exif = bytes(image.info.get("exif", b"")).removeprefix(b"Exif\0\0")
+        order: Any = "little" if exif[:2] == b"II" else "big"
+        value = int.from_bytes(_tiff_tags(exif).get(ORIENTATION, b"")[8:10], order)
     return value if value in TURNS else 1
 
 
@@ -111,7 +118,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, bytes | None] | None:
-    """A PNG, JPEG or AVIF file without metadata, and its EXIF data; None for other formats.
+    """A PNG, JPEG, TIFF or AVIF file without metadata, and EXIF data that lay apart; None for other formats.
 
     For files that Pillow refuses: damaged metadata that nothing needs are no reason not to read the pixels.
     """
@@ -141,9 +148,26 @@ def without_metadata(content: bytes) -> tuple[bytes, bytes | None] | None:
                 kept.append(segment)
             start += 2 + length
         return b"".join((*kept, content[start:])), exif
+    if tags := _tiff_tags(content):
+        order: Any = "little" if content[:2] == b"II" else "big"
+        start = int.from_bytes(content[4:8], order)
+        needed = b"".join(entry for tag, entry in tags.items() if tag in PIXEL_TAGS)
+        first = (len(needed) // 12).to_bytes(2, order) + needed + bytes(4)  # no further images
+        return content[:start] + first + content[start + len(first) :], None
     if content[4:8] == b"ftyp":
         return re.sub(rb"(infe[\s\S]{8})Exif", rb"\1skip", content[: 1 << 20]) + content[1 << 20 :], None
     return None
+
+
+def _tiff_tags(content: bytes) -> dict[int, bytes]:
+    """Tag -> its 12 bytes, of the first directory of a TIFF file, or of EXIF data, which have the same form."""
+    if content[:4] not in (b"II*\0", b"MM\0*"):
+        return {}
+    order: Any = "little" if content[:2] == b"II" else "big"
+    start = int.from_bytes(content[4:8], order)
+    count = int.from_bytes(content[start : start + 2], order)
+    entries = [content[start + 2 + 12 * i : start + 14 + 12 * i] for i in range(count)]
+    return {int.from_bytes(entry[:2], order): entry for entry in entries if len(entry) == 12}
 
 
 # -- Pixels -----------------------------------------------------------------------------------------------------------
@@ -309,18 +333,6 @@ def _convert_pixels(file: Any, max_pixels: int, where: Any, convert: Any) -> Ima
             content = file.read(LARGEST_REPAIR + 1)
         if len(content) > LARGEST_REPAIR:
             return None
-        if content[:4] in (b"II*\0", b"MM\0*"):  # Pillow parses a TIFF's EXIF data after the pixels
-
-            def without_exif(image: Any) -> Image.Image:
-                turn = image.tag_v2.get(ORIENTATION, 1)
-                if declared_range(image) or _is_reduced(image):
-                    raise ValueError("its range would be lost")
-                image.load_end = lambda: None
-                image.load()
-                plain = image.copy()  # has no tags
-                return convert(plain.transpose(TURNS[turn]) if turn in TURNS else plain)
-
-            return _convert(io.BytesIO(content), max_pixels, where, without_exif)
         if (stripped := without_metadata(content)) is None:
             return None
         return _convert(io.BytesIO(stripped[0]), max_pixels, where, convert, stripped[1])
@@ -452,9 +464,31 @@ class Images:
         lines = "\n".join([*self.classes, *(f"{n} {y}" for n, y in zip(self.names, self.labels, strict=True))])
         return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
-    def size_digest(self) -> str:
-        """A hash of the images' sizes in bytes. An image that is replaced by one of the same size is not noticed."""
-        return hashlib.sha256(" ".join(map(str, self.sizes())).encode()).hexdigest()[:16]
+    def content_digest(self) -> str:
+        """A hash of the sizes in bytes of all images, and of the first 64 KiB of 64 of them, evenly spaced."""
+        parts = [*map(str, self.sizes()), *map(hash_start, self.evenly(SAMPLES).sources)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+SAMPLES = 64  # images of a set whose content is compared when a run resumes
+START = 1 << 16  # bytes
+
+
+def hash_start(source: Any) -> str:
+    """A hash of the first 64 KiB of an image as stored; empty if it cannot be read, or is of another package."""
+    if recorded := getattr(source, "stored_hash", ""):
+        return str(recorded)
+    if isinstance(source, np.ndarray):
+        start = source.tobytes()[:START]
+    else:
+        try:
+            if isinstance(source, str) and not stat.S_ISREG(os.stat(source).st_mode):
+                return ""
+            with open(source, "rb") if isinstance(source, str) else source.open_stored() as file:
+                start = file.read(START)
+        except (OSError, AttributeError):
+            return ""
+    return hashlib.sha256(start).hexdigest()[:16]
 
 
 def _size(source: Any) -> int:

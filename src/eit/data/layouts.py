@@ -235,6 +235,10 @@ class Member(NamedTuple):
     offset: int
     size: int
     stored_size: int  # of the image that it was written from
+    stored_hash: str = ""  # as `eit.data.images.hash_start`
+
+    def open_stored(self) -> IO[bytes]:
+        return self.open()
 
     def open(self) -> IO[bytes]:
         with open_regular(Path(self.tar)) as f:
@@ -351,8 +355,9 @@ def index_shard(file: Path) -> list[Sample]:
         note = note if isinstance(note, dict) else {}
         offset, size = sample["image"]
         stored = note.get("size")
-        member_ = Member(str(file), offset, size, stored if isinstance(stored, int) else size)
-        samples.append(Sample(key, sample["cls"], str(note.get("name", key)), member_))
+        stored = stored if isinstance(stored, int) else size
+        image = Member(str(file), offset, size, stored, str(note.get("hash", "")))
+        samples.append(Sample(key, sample["cls"], str(note.get("name", key)), image))
     return samples
 
 

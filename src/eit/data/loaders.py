@@ -26,7 +26,7 @@ from eit.data.prefetch import Prefetcher, to_device
 from eit.data.random_crop import Kept
 from eit.data.streaming import StreamEvaluationLoader, StreamLoader
 from eit.data.timm_datasets import ImageStream
-from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_options
+from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, waiting, worker_options
 from eit.errors import UserError
 from eit.randomness import Stream, generator, own_randomness, set_cpu_seed
 
@@ -188,7 +188,7 @@ class WorkerLoader:
         yield from self.prefetched(self._host_batches(), epoch)
 
     def _host_batches(self) -> Iterator[HostBatch]:
-        for batch in self.loader:
+        for batch in waiting.batches(self.loader):
             self.bad.add_from(batch)
             yield batch
 
@@ -249,9 +249,9 @@ class EvaluationLoader:
             collate_fn=collate,
             **worker_options(self._worker_count(), self.device),
         )
-        for pixels, labels, faults, _ in loader:
+        for pixels, labels, faults, _ in waiting.batches(loader):
             if faults:
-                raise UserError(f"unreadable validation image: {faults[0]}")
+                raise UserError(faults[0])
             yield pixels, labels
 
 
@@ -263,7 +263,7 @@ class _Pixels(Dataset):
         try:
             pixels = self.view.pixels(self.images.read(index, self.view.channels))
         except UnreadableImage as error:
-            return Sample(torch.empty(0), 0, [str(error)])
+            return Sample(torch.empty(0), 0, [f"unreadable validation image: {error}"])
         return Sample(pixels, self.images.labels[index], [])
 
 

@@ -203,15 +203,15 @@ def _place(where: str, part: Path, folder: Path, count: int) -> None:
 def _locked(target: Path) -> Iterator[None]:
     """Keep other processes out of `target`. The lock ends with the process; its file stays."""
     lock = FileLock(target / ".lock")
-    try:
-        with _writing(target):
-            target.mkdir(parents=True, exist_ok=True)
+    with _writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        try:
             lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{target} is in use by another eit data prepare: wait for it, or stop it; if there is none, "
-            f"remove {lock.lock_file}"
-        ) from None
+        except Timeout:
+            raise UserError(
+                f"{target} is in use by another eit data prepare: wait for it, or stop it; if there is none, "
+                f"remove {lock.lock_file}"
+            ) from None
     try:
         yield
     finally:

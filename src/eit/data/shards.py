@@ -12,7 +12,7 @@ from PIL import Image
 
 from eit.console import progress, say
 from eit.data.datasets import AnyImages
-from eit.data.images import Images, UnreadableImage, declared_range, is_wide, upright, whole
+from eit.data.images import Images, UnreadableImage, declared_range, hash_start, is_wide, upright, whole
 from eit.data.layouts import INFO, SHARDING, SPLITS
 from eit.errors import UserError
 from eit.files import sync_folder, write_file
@@ -43,8 +43,8 @@ def write_shards(train: AnyImages, val: AnyImages, folder: Path, count: int, val
     source: dict[str, Any] = dict(train=train.digest(), val=val.digest(), count=count, val_count=val_count)
     if train.pixel_range is not None:
         source["pixel_range"] = list(train.pixel_range)
-    earlier = source  # earlier versions did not record sizes
-    source = source | dict(sizes=f"{train.size_digest()} {val.size_digest()}")
+    earlier = source  # earlier versions did not record it
+    source = source | dict(content=f"{train.content_digest()} {val.content_digest()}")
     done = dict(folder=str(folder), train=len(train), val=len(val), shards=count + val_count)
     info: dict[str, Any] = dict(name=folder.name, classes=train.classes, source=source, splits={})
     before = _read_json(folder / INFO).get("source") or _read_json(folder / SHARDING)
@@ -95,7 +95,8 @@ def _write_shard(file: Path, images: Images, indices: list[int]) -> None:
         with open(temporary, "wb") as opened, tarfile.open(fileobj=opened, mode="w") as tar:
             for index in indices:
                 content, kind = _stored(images, index)
-                note = json.dumps(dict(name=images.names[index], size=sizes[index]))
+                start = hash_start(images.sources[index])
+                note = json.dumps(dict(name=images.names[index], size=sizes[index], hash=start))
                 for suffix, part in ((kind, content), ("cls", b"%d" % images.labels[index]), ("json", note.encode())):
                     member = tarfile.TarInfo(f"{index:09d}.{suffix}")
                     member.size = len(part)

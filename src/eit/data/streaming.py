@@ -25,7 +25,7 @@ from eit.data.layouts import PlainMember
 from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
 from eit.data.timm_datasets import ImageStream, one_shard, shard_names
-from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, worker_count, worker_options
+from eit.data.workers import BadImages, Batch, HostBatch, Sample, collate, waiting, worker_count, worker_options
 from eit.errors import UserError, first_line
 from eit.randomness import Stream, generator, seed_of, seeded
 
@@ -84,7 +84,7 @@ class StreamLoader:
             generator=generator(Stream.ORDER, *counters),
             **worker_options(self.workers, self.device),
         )
-        batches = iter(loader)
+        batches = waiting.batches(loader)
         for number in range(order.steps * order.accumulate):
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {order.steps * order.accumulate} batches"
@@ -155,13 +155,14 @@ class StreamEvaluationLoader:
         channels, prepare = self.view.channels, partial(_plain, self.view)
         if names := shard_names(dataset.reader)[rank::world]:
             shards = _Shards(self.images, dataset, names, self.batch_size, channels, prepare)
-            yield from DataLoader(shards, batch_size=None, **worker_options(min(workers, len(names)), self.device))
+            options = worker_options(min(workers, len(names)), self.device)
+            yield from waiting.batches(DataLoader(shards, batch_size=None, **options))
         elif not self.images.shards:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # the reader skips nothing
             dataset.set_loader_cfg(num_workers=workers)
             turn = _Turn(self.images, dataset, channels, prepare)
             loader = DataLoader(turn, self.batch_size, collate_fn=collate, **worker_options(workers, self.device))
-            for block, batch in enumerate(loader):
+            for block, batch in enumerate(waiting.batches(loader)):
                 if block % world == rank or batch[2]:  # every rank reports faults
                     yield batch
 

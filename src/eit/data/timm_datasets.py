@@ -56,7 +56,7 @@ class ImageStream:
         text = json.dumps([self.classes, self.length, self.config.dataset, self.split])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def size_digest(self) -> str:
+    def content_digest(self) -> str:
         """A hash of the sizes in bytes of shards on this machine."""
         return hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()[:16]
 

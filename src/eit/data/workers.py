@@ -1,26 +1,36 @@
-"""Batches and samples of the loaders, unreadable images, and worker processes."""
+"""Batches and samples of the loaders, unreadable images, worker processes and the wait for them."""
 
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterable, Sequence
-from threading import Thread
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.queues import Queue
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from eit import distributed
 from eit.console import say
 from eit.data.images import Images
 from eit.data.timm_datasets import ImageStream
-from eit.errors import UserError
+from eit.errors import UserError, first_line
 from eit.memory import keep_freed
 
 MOST_WORKERS = 16
 PREFETCH = 4  # batches of each worker
 # Preemption, Ctrl-C, and Slurm's --signal=USR1, which Windows does not have
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+POLL = 15  # seconds between two looks at a loader that gives no batch
+SILENT = 30.0  # seconds without a batch, after which a line says so
+STALLED = 600.0  # seconds without a batch, after which the run ends
 
 
 HostBatch = tuple[Tensor, Tensor, list[str], Tensor]  # of `collate`
@@ -105,20 +115,118 @@ def worker_options(workers: int | None, device: torch.device, persistent: bool =
         persistent_workers=persistent and workers > 0,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=device.type == "cuda",
+        timeout=POLL if workers else 0,
         worker_init_fn=_start_worker,
     )
+
+
+# -- Waiting for a batch
+
+
+class StopRequested(BaseException):
+    """A stop signal arrived while a batch was awaited. Not an Exception: readers of images catch those."""
+
+
+class LoaderStalled(TimeoutError):
+    """The loader processes gave no batch for `STALLED` seconds."""
+
+
+class _Waiting:
+    """Whether this process waits for a batch, and whether a signal asks it to stop."""
+
+    def __init__(self) -> None:
+        self.stop, self._is_waiting = Event(), False
+
+    def request_stop(self) -> None:
+        """Ask for the end, in a signal handler. Raise StopRequested if a batch is awaited and no other rank waits."""
+        self.stop.set()
+        if self._is_waiting and distributed.world_size() == 1:
+            raise StopRequested
+
+    def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """The batches of a loader.
+
+        Raises:
+            StopRequested: a stop signal arrived during the wait; on several ranks, and it lasted `POLL` seconds.
+            LoaderStalled: no batch came for `STALLED` seconds.
+        """
+        try:
+            iterator = iter(loader)
+        except RuntimeError as error:  # workers that are kept must answer before an epoch
+            if not _is_timeout(error):
+                raise
+            raise LoaderStalled(f"the loader processes gave no answer for {POLL} s at the start of an epoch") from None
+        while True:
+            began, is_said = time.monotonic(), False
+            while True:
+                try:
+                    self._is_waiting = True
+                    batch = next(iterator)
+                    break
+                except StopIteration:
+                    return
+                except StopRequested:
+                    _end_workers(iterator)
+                    raise
+                except RuntimeError as error:
+                    if not _is_timeout(error):
+                        raise
+                finally:
+                    self._is_waiting = False
+                seconds = time.monotonic() - began
+                if self.stop.is_set() or seconds > STALLED:
+                    _end_workers(iterator)
+                    if self.stop.is_set():
+                        raise StopRequested
+                    advice = "see if the disk or server of the data answers"
+                    raise LoaderStalled(f"the loader processes gave no batch for {seconds:.0f} s: {advice}")
+                if seconds >= SILENT and not is_said:
+                    is_said = True
+                    until = f"waiting up to {STALLED / 60:.0f} minutes for the data; Ctrl-C or SIGTERM stops"
+                    say(f"the loader processes gave no batch for {seconds:.0f} s; {until}", any_rank=True)
+            yield batch
+
+
+waiting = _Waiting()  # one for the process, as signals are
+
+
+def _is_timeout(error: RuntimeError) -> bool:
+    return str(error).startswith("DataLoader timed out")
+
+
+def _end_workers(iterator: Any) -> None:
+    """Tell the loader processes to end: torch would wait 5 s for each of those that hang."""
+    for worker in getattr(iterator, "_workers", ()):
+        worker.terminate()
+
+
+# -- In a loader process
 
 
 def _start_worker(worker: int) -> None:
     """Ignore signals that ask a run to end: they reach all its processes, and the trainer ends its workers itself."""
     torch.set_num_threads(1)
     sys.excepthook = _unless_the_trainer_is_gone
+    Queue._on_queue_feeder_error = _send_fault  # type: ignore[attr-defined]
     keep_freed(64 << 20)  # a few photos, not the largest so far
     for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()  # not os.getppid(), which may be the fork server
+    assert trainer is not None
+    Thread(target=_leave_after, args=(trainer,), daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+        Thread(target=_leave_when_told, args=(trainer.pid,), daemon=True).start()
+
+
+def _send_fault(queue: "Queue[Any]", error: Exception, item: tuple[int, Any]) -> None:
+    """Send the trainer the reason in place of a batch that cannot be sent. Otherwise it would wait for ever."""
+    none, free = torch.empty(0), ""
+    with suppress(OSError):
+        free = f" (/dev/shm has {shutil.disk_usage('/dev/shm').free:,} bytes free)"
+    advice = "enlarge /dev/shm (docker run --shm-size=8g), or use fewer loader processes or 0"
+    fault = f"a loader process cannot send a batch: {first_line(error)}{free}; {advice}"
+    queue.put((item[0], (none, none, [fault], none)))
 
 
 def _unless_the_trainer_is_gone(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
@@ -131,4 +239,19 @@ def _leave_when_told(trainer: int) -> None:
     """End at a SIGTERM from the trainer (Python and torch clean up with it), and ignore those from others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
+    _leave()
+
+
+def _leave_after(trainer: Any) -> None:
+    """End when the trainer has ended, however it did."""
+    trainer.join()
+    _leave()
+
+
+def _leave() -> None:
+    """End this process and those that it started, such as a curl that waits for a server."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError, ValueError):
+            for pid in map(int, children.read_text().split()):
+                os.kill(pid, signal.SIGKILL)  # it inherits that SIGTERM is blocked
     os._exit(0)

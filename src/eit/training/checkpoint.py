@@ -8,19 +8,21 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 from torch import Tensor
 
+from eit.config import Recipe, differences, parse_recipe
 from eit.console import say
-from eit.errors import UserError
-from eit.files import sync_folder, write_file
+from eit.errors import UserError, shorten
+from eit.files import open_regular, read_json, sync_folder, write_file
 from eit.weights.card import Card
 from eit.weights.formats import StateDict, read_pickle, read_safetensors, weights_bytes
 
@@ -28,26 +30,59 @@ KEPT = 2  # checkpoints of a run
 State = dict[str, Any]  # of optimizer, scaler and progress
 
 
-@dataclass
-class Progress:
+class EpochLine(BaseModel):
+    """An epoch in the log; other keys are allowed. Loss and learning rate are means, accuracies percentages."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    epoch: NonNegativeInt
+    step: NonNegativeInt
+    lr: float
+    train_loss: float | None  # None: it was not finite, in earlier versions
+    val_loss: float | None
+    val_top1: float
+    val_top5: float
+    ema_top1: float | None
+
+
+class Progress(BaseModel):
     """What a checkpoint holds of a run besides weights, optimizer and scaler. The names are those of the file."""
 
-    step: int = 0  # optimizer steps taken
-    loss_sum: float = 0.0  # over the steps of this epoch so far
-    best_top1: float = -1.0
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: NonNegativeInt = 0  # optimizer steps taken
+    loss_sum: FiniteFloat = 0.0  # over the steps of this epoch so far
+    best_top1: FiniteFloat = -1.0
     best_epoch: int = -1
-    seconds: float = 0.0  # of training steps, over all continuations
-    last: dict[str, Any] = field(default_factory=dict)  # the newest line of the log
-    fixed: dict[str, Any] = field(default_factory=dict)  # what a continued run must share: data, global batch
+    seconds: FiniteFloat = 0.0  # of training steps, over all continuations
+    last: dict[str, Any] = {}  # the newest line of the log, an EpochLine
+    fixed: dict[str, Any] = {}  # what a continued run must share: data, global batch
 
 
-def check_unchanged(state: State, progress: Progress, run: Path) -> None:
-    """Raise a UserError if the run of a checkpoint had other data, another global batch or another teacher."""
+def check_unchanged(folder: Path, card: Card | None, state: State, recipe: Recipe, progress: Progress) -> None:
+    """Raise a UserError if a checkpoint is of another recipe, or its run had other data or another global batch."""
+    run = folder.parent.parent
+    if card is None or card.recipe is None:
+        raise UserError(f"{folder} does not say of which recipe it is; {advice_without(folder)}")
+    if changes := differences(of_older_version(parse_recipe(card.recipe)), recipe):
+        raise UserError(f"{folder} is of another recipe ({'; '.join(changes)}); undo the changes, or set another out=")
     saved = state["progress"]["fixed"]
     for key, now in progress.fixed.items():
         if (before := saved.get(key, now)) != now:  # earlier versions recorded less
             advice = f"set {key}={before}" if key.startswith("data.") else "set another out="
             raise UserError(f"{run} was trained with another {key}: {before}, now {now}; {advice}")
+
+
+def of_older_version(recipe: Recipe) -> Recipe:
+    """A recorded recipe, with the values that its version had for keys that are younger."""
+    if recipe.model.family == "lsra" and "cls_conv" not in recipe.model.model_fields_set:
+        return recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(cls_conv="identity"))))
+    return recipe
+
+
+def advice_without(folder: Path) -> str:
+    """How to go on without a checkpoint that is whole, but cannot be used."""
+    return f"to continue from the checkpoint before it, delete {folder}; to start again, set another out="
 
 
 class BackgroundWriter:
@@ -129,36 +164,79 @@ def save_checkpoint(run: Path, step: int, card: Card, model: StateDict, ema: Sta
         files["ema.safetensors"] = weights_bytes(ema, card)
     manifest = dict(step=step, sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
     files["manifest.json"] = json.dumps(manifest, indent=2).encode()
-    folder = run / "checkpoints"
+    folder = _checkpoints(run)
     target, temporary, aside = (folder / name for name in (f"step-{step}", f".step-{step}.tmp", f".step-{step}.old"))
     try:
         for unfinished in folder.glob(".step-*.tmp"):  # left by a process that was killed
-            shutil.rmtree(unfinished)
+            _remove(unfinished)
         temporary.mkdir(parents=True)
         for name, content in files.items():
             write_file(temporary / name, content)
-        if target.exists():  # a long epoch is saved before and after its evaluation
+        if os.path.lexists(target):  # a long epoch is saved before and after its evaluation
             os.rename(target, aside)
         os.rename(temporary, target)
         sync_folder(folder)
         sync_folder(run)
-        if aside.exists():
-            shutil.rmtree(aside)
+        if os.path.lexists(aside):
+            _remove(aside)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         need, free = sum(map(len, files.values())), shutil.disk_usage(run).free
         reason = f"{os.strerror(error.errno or 0)}; {need:,} bytes are needed, {free:,} are free"
         raise OSError(f"checkpoint {target} was not written ({reason}); earlier ones are intact") from None
-    kept = [old for old in saved_steps(run) if old <= step][:KEPT]
-    for old in set(saved_steps(run)) - set(kept):  # later ones are damaged: the run continued from an older step
-        shutil.rmtree(folder / f"step-{old}")
+    saved = saved_steps(run)
+    try:
+        for old in [old for old in saved if old <= step][KEPT:]:
+            _remove(folder / f"step-{old}")
+        for later in [later for later in saved if later > step]:  # the run continued from an older step
+            if _is_damaged(folder / f"step-{later}"):
+                _remove(folder / f"step-{later}")
+    except OSError as error:
+        say(f"an old checkpoint cannot be deleted ({_reason(error)}); training goes on")
     return target
 
 
+def _is_damaged(folder: Path) -> bool:
+    """Whether a checkpoint is damaged for certain. One that cannot be read now may be whole."""
+    try:
+        _check_files(folder)
+    except DamagedCheckpoint:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _checkpoints(run: Path) -> Path:
+    """The folder of the checkpoints. What a link leads to belongs to somebody else, and checkpoints are deleted."""
+    folder = run / "checkpoints"
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, through which nothing is deleted: link the whole run folder instead")
+    return folder
+
+
 def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint, newest first."""
-    names = [p.name for p in (run / "checkpoints").glob("step-*")]
-    return sorted((int(n[5:]) for n in names if n[5:].isdigit()), reverse=True)
+    """Steps that have a checkpoint, newest first.
+
+    Raises:
+        UserError: the folder cannot be read, which does not mean that it is empty.
+    """
+    try:
+        names = os.listdir(_checkpoints(run))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{run / 'checkpoints'} cannot be read: {error.strerror}") from None
+    steps = (re.fullmatch(r"step-(0|[1-9][0-9]{0,17})", name) for name in names)
+    return sorted((int(found[1]) for found in steps if found), reverse=True)
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -167,18 +245,21 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: there are checkpoints and all are damaged.
     """
-    for aside in (run / "checkpoints").glob(".step-*.old"):  # a process was killed while it replaced a checkpoint
+    for aside in _checkpoints(run).glob(".step-*.old"):  # a process was killed while it replaced a checkpoint
         if (target := aside.with_name(aside.stem[1:])).exists():
-            shutil.rmtree(aside)
+            _remove(aside)
         else:
             os.rename(aside, target)
-    faults = []
+    faults: list[str] = []
     for step in saved_steps(run):
         folder = run / "checkpoints" / f"step-{step}"
-        if fault := _damage(folder):
-            faults.append(f"{folder} is damaged: {fault}")
-        else:
+        try:
+            _check_files(folder)
             return folder, faults
+        except DamagedCheckpoint as error:
+            faults.append(f"{folder} is damaged: {error}")
+        except OSError as error:
+            faults.append(f"{folder} is damaged or cannot be read now: {_reason(error)}")
     if faults:
         raise UserError("; ".join(faults) + "; no whole checkpoint is left: set another out= to start again")
     return None, []
@@ -191,28 +272,69 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] 
     return model, ema, load_state(folder)
 
 
+def load_card(folder: Path) -> Card | None:
+    """What the weights of a checkpoint say about themselves, with their recipe."""
+    return read_safetensors(folder / "model.safetensors")[1]
+
+
 def load_state(folder: Path) -> State:
     """Optimizer, scaler and progress of a checkpoint of `newest_checkpoint`.
 
     Raises:
-        UserError: the file is not a state of training; nothing in it is executed.
+        UserError: the file is not a state of training, or a field is missing or wrong; nothing in it is executed.
     """
     file = folder / "state.pt"
     state = read_pickle(file)
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("optimizer", "progress")):
-        raise UserError(f"{file} is not a state of training")
+    parts = ("optimizer", "scaler", "progress")
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in parts):
+        raise UserError(f"{file} is not a state of training, with {', '.join(parts)}; {advice_without(folder)}")
+    progress = state["progress"]
+    try:
+        if missing := Progress.model_fields.keys() - progress.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        Progress.model_validate(progress)
+        if progress["last"]:
+            EpochLine.model_validate(progress["last"])
+        if f"step-{progress['step']}" != folder.name:
+            raise ValueError(f"step is {progress['step']}")
+    except (ValueError, RecursionError) as error:
+        reason = shorten(str(error), 60)
+        if isinstance(error, ValidationError):
+            reason = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+        raise UserError(f"{file} is of another version, or damaged: {reason}; {advice_without(folder)}") from None
     return state
 
 
-def _damage(folder: Path) -> str | None:
+class DamagedCheckpoint(Exception):
+    """A file of a checkpoint is not what was written. One that cannot be read now is an OSError."""
+
+
+def _check_files(folder: Path) -> None:
+    """Compare the files of a checkpoint with their checksums.
+
+    Raises:
+        DamagedCheckpoint: one is missing or differs.
+        OSError: one cannot be read.
+    """
+    if folder.is_symlink():
+        raise DamagedCheckpoint("it is a link")
     try:
-        digests = json.loads((folder / "manifest.json").read_text())["sha256"]
+        digests = read_json(folder / "manifest.json")["sha256"]
         for name in ("model.safetensors", "state.pt", *digests):
-            content = (folder / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != digests[name]:
-                return f"{name} does not match its checksum"
-    except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
+            if name != os.path.basename(name):
+                raise DamagedCheckpoint(f"manifest.json names {name}")
+            with open_regular(folder / name) as file:
+                try:
+                    digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+                except OSError as error:  # of a bad sector, which does not name the file
+                    raise OSError(error.errno, error.strerror, name) from None
+            if digest != digests[name]:
+                raise DamagedCheckpoint(f"{name} does not match its checksum")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedCheckpoint(_reason(error)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is not readable"
-    return None
+        raise DamagedCheckpoint("manifest.json is not readable") from None
+
+
+def _reason(error: OSError) -> str:
+    return f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror or str(error)

@@ -23,6 +23,7 @@ from filelock import SoftFileLock, Timeout
 
 from eit.console import say
 from eit.errors import UserError
+from eit.files import open_regular
 
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # Lustre without its option, NFS without lockd
 WAIT = 120.0  # seconds for another machine to release a lock, or to refresh a soft one
@@ -48,7 +49,7 @@ class FolderLock:
         self._soft: _SoftLock | None = None
         self._ended = threading.Event()
         self._refresher = threading.Thread(target=self._refresh, name="run folder's lock", daemon=True)
-        self._open = open(self.file, "a+", encoding="utf-8")  # noqa: SIM115 (held until released)
+        self._open = open_regular(self.file, "a+", encoding="utf-8")  # held until released
         try:
             if missing := self._take_flock():
                 say(
@@ -65,12 +66,19 @@ class FolderLock:
             raise
 
     def check(self) -> None:
-        """Raise a UserError if another process took the lock over: this one was suspended, or could not write."""
-        if self._is_lost():
-            raise UserError(
-                f"{self.folder} was taken over by {_name(self._holder())}: "
-                f"this process did not refresh {self.file.name} for {WAIT:g} s; it ends here"
+        """Raise a UserError if the folder is not this process's any more: it was removed, or taken over by another."""
+        try:
+            is_same = os.path.samestat(os.stat(self.file), os.fstat(self._open.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{self.folder} was removed while this process trained in it; it ends here") from None
+        except OSError:  # a server that is away for a while
+            return
+        if self._is_lost() or not (is_same or self._holder()):  # some file systems give a file another number
+            holder = _name(self._holder())
+            reason = (
+                f"this process did not refresh {self.file.name} for {WAIT:g} s" if self._soft else "it was replaced"
             )
+            raise UserError(f"{self.folder} was taken over by {holder}: {reason}; this process ends here")
 
     def release(self) -> None:
         """Release it, once. A forked process has nothing to release."""
@@ -179,15 +187,16 @@ class FolderLock:
                 os.utime(self.file)
 
     def _is_lost(self) -> bool:
-        holder = self._holder() if self._soft else None
+        holder = self._holder()
         return holder is not None and holder != self._me
 
     def _holder(self) -> Process | None:
         """The process that holds the lock, or held it until it was killed; None if not known."""
         try:
-            holder = json.loads(self.file.read_text(encoding="utf-8", errors="replace"))
+            with open_regular(self.file) as file:
+                holder = json.loads(file.read(4096))
             return holder if isinstance(holder["pid"], int) and isinstance(holder["host"], str) else None
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
     def _write(self, text: str) -> None:

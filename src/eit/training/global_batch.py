@@ -1,12 +1,11 @@
 """The global batch: checked before a run starts, and kept when the number of processes changes."""
 
-import json
-
 from eit import distributed
 from eit.config import Recipe
 from eit.console import say
 from eit.data.order import SampleOrder
 from eit.errors import UserError
+from eit.files import read_json
 from eit.training.optim import peak_lr
 from eit.training.run_folder import resumable_recipe
 
@@ -41,8 +40,9 @@ def recorded_global_batch(recipe: Recipe) -> int | None:
     if (before.data.batch_size, before.train.accumulate) != (recipe.data.batch_size, recipe.train.accumulate):
         return None
     try:
-        return json.loads((folder / "environment.json").read_text()).get("global_batch")
-    except (OSError, ValueError):
+        recorded = read_json(folder / "environment.json")["global_batch"]
+        return recorded if type(recorded) is int and recorded > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

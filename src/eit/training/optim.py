@@ -47,3 +47,35 @@ def largest_lr(optimizer: torch.optim.Optimizer) -> float:
 def can_skip_updates(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its step changes nothing if `optimizer.found_inf` is 1, as in the fused optimizers of torch."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore the state of an optimizer of the same recipe.
+
+    Raises:
+        ValueError: a setting is not of the kind that the optimizer has, or a tensor does not fit its parameter.
+        Exception: what torch raises for a state of another kind.
+    """
+    before = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for old, new in zip(before, optimizer.param_groups, strict=True):
+        if wrong := [key for key in old.keys() & new.keys() if not _are_alike(old[key], new[key])]:
+            raise ValueError(f"{min(wrong)} of the optimizer is {new[min(wrong)]!r}")
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            fits = value.numel() == 1 or value.ndim < parameter.ndim or value.shape == parameter.shape
+            if not fits:  # timm's adafactor has moments of fewer dimensions
+                raise ValueError(
+                    f"{name} of the optimizer has shape {tuple(value.shape)}, not {tuple(parameter.shape)}"
+                )
+
+
+def _are_alike(old: Any, new: Any) -> bool:
+    """Whether two settings are of one kind, as an int and a float are. None leaves the choice to torch."""
+    if old is None:
+        return True
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(map(_are_alike, old, new))
+    return isinstance(new, int | float | type(old)) if isinstance(old, int | float) else isinstance(new, type(old))

@@ -3,19 +3,35 @@
 import json
 import math
 import os
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from eit import plots
-from eit.config import Recipe, differences, load_recipe
+from eit.config import Recipe, differences, parse_recipe, parse_yaml
 from eit.console import say
-from eit.errors import UserError
-from eit.files import write_file
-from eit.training.checkpoint import saved_steps
+from eit.errors import UserError, few, first_line
+from eit.files import open_regular, read_json, read_regular, write_file
+from eit.training.checkpoint import EpochLine, of_older_version, saved_steps
 from eit.training.folder_lock import FolderLock
 
 CURVES_EVERY = 5  # seconds: drawing takes 0.1 s, as long as some recipes' epochs
+MARKS = ("environment.json", "log.jsonl", "checkpoints")  # of a run, besides its recipe.yaml
+
+
+class Summary(BaseModel):
+    """What summary.json has at least."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    best_top1: float
+    best_epoch: int
+    last_top1: float
+    epochs: int
 
 
 class RunFolder:
@@ -23,28 +39,33 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
-        if (
-            path.is_dir()
-            and not (path / "recipe.yaml").exists()
-            and any(not p.name.startswith(".") for p in path.iterdir())
-        ):
-            raise UserError(f"{path} is not empty and is not a run folder (it has no recipe.yaml); set another out=")
         try:
+            _check_is_run(path)
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
         except FileExistsError:
             raise UserError(f"out={path} is a file: a folder is needed") from None
         except OSError as error:
-            raise UserError(f"out={path} cannot be written: {error.strerror}") from None
+            at = "" if error.filename in (None, str(path)) else f"{error.filename}: "
+            raise UserError(f"out={path} cannot be written: {at}{error.strerror}") from None
         try:
-            was_trained = saved_steps(path) or self.lines()  # until then the recipe may change
+            self._lines = self.lines()
+            steps = saved_steps(path)
+            if self._lines and not steps and read_summary(path) is None:
+                raise UserError(
+                    f"{path} has a log ({len(self._lines)} lines), but no checkpoint to continue from: "
+                    f"put {path / 'checkpoints'} back, or set another out= to train anew"
+                )
+            was_trained = steps or self._lines  # until then the recipe may change
             if was_trained and (changes := differences(read_recipe(path), recipe)):
                 raise UserError(f"{path} holds a run of another recipe ({'; '.join(changes)}); set another out=")
             write_file(path / "recipe.yaml", recipe.to_yaml())
         except BaseException:
             self._lock.release()
             raise
+        self._board: _TensorBoard | None = None
         self._undrawn, self._drawn_at = False, -math.inf
+        self._failed: set[str] = set()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -52,46 +73,56 @@ class RunFolder:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self._draw_curves()
-        except Exception:
-            if error is None:  # otherwise the error that ended the run is the one to show
-                raise
         finally:
             self._lock.release()
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the log so far."""
-        return read_log(self.path) if (self.path / "log.jsonl").exists() else []
+        return read_log(self.path) if os.path.lexists(self.path / "log.jsonl") else []
 
-    def cut_log(self, step: int) -> None:
-        """Drop the lines after `step`, the checkpoint that the run continues from."""
-        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
-        write_file(self.path / "log.jsonl", "".join(kept))
+    def check(self) -> None:
+        """Raise a UserError if the folder is not this process's any more."""
+        self._lock.check()
+
+    def cut_log(self, step: int, last: dict[str, Any]) -> None:
+        """Drop the lines after `step`, the checkpoint that the run continues from. `last` is its newest line, or {}."""
+        self._lines = [line for line in self._lines if line["step"] <= step]
+        if last and last["step"] not in [line["step"] for line in self._lines]:  # killed before it was written
+            self._lines.append(last)
+        write_file(self.path / "log.jsonl", "".join(map(_json_line, self._lines)))
 
     def start_logging(self, environment: dict[str, Any], step: int) -> None:
-        """Write environment.json, and open TensorBoard's file, in which events after `step` are purged."""
-        from torch.utils.tensorboard import SummaryWriter
+        """Write environment.json, with those of earlier starts, and open TensorBoard's file, after `step`."""
+        earlier: list[Any] = []
+        try:
+            before = read_json(self.path / "environment.json")
+            if not isinstance(before, dict) or not isinstance(before.get("earlier_starts", []), list):
+                raise ValueError("it is not of a run")
+            earlier = [*before.pop("earlier_starts", []), before]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            say(f"{self.path / 'environment.json'} is damaged ({first_line(error)}); it is written anew")
+        self.write_json("environment.json", environment | dict(step=step, earlier_starts=earlier))
 
-        self.write_json("environment.json", environment)
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        def open_board() -> None:
+            self._board = _TensorBoard(self.path / "tensorboard", step + 1)
 
-    def log_epoch(self, line: dict[str, Any], classes: int) -> None:
-        """Write an epoch's line to log.jsonl, TensorBoard, the screen (top-5 of more than 5 classes) and curves.png."""
-        self._lock.check()
+        self._try("tensorboard", open_board)
+
+    def append_log(self, line: dict[str, Any]) -> None:
+        """Write an epoch's line to log.jsonl. It follows the checkpoint: a log without one is an error."""
         file = self.path / "log.jsonl"
         try:
-            with open(file, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            with open_regular(file, "a", encoding="utf-8") as f:
+                f.write(_json_line(line))
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:  # that of a full disk does not name the file
             raise OSError(error.errno, error.strerror, str(file)) from None
-        for key, value in line.items():
-            if key not in ("epoch", "step") and value is not None:
-                self._board.add_scalar(key, value, line["step"])
-        self._board.flush()
-        self._undrawn = True
-        if time.monotonic() - self._drawn_at > CURVES_EVERY:
-            self._draw_curves()
+
+    def show_epoch(self, line: dict[str, Any], classes: int) -> None:
+        """Show an epoch on the screen (top-5 of more than 5 classes), in TensorBoard and in curves.png."""
         top5 = f"  top-5 {line['val_top5']:.2f}%" if classes > 5 else ""
         ema = "" if line["ema_top1"] is None else f"  ema {line['ema_top1']:.2f}%"
         say(
@@ -99,35 +130,98 @@ class RunFolder:
             f"top-1 {line['val_top1']:.2f}%{top5}{ema}  lr {line['lr']:.2e}  "
             f"{line['images_per_s']:.0f} images/s"
         )
+        self._lines.append(line)
+        self._undrawn = True
+        if self._board is not None:
+            board = self._board
+            self._try("tensorboard", lambda: board.add(line))
+        if time.monotonic() - self._drawn_at > CURVES_EVERY:
+            self._draw_curves()
 
     def _draw_curves(self) -> None:
         """Draw curves.png, if there are lines that it does not show."""
         if self._undrawn:
-            plots.curves(self.lines(), self.path / "curves.png")
+            self._try("curves.png", lambda: plots.curves(self._lines, self.path / "curves.png"))
             self._undrawn, self._drawn_at = False, time.monotonic()
+
+    def _try(self, name: str, call: Callable[[], None]) -> None:
+        """Write what is only looked at. An error is said once, and training goes on."""
+        try:
+            call()
+        except Exception as error:  # of Matplotlib, TensorBoard or the disk
+            if name not in self._failed:
+                say(f"{self.path / name} cannot be written ({first_line(error)}); training goes on without it")
+            self._failed.add(name)
 
     def finish(self, **summary: Any) -> dict[str, Any]:
         """Write summary.json and return it."""
-        self._lock.check()
-        self._board.close()
+        self.check()
         self._draw_curves()
         self.write_json("summary.json", summary)
         return summary
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_file(self.path / name, json.dumps(content, indent=2) + "\n")
+        write_file(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+class _TensorBoard:
+    """Scalars for TensorBoard. torch's SummaryWriter writes in a thread, which a full disk ends with a traceback."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Open a new file. TensorBoard drops what earlier files have from `first_step` on."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file = folder / name
+        self._write(Event(file_version="brain.Event:2"), "xb")
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, line: dict[str, Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        numbers = {k: v for k, v in line.items() if k not in ("epoch", "step") and v is not None}
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
+        self._write(Event(step=line["step"], summary=Summary(value=values)))
+
+    def _write(self, event: Any, mode: str = "ab") -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event.wall_time = time.time()
+        with open(self._file, mode) as file:
+            RecordWriter(file).write(event.SerializeToString())
+
+
+def _check_is_run(path: Path) -> None:
+    """Raise a UserError if the folder has files that are not of a run: nothing of them is to be written over."""
+    names = {name for name in os.listdir(path) if not name.startswith(".")} if path.is_dir() else set()
+    if not names:
+        return
+    if "recipe.yaml" not in names:
+        raise UserError(f"{path} is not empty and is not a run folder (it has no recipe.yaml); set another out=")
+    if names.isdisjoint(MARKS):  # an own recipe, unless a run ended before it began
+        text = read_regular(path / "recipe.yaml").decode(errors="replace")
+        try:
+            is_written = parse_recipe(parse_yaml(text, "recipe.yaml")).to_yaml() == text
+        except UserError:
+            is_written = False
+        if not is_written:
+            raise UserError(
+                f"{path} is not a run folder: its recipe.yaml is not one that a run has written; set another out="
+            )
 
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of the run in the folder `path`."""
     file = path / "recipe.yaml"
     try:
-        recipe = load_recipe(str(file))
-    except UserError as error:
+        recipe = parse_recipe(parse_yaml(read_regular(file).decode("utf-8"), str(file)))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{file}: {error}; was it made by another version?") from None
-    if recipe.model.family == "lsra" and "cls_conv" not in recipe.model.model_fields_set:  # an older file
-        recipe = recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(cls_conv="identity"))))
-    return recipe
+    return of_older_version(recipe)
 
 
 def resumable_recipe(path: Path) -> Recipe | None:
@@ -137,29 +231,43 @@ def resumable_recipe(path: Path) -> Recipe | None:
 
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The summary of the finished run in the folder `path`; None if it is not finished, or summary.json is damaged."""
+    if not (path / "final.safetensors").exists():
+        return None
     try:
-        return json.loads((path / "summary.json").read_text()) if (path / "final.safetensors").exists() else None
+        summary: dict[str, Any] = read_json(path / "summary.json")
+        Summary.model_validate(summary)
+        return summary
     except (OSError, ValueError):
         return None
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a log, one per epoch. A torn line, left by a killed process, ends it.
+    """The lines of a log, one per epoch. Damaged lines, such as one that a killed process left, are left out.
 
     Raises:
         UserError: there is no log.
     """
     try:
-        text = (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
+        text = read_regular(folder / "log.jsonl").decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} has no log of a run: {error.strerror}") from None
-    lines = []
-    for line in text.splitlines():
+    except OSError as error:
+        raise UserError(f"{folder / 'log.jsonl'} cannot be read: {error.strerror}") from None
+    lines, damaged = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            values = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(values, dict):
-            break
-        lines.append(values)
+            values = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
+            EpochLine.model_validate(values)
+            lines.append(values)
+        except (ValueError, RecursionError):
+            damaged.append(str(number))
+    if damaged:
+        say(f"{folder / 'log.jsonl'}: damaged lines are left out ({few(damaged)})")
     return lines
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -1,17 +1,21 @@
 """From a recipe to the model that is trained: architecture, initial weights, trainable parameters, view and card."""
 
+import copy
 import math
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
 from eit.config import Model, Recipe, differences
 from eit.console import say
 from eit.data.images import View
-from eit.errors import UserError
+from eit.errors import UserError, first_line
 from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
 from eit.training.run_folder import resumable_recipe
-from eit.weights.card import Card, default_mean_std
+from eit.weights.card import LARGEST_RESIZE, LARGEST_SIZE, Card, default_mean_std
 from eit.weights.load import load_weights, read_card
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
@@ -108,6 +112,24 @@ def choose_trainable(recipe: Recipe, model: Any) -> None:
         raise UserError(f"{both} leaves nothing to learn")
 
 
+def check_single_images(recipe: Recipe, model: Any, view: View) -> None:
+    """Raise a UserError if a norm of the model cannot be trained on batches of one image, and the recipe has those."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    if recipe.data.batch_size > 1 or not norms:
+        return
+    trial = copy.deepcopy(model).train()
+    for norm, own in zip(norms, (module for module in trial.modules() if isinstance(module, _NormBase)), strict=True):
+        own.train(not norm.affine or norm.weight.requires_grad)  # frozen ones stay as they are
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(torch.zeros(1, view.channels, view.size, view.size))
+    except ValueError as error:  # of torch: a mean and variance of one value
+        raise UserError(
+            f"data.batch_size=1: {recipe.model.name} has batch norms, which need more than one value per channel "
+            f"({first_line(error)}); set data.batch_size=2 or more"
+        ) from None
+
+
 def make_view(recipe: Recipe) -> View:
     """How the model sees an image: size, crop, interpolation, mean and std."""
     data, channels = recipe.data, recipe.model.in_chans or 3
@@ -120,6 +142,11 @@ def make_view(recipe: Recipe) -> View:
     else:
         mean, std = (v if len(v) == channels else v * channels for v in (mean, std))
     resize = math.floor(data.image_size / data.crop_ratio)
+    if data.image_size > LARGEST_SIZE or resize > LARGEST_RESIZE:
+        raise UserError(
+            f"data.image_size={data.image_size} with data.crop_ratio={data.crop_ratio:g}: images have at most "
+            f"{LARGEST_SIZE} pixels, and {LARGEST_RESIZE} before they are cropped"
+        )
     return View(data.image_size, resize, data.interpolation, mean, std)
 
 

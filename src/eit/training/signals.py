@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from eit.data.workers import STOP_SIGNALS
+from eit.data.workers import STOP_SIGNALS, waiting
 
 
 @contextmanager
@@ -17,11 +17,15 @@ def stop_signals() -> Iterator[Callable[[], list[float]]]:
     """Within the context, `STOP_SIGNALS` do not end the process; the value, called, has 1.0 for each that was received.
 
     The training loop reads it and stops. A second SIGINT ends the process at once.
+
+    Raises:
+        StopRequested: in the context, as `eit.data.workers.waiting` says.
     """
     received: set[int] = set()
 
     def handle(signum: int, _: Any) -> None:
         received.add(signum)
+        waiting.request_stop()
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield lambda: [0.0] * len(STOP_SIGNALS)
@@ -35,6 +39,7 @@ def stop_signals() -> Iterator[Callable[[], list[float]]]:
     try:
         yield lambda: [float(signum in received) for signum in STOP_SIGNALS]
     finally:
+        waiting.stop.clear()
         signal.set_wakeup_fd(previous_wakeup)
         for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)

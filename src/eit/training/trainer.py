@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,9 +35,9 @@ from eit.data.loaders import (
     train_loader,
 )
 from eit.data.order import SampleOrder
-from eit.data.workers import STOP_SIGNALS, Batch
-from eit.environment import environment
-from eit.errors import UserError, is_out_of_memory
+from eit.data.workers import STOP_SIGNALS, Batch, LoaderStalled, StopRequested
+from eit.environment import environment, versions
+from eit.errors import UserError, first_line, is_out_of_memory
 from eit.files import write_file
 from eit.inference.evaluate import evaluate
 from eit.precision import Precision, autocast, deterministic_algorithms, float32_products, resolve_precision
@@ -46,7 +46,9 @@ from eit.training.checkpoint import (
     BackgroundWriter,
     Progress,
     State,
+    advice_without,
     check_unchanged,
+    load_card,
     load_checkpoint,
     load_state,
     newest_checkpoint,
@@ -54,9 +56,17 @@ from eit.training.checkpoint import (
 )
 from eit.training.global_batch import check_order, micro_batches_per_step, out_of_memory_advice
 from eit.training.loss import Distillation, class_weights, make_criterion
-from eit.training.optim import can_skip_updates, largest_lr, make_lr_scheduler, make_optimizer
+from eit.training.optim import can_skip_updates, largest_lr, load_optimizer, make_lr_scheduler, make_optimizer
 from eit.training.run_folder import RunFolder, read_summary
-from eit.training.setup import build_model, choose_trainable, make_card, make_view, recorded_model, resolve_architecture
+from eit.training.setup import (
+    build_model,
+    check_single_images,
+    choose_trainable,
+    make_card,
+    make_view,
+    recorded_model,
+    resolve_architecture,
+)
 from eit.training.signals import first_signal, stop_signals
 from eit.training.step_reports import StepReport, StepReports, share_step
 from eit.weights.card import Card
@@ -87,6 +97,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         with ExitStack() as resources:
             resources.enter_context(deterministic_algorithms(recipe.train.deterministic))
             device = distributed.start(recipe.train.device)
+            distributed.check_agreement(start_facts(recipe))
             precision = distributed.on_main(lambda: resolve_precision(recipe.train.precision, device))
             resources.enter_context(float32_products(precision))
             prepared = prepare(recipe, device, precision)
@@ -143,6 +154,7 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     loader = train_loader(train_images, view, order, recipe.data, recipe.augment, device)
     model = build_model(recipe, len(classes), initial=recorded is None)
     choose_trainable(recipe, model)
+    check_single_images(recipe, model, view)
     weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
     needs_teacher = recipe.loss.teacher and not distributed.on_main(lambda: read_summary(recipe.run_folder()))
     distillation = Distillation(recipe.loss, view, classes, device) if needs_teacher else None
@@ -163,7 +175,18 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     prepared.progress.fixed = fixed_properties(prepared)
     if len(set(distributed.gather(prepared.progress.fixed["data"]))) > 1:
         raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
+    distributed.check_agreement(prepared.progress.fixed)
     return prepared
+
+
+def start_facts(recipe: Recipe) -> dict[str, Any]:
+    """What all ranks must share before they start: versions, code, and the recipe but for what belongs to a machine."""
+    sections = recipe.model_dump(mode="json")
+    facts = {key: value for key, value in sections.items() if not isinstance(value, dict)}
+    facts |= {
+        f"{name}.{key}": v for name, keys in sections.items() if isinstance(keys, dict) for key, v in keys.items()
+    }
+    return {key: value for key, value in facts.items() if key not in ("out", "data.root", "data.workers")} | versions()
 
 
 def fixed_properties(prepared: Prepared) -> dict[str, Any]:
@@ -171,7 +194,8 @@ def fixed_properties(prepared: Prepared) -> dict[str, Any]:
     order, loader = prepared.order, prepared.loader
     data = f"{prepared.train_images.digest()} {prepared.val_images.digest()}"
     fixed: dict[str, Any] = dict(data=data, global_batch=order.global_batch)
-    fixed["data (sizes in bytes)"] = f"{prepared.train_images.size_digest()} {prepared.val_images.size_digest()}"
+    content = f"{prepared.train_images.content_digest()} {prepared.val_images.content_digest()}"
+    fixed["data (sizes and a sample of the content)"] = content
     if isinstance(loader, StreamLoader):  # its order depends on these
         fixed |= {"data.workers": loader.workers, "data.batch_size": order.batch_size}
         fixed["number of processes"] = order.world
@@ -192,7 +216,8 @@ def claim_run_folder(prepared: Prepared, resources: ExitStack) -> tuple[RunFolde
         if summary := read_summary(folder.path):
             newest, _ = newest_checkpoint(folder.path)
             if newest is not None:
-                check_unchanged(load_state(newest), prepared.progress, folder.path)
+                state = load_state(newest)
+                check_unchanged(newest, load_card(newest), state, prepared.recipe, prepared.progress)
         return summary
 
     summary = distributed.on_main(claim)
@@ -247,24 +272,39 @@ class Trainer:
             for fault in faults:
                 say(fault)
             if checkpoint is None:
-                self.folder.cut_log(0)
+                self.folder.cut_log(0, {})
                 return None
             weights, averaged, state = load_checkpoint(checkpoint)
-            check_unchanged(state, self.progress, self.folder.path)
+            check_unchanged(checkpoint, load_card(checkpoint), state, self.recipe, self.progress)
+            try:
+                self.restore(weights, averaged, state)  # here on rank 0 alone, before anything is changed on the disk
+            except Exception as error:  # torch raises almost any for what is not its own
+                if is_out_of_memory(error):
+                    raise
+                reason = f"does not fit this run: {first_line(error)}"
+                raise UserError(f"{checkpoint} {reason}; {advice_without(checkpoint)}") from None
             step = state["progress"]["step"]
             say(f"continuing {self.folder.path} from step {step}")
-            self.folder.cut_log(step)
+            self.folder.cut_log(step, state["progress"]["last"])
             return weights, averaged, state
 
-        if (checkpoint := distributed.on_main(read)) is None:
-            return
-        weights, averaged, state = checkpoint
+        checkpoint = distributed.on_main(read)
+        if checkpoint is not None and self.folder is None:
+            self.restore(*checkpoint)
+
+    def restore(self, weights: StateDict, averaged: StateDict | None, state: State) -> None:
+        """Load what a checkpoint holds. Any exception: it does not fit the recipe."""
+        progress, (epoch, step) = state["progress"], (0, state["progress"]["step"])
+        if progress["last"]:
+            epoch = progress["last"]["epoch"] + 1
+        if step != self.total_steps and not 0 <= step - epoch * self.order.steps <= self.order.steps:
+            raise ValueError(f"step {step} is not in epoch {epoch + 1} of {self.total_steps} steps")
         self.model.load_state_dict(weights)
         if self.ema:
             self.ema.module.load_state_dict(averaged)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        vars(self.progress).update(state["progress"])
+        vars(self.progress).update(progress)
 
     def parallel_network(self) -> Any:
         """The model as it is called in training: on several ranks through DDP, and compiled if the recipe says so."""
@@ -283,13 +323,27 @@ class Trainer:
         """Train the epochs that are left; the summary of the finished run."""
         self.start_logging()
         with stop_signals() as self.received_signals:
-            while (epoch := self.progress.last.get("epoch", -1) + 1) * self.order.steps < self.total_steps:
-                self.train_epoch(epoch)
-                is_best = self.evaluate(epoch)
-                self.save(is_best)
-                if any(self.signals) and self.progress.step < self.total_steps:
-                    self.stop()
+            try:
+                self.train_epochs()
+            except (StopRequested, LoaderStalled) as error:  # no batch came: the weights are those after the last step
+                self.handle_report(self.reports.flush())
+                self.save()
+                self.writer.wait()
+                if isinstance(error, StopRequested):
+                    raise Stopped(first_signal(self.received_signals()), self.recipe.run_folder()) from None
+                raise
         return distributed.on_main(self.finish)
+
+    def train_epochs(self) -> None:
+        """Train, evaluate and save each epoch that is left."""
+        while (epoch := self.progress.last.get("epoch", -1) + 1) * self.order.steps < self.total_steps:
+            self.train_epoch(epoch)
+            is_best = self.evaluate(epoch)
+            self.save(is_best, self.progress.last)
+            if self.folder:
+                self.folder.show_epoch(self.progress.last, len(self.prepared.train_images.classes))
+            if any(self.signals) and self.progress.step < self.total_steps:
+                self.stop()
 
     def start_logging(self) -> None:
         recipe, order, images = self.recipe, self.order, self.prepared.train_images
@@ -416,13 +470,21 @@ class Trainer:
         return error
 
     def evaluate(self, epoch: int) -> bool:
-        """Evaluate the weights and their moving average, and log the epoch; whether these weights are the best yet."""
+        """Evaluate the weights and their moving average; whether these weights are the best yet."""
         progress = self.progress
         self.network.eval()
         for module in (self.model, self.ema):
             distributed.share_buffers(module)
         metrics = evaluate(self.model, self.val_loader, self.precision)
         averaged = evaluate(self.ema.module.eval(), self.val_loader, self.precision) if self.ema else None
+        for name, result in (("weights", metrics), ("moving average of the weights", averaged)):
+            if result is not None and not math.isfinite(result.loss):
+                advice = "earlier checkpoints are intact; try a lower optim.lr or train.precision=fp32"
+                error = FloatingPointError(
+                    f"the validation loss of the {name} is {result.loss} after epoch {epoch + 1}; {advice}"
+                )
+                error.add_note(distributed.ON_MAIN)
+                raise error
         is_best = metrics.top1 > progress.best_top1
         if is_best:
             progress.best_top1, progress.best_epoch = metrics.top1, epoch
@@ -437,8 +499,6 @@ class Trainer:
             "ema_top1": averaged.top1 if averaged else None,
             "images_per_s": round(self.throughput.images_per_s, 1),
         }
-        if self.folder:
-            self.folder.log_epoch(progress.last, len(self.prepared.train_images.classes))
         return is_best
 
     def save_minutes_are_over(self) -> bool:
@@ -457,17 +517,17 @@ class Trainer:
         if any(self.signals):
             self.stop()
 
-    def save(self, is_best: bool = False) -> None:
-        """Copy the state of training on rank 0, and write it while training goes on."""
+    def save(self, is_best: bool = False, line: dict[str, Any] | None = None) -> None:
+        """Copy the state of training on rank 0, and write it while training goes on, before the epoch's `line`."""
         if self.folder is None:
             return
         optimizer, scaler = self.optimizer.state_dict(), self.scaler.state_dict()
-        state = dict(optimizer=optimizer, scaler=scaler, progress=asdict(self.progress))
+        state = dict(optimizer=optimizer, scaler=scaler, progress=self.progress.model_dump())
         averaged = self.ema.module.state_dict() if self.ema else None
         card = self.prepared.card
         best_card = card_with_metrics(card, self.progress) if is_best else None
-        path, step, weights = self.folder.path, self.progress.step, self.model.state_dict()
-        self.writer.submit(write_checkpoint, path, step, card, best_card, weights, averaged, state)
+        folder, step, weights = self.folder, self.progress.step, self.model.state_dict()
+        self.writer.submit(save_epoch, folder, line, step, card, best_card, weights, averaged, state)
 
     def stop(self) -> NoReturn:
         """Raise Stopped, after the checkpoint has been written."""
@@ -526,6 +586,14 @@ def warm_up(network: nn.Module, x: Tensor, precision: Precision) -> None:
     network.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
+
+
+def save_epoch(folder: RunFolder, line: dict[str, Any] | None, step: int, *arguments: Any) -> None:
+    """Write a checkpoint, then the epoch's line of the log, if an epoch ended."""
+    folder.check()
+    write_checkpoint(folder.path, step, *arguments)
+    if line is not None:
+        folder.append_log(line)
 
 
 def write_checkpoint(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from eit.console import say
 from eit.errors import UserError
@@ -129,17 +130,19 @@ def _fetch(name: str) -> Path:
     """The weights of a repository on the Hugging Face hub, kept in its cache; a revision stands behind an @."""
     repo, _, revision = name.removeprefix(HUB).partition("@")
     prepare_hub()
-    failures = []
-    for file in TIMM_FILES:
+    weights, *others = TIMM_FILES
+    try:
         try:
-            weights = Path(hf_hub_download(repo, file, revision=revision or None))
-        except Exception as error:  # of the hub, of its HTTP library, of the network
-            failures.append(hub_reason(error))
-            continue
-        with suppress(Exception):  # weights of eit push do not need it
-            hf_hub_download(repo, "config.json", revision=revision or None)
-        return weights
-    raise UserError(f"{name} cannot be fetched: {failures[0]}")
+            file = hf_hub_download(repo, weights, revision=revision or None)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # no network
+                raise
+            file = hf_hub_download(repo, others[0], revision=revision or None)
+    except Exception as error:  # of the hub, of its HTTP library, of the network
+        raise UserError(f"{name} cannot be fetched: {hub_reason(error)}") from None
+    with suppress(Exception):  # weights of eit push do not need it
+        hf_hub_download(repo, "config.json", revision=revision or None)
+    return Path(file)
 
 
 def read_card(path: str | os.PathLike[str]) -> Card | None:
