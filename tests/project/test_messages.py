@@ -35,7 +35,7 @@ def test_options_and_keys_that_messages_name_exist():
     wrong = {}
     for place, text in MESSAGES.items():
         plain = re.sub(r"\{[^}]*\}|<.*>", "{}", text)
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", plain)) - options - OTHERS_OPTIONS
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", plain)) - options - OTHERS_OPTIONS
         named |= set(re.findall(rf"(?<![\w.{{/])(?:{'|'.join(sections)})\.[a-z_0-9]+(?=[= ;,)]|$)", plain)) - keys
         if named:
             wrong[place] = named
