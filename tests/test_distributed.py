@@ -101,14 +101,22 @@ def test_one_process_may_choose_its_gpu(machine):
         (
             "cuda:1",
             dict(gpus=8, **RANK_3),
-            "device cuda:1 is for one process, and there are 8: give cuda, one GPU each",
+            "train.device=cuda:1 is for one process, and there are 8: give cuda, one GPU each",
         ),
-        ("mps", dict(mps=True, **RANK_3), "device mps is for one process, and there are 8: start one, or give cpu"),
-        ("auto", dict(mps=True, **RANK_3), "device mps is for one process, and there are 8: start one, or give cpu"),
-        ("cuda", dict(gpus=2, **RANK_3), "device cuda:3 is not there: 2 GPUs are visible"),
-        ("cuda:2", dict(gpus=2), "device cuda:2 is not there: 2 GPUs are visible"),
-        ("cuda", dict(), "device cuda is not there: 0 GPUs are visible"),
-        ("mps", dict(), "device mps is not there: this is no Apple GPU, or macOS is too old"),
+        (
+            "mps",
+            dict(mps=True, **RANK_3),
+            "train.device=mps is for one process, and there are 8: start one, or give cpu",
+        ),
+        (
+            "auto",
+            dict(mps=True, **RANK_3),
+            "train.device=mps is for one process, and there are 8: start one, or give cpu",
+        ),
+        ("cuda", dict(gpus=2, **RANK_3), "train.device=cuda:3 is not there: 2 GPUs are visible"),
+        ("cuda:2", dict(gpus=2), "train.device=cuda:2 is not there: 2 GPUs are visible"),
+        ("cuda", dict(), "train.device=cuda is not there: 0 GPUs are visible"),
+        ("mps", dict(), "train.device=mps is not there: this machine has no Apple GPU, or its macOS is too old"),
     ],
 )
 def test_a_device_that_a_process_cannot_have_is_one_line_and_no_group_is_joined(machine, device, there, said):

@@ -71,7 +71,7 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     train = read_folder(parts["train"], config.max_pixels)
     notes = _left_out(parts["train"], train)
     if (part := _validation_part(parts, config.val_fraction)) is None:
-        raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1 (eit data check: --val-fraction 0.1)")
+        raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1")
     if part == "train":
         assert config.val_fraction is not None
         pair = split(train, config.val_fraction)
@@ -239,7 +239,7 @@ def _folder(config: Data) -> Path:
         distributed.on_main(lambda: _fetch(config, folder))
     if not folder.is_dir():
         hint = f" ({DIGITS} is the one set of scikit-learn)" if config.root.startswith("sklearn:") else ""
-        raise UserError(f"{config.root} is not a folder{hint}")
+        raise UserError(f"data.root={config.root} is not a folder{hint}")
     return folder
 
 
