@@ -89,7 +89,6 @@ if __name__ == "__main__":
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     from eit.config import load_recipe
     from eit.training.run_folder import RunFolder
-from eit.training.trainer import save_epoch
     from tests.training.test_folder_lock import refuse
     if number:
         fcntl.flock = refuse(number)

@@ -377,7 +377,8 @@ def differ_only_in_seed(first: Cell, second: Cell) -> bool:
 def flat(values: dict[str, Any]) -> dict[str, str]:
     """The environment but for the command, with the properties of its parts by their names."""
     parts = ("gpu", "settings")  # whose names alone would not do: both gpu and cpu have a capability
-    facts = {key: value for key, value in values.items() if key not in ("command", "packages", "cpu", *parts)}
+    of_a_start = ("command", "step", "earlier_starts")
+    facts = {key: value for key, value in values.items() if key not in (*of_a_start, "packages", "cpu", *parts)}
     facts |= values["packages"] | values.get("cpu", {})
     facts |= {f"{part} {key}": value for part in parts for key, value in values.get(part, {}).items()}
     return {key: str(value) for key, value in facts.items()}
