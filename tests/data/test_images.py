@@ -9,8 +9,8 @@ from PIL import EpsImagePlugin, Image
 
 from eit.data.images import (
     MAX_PIXELS,
+    Preprocessing,
     UnreadableImage,
-    View,
     careful_pillow,
     decode,
     image_formats,
@@ -142,7 +142,7 @@ def test_evaluation_sees_what_timm_sees():
 
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (300, 200, 3), dtype=np.uint8))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    ours = normalise(View(224, 256, "bicubic", mean, std).pixels(image)[None], mean, std)[0]
+    ours = normalise(Preprocessing(224, 256, "bicubic", mean, std).pixels(image)[None], mean, std)[0]
     torch.testing.assert_close(
         ours, create_transform(224, interpolation="bicubic", crop_pct=0.875)(image), atol=1e-5, rtol=0
     )

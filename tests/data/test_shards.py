@@ -25,7 +25,7 @@ from eit import distributed
 from eit.config import Augment, Data, load_recipe
 from eit.data import streaming
 from eit.data.datasets import open_data, open_evaluation
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.data.layouts import INFO
 from eit.data.loaders import evaluation_loader, train_loader
 from eit.data.order import SampleOrder
@@ -43,7 +43,7 @@ from tests.helpers.shared import require
 from tests.helpers.training import TINY, log, same, train_until_killed, weights
 
 CPU = torch.device("cpu")
-VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
+VIEW = Preprocessing(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 def shards_of(folder, count=4, val_count=2):
@@ -679,7 +679,7 @@ def test_a_stream_shows_the_pixels_of_the_folder(tmp_path):
             exif[0x0112] = 6
             Image.fromarray((pixels // 257).astype(np.uint8)).save(file, exif=exif)
     shards = shards_of(root)
-    view = View(16, 16, "bicubic", (0.5,), (0.5,))
+    view = Preprocessing(16, 16, "bicubic", (0.5,), (0.5,))
     sets = (open_evaluation(Data(root=str(root))), open_evaluation(Data(root=str(shards), dataset="wds/c", workers=0)))
     folder_images, streamed_images = (
         torch.cat([b.images[: b.valid] for b in evaluation_loader(images, view, 5, 0, CPU)]) for images in sets

@@ -555,7 +555,7 @@ class Normaliser:
     Its constants wait on the device, so that no step waits for a copy. On the CPU images pass its cache one by one.
     """
 
-    def __init__(self, view: "View", device: torch.device) -> None:
+    def __init__(self, view: "Preprocessing", device: torch.device) -> None:
         mean, std = torch.tensor(view.mean), torch.tensor(view.std)
         row = torch.stack((1 / (255 * std), -mean / std)).repeat(1, view.size)  # (2, size * channels)
         self.scale, self.shift = row.to(device)
@@ -579,8 +579,8 @@ def denormalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> 
 
 
 @dataclass
-class View:
-    """What a model sees of an image: channels, pixels, normalisation. Shared by training, evaluation, prediction."""
+class Preprocessing:
+    """Size, crop, interpolation and normalisation of images, for training, evaluation and prediction."""
 
     size: int
     resize: int

@@ -25,7 +25,7 @@ from eit.console import progress as progress_bar
 from eit.console import say
 from eit.data.augment import make_mixup
 from eit.data.datasets import AnyImages, open_data
-from eit.data.images import Images, View
+from eit.data.images import Images, Preprocessing
 from eit.data.loaders import (
     CachedLoader,
     StreamLoader,
@@ -125,7 +125,7 @@ class Prepared:
     precision: Precision
     train_images: AnyImages
     val_images: AnyImages
-    view: View
+    view: Preprocessing
     order: SampleOrder
     loader: CachedLoader | WorkerLoader | StreamLoader
     model: Any

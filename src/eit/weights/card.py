@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 
 from eit import __version__
 from eit.config import Recipe, Section, model_arguments, split_name
-from eit.data.images import MAX_PIXELS, View
+from eit.data.images import MAX_PIXELS, Preprocessing
 from eit.errors import UserError, few
 from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, TIMM, create_model, is_model
@@ -95,9 +95,9 @@ class Card(BaseModel):
         return len(self.mean)
 
     @property
-    def view(self) -> View:
+    def view(self) -> Preprocessing:
         """What the model sees of an image."""
-        return View(self.size, self.resize, self.interpolation, self.mean, self.std)
+        return Preprocessing(self.size, self.resize, self.interpolation, self.mean, self.std)
 
     @property
     def timm_cfg(self) -> dict[str, Any]:
