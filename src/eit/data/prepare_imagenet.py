@@ -5,9 +5,9 @@ TARGET/train/WNID and TARGET/val/WNID are renamed into place when complete; unti
 
 import io
 import os
+import platform
 import re
 import shutil
-import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -199,7 +199,7 @@ def _place(where: str, part: Path, folder: Path, count: int) -> None:
 
 def _sync(folder: Path) -> None:
     """Wait until the images in `folder` are on the disk: a class counts as complete after that."""
-    if sys.platform == "linux":  # where it waits; one by one, a million images would take hours
+    if platform.system() == "Linux":  # where it waits; one by one, a million images would take hours
         os.sync()
         return
     for name in os.listdir(folder):
