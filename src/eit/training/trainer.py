@@ -194,8 +194,8 @@ def fixed_properties(prepared: Prepared) -> dict[str, Any]:
     order, loader = prepared.order, prepared.loader
     data = f"{prepared.train_images.digest()} {prepared.val_images.digest()}"
     fixed: dict[str, Any] = dict(data=data, global_batch=order.global_batch)
-    content = f"{prepared.train_images.content_digest()} {prepared.val_images.content_digest()}"
-    fixed["data (sizes and a sample of the content)"] = content
+    # Not of the validation images, one of which may have to be repaired before the run can go on
+    fixed["training data (sizes and a sample of the content)"] = prepared.train_images.content_digest()
     if isinstance(loader, StreamLoader):  # its order depends on these
         fixed |= {"data.workers": loader.workers, "data.batch_size": order.batch_size}
         fixed["number of processes"] = order.world
