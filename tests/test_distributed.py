@@ -101,14 +101,22 @@ def test_one_process_may_choose_its_gpu(machine):
         (
             "cuda:1",
             dict(gpus=8, **RANK_3),
-            "device cuda:1 is for one process, and there are 8: give cuda, one GPU each",
+            "train.device=cuda:1 is for one process, and there are 8: give cuda, one GPU each",
         ),
-        ("mps", dict(mps=True, **RANK_3), "device mps is for one process, and there are 8: start one, or give cpu"),
-        ("auto", dict(mps=True, **RANK_3), "device mps is for one process, and there are 8: start one, or give cpu"),
-        ("cuda", dict(gpus=2, **RANK_3), "device cuda:3 is not there: 2 GPUs are visible"),
-        ("cuda:2", dict(gpus=2), "device cuda:2 is not there: 2 GPUs are visible"),
-        ("cuda", dict(), "device cuda is not there: 0 GPUs are visible"),
-        ("mps", dict(), "device mps is not there: this is no Apple GPU, or macOS is too old"),
+        (
+            "mps",
+            dict(mps=True, **RANK_3),
+            "train.device=mps is for one process, and there are 8: start one, or give cpu",
+        ),
+        (
+            "auto",
+            dict(mps=True, **RANK_3),
+            "train.device=mps is for one process, and there are 8: start one, or give cpu",
+        ),
+        ("cuda", dict(gpus=2, **RANK_3), "train.device=cuda:3 is not there: 2 GPUs are visible"),
+        ("cuda:2", dict(gpus=2), "train.device=cuda:2 is not there: 2 GPUs are visible"),
+        ("cuda", dict(), "train.device=cuda is not there: 0 GPUs are visible"),
+        ("mps", dict(), "train.device=mps is not there: this machine has no Apple GPU, or its macOS is too old"),
     ],
 )
 def test_a_device_that_a_process_cannot_have_is_one_line_and_no_group_is_joined(machine, device, there, said):
@@ -279,7 +287,7 @@ def test_what_ranks_share_is_the_recipe_but_for_what_belongs_to_a_machine():
     assert {"seed", "name", "optim.lr", "train.device", "loss.teacher", "torch", "eit", "code of eit"} <= facts.keys()
     for word in ("out=x", "data.root=there", "data.workers=3"):
         assert start_facts(load_recipe("digits", [word])) == facts
-    for word in ("seed=4", "optim.lr=1", "train.epochs=3", "data.batch_size=2", "train.precision=bf16"):
+    for word in ("seed=4", "optim.lr=1", "train.epochs=9", "data.batch_size=2", "train.precision=bf16"):
         assert start_facts(load_recipe("digits", [word])) != facts
 
 

@@ -61,7 +61,9 @@ def test_tf32_where_there_is_none_is_one_line(monkeypatch, device):
     gpu(monkeypatch, (7, 5))
     with pytest.raises(UserError) as error:
         resolve_precision("tf32", device)
-    assert str(error.value).startswith("precision tf32 needs an NVIDIA GPU") and f"on {device} use" in str(error.value)
+    assert str(error.value).startswith("train.precision=tf32 needs an NVIDIA GPU") and f"on {device} use" in str(
+        error.value
+    )
 
 
 def test_an_unknown_precision_is_one_line():
@@ -327,10 +329,10 @@ def test_a_finished_run_does_not_claim_another_precision(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["eval", "digits", "--precision", "tf32"], "precision tf32 needs an NVIDIA GPU"),
+        (["eval", "digits", "--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
         (["eval", "digits", "--precision", "int8"], "'int8' is not one of 'auto', 'fp32', 'tf32', 'bf16', 'fp16'"),
-        (["bench", "digits", "--precision", "tf32"], "precision tf32 needs an NVIDIA GPU"),
-        (["train", "digits", "train.precision=tf32"], "precision tf32 needs an NVIDIA GPU"),
+        (["bench", "digits", "--precision", "tf32"], "--precision tf32 needs an NVIDIA GPU"),
+        (["train", "digits", "train.precision=tf32"], "train.precision=tf32 needs an NVIDIA GPU"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

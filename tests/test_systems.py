@@ -41,7 +41,11 @@ TRAINED = ["train", "cifar10", "data.root=data", "out=run", *TINY]
                 [*TRAINED, "data.workers=1", "augment.pad_crop=0", "augment.crop_scale=[0.5,1]"],  # finished
             ],
         ),
-        ("macos", [[*TRAINED, "data.workers=0"], ["eval", "run", "--workers", "1"], ["predict", "run", "data/val"]]),
+        pytest.param(
+            "macos",
+            [[*TRAINED, "data.workers=0"], ["eval", "run", "--workers", "1"], ["predict", "run", "data/val"]],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_commands_need_no_more_than_the_system_has(tmp_path, system, commands):

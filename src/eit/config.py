@@ -338,7 +338,8 @@ class Recipe(Section):
     def _together(self) -> "Recipe":
         if self.train.warmup_epochs >= self.train.epochs:
             raise ValueError(
-                f"train.warmup_epochs={self.train.warmup_epochs:g} is not less than train.epochs={self.train.epochs}"
+                f"train.warmup_epochs={self.train.warmup_epochs:g} is not less than train.epochs={self.train.epochs}; "
+                "set a smaller train.warmup_epochs"
             )
         for key in ("mean", "std"):
             given = getattr(self.data, key)

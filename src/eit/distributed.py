@@ -41,21 +41,23 @@ def start(device: str = "auto") -> torch.device:
         UserError: a device that this machine does not have.
     """
     if not DEVICE.fullmatch(device):
-        raise UserError(f"device {device!r} is not one of auto, cpu, mps, cuda, cuda:N")
+        raise UserError(f"train.device={device} is not one of auto, cpu, mps, cuda, cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     ranks = _variable("WORLD_SIZE") if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
     if ranks > 1 and device.startswith("cuda:"):
-        raise same_everywhere(f"device {device} is for one process, and there are {ranks}: give cuda, one GPU each")
+        raise same_everywhere(
+            f"train.device={device} is for one process, and there are {ranks}: give cuda, one GPU each"
+        )
     if ranks > 1 and device == "mps":
-        raise same_everywhere(f"device mps is for one process, and there are {ranks}: start one, or give cpu")
+        raise same_everywhere(f"train.device=mps is for one process, and there are {ranks}: start one, or give cpu")
     if device == "cuda" and torch.cuda.is_available():
         device = f"cuda:{_gpu_of_rank()}"
     chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device} is not there: {torch.cuda.device_count()} GPUs are visible")
+        raise UserError(f"train.device={device} is not there: {torch.cuda.device_count()} GPUs are visible")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps is not there: this is no Apple GPU, or macOS is too old")
+        raise UserError("train.device=mps is not there: this machine has no Apple GPU, or its macOS is too old")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -164,7 +166,8 @@ def _of_this_start(store: dist.Store, rank: int, world: int) -> dist.Store:
             elif rank:
                 store.set(ask, word)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank {min(waiting) if rank == 0 else 0} did not join within {JOIN}")
+            missing = min(waiting) if rank == 0 else 0
+            raise TimeoutError(f"rank {missing} did not join within {JOIN}: start all with the same address and port")
         time.sleep(0.05)
     return dist.PrefixStore(word, store)
 

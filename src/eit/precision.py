@@ -27,7 +27,7 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
         return "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise UserError(
-            f"precision tf32 needs an NVIDIA GPU of the Ampere generation or newer; on {device} use fp32 or auto"
+            f"train.precision=tf32 needs an NVIDIA GPU of the Ampere generation or newer; on {device} use fp32 or auto"
         )
     for known in PRECISIONS:
         if precision == known:

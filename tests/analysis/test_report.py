@@ -425,7 +425,7 @@ def test_an_unreadable_image_ends_no_analysis(tmp_path, capsys):
         (tmp_path / f"1.bad{i}.png").write_bytes(content)
     compared = compare(["digits"], choose_images(str(tmp_path), 10, False), CPU, Options(initial=False, workers=0))
     assert [name.rpartition("/")[2] for name in compared.images] == ["0.png", "1.png", "2.png"]
-    assert compared.measured[0].analysis.images == 3 and len(compared.measured[0].pictures) == 3
+    assert compared.measured[0].analysis.images == 3 and len(compared.measured[0].image_maps) == 3
     assert capsys.readouterr().err.count("left out: ") == 4
 
 

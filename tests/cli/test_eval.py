@@ -114,7 +114,7 @@ def test_classes_are_matched_by_name(trained, tmp_path):
         ),
         (["digits", "--dataset", "pets"], ["--dataset pets", "a name of timm is expected", "--data pets"]),
         (["digits", "--split", "test"], ["--split test", "--dataset"]),
-        (["gone", "--device", "gpu"], ["device 'gpu' is not one of auto, cpu, mps, cuda, cuda:N"]),
+        (["gone", "--device", "gpu"], ["--device gpu is not one of auto, cpu, mps, cuda, cuda:N"]),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, words, said):

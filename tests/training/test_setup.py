@@ -114,7 +114,7 @@ def test_weights_of_timm_are_asked_for(monkeypatch, folder):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.pretrained=true"], "no weights of eit_mini can be downloaded: model.pretrained=PATH"),
+        (["model.pretrained=true"], "no weights of eit_mini can be downloaded: give a file, model.pretrained=PATH"),
         (["model.name=timm/resnet17"], "timm has no model 'resnet17'"),
         (["model.name=resnet18"], "unknown model 'resnet18'"),
         (["optim.freeze=[block.0]"], r"optim.freeze=block.0: the model has no such part \(cls_token, patch_embed"),

@@ -71,7 +71,7 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     train = read_folder(parts["train"], config.max_pixels)
     notes = _left_out(parts["train"], train)
     if (part := _validation_part(parts, config.val_fraction)) is None:
-        raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1 (eit data check: --val-fraction 0.1)")
+        raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1")
     if part == "train":
         assert config.val_fraction is not None
         pair = split(train, config.val_fraction)
@@ -239,7 +239,7 @@ def _folder(config: Data) -> Path:
         distributed.on_main(lambda: _fetch(config, folder))
     if not folder.is_dir():
         hint = f" ({DIGITS} is the one set of scikit-learn)" if config.root.startswith("sklearn:") else ""
-        raise UserError(f"{config.root} is not a folder{hint}")
+        raise UserError(f"data.root={config.root} is not a folder{hint}")
     return folder
 
 
@@ -369,11 +369,12 @@ def _pixel_values(image: Image.Image) -> tuple[str, float, float]:
     if image.mode == "F":
         values = np.asarray(image)
         values = values[np.isfinite(values)]
-        return kind, float(values.min(initial=0)), float(values.max(initial=0))
+        return (kind, float(values.min()), float(values.max())) if values.size else (kind, 0, 0)
     image.load()
     extrema: Any = image.getextrema()
     pairs = extrema if isinstance(extrema[0], tuple) else [extrema]
-    return kind, min(low for low, _ in pairs), max(high for _, high in pairs)
+    low, high = min(low for low, _ in pairs), max(high for _, high in pairs)
+    return "16 bits" if kind == "32 bits" and 0 <= low <= high <= 65535 else kind, low, high
 
 
 def _range_warnings(pixels: dict[str, dict[str, float]], pixel_range: PixelRange | None) -> list[str]:

@@ -132,7 +132,7 @@ class CachedLoader:
             yield Batch(x, self.labels[index], len(index))
 
 
-class _Samples(Dataset):
+class _Samples(Dataset[Sample]):
     """(epoch, index, repeat) -> augmented sample. Used in worker processes."""
 
     def __init__(self, images: Images, view: Preprocessing, transform: ImageTransform, seed: int) -> None:
@@ -163,7 +163,7 @@ class _Samples(Dataset):
         return Sample(pixels, label, faults, box)
 
 
-class _Batches(Sampler):
+class _Batches(Sampler[list[tuple[int, int, int]]]):
     """Keys of the micro-batches of the epoch that was last requested; the workers outlive an epoch."""
 
     def __init__(self, order: SampleOrder) -> None:
@@ -272,7 +272,7 @@ class EvaluationLoader:
             yield pixels, labels
 
 
-class _Pixels(Dataset):
+class _Pixels(Dataset[Sample]):
     def __init__(self, images: Images, view: Preprocessing) -> None:
         self.images, self.view = images, view
 

@@ -178,7 +178,7 @@ def _plain(view: Preprocessing, image: Image.Image) -> tuple[Tensor, Sequence[in
     return view.pixels(image), ()
 
 
-class _Turn(IterableDataset):
+class _Turn(IterableDataset[Any]):
     """The images of a stream one after another, as `prepare` returns them. Used in worker processes."""
 
     def __init__(
@@ -218,7 +218,7 @@ class _Turn(IterableDataset):
                 yield Sample(torch.empty(0), -1, [last])
 
 
-class _Shards(IterableDataset):
+class _Shards(IterableDataset[Any]):
     """Batches from shards; one worker reads all of a shard."""
 
     def __init__(

@@ -387,9 +387,10 @@ def differ_only_in_seed(first: Cell, second: Cell) -> bool:
 
 
 def flatten(environment: dict[str, Any]) -> dict[str, str]:
-    """The environment as one level of strings, without the command."""
+    """The environment as one level of strings, without the command and what belongs to one start."""
     parts = ("gpu", "settings")  # their keys get the part's name as a prefix: both gpu and cpu have a capability
-    facts = {key: value for key, value in environment.items() if key not in ("command", "packages", "cpu", *parts)}
+    of_a_start = ("command", "step", "earlier_starts")
+    facts = {k: value for k, value in environment.items() if k not in (*of_a_start, "packages", "cpu", *parts)}
     facts |= environment["packages"] | environment.get("cpu", {})
     facts |= {f"{part} {key}": value for part in parts for key, value in environment.get(part, {}).items()}
     return {key: str(value) for key, value in facts.items()}

@@ -53,7 +53,7 @@ def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recip
         resolved |= dict.fromkeys(set(section.arguments()) - {"in_chans", "drop_rate", "drop_path_rate"})
         resolved["family"] = "eit"
     elif section.pretrained is True:
-        raise UserError(f"no weights of {name} can be downloaded: model.pretrained=PATH")
+        raise UserError(f"no weights of {name} can be downloaded: give a file, model.pretrained=PATH")
     changed_recipe = recipe.model_copy(update=dict(model=section.model_copy(update=resolved)))
     changes = [change.removeprefix("model.") for change in differences(recipe, changed_recipe)]
     if changes and recorded is None:

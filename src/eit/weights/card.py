@@ -165,7 +165,10 @@ def parse_card(header: dict[str, Any], source: str) -> Card:
         raise UserError(f"{source}: its description of the model is damaged") from None
     if card.recipe is None and "guessed" not in header:  # converted by a version that did not mark its guesses
         guesses = assumed(len(card.classes), card.in_chans, card.size)
-        card.guessed = tuple(name for name in guesses if getattr(card, name) == guesses[name])
+        same = tuple(name for name in guesses if getattr(card, name) == guesses[name])
+        card.guessed = (
+            same if {"mean", "std", "resize", "interpolation"} <= set(same) else ()
+        )  # it guessed all of these
     try:
         card.arguments = model_arguments(card.arguments)
         if not card.model.startswith(TIMM):
