@@ -78,7 +78,8 @@ def test_the_pixel_cap_can_be_set(tmp_path):
     file = saved(tmp_path, Image.new("L", (20, 10)), "a.png")
     assert decode(file, max_pixels=200).size == (20, 10)
     with pytest.raises(
-        UnreadableImage, match=r"a\.png: 20x10 is more than the 199 pixels that data\.max_pixels allows"
+        UnreadableImage,
+        match=r"a\.png: 20x10 is more than data\.max_pixels=199 allows; to read it, set data\.max_pixels=200",
     ):
         decode(file, max_pixels=199)
 

@@ -603,7 +603,7 @@ def test_an_image_of_a_stream_with_damaged_exif_or_too_many_pixels_is_an_unreada
     assert len(list(evaluation_loader(val_images, VIEW, 5, 0, CPU))) == 2
     config = streamed.model_copy(update=dict(max_pixels=100))
     _, val_images = open_data(config)
-    with pytest.raises(UserError, match=r"wds/colours.*16x16 is more than the 100 pixels"):
+    with pytest.raises(UserError, match=r"wds/colours.*16x16 is more than data.max_pixels=100 allows"):
         list(evaluation_loader(val_images, VIEW, 5, 0, CPU))
 
     def damaged(image):
