@@ -41,7 +41,7 @@ from torchvision.transforms import functional as TF
 import eit
 from eit.config import load_recipe
 from eit.data import shear
-from eit.data.images import Images, View
+from eit.data.images import Images, Preprocessing
 from eit.data.loaders import CachedLoader, WorkerLoader
 from eit.data.order import SampleOrder
 from eit.data.random_crop import ResizedCrop, resized, to_pixels
@@ -52,7 +52,7 @@ PHOTOS = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycl
 PHOTOS += ["ihc.png", "retina.jpg"]
 SIZES = {"500x375": 1, "1000x750": 2, "2000x1500": 4}
 IMAGES, BATCH = {"500x375": 128, "1000x750": 128, "2000x1500": 64}, 64
-VIEW = View(224, 256, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+VIEW = Preprocessing(224, 256, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 POLICY = dict(hflip=0.5, color_jitter=None, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel")
 
 
@@ -212,7 +212,7 @@ def small_sets(rounds: int) -> dict[str, Any]:
     recipe = load_recipe("cifar10")
     data = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8) for i in range(2048)]
     images = Images([str(i) for i in range(10)], [i % 10 for i in range(2048)], [""] * 2048, data)
-    view = View(32, 32, "bicubic", tuple(recipe.data.mean or ()), tuple(recipe.data.std or ()))
+    view = Preprocessing(32, 32, "bicubic", tuple(recipe.data.mean or ()), tuple(recipe.data.std or ()))
     order = SampleOrder(2048, 128, 1, 1, 1, 0)
     loader = CachedLoader(images, view, order, 0.0, recipe.augment, torch.device("cpu"))
     loader.prepare()

@@ -17,7 +17,7 @@ from eit.analysis import image_maps, robustness
 from eit.analysis.measure import analyze
 from eit.analysis.moments import Moments
 from eit.config import Loss
-from eit.data.images import Images, View, normalise
+from eit.data.images import Images, Preprocessing, normalise
 from eit.data.loaders import EvaluationLoader
 from eit.export.exporter import export
 from eit.inference.evaluate import evaluate
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:Use
 CPU = torch.device("cpu")
 META = torch.device("meta")
 DIGITS = [str(i) for i in range(10)]
-VIEW = View(8, 8, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+VIEW = Preprocessing(8, 8, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 # -- A pretended device
@@ -265,7 +265,7 @@ def test_distillation_starts_where_the_teacher_cannot_be_read_back():
 @pytest.mark.parametrize("method", ["soft", "hard"])
 @pytest.mark.parametrize("mean", [VIEW.mean, (0.5, 0.5, 0.5)])  # another than the teacher's, and its own
 def test_distillation_is_the_same_on_any_device(device, method, mean):
-    view = View(8, 8, "bicubic", mean, mean)
+    view = Preprocessing(8, 8, "bicubic", mean, mean)
     config, classes = Loss(teacher="digits", distillation=method, tau=2), DIGITS[::-1]
     there, here = (Distillation(config, view, classes, place) for place in (device, CPU))
     own, student, x = torch.tensor(2.0), torch.randn(4, 10), torch.randn(4, 3, 8, 8)
@@ -276,7 +276,9 @@ def test_distillation_is_the_same_on_any_device(device, method, mean):
 
 @pytest.mark.parametrize("mean", [VIEW.mean, (0.5, 0.5, 0.5)])
 def test_a_step_of_distillation_waits_for_nothing(pretend, mean):
-    distillation = Distillation(Loss(teacher="digits"), View(8, 8, "bicubic", mean, mean), DIGITS, pretend.device)
+    distillation = Distillation(
+        Loss(teacher="digits"), Preprocessing(8, 8, "bicubic", mean, mean), DIGITS, pretend.device
+    )
     own, student, x = (t.to(pretend.device) for t in (torch.tensor(2.0), torch.randn(4, 10), torch.randn(4, 3, 8, 8)))
     pretend.waits.clear()
     distillation(own, student, x)

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parent / "helpers" / "other_system.py"
 TRAINED = ["train", "cifar10", "data.root=data", "out=run", *TINY]
 
 
+@pytest.mark.project
 @pytest.mark.parametrize(
     ("system", "commands"),
     [

@@ -12,13 +12,13 @@ import eit
 from eit.analysis.filters import FilteredAccuracy, filter_accuracy
 from eit.analysis.frequency import filter_tokens
 from eit.analysis.hooks import CannotMeasure, replace_tokens
-from eit.data.images import Images, View
+from eit.data.images import Images, Preprocessing
 from eit.data.loaders import EvaluationLoader
 from tests.helpers.commands import run_eit
 from tests.helpers.images import save_digits
 
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)
-VIEW = View(16, 16, "bicubic", (0.5,), (0.5,))
+VIEW = Preprocessing(16, 16, "bicubic", (0.5,), (0.5,))
 BOARD = 1 - 2 * (np.add.outer(np.arange(16), np.arange(16)) % 2)
 
 

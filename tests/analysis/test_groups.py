@@ -17,14 +17,14 @@ from eit.analysis.groups import MEASURES, paired_differences, spreads
 from eit.analysis.inputs import LoadedModel, expand_groups, load_models
 from eit.analysis.measure import analyze
 from eit.config import load_recipe
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.errors import UserError
 from eit.training.trainer import train
 from tests.helpers.commands import run_eit
 from tests.helpers.images import save_digits
 from tests.helpers.training import TINY
 
-VIEW = View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
+VIEW = Preprocessing(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 def seeded(number):

@@ -473,7 +473,7 @@ def test_accuracy_falls_where_the_model_looks_for_its_answer():
     """A model that reads the checkerboard alone fails under the highest ring, and not under the lowest."""
     import numpy as np
 
-    from eit.data.images import Images, View
+    from eit.data.images import Images, Preprocessing
     from eit.data.loaders import EvaluationLoader
 
     board = 1 - 2 * (np.add.outer(np.arange(16), np.arange(16)) % 2)
@@ -485,7 +485,7 @@ def test_accuracy_falls_where_the_model_looks_for_its_answer():
             answer = (x[:, 0] * torch.tensor(board)).mean(dim=(1, 2))
             return torch.stack((answer, -answer), dim=1)
 
-    view = View(16, 16, "bicubic", (0.5,), (0.5,))
+    view = Preprocessing(16, 16, "bicubic", (0.5,), (0.5,))
     clean, *noisy = band_accuracy(Reader(), EvaluationLoader(data, view, 8, 0, torch.device("cpu")), view, eps=1.0)
     assert clean == BandAccuracy(None, None, 20, 20) and clean.top1 == 100
     assert noisy[0].top1 == 100 and noisy[-1].high == math.sqrt(2) and noisy[-1].top1 < 80

@@ -20,7 +20,7 @@ from eit.analysis.inputs import LoadedModel, check_names, choose_images, load_mo
 from eit.analysis.measure import analyze
 from eit.config import load_recipe
 from eit.data.datasets import readable_images
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.errors import UserError
 from eit.training.trainer import train
 from eit.weights.load import find_weights, load
@@ -59,7 +59,7 @@ def measured(label="one", state="trained", seed=0, images=3, colour="#0072b2", *
     model = eit.EIT(32, 3, 1, 4, **arguments).eval()
     x = torch.randn(images, 3, 32, 32)
     loaded = LoadedModel(
-        label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32
+        label, state, None, Preprocessing(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}", "ab" * 32
     )
     one = AnalyzedModel(loaded, analyze(model, x), colour, "o")
     if state == "trained":
@@ -425,7 +425,7 @@ def test_an_unreadable_image_ends_no_analysis(tmp_path, capsys):
         (tmp_path / f"1.bad{i}.png").write_bytes(content)
     compared = compare(["digits"], choose_images(str(tmp_path), 10, False), CPU, Options(initial=False, workers=0))
     assert [name.rpartition("/")[2] for name in compared.images] == ["0.png", "1.png", "2.png"]
-    assert compared.measured[0].analysis.images == 3 and len(compared.measured[0].pictures) == 3
+    assert compared.measured[0].analysis.images == 3 and len(compared.measured[0].image_maps) == 3
     assert capsys.readouterr().err.count("left out: ") == 4
 
 

@@ -28,7 +28,7 @@ def test_a_plan_is_made_of_commands():
     ("words", "said"),
     [
         ("run smal_data", ["did you mean 'small_data'?"]),
-        ("run nowhere.yaml", ["cannot read experiment nowhere.yaml"]),
+        ("run nowhere.yaml", ["cannot read", "nowhere.yaml"]),
         ("run small_data --budget huge", ["--budget huge", "smoke, short, long, medium, full"]),
         ("run small_data --data cifar10", ["--data cifar10 is not NAME=PATH"]),
         ("run small_data --data imagenet=x", ["--data imagenet=", "its data sets are cifar10, cifar100_half, "]),

@@ -5,10 +5,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eit.config import Data
-from eit.data.datasets import check, open_data, open_evaluation
+import eit
+from eit.cli.data import check_text
+from eit.config import Data, load_recipe
+from eit.data.datasets import (
+    _class_difference,
+    _class_warnings,
+    check,
+    distinct_names,
+    open_data,
+    open_evaluation,
+    open_unlabelled,
+)
+from eit.data.folders import read_folder
 from eit.data.images import MAX_PIXELS
 from eit.errors import UserError
+from eit.inference.evaluation_data import evaluation_config
+from eit.inference.predict import predict
 from tests.helpers.images import save_digits
 
 
@@ -126,6 +139,89 @@ def test_check_reports_counts_sizes_and_what_is_unreadable(folder):
     assert not report["ok"]
     assert "bad.png" in report["splits"]["val"]["unreadable"][0]
     assert "unreadable images in val/" in report["problems"][0]
+
+
+def test_a_class_without_validation_images_is_not_ready(tmp_path, capsys):
+    root = save_digits(tmp_path / "data", train=20)
+    shutil.rmtree(root / "val")
+    report = check(str(root), MAX_PIXELS, val_fraction=0.1)
+    assert report["ok"] and not report["warnings"] and check_text(report).endswith("\nready to train")
+    for i in range(2, 20):
+        (root / "train" / "digit0" / f"{i:03d}.png").unlink()
+    report = check(str(root), MAX_PIXELS, val_fraction=0.1)
+    warning = "1 class has no validation images: digit0"
+    assert report["ok"] and report["warnings"] == [warning]
+    assert check_text(report).endswith(f"warning: {warning}\ncan be trained on, but see the warnings")
+    open_data(Data(root=str(root), val_fraction=0.1))
+    assert warning in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("part", "kind"), [("val", "validation"), ("train", "training")])
+def test_a_class_that_only_seems_to_have_images_is_not_ready(tmp_path, part, kind):
+    root = save_digits(tmp_path / "data")
+    for file in (root / part / "digit1").iterdir():
+        file.write_bytes(b"x")
+    report = check(str(root), MAX_PIXELS)
+    assert f"no image of digit1 in {part}/ can be read" in report["warnings"]
+    assert "ready to train" not in check_text(report).splitlines()
+    images = read_folder(root / part)
+    kept = images.subset(i for i, label in enumerate(images.labels) if label != 1)
+    pair = (kept, images) if part == "train" else (images, kept)
+    assert _class_warnings(*pair) == [f"1 class has no {kind} images: digit1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "highest", "warned"),
+    [("uint16", 4000, "[0,4095]"), ("uint16", 900, "[0,1023]"), ("uint16", 60000, ""), ("uint8", 200, "")],
+)
+def test_check_reports_the_range_that_it_saw(folder, kind, highest, warned):
+    values = np.linspace(0, highest, 64).reshape(8, 8).astype(kind)
+    Image.fromarray(values).save(folder / "train" / "digit0" / "wide.png")
+    report = check(str(folder), MAX_PIXELS)
+    name = "16 bits" if kind == "uint16" else "8 bits"
+    seen = report["splits"]["train"]["pixels"][name]
+    assert (seen["lowest"], seen["highest"]) == (0, highest if kind == "uint16" else 255)
+    assert (warned in "".join(report["warnings"])) if warned else not report["warnings"]
+    if warned:
+        given = (0.0, float(warned[3:-1]))
+        assert not check(str(folder), MAX_PIXELS, pixel_range=given)["warnings"]
+        assert "16 bits: 0 to" in check_text(report) and "can be trained on, but see the warnings" in check_text(report)
+
+
+def test_check_reports_the_range_of_images_that_need_one(folder):
+    Image.fromarray(np.full((8, 8), 0.25, np.float32)).save(folder / "val" / "digit0" / "f.tif")
+    report = check(str(folder), MAX_PIXELS)
+    assert not report["ok"] and "set data.pixel_range=" in report["problems"][0]
+    assert report["splits"]["val"]["pixels"]["float"] == dict(images=1, lowest=0.25, highest=0.25)
+    assert check(str(folder), MAX_PIXELS, pixel_range=(0, 1))["ok"]
+
+
+def test_the_range_holds_in_training_evaluation_and_prediction(folder):
+    config = Data(root=str(folder), pixel_range=(0, 4095))
+    file = folder / "val" / "digit0" / "f.tif"
+    Image.fromarray(np.full((8, 8), 2048, np.float32)).save(file)
+    for images in (open_data(config)[1], open_evaluation(config), open_unlabelled(config, "val")):
+        index = next(i for i, source in enumerate(images.sources) if source == str(file))
+        assert images.read(index, 1).getpixel((0, 0)) == 128
+    model = eit.load("digits")
+    assert next(predict(model, [file])).fault
+    model.card.recipe["data"]["pixel_range"] = [0, 4095]
+    assert model.card.pixel_range == (0, 4095) == evaluation_config(model.card, str(folder)).pixel_range
+    assert not next(predict(model, [file])).fault
+
+
+@pytest.mark.parametrize("words", ["[4095,0]", "[1,1]", "[0]", "wide"])
+def test_a_range_that_is_none_is_one_line(words):
+    with pytest.raises(UserError, match=r"data\.pixel_range"):
+        load_recipe("digits", [f"data.pixel_range={words}"])
+
+
+def test_equal_names_are_told_apart_by_position():
+    assert distinct_names(["crane", "dog", "crane"]) == ["crane (0)", "dog", "crane (2)"]
+    assert "more than one class is called crane" in _class_difference(
+        ["crane", "crane", "dog"], ["crane", "dog", "crane"]
+    )
+    assert "another order" in _class_difference(["a", "b"], ["b", "a"])
 
 
 def test_the_digest_sees_names_and_labels(folder):

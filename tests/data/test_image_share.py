@@ -12,7 +12,7 @@ from eit.analysis.class_token import MIN_SHARE, ClassTokenMeter
 from eit.analysis.findings import faults, percent, token_table
 from eit.analysis.inputs import LoadedModel
 from eit.analysis.measure import analyze
-from eit.data.images import View
+from eit.data.images import Preprocessing
 
 SMALL = dict(img_size=32, kernel_size=3, stride=1, pool_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=5)
 
@@ -36,7 +36,7 @@ def meter_of(x, conv=0, where="block", parts=1):
 
 
 def measured(model, x, label="one", state="trained"):
-    loaded = LoadedModel(label, state, None, View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}")
+    loaded = LoadedModel(label, state, None, Preprocessing(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3), f"runs/{label}")
     return AnalyzedModel(loaded, analyze(model, x), "#0072b2", "o")
 
 

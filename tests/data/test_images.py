@@ -5,9 +5,20 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from eit.data.images import UnreadableImage, View, decode, normalise, resize_and_crop, to_uint8
+from eit.data.images import (
+    MAX_PIXELS,
+    Preprocessing,
+    UnreadableImage,
+    careful_pillow,
+    decode,
+    image_formats,
+    normalise,
+    pillow_open,
+    resize_and_crop,
+    to_uint8,
+)
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
@@ -77,10 +88,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height):
 def test_the_pixel_cap_can_be_set(tmp_path):
     file = saved(tmp_path, Image.new("L", (20, 10)), "a.png")
     assert decode(file, max_pixels=200).size == (20, 10)
-    with pytest.raises(
-        UnreadableImage,
-        match=r"a\.png: 20x10 is more than data\.max_pixels=199 allows; to read it, set data\.max_pixels=200",
-    ):
+    with pytest.raises(UnreadableImage, match=r"a\.png: 20x10 is more than data\.max_pixels=199 allows"):
         decode(file, max_pixels=199)
 
 
@@ -134,7 +142,153 @@ def test_evaluation_sees_what_timm_sees():
 
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (300, 200, 3), dtype=np.uint8))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    ours = normalise(View(224, 256, "bicubic", mean, std).pixels(image)[None], mean, std)[0]
+    ours = normalise(Preprocessing(224, 256, "bicubic", mean, std).pixels(image)[None], mean, std)[0]
     torch.testing.assert_close(
         ours, create_transform(224, interpolation="bicubic", crop_pct=0.875)(image), atol=1e-5, rtol=0
     )
+
+
+# -- Contents decide, and only the orientation is read
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) show\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.eps", "x.ps"])
+def test_postscript_is_not_interpreted_whatever_it_is_called(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "/must/not/be/started")
+    (tmp_path / name).write_bytes(EPS)
+    for file in (tmp_path / name, io.BytesIO(EPS)):
+        with pytest.raises(UnreadableImage, match="no image, or of a format that is not read"):
+            decode(file)
+    with careful_pillow(MAX_PIXELS), pytest.raises(UnreadableImage):
+        Image.open(tmp_path / name)
+    assert Image.open is pillow_open and not {"EPS", "IPTC", "FITS", "WMF"} & set(image_formats())
+
+
+def test_other_packages_open_images_as_we_do_while_they_are_asked_to(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = saved(tmp_path, Image.fromarray(RAMP[:, :4]), "r.png", exif=exif)
+    few = pytest.raises(UnreadableImage, match="more than data.max_pixels=20")
+    with careful_pillow(MAX_PIXELS), careful_pillow(20), few:
+        Image.open(file)
+    with careful_pillow(MAX_PIXELS), Image.open(file) as image:
+        assert image.size == (8, 4) and not image.getexif()
+
+
+def tiff_of(*entries, order="<"):
+    """EXIF data: (tag, type, count, four bytes) of each entry."""
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return head + b"".join(struct.pack(f"{order}HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+
+
+def jpeg_with(*segments):
+    buffer = io.BytesIO()
+    Image.fromarray(RAMP[:, :4]).save(buffer, "jpeg", quality=100)
+    plain = buffer.getvalue()
+    return plain[:2] + b"".join(b"\xff" + m + struct.pack(">H", len(s) + 2) + s for m, s in segments) + plain[2:]
+
+
+def png_with(*chunks):
+    buffer = io.BytesIO()
+    Image.fromarray(RAMP[:, :4]).save(buffer, "png")
+    plain = buffer.getvalue()
+    return (
+        plain[:33]
+        + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", crc) for k, d, crc in chunks)
+        + plain[33:]
+    )
+
+
+def crc(kind, data):
+    return kind, data, zlib.crc32(kind + data)
+
+
+TURNED = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+DIVIDED = (0x011A, 10, 1, struct.pack("<I", 6))  # a rational of 0
+BEYOND = (0x010F, 2, 2**31, struct.pack("<I", 2**31))
+METADATA = {
+    "jpeg, exif that cannot be written": jpeg_with((b"\xe1", b"Exif\0\0" + tiff_of(TURNED, DIVIDED))),
+    "jpeg, exif beyond its end": jpeg_with((b"\xe1", b"Exif\0\0" + tiff_of(BEYOND, TURNED))),
+    "jpeg, short jfif": jpeg_with((b"\xe0", b"JFIF\0"), (b"\xe1", b"Exif\0\0" + tiff_of(TURNED))),
+    "jpeg, mpf of noise": jpeg_with((b"\xe2", b"MPF\0II*\0" + b"\xff" * 40), (b"\xe1", b"Exif\0\0" + tiff_of(TURNED))),
+    "jpeg, icc of noise": jpeg_with((b"\xe2", b"ICC_PROFILE\0"), (b"\xe1", b"Exif\0\0" + tiff_of(TURNED))),
+    "png, wrong checksum of a text": png_with((b"tEXt", b"a\0b", 7), crc(b"eXIf", tiff_of(TURNED))),
+    "png, text that is too large": png_with(
+        crc(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))), crc(b"eXIf", tiff_of(TURNED))
+    ),
+    "png, cut sizes": png_with(crc(b"pHYs", b"\0"), crc(b"gAMA", b""), crc(b"eXIf", tiff_of(DIVIDED, TURNED))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_damaged_metadata_cost_no_image_and_the_orientation_is_read(tmp_path, kind):
+    (tmp_path / "x").write_bytes(METADATA[kind])
+    expected = np.rot90(RAMP[:, :4], -1)
+    for file in (tmp_path / "x", io.BytesIO(METADATA[kind])):
+        assert np.abs(np.asarray(decode(file, 1)).astype(int) - expected).max() <= 2
+    with careful_pillow(MAX_PIXELS):
+        assert Image.open(tmp_path / "x").size == (8, 4)
+
+
+def test_damaged_tags_of_a_tiff_cost_no_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x013B] = "a maker of cameras", "an artist"
+    file = saved(tmp_path, Image.fromarray(RAMP[:, :4]), "x.tif", exif=exif, compression="tiff_lzw")
+    content = bytearray(file.read_bytes())
+    start = struct.unpack("<I", content[4:8])[0]
+    for i in range(struct.unpack("<H", content[start : start + 2])[0]):
+        entry = start + 2 + 12 * i
+        if struct.unpack("<H", content[entry : entry + 2])[0] in (0x010F, 0x013B):
+            content[entry + 4 : entry + 8] = b"\xff" * 4  # the number of letters
+    file.write_bytes(content)
+    assert np.array_equal(np.asarray(decode(file, 1)), RAMP[:, :4])
+
+
+# -- The range of pixels of more than 8 bits
+
+
+WIDE = {
+    "png": lambda values: Image.fromarray(values.astype(np.uint16)),
+    "tif": lambda values: Image.fromarray(values.astype(np.uint16)),
+    "int.tif": lambda values: Image.fromarray(values.astype(np.int32)),
+    "float.tif": lambda values: Image.fromarray(values.astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("span", [(0, 4095), (-0.0, 1023), (100, 355), (0, 65535)])
+def test_a_range_makes_the_whole_of_8_bits(tmp_path, kind, span):
+    low, high = span
+    levels = np.linspace(low, high, 64).reshape(8, 8).round()
+    file = saved(tmp_path, WIDE[kind](levels), f"x.{kind}")
+    pixels = np.asarray(decode(file, 1, pixel_range=span))
+    assert np.array_equal(pixels, ((levels - low) * 255 / (high - low) + 0.5).astype(np.uint8))
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    colour = saved(tmp_path, Image.fromarray(RAMP), "8.png")
+    assert np.array_equal(np.asarray(decode(colour, 1, pixel_range=span)), RAMP)  # 8 bits have their own range
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path):
+    for name, values in (("f.tif", RAMP.astype(np.float32)), ("i.tif", RAMP.astype(np.int32) * 1000)):
+        with pytest.raises(UnreadableImage, match=r"no defined range \(here 0 to .*set data\.pixel_range="):
+            decode(saved(tmp_path, Image.fromarray(values), name))
+    broken = saved(tmp_path, Image.fromarray(np.full((8, 8), np.nan, np.float32)), "n.tif")
+    with pytest.raises(UnreadableImage, match="not finite"):
+        decode(broken, pixel_range=(0, 1))
+
+
+def test_colours_of_16_bits_have_no_range(tmp_path):
+    body = b"".join(b"\0" + struct.pack(">6H", *range(0, 6000, 1000)) for _ in range(2))
+    header = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(body)),
+        (b"IEND", b""),
+    ):
+        header += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "c.png").write_bytes(header)
+    assert decode(tmp_path / "c.png").getpixel((0, 0)) == (0, 1000 >> 8, 2000 >> 8)
+    with pytest.raises(UnreadableImage, match="data.pixel_range is for grey pixels"):
+        decode(tmp_path / "c.png", pixel_range=(0, 4095))

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import pickle
 import shutil
+import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -138,6 +139,28 @@ def test_idx_files_that_are_missing_or_damaged(idx):
     fails(idx, "t10k-images-idx3-ubyte has 6 images, t10k-labels-idx1-ubyte has 5 labels")
     shutil.copy(next(idx.glob("t10k-images*")), labels)
     fails(idx, "is not an idx file of 1-dimensional bytes")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "unpacked", "message"),
+    [
+        ((10, 2, 2), 1 << 28, "has more than 40 bytes of values, its header says 40"),
+        ((60000, 5000, 5000), 1 << 20, "says that it has 1,500,000,000,000 bytes of values; at most 1,073,741,824"),
+        ((2**32 - 1,) * 3, 16, "bytes of values; at most"),
+        ((0, 28, 28), 0, "its header says 0"),
+    ],
+)
+def test_a_packed_idx_file_is_unpacked_no_further_than_its_header_says(tmp_path, sizes, unpacked, message):
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    with gzip.open(file, "wb", compresslevel=1) as stream:
+        stream.write(bytes((0, 0, 8, 3)) + np.array(sizes, ">u4").tobytes())
+        for _ in range(unpacked >> 20):
+            stream.write(bytes(1 << 20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        read_idx(file, 3)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
 
 
 def test_fashion_mnist_of_debian():

@@ -11,14 +11,14 @@ from eit import distributed
 from eit.config import Augment, Data
 from eit.data.augment import erase, shift_and_flip, simple_crop
 from eit.data.datasets import open_data
-from eit.data.images import View, normalise
+from eit.data.images import Preprocessing, normalise
 from eit.data.loaders import CachedLoader, EvaluationLoader, WorkerLoader, train_loader
 from eit.data.order import SampleOrder
 from eit.errors import UserError
 from eit.randomness import Stream, seed_of, seeded, set_seed
 
 CPU = torch.device("cpu")
-VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
+VIEW = Preprocessing(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 def sample_order(images=36, batch_size=4, accumulate=1, world=1, repeats=1, seed=0):
@@ -201,7 +201,7 @@ def test_a_policy_of_another_kind_is_one_line(folder, key, policy):
 
 def test_the_simple_crop_keeps_the_shorter_side_and_moves_by_4_pixels():
     image = Image.fromarray(np.arange(64 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(32, 64, 3))
-    crop = simple_crop(View(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3))
+    crop = simple_crop(Preprocessing(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3))
     torch.manual_seed(0)
     views = [np.asarray(crop(image)) for _ in range(20)]
     assert {v.shape for v in views} == {(32, 32, 3)} and len({v.tobytes() for v in views}) > 10

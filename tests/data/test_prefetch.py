@@ -11,7 +11,7 @@ import torch
 from eit.config import Augment
 from eit.data import prefetch
 from eit.data.augment import noise_fields
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.data.loaders import evaluation_batch_size
 from eit.data.prefetch import Prefetcher, to_device
 from eit.data.workers import worker_count, worker_options
@@ -72,7 +72,7 @@ def test_more_images_are_evaluated_at_a_time_on_a_gpu_but_no_more_than_there_are
 
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-VIEW = View(8, 8, "bicubic", MEAN, STD)
+VIEW = Preprocessing(8, 8, "bicubic", MEAN, STD)
 
 
 def host_batches():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from scipy.io import savemat
 
@@ -262,6 +263,33 @@ def test_a_wrong_archive_is_one_line_and_the_right_one_goes_on(tmp_path, target,
     prepare_imagenet(write(good(), source), target)
     assert tree(target) == expected
     assert kept.items() <= times(target).items()
+
+
+@pytest.mark.parametrize("state", ["new", "begun", "without words.txt"])
+def test_a_second_process_is_kept_out(source, target, expected, state, monkeypatch):
+    if state != "new":
+        prepare_imagenet(source, target)
+        (target / "words.txt").unlink()
+        shutil.rmtree(target / "val" / SHARK) if state == "begun" else None
+    target.mkdir(parents=True, exist_ok=True)
+    with FileLock(target / ".lock"):
+        before = times(target)
+        with pytest.raises(UserError, match="is in use by another eit data prepare: wait for it, or stop it"):
+            prepare_imagenet(source, target)
+        assert times(target) == before and not (target / ".unpacking").exists()
+    synced = []
+    for platform in ("linux", "darwin"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "platform", platform)
+            patch.setattr(os, "sync", lambda: synced.append("all"))
+            patch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+            prepare_imagenet(source, target)
+        assert tree(target) == expected
+        if state == "new":
+            shutil.rmtree(target)
+    images = [name for name in synced if name.endswith(".JPEG")]
+    assert len(images) == {"new": 15, "begun": 0, "without words.txt": 0}[state]
+    assert synced.count("all") == {"new": 6, "begun": 1, "without words.txt": 0}[state]  # per class and part
 
 
 def test_a_target_of_something_else_is_one_line(source, target, monkeypatch):

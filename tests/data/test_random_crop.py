@@ -14,14 +14,14 @@ from eit.config import Augment, Data
 from eit.data import shear
 from eit.data.augment import erase_at_once, erase_boxes, erase_one_by_one, erasing_box, image_transform, noise_fields
 from eit.data.datasets import open_data
-from eit.data.images import Images, Normaliser, UnreadableImage, View, normalise
+from eit.data.images import Images, Normaliser, Preprocessing, UnreadableImage, normalise
 from eit.data.loaders import train_loader
 from eit.data.order import SampleOrder
 from eit.data.random_crop import ResizedCrop
 from eit.randomness import Stream, seeded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-VIEW = View(64, 64, "bicubic", MEAN, STD)
+VIEW = Preprocessing(64, 64, "bicubic", MEAN, STD)
 PHOTO = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
 RANGES = ((0.08, 1.0), (3 / 4, 4 / 3))
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -56,7 +56,7 @@ def distance(a, b):
 @pytest.mark.parametrize("size", [96, 250])  # 250: some crops are enlarged
 def test_crops_are_those_of_timm_within_rounding_where_nothing_is_scaled(photo, monkeypatch, interpolation, size):
     monkeypatch.setattr(JpegImageFile, "draft", lambda *_: pytest.fail("scaled"))
-    view = View(size, size, interpolation, MEAN, STD)
+    view = Preprocessing(size, size, interpolation, MEAN, STD)
     ranges = ((0.03, 0.1), (3 / 4, 4 / 3)) if size == 96 else RANGES
     crop = RandomResizedCropAndInterpolation(size, *ranges, interpolation)
     seen = 0
@@ -121,7 +121,7 @@ def test_an_image_on_its_side_is_cropped_upright_and_as_timm_crops_it(tmp_path, 
 def test_other_modes_of_a_jpeg_are_converted_as_ever(tmp_path, mode, channels):
     PHOTO.convert(mode).save(tmp_path / "a.jpg", quality=95)
     for size in (64, 300):  # scaled and not
-        view = View(size, size, "bicubic", MEAN[:channels], STD[:channels])
+        view = Preprocessing(size, size, "bicubic", MEAN[:channels], STD[:channels])
         mine = opened(tmp_path / "a.jpg", view, channels, seed=1)
         assert mine.mode == ("L" if channels == 1 else "RGB")
         assert distance(mine, of_timm(tmp_path / "a.jpg", view, 1, mine.mode)).mean() < 5

@@ -1,11 +1,13 @@
 """Shards: the same batches as the folder they were written from, and every sample once where they come in turn."""
 
+import io
 import json
 import os
 import pickle
 import struct
 import tarfile
 import threading
+import tracemalloc
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -16,14 +18,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import eit
 from eit import distributed
 from eit.config import Augment, Data, load_recipe
 from eit.data import streaming
 from eit.data.datasets import open_data, open_evaluation
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.data.layouts import INFO
 from eit.data.loaders import evaluation_loader, train_loader
 from eit.data.order import SampleOrder
@@ -41,7 +43,7 @@ from tests.helpers.shared import require
 from tests.helpers.training import TINY, log, same, train_until_killed, weights
 
 CPU = torch.device("cpu")
-VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
+VIEW = Preprocessing(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 def shards_of(folder, count=4, val_count=2):
@@ -214,6 +216,163 @@ def test_damaged_shards_are_one_line(folder, damage, message):
     with pytest.raises(UserError) as error:
         open_data(Data(root=str(root)))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def sparse_tar(file, size=3 << 30):
+    """A member that is almost all holes, as GNU tar writes it: 1 KiB that unpacks to `size` zeros."""
+    header = bytearray(tarfile.TarInfo("0.png").tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = b"S"
+    header[483:495] = b"%011o\0" % size
+    header[386:410] = b"%011o\0" % 0 + b"%011o\0" % 0
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    file.write_bytes(bytes(header) + bytes(10240))
+
+
+def packed_tar(file):
+    with tarfile.open(file.with_suffix(".gz"), "w:gz") as tar:
+        member = tarfile.TarInfo("0.png")
+        member.size = 1 << 20
+        tar.addfile(member, io.BytesIO(bytes(member.size)))
+    file.with_suffix(".gz").replace(file)
+
+
+def lying_tar(file):
+    member = tarfile.TarInfo("0.png")
+    member.size = 5 << 30
+    file.write_bytes(member.tobuf() + bytes(10240))
+
+
+def cut_tar(file):
+    member = tarfile.TarInfo("0.png")
+    member.size = 1 << 29
+    file.write_bytes(member.tobuf() + bytes(10240))
+
+
+def long_note(file):
+    with open(file, "wb") as f:
+        member = tarfile.TarInfo("0.json")
+        member.size = 1 << 28
+        f.write(member.tobuf())
+        f.truncate((1 << 28) + 4096)  # a file with holes
+
+
+def long_header(file):
+    with open(file, "wb") as f:
+        member = tarfile.TarInfo("0.json")
+        member.size, member.type = 1 << 32, tarfile.XHDTYPE
+        f.write(member.tobuf(tarfile.GNU_FORMAT))
+        f.truncate((1 << 32) + 4096)
+
+
+def link_to_a_shard(file):
+    file.rename(file.with_name("other.tar"))
+    file.symlink_to("other.tar")
+
+
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (sparse_tar, "is sparse"),
+        (packed_tar, "cannot be read"),
+        (lying_tar, "has 5,368,709,120 bytes, at most"),
+        (cut_tar, "is cut: it has 536,870,912 bytes"),
+        (long_note, "member 0.json has 268,435,456 bytes"),
+        (long_header, "a header or note of more than 1,048,576 bytes"),
+        (link_to_a_shard, "it is a link, not a regular file"),
+        (pipe, "it is not a regular file"),
+    ],
+)
+def test_a_shard_that_is_not_what_it_seems_is_refused_before_it_is_read(folder, damage, message):
+    root = shards_of(folder)
+    damage(root / "train-00001.tar")
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"shard .*train-00001\.tar cannot be read: ") as error:
+        open_data(Data(root=str(root)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/../../x", "http://h/x.tar", 7, "", "pipe:x"])
+@pytest.mark.parametrize("dataset", [None, "wds/digits"])
+def test_a_description_names_files_of_its_own_folder_only(folder, name, dataset):
+    root = shards_of(folder)
+    info = json.loads((root / INFO).read_text())
+    info["splits"]["train"]["filenames"][0] = name
+    (root / INFO).write_text(json.dumps(info))
+    with pytest.raises(
+        UserError, match="a file below its own folder is expected|a shell would see it|cannot be opened"
+    ):
+        open_data(Data(root=str(root), dataset=dataset))
+
+
+@pytest.mark.parametrize("dataset", [None, "wds/digits"])
+def test_a_description_that_is_a_pipe_or_a_link_is_not_opened(folder, dataset):
+    root = shards_of(folder)
+    pipe(root / INFO)
+    with pytest.raises(UserError, match=r"_info\.json cannot be read: it is not a regular file"):
+        open_data(Data(root=str(root), dataset=dataset))
+    (root / INFO).unlink()
+    (root / INFO).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"_info\.json cannot be read: it is a link"):
+        open_data(Data(root=str(root), dataset=dataset))
+
+
+def test_shards_keep_the_content_digest_of_their_source(folder):
+    Image.new("RGB", (16, 16)).save(folder / "train" / "digit0" / "c.bmp")  # stored as another format
+    images, _ = open_data(Data(root=str(folder)))
+    first = images.content_digest()
+    again, _ = open_data(Data(root=str(shards_of(folder))))
+    assert again.content_digest() == first
+    write_shards(again, again, folder.parent / "twice", 2, 1)
+    assert open_data(Data(root=str(folder.parent / "twice")))[0].content_digest() == first
+    file = Path(images.sources[5])
+    file.write_bytes(file.read_bytes() + b"x")
+    assert images.content_digest() != first and images.digest() == again.digest()
+    file.write_bytes(file.read_bytes()[:-2] + b"yy")  # of the same size as before
+    assert images.content_digest() != first
+
+
+def test_shards_that_an_earlier_version_wrote_are_complete(folder, capsys):
+    pair = open_data(Data(root=str(folder)))
+    root = shards_of(folder)
+    info = json.loads((root / INFO).read_text())
+    del info["source"]["content"]
+    (root / INFO).write_text(json.dumps(info))
+    write_shards(*pair, root, 4, 2)
+    assert "is complete already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["float", "uint16", "int32"])
+def test_images_of_more_than_8_bits_have_the_pixels_of_the_folder(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for i in range(8):
+            file = tmp_path / "data" / part / f"class{i % 2}" / f"{i}.tif"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            values = rng.integers(0, 4096, (16, 16)).astype(np.float32 if kind == "float" else kind)
+            Image.fromarray(values).save(file)
+    config = Data(root=str(tmp_path / "data"), pixel_range=(0, 4095))
+    images, _ = pair = open_data(config)
+    write_shards(*pair, tmp_path / "shards", 2, 2)
+    for given in ((0, 4095), None):  # stored in 8 bits, which have their own range
+        again, _ = open_data(Data(root=str(tmp_path / "shards"), pixel_range=given))
+        for i in range(len(images)):
+            assert again.read(i, 3).tobytes() == images.read(i, 3).tobytes()
+    if kind == "uint16":  # without a range, 16 bits are kept
+        write_shards(*open_data(Data(root=str(tmp_path / "data"))), tmp_path / "kept", 2, 1)
+        again, _ = open_data(Data(root=str(tmp_path / "kept"), pixel_range=(0, 4095)))
+        assert again.read(3, 1).tobytes() == images.read(3, 1).tobytes()
+        streamed = open_evaluation(Data(root=str(tmp_path / "kept"), dataset="wds/x", workers=0, pixel_range=(0, 4095)))
+        (batch,) = evaluation_loader(streamed, VIEW, 8, 0, CPU)
+        expected = evaluation_loader(pair[1], VIEW, 8, 0, CPU)
+        assert torch.equal(batch.images, next(iter(expected)).images)
 
 
 def test_more_shards_than_images(folder):
@@ -520,7 +679,7 @@ def test_a_stream_shows_the_pixels_of_the_folder(tmp_path):
             exif[0x0112] = 6
             Image.fromarray((pixels // 257).astype(np.uint8)).save(file, exif=exif)
     shards = shards_of(root)
-    view = View(16, 16, "bicubic", (0.5,), (0.5,))
+    view = Preprocessing(16, 16, "bicubic", (0.5,), (0.5,))
     sets = (open_evaluation(Data(root=str(root))), open_evaluation(Data(root=str(shards), dataset="wds/c", workers=0)))
     folder_images, streamed_images = (
         torch.cat([b.images[: b.valid] for b in evaluation_loader(images, view, 5, 0, CPU)]) for images in sets
@@ -536,6 +695,51 @@ def test_the_command_writes_shards(tmp_path):
 
 
 # -- What a stream cannot read
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(sparse_tar, "is sparse"), (lying_tar, "at most"), (packed_tar, "cannot be read")]
+)
+def test_a_stream_unpacks_nothing(streamed, damage, message):
+    shard = Path(streamed.root, "train-00001.tar")
+    train_images, _ = open_data(streamed)
+    damage(shard)
+    loader = train_loader(train_images, VIEW, SampleOrder(40, 5, 1, 1, 1, 0), streamed, Augment(), CPU)
+    tracemalloc.start()
+    try:
+        list(loader.epoch(0))
+    except UserError as error:
+        assert message in str(error)
+    else:
+        assert message in str(loader.bad.seen)
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
+
+
+def test_names_of_shards_are_checked_each_time_they_are_asked_for(streamed, tmp_path):
+    """A server may give other names later."""
+    train_images, _ = open_data(streamed)
+    info = json.loads(Path(streamed.root, INFO).read_text())
+    info["splits"]["train"]["filenames"][1] = "pipe:touch ran"
+    Path(streamed.root, INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="a shell would see it"):
+        train_images.open(True, 5, 0)
+
+
+def test_postscript_in_a_shard_is_not_interpreted(streamed, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "/must/not/be/started")
+    shard = Path(streamed.root, "validation-00000.tar")
+    with tarfile.open(shard) as tar:
+        member = next(m for m in tar if m.name.endswith(".png"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+    content = bytearray(shard.read_bytes())
+    content[member.offset_data : member.offset_data + member.size] = eps.ljust(member.size)[: member.size]
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="no image, or of a format that is not read"):
+        list(evaluation_loader(open_evaluation(streamed), VIEW, 4, 0, CPU))
+    again = open_evaluation(Data(root=streamed.root))
+    with pytest.raises(UserError, match="no image, or of a format that is not read"):
+        list(evaluation_loader(again, VIEW, 4, 0, CPU))
 
 
 def damage_image(shard):
@@ -603,7 +807,7 @@ def test_an_image_of_a_stream_with_damaged_exif_or_too_many_pixels_is_an_unreada
     assert len(list(evaluation_loader(val_images, VIEW, 5, 0, CPU))) == 2
     config = streamed.model_copy(update=dict(max_pixels=100))
     _, val_images = open_data(config)
-    with pytest.raises(UserError, match=r"wds/colours.*16x16 is more than data.max_pixels=100 allows"):
+    with pytest.raises(UserError, match=r"wds/colours.*16x16 is more than data\.max_pixels=100"):
         list(evaluation_loader(val_images, VIEW, 5, 0, CPU))
 
     def damaged(image):

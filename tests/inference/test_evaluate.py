@@ -12,12 +12,12 @@ import eit
 from eit import distributed
 from eit.config import Data
 from eit.data.datasets import open_data
-from eit.data.images import View, normalise
+from eit.data.images import Preprocessing, normalise
 from eit.data.loaders import EvaluationLoader
 from eit.data.workers import Batch
 from eit.inference.evaluate import Metrics, evaluate, make_views
 
-VIEW = View(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
+VIEW = Preprocessing(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_flips_average_probabilities(val):
 
 
 def test_views_are_all_sizes_with_all_crop_ratios():
-    view = View(224, 256, "bicubic", (0.5,), (0.5,))
+    view = Preprocessing(224, 256, "bicubic", (0.5,), (0.5,))
     assert make_views(view) == {(224, 0.875): view}
     sizes = {key: (v.size, v.resize) for key, v in make_views(view, [224, 288]).items()}
     assert sizes == {(224, 0.875): (224, 256), (288, 0.875): (288, 329)}

@@ -7,12 +7,12 @@ from timm.task import LogitDistillationTask
 
 import eit
 from eit.config import Loss
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.errors import UserError
 from eit.training.loss import Distillation, class_weights, make_criterion
 
 CPU = torch.device("cpu")
-VIEW = View(8, 8, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+VIEW = Preprocessing(8, 8, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 DIGITS = [str(i) for i in range(10)]
 
 
@@ -131,7 +131,7 @@ def test_a_timm_teacher_with_a_file_of_weights(tmp_path):
     torch.save(net.state_dict(), tmp_path / "r.pth")
     config = Loss(teacher="timm/resnet18", teacher_weights=str(tmp_path / "r.pth"), teacher_size=32)
     x = torch.randn(2, 3, 32, 32)
-    view = View(32, 32, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    view = Preprocessing(32, 32, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     torch.testing.assert_close(Distillation(config, view, DIGITS, CPU).logits(x), net.eval()(x), atol=1e-4, rtol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_a_wrong_teacher_is_one_line(config, classes, message):
 
 
 def test_a_grey_student_needs_a_grey_teacher():
-    grey = View(8, 8, "bicubic", (0.5,), (0.5,))
+    grey = Preprocessing(8, 8, "bicubic", (0.5,), (0.5,))
     for teacher, message in (("digits", "reads 3 channels, the student 1"), ("timm/resnet18", "needs colour images")):
         with pytest.raises(UserError, match=message):
             Distillation(Loss(teacher=teacher), grey, DIGITS, CPU)

@@ -16,7 +16,7 @@ from timm.data import resolve_data_config
 from eit.config import data_config, parse_recipe
 from eit.console import say
 from eit.data.datasets import DIGITS, open_evaluation, open_unlabelled
-from eit.data.images import MAX_PIXELS, Images, View
+from eit.data.images import MAX_PIXELS, Images, Preprocessing
 from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, nearest, shorten
 from eit.models.registry import FAMILIES, MODELS, TIMM, VARIANTS, check_size, check_timm_name, create_model
@@ -35,7 +35,7 @@ class LoadedModel:
     label: str  # short, and unique in a report
     state: str  # trained, untrained, or initial: the initial values of the trained model before it
     model: Any
-    view: View
+    view: Preprocessing
     source: str  # the name as the user gave it, or the seed of the initial values
     sha256: str = ""  # of the weights file
     card: Card | None = None
@@ -186,19 +186,19 @@ def _torchvision_model(name: str) -> tuple[Any, str]:
     return torchvision.models.get_model(name), "untrained"
 
 
-def _timm_view(model: Any) -> View:
+def _timm_view(model: Any) -> Preprocessing:
     """Preprocessing by timm's configuration of the model."""
     config = resolve_data_config({}, model=model)
     size = config["input_size"][-1]
     resize = math.floor(size / config["crop_pct"])
-    return View(size, resize, _interpolation(config["interpolation"]), config["mean"], config["std"])
+    return Preprocessing(size, resize, _interpolation(config["interpolation"]), config["mean"], config["std"])
 
 
-def _torchvision_view(name: str) -> View:
+def _torchvision_view(name: str) -> Preprocessing:
     """Preprocessing by the transforms of the model's weights."""
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     size, resize = transforms.crop_size[0], transforms.resize_size[0]
-    return View(
+    return Preprocessing(
         size, resize, _interpolation(transforms.interpolation.value), tuple(transforms.mean), tuple(transforms.std)
     )
 

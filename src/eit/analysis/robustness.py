@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eit.console import progress
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.data.loaders import EvaluationLoader
 from eit.precision import float32_products
 
@@ -63,7 +63,9 @@ def band_noise(shape: tuple[int, ...], low: float, high: float, generator: torch
 
 
 @torch.no_grad()
-def band_accuracy(model: nn.Module, loader: EvaluationLoader, view: View, eps: float = EPS) -> list[BandAccuracy]:
+def band_accuracy(
+    model: nn.Module, loader: EvaluationLoader, view: Preprocessing, eps: float = EPS
+) -> list[BandAccuracy]:
     """Accuracy on the loader's images without noise, then with the noise of each ring.
 
     The noise is eps * sign, added to pixels in 0..1 before normalisation, without clipping. It depends only on ring and

@@ -73,7 +73,9 @@ def convert(
         typer.Option(metavar="timm/NAME", help="Take mean, std, crop ratio and interpolation of this model of timm."),
     ] = None,
 ) -> None:
-    """Convert weights of the authors, of timm or of your own training loop to safetensors.
+    """Convert weights of other code to safetensors.
+
+    They may come from the authors' code, from timm, or from a training loop of your own.
 
     Code in IN is never executed. If its shapes do not identify the model, name it with its arguments, as for ViT-Ti:
 

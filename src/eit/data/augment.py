@@ -16,7 +16,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 from torchvision.transforms import functional as TF
 
 from eit.config import Augment
-from eit.data.images import View, limit_aspect_ratio, resize_and_crop
+from eit.data.images import Preprocessing, limit_aspect_ratio, resize_and_crop
 from eit.data.random_crop import Kept, ResizedCrop, decoded, to_pixels
 from eit.data.shear import FASTER
 from eit.errors import UserError
@@ -114,7 +114,7 @@ def erase_at_once(x: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
 class PadCrop:
     """PIL image -> its evaluation view, padded and cropped at random. A class, so that it can be sent to workers."""
 
-    def __init__(self, view: View, pad: int) -> None:
+    def __init__(self, view: Preprocessing, pad: int) -> None:
         self.view, self.pad = view, pad
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -126,7 +126,7 @@ class PadCrop:
         return image
 
 
-def simple_crop(view: View) -> Compose:
+def simple_crop(view: Preprocessing) -> Compose:
     """DeiT III's simple random crop: resize the shorter side, pad 4 pixels by reflection, crop a random square."""
     mode = InterpolationMode(view.interpolation)
     crop = RandomCrop(view.size, padding=4, padding_mode="reflect")
@@ -150,7 +150,7 @@ class ImageTransform:
     `crop` is a step of its own: it takes an opened file and decodes only what it needs.
     """
 
-    def __init__(self, view: View, augment: Augment, crop: Whole | ResizedCrop, steps: list[Any]) -> None:
+    def __init__(self, view: Preprocessing, augment: Augment, crop: Whole | ResizedCrop, steps: list[Any]) -> None:
         self.crop, self.steps, self.size, self.erasing = crop, steps, view.size, augment.erasing
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, list[int]]:
@@ -168,7 +168,7 @@ def speed_up_shears(step: Any) -> None:
             op.aug_fn = FASTER.get(op.name, op.aug_fn)
 
 
-def image_transform(view: View, augment: Augment) -> ImageTransform:
+def image_transform(view: Preprocessing, augment: Augment) -> ImageTransform:
     """The recipe's augmentation of single images, without normalising and filling of erased boxes.
 
     Raises:

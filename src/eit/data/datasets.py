@@ -369,11 +369,12 @@ def _pixel_values(image: Image.Image) -> tuple[str, float, float]:
     if image.mode == "F":
         values = np.asarray(image)
         values = values[np.isfinite(values)]
-        return kind, float(values.min(initial=0)), float(values.max(initial=0))
+        return (kind, float(values.min()), float(values.max())) if values.size else (kind, 0, 0)
     image.load()
     extrema: Any = image.getextrema()
     pairs = extrema if isinstance(extrema[0], tuple) else [extrema]
-    return kind, min(low for low, _ in pairs), max(high for _, high in pairs)
+    low, high = min(low for low, _ in pairs), max(high for _, high in pairs)
+    return "16 bits" if kind == "32 bits" and 0 <= low <= high <= 65535 else kind, low, high
 
 
 def _range_warnings(pixels: dict[str, dict[str, float]], pixel_range: PixelRange | None) -> list[str]:

@@ -96,12 +96,17 @@ PIXEL_TAGS |= {332, 334, 338, 339, 347, *range(529, 533)}
 
 def orientation(image: Image.Image) -> int:
     """The orientation by EXIF or XMP, 1 to 8; 1 if there is none, or it cannot be read."""
-    try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's parsers read all of the metadata
-        exif = bytes(image.info.get("exif", b"")).removeprefix(b"Exif\0\0")
-        order: Any = "little" if exif[:2] == b"II" else "big"
-        value = int.from_bytes(_tiff_tags(exif).get(ORIENTATION, b"")[8:10], order)
+    exif = image.info.get("exif")
+    exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    order: Any = "little" if exif[:2] == b"II" else "big"
+    entry = _tiff_tags(exif).get(ORIENTATION, b"")
+    if entry[2:4] == (3).to_bytes(2, order):  # a short; Pillow reads it only if all before it are whole
+        value = int.from_bytes(entry[8:10], order)
+    else:
+        try:
+            value = image.getexif().get(ORIENTATION, 1)
+        except Exception:  # of Pillow's parsers
+            value = 1
     return value if value in TURNS else 1
 
 
@@ -550,7 +555,7 @@ class Normaliser:
     Its constants wait on the device, so that no step waits for a copy. On the CPU images pass its cache one by one.
     """
 
-    def __init__(self, view: "View", device: torch.device) -> None:
+    def __init__(self, view: "Preprocessing", device: torch.device) -> None:
         mean, std = torch.tensor(view.mean), torch.tensor(view.std)
         row = torch.stack((1 / (255 * std), -mean / std)).repeat(1, view.size)  # (2, size * channels)
         self.scale, self.shift = row.to(device)
@@ -574,8 +579,8 @@ def denormalise(images: Tensor, mean: Iterable[float], std: Iterable[float]) -> 
 
 
 @dataclass
-class View:
-    """What a model sees of an image: channels, pixels, normalisation. Shared by training, evaluation, prediction."""
+class Preprocessing:
+    """Size, crop, interpolation and normalisation of images, for training, evaluation and prediction."""
 
     size: int
     resize: int

@@ -20,7 +20,7 @@ from eit import distributed
 from eit.config import Augment, Data
 from eit.console import track
 from eit.data.augment import ImageTransform, erase, image_transform, noise_fields, shift_and_flip
-from eit.data.images import Images, UnreadableImage, View, normalise
+from eit.data.images import Images, Preprocessing, UnreadableImage, normalise
 from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
 from eit.data.random_crop import Kept
@@ -34,13 +34,18 @@ CACHE_SIZE = 64  # pixels: images up to this size are held in memory
 CACHE_BYTES = 2 << 30
 
 
-def fits_in_memory(images: Images, view: View) -> bool:
+def fits_in_memory(images: Images, view: Preprocessing) -> bool:
     """Whether the images are small enough and few enough to be held in memory as uint8."""
     return view.size <= CACHE_SIZE and len(images) * view.channels * view.size**2 <= CACHE_BYTES
 
 
 def train_loader(
-    images: Images | ImageStream, view: View, order: SampleOrder, config: Data, augment: Augment, device: torch.device
+    images: Images | ImageStream,
+    view: Preprocessing,
+    order: SampleOrder,
+    config: Data,
+    augment: Augment,
+    device: torch.device,
 ) -> "CachedLoader | WorkerLoader | StreamLoader":
     """The loader for these images: from memory if they are small and nothing augments image by image."""
     if config.cache and augment.by_image:
@@ -76,7 +81,13 @@ class CachedLoader:
     """
 
     def __init__(
-        self, images: Images, view: View, order: SampleOrder, budget: float, augment: Augment, device: torch.device
+        self,
+        images: Images,
+        view: Preprocessing,
+        order: SampleOrder,
+        budget: float,
+        augment: Augment,
+        device: torch.device,
     ) -> None:
         self.images, self.order, self.augment, self.device = images, order, augment, device
         self.view = replace(view, resize=view.size)
@@ -121,10 +132,10 @@ class CachedLoader:
             yield Batch(x, self.labels[index], len(index))
 
 
-class _Samples(Dataset):
+class _Samples(Dataset[Sample]):
     """(epoch, index, repeat) -> augmented sample. Used in worker processes."""
 
-    def __init__(self, images: Images, view: View, transform: ImageTransform, seed: int) -> None:
+    def __init__(self, images: Images, view: Preprocessing, transform: ImageTransform, seed: int) -> None:
         self.images, self.view, self.transform, self.seed = images, view, transform, seed
         self.kept: tuple[int, Kept] = -1, {}  # the last image, decoded
 
@@ -152,7 +163,7 @@ class _Samples(Dataset):
         return Sample(pixels, label, faults, box)
 
 
-class _Batches(Sampler):
+class _Batches(Sampler[list[tuple[int, int, int]]]):
     """Keys of the micro-batches of the epoch that was last requested; the workers outlive an epoch."""
 
     def __init__(self, order: SampleOrder) -> None:
@@ -167,7 +178,13 @@ class WorkerLoader:
     """Images read, cropped and augmented one by one in worker processes; normalised and erased on the device."""
 
     def __init__(
-        self, images: Images, view: View, order: SampleOrder, config: Data, augment: Augment, device: torch.device
+        self,
+        images: Images,
+        view: Preprocessing,
+        order: SampleOrder,
+        config: Data,
+        augment: Augment,
+        device: torch.device,
     ) -> None:
         self.prefetched = Prefetcher(view, augment, order.seed, device)
         self.bad = BadImages(images, config.bad_image_budget)
@@ -201,7 +218,7 @@ class EvaluationLoader:
     """
 
     images: Images
-    view: View
+    view: Preprocessing
     batch_size: int
     workers: int | None
     device: torch.device
@@ -255,8 +272,8 @@ class EvaluationLoader:
             yield pixels, labels
 
 
-class _Pixels(Dataset):
-    def __init__(self, images: Images, view: View) -> None:
+class _Pixels(Dataset[Sample]):
+    def __init__(self, images: Images, view: Preprocessing) -> None:
         self.images, self.view = images, view
 
     def __getitem__(self, index: int) -> Sample:
@@ -276,7 +293,7 @@ def evaluation_batch_size(batch_size: int, images: int, device: torch.device) ->
 
 
 def evaluation_loader(
-    images: Images | ImageStream, view: View, batch_size: int, workers: int | None, device: torch.device
+    images: Images | ImageStream, view: Preprocessing, batch_size: int, workers: int | None, device: torch.device
 ) -> AnyEvaluationLoader:
     if isinstance(images, ImageStream):
         return StreamEvaluationLoader(images, view, batch_size, workers, device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from eit.config import Augment
 from eit.data.augment import erase_boxes, noise_fields
-from eit.data.images import Normaliser, View
+from eit.data.images import Normaliser, Preprocessing
 from eit.data.workers import Batch, HostBatch
 
 
@@ -22,7 +22,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class Prefetcher:
     """Copies, normalises and erases batches; on CUDA while the GPU still computes the step before."""
 
-    def __init__(self, view: View, augment: Augment, seed: int, device: torch.device) -> None:
+    def __init__(self, view: Preprocessing, augment: Augment, seed: int, device: torch.device) -> None:
         self.view, self.seed, self.device = view, seed, device
         self.erasing = augment.erasing > 0
         self.normalise = Normaliser(view, device)

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
-from eit.data.images import View, orientation, to_mode, whole
+from eit.data.images import Preprocessing, orientation, to_mode, whole
 
 Kept = dict[int, Any]  # scale -> the last file, decoded at 1 / scale of its size
 
@@ -24,7 +24,7 @@ class ResizedCrop:
     the stored size is rounded up at the right and the bottom, which would move the upright box.
     """
 
-    def __init__(self, view: View, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    def __init__(self, view: Preprocessing, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
         self.size, self.interpolation, self.scale, self.ratio = view.size, view.interpolation, scale, ratio
 
     def __call__(self, image: Image.Image, channels: int, kept: Kept) -> Image.Image:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from eit import distributed
 from eit.config import Augment, Data
 from eit.data.augment import ImageTransform, image_transform
-from eit.data.images import UnreadableImage, View, careful_pillow, normalise, to_mode, upright
+from eit.data.images import Preprocessing, UnreadableImage, careful_pillow, normalise, to_mode, upright
 from eit.data.layouts import PlainMember
 from eit.data.order import SampleOrder
 from eit.data.prefetch import Prefetcher, to_device
@@ -38,7 +38,13 @@ class StreamLoader:
     """
 
     def __init__(
-        self, images: ImageStream, view: View, order: SampleOrder, config: Data, augment: Augment, device: torch.device
+        self,
+        images: ImageStream,
+        view: Preprocessing,
+        order: SampleOrder,
+        config: Data,
+        augment: Augment,
+        device: torch.device,
     ) -> None:
         self.images, self.view, self.order, self.device = images, view, order, device
         self.prefetched = Prefetcher(view, augment, order.seed, device)
@@ -117,7 +123,7 @@ class StreamEvaluationLoader:
     """
 
     images: ImageStream
-    view: View
+    view: Preprocessing
     batch_size: int
     workers: int | None
     device: torch.device
@@ -167,12 +173,12 @@ class StreamEvaluationLoader:
                     yield batch
 
 
-def _plain(view: View, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
+def _plain(view: Preprocessing, image: Image.Image) -> tuple[Tensor, Sequence[int]]:
     """A decoded image -> its evaluation pixels, and no box to erase."""
     return view.pixels(image), ()
 
 
-class _Turn(IterableDataset):
+class _Turn(IterableDataset[Any]):
     """The images of a stream one after another, as `prepare` returns them. Used in worker processes."""
 
     def __init__(
@@ -212,7 +218,7 @@ class _Turn(IterableDataset):
                 yield Sample(torch.empty(0), -1, [last])
 
 
-class _Shards(IterableDataset):
+class _Shards(IterableDataset[Any]):
     """Batches from shards; one worker reads all of a shard."""
 
     def __init__(

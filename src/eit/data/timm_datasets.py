@@ -119,7 +119,8 @@ def _check_names(dataset: Any, config: Data) -> None:
     Whenever a data set is opened, for a server may give other names each time.
     """
     for name in shard_names(getattr(dataset, "reader", None)):
-        _refuse_commands(config, name)
+        if isinstance(name, str):
+            _refuse_commands(config, name)
         check_shard_name(name, f"{config.root}/{INFO}")
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from eit import distributed
 from eit.console import say
@@ -165,10 +166,12 @@ class _Waiting:
                     break
                 except StopIteration:
                     return
-                except StopRequested:
-                    _end_workers(iterator)
-                    raise
-                except RuntimeError as error:
+                except (StopRequested, RuntimeError) as error:
+                    # A signal to all processes may kill loader processes that have just started.
+                    is_killed = self.stop.is_set() and "DataLoader worker" in str(error)
+                    if is_killed or isinstance(error, StopRequested):
+                        _end_workers(iterator)
+                        raise StopRequested from None
                     if not _is_timeout(error):
                         raise
                 finally:
@@ -190,14 +193,18 @@ class _Waiting:
 waiting = _Waiting()  # one for the process, as signals are
 
 
-def _is_timeout(error: RuntimeError) -> bool:
+def _is_timeout(error: BaseException) -> bool:
     return str(error).startswith("DataLoader timed out")
 
 
 def _end_workers(iterator: Any) -> None:
     """Tell the loader processes to end: torch would wait 5 s for each of those that hang."""
-    for worker in getattr(iterator, "_workers", ()):
-        worker.terminate()
+    with suppress(RuntimeError):  # that one was killed
+        if workers := getattr(iterator, "_workers", ()):
+            signal_handling._remove_worker_pids(id(iterator))  # torch would report their ends as errors
+            iterator._worker_pids_set = False
+        for worker in workers:
+            worker.terminate()
 
 
 # -- In a loader process
@@ -213,10 +220,10 @@ def _start_worker(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()  # not os.getppid(), which may be the fork server
     assert trainer is not None
-    Thread(target=_leave_after, args=(trainer,), daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends workers too
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before any thread starts, which inherits it
         Thread(target=_leave_when_told, args=(trainer.pid,), daemon=True).start()
+    Thread(target=_leave_after, args=(trainer,), daemon=True).start()
 
 
 def _send_fault(queue: "Queue[Any]", error: Exception, item: tuple[int, Any]) -> None:

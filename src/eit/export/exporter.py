@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 
 from eit.config import Data, data_config
 from eit.data.datasets import DIGITS, AnyImages, open_evaluation, open_unlabelled, readable_images
-from eit.data.images import Images, View, normalise, to_mode, to_uint8
+from eit.data.images import Images, Preprocessing, normalise, to_mode, to_uint8
 from eit.data.loaders import evaluation_loader
 from eit.errors import UserError, first_line
 from eit.export.hub import without_paths
@@ -197,7 +197,7 @@ def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Pari
     return Parity(sizes, PHOTOS, largest, ties)
 
 
-def photos(view: View, size: tuple[int, int]) -> Tensor:
+def photos(view: Preprocessing, size: tuple[int, int]) -> Tensor:
     """Eight crops of scikit-learn's two photos, (8, channels, height, width), normalised for the model."""
     images = []
     whole = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -322,7 +322,7 @@ def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
     return RUNTIMES[file.suffix](file)
 
 
-def _quantise(graph: Path, file: Path, images: Images, view: View) -> None:
+def _quantise(graph: Path, file: Path, images: Images, view: Preprocessing) -> None:
     """Static quantisation: activation ranges from `images`, weights per channel."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 

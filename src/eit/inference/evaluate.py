@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eit import distributed
 from eit.console import progress
 from eit.data.datasets import open_evaluation
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.data.loaders import AnyEvaluationLoader, evaluation_loader
 from eit.errors import UserError
 from eit.inference.evaluation_data import evaluation_config, match_classes
@@ -215,8 +215,8 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def make_views(
-    view: View, sizes: Sequence[int] = (), crop_ratios: Sequence[float] = ()
-) -> dict[tuple[int, float], View]:
+    view: Preprocessing, sizes: Sequence[int] = (), crop_ratios: Sequence[float] = ()
+) -> dict[tuple[int, float], Preprocessing]:
     """(size, crop ratio) -> `view` with these, for each size with each crop ratio; if none is given, as in `view`.
 
     A crop ratio is the centre crop's share of the resized shorter side.

@@ -101,7 +101,7 @@ def open_onnx(file: Path) -> ExportedModel:
     ort = import_runtime("onnxruntime", f"running {file}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors, which are raised as well
+    options.log_severity_level = 4  # its errors are raised as well, and reported in one line
     try:
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of its own kinds, which have no common base

@@ -131,7 +131,7 @@ def _predict(
             with float32_products("fp32"), evaluation_mode(model):
                 logits = model(normalise(torch.stack(pixels).to(device), view.mean, view.std))
             values, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-            rows = zip(indices.tolist(), values.double().tolist(), strict=True)
+            rows = zip(indices.tolist(), values.cpu().double().tolist(), strict=True)  # MPS has no float64
         for prediction in predictions:
             if prediction.fault is None:
                 best, probabilities = next(rows)

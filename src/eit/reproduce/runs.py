@@ -18,7 +18,7 @@ from eit.analysis.measure import Analysis, CannotMeasure, analyze
 from eit.config import Recipe, differences
 from eit.console import say, track
 from eit.data.datasets import open_data, open_evaluation
-from eit.data.images import Images, View, normalise
+from eit.data.images import Images, Preprocessing, normalise
 from eit.environment import environment
 from eit.errors import UserError, few
 from eit.files import write_file
@@ -269,7 +269,7 @@ def measurements(recipe: Recipe, measure: Measure, device: torch.device) -> dict
     return measured | dict(measure=measure.model_dump(mode="json"), environment=environment(device))
 
 
-def batches(images: Images, view: View, device: torch.device, title: str = "") -> Iterator[Tensor]:
+def batches(images: Images, view: Preprocessing, device: torch.device, title: str = "") -> Iterator[Tensor]:
     """Normalised batches of all images: unlike `eit.data.loaders`, not divided among processes."""
     starts = range(0, len(images), BATCH)
     for start in track(starts, title, len(starts)) if title else starts:
@@ -387,9 +387,10 @@ def differ_only_in_seed(first: Cell, second: Cell) -> bool:
 
 
 def flatten(environment: dict[str, Any]) -> dict[str, str]:
-    """The environment as one level of strings, without the command."""
+    """The environment as one level of strings, without the command and what belongs to one start."""
     parts = ("gpu", "settings")  # their keys get the part's name as a prefix: both gpu and cpu have a capability
-    facts = {key: value for key, value in environment.items() if key not in ("command", "packages", "cpu", *parts)}
+    of_a_start = ("command", "step", "earlier_starts")
+    facts = {k: value for k, value in environment.items() if k not in (*of_a_start, "packages", "cpu", *parts)}
     facts |= environment["packages"] | environment.get("cpu", {})
     facts |= {f"{part} {key}": value for part in parts for key, value in environment.get(part, {}).items()}
     return {key: str(value) for key, value in facts.items()}

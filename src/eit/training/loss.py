@@ -11,7 +11,7 @@ from timm.task import DistillationTeacher
 from torch import Tensor
 
 from eit.config import Loss
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.errors import UserError, is_out_of_memory
 from eit.models.registry import TIMM, check_timm_name, create_model
 from eit.weights.formats import digest
@@ -75,7 +75,7 @@ class Distillation:
     hard: (1 - alpha) * loss + alpha * cross-entropy with the class that the teacher predicts.
     """
 
-    def __init__(self, config: Loss, view: View, classes: list[str], device: torch.device) -> None:
+    def __init__(self, config: Loss, view: Preprocessing, classes: list[str], device: torch.device) -> None:
         assert config.teacher is not None
         self.config = config
         model, order, size = _open_teacher(config, view, classes)
@@ -116,7 +116,7 @@ class Distillation:
         return (1 - alpha) * loss + alpha * distance
 
 
-def _open_teacher(config: Loss, view: View, classes: list[str]) -> tuple[Any, Tensor, int]:
+def _open_teacher(config: Loss, view: Preprocessing, classes: list[str]) -> tuple[Any, Tensor, int]:
     """The teacher on the CPU, the columns of its logits that are the student's classes, and its input size.
 
     Mean and std of its input are in `pretrained_cfg`.

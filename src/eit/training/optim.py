@@ -65,8 +65,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for name, value in moments.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            fits = value.numel() == 1 or value.ndim < parameter.ndim or value.shape == parameter.shape
-            if not fits:  # timm's adafactor has moments of fewer dimensions
+            is_factor = value.ndim < parameter.ndim and set(value.shape) <= set(parameter.shape)  # of adafactor
+            if not (is_factor or value.numel() == 1 or value.shape == parameter.shape):
                 raise ValueError(
                     f"{name} of the optimizer has shape {tuple(value.shape)}, not {tuple(parameter.shape)}"
                 )

@@ -6,7 +6,7 @@ from torch import Tensor
 from eit.config import Recipe
 from eit.data.augment import make_mixup
 from eit.data.datasets import open_data
-from eit.data.images import Images, View, denormalise
+from eit.data.images import Images, Preprocessing, denormalise
 from eit.data.loaders import evaluation_loader, train_loader
 from eit.data.order import SampleOrder
 from eit.plots import Tile
@@ -41,7 +41,7 @@ def tiles(recipe: Recipe, count: int, epoch: int = 0) -> tuple[list[Tile], list[
     return train_tiles, val_tiles[: batch.valid]
 
 
-def _tile(x: Tensor, view: View, label: str) -> Tile:
+def _tile(x: Tensor, view: Preprocessing, label: str) -> Tile:
     return Tile(denormalise(x, view.mean, view.std).permute(1, 2, 0).numpy(), label)
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from eit.config import Model, Recipe, differences
 from eit.console import say
-from eit.data.images import View
+from eit.data.images import Preprocessing
 from eit.errors import UserError, first_line
 from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
@@ -112,7 +112,7 @@ def choose_trainable(recipe: Recipe, model: Any) -> None:
         raise UserError(f"{both} leaves nothing to learn")
 
 
-def check_single_images(recipe: Recipe, model: Any, view: View) -> None:
+def check_single_images(recipe: Recipe, model: Any, view: Preprocessing) -> None:
     """Raise a UserError if a norm of the model cannot be trained on batches of one image, and the recipe has those."""
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     if recipe.data.batch_size > 1 or not norms:
@@ -130,7 +130,7 @@ def check_single_images(recipe: Recipe, model: Any, view: View) -> None:
         ) from None
 
 
-def make_view(recipe: Recipe) -> View:
+def make_view(recipe: Recipe) -> Preprocessing:
     """How the model sees an image: size, crop, interpolation, mean and std."""
     data, channels = recipe.data, recipe.model.in_chans or 3
     if channels not in (1, 3):
@@ -147,10 +147,10 @@ def make_view(recipe: Recipe) -> View:
             f"data.image_size={data.image_size} with data.crop_ratio={data.crop_ratio:g}: images have at most "
             f"{LARGEST_SIZE} pixels, and {LARGEST_RESIZE} before they are cropped"
         )
-    return View(data.image_size, resize, data.interpolation, mean, std)
+    return Preprocessing(data.image_size, resize, data.interpolation, mean, std)
 
 
-def make_card(recipe: Recipe, view: View, classes: list[str]) -> Card:
+def make_card(recipe: Recipe, view: Preprocessing, classes: list[str]) -> Card:
     """The card that is saved with the weights."""
     return Card(
         model=recipe.model.name,

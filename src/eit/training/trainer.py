@@ -25,7 +25,7 @@ from eit.console import progress as progress_bar
 from eit.console import say
 from eit.data.augment import make_mixup
 from eit.data.datasets import AnyImages, open_data
-from eit.data.images import Images, View
+from eit.data.images import Images, Preprocessing
 from eit.data.loaders import (
     CachedLoader,
     StreamLoader,
@@ -125,7 +125,7 @@ class Prepared:
     precision: Precision
     train_images: AnyImages
     val_images: AnyImages
-    view: View
+    view: Preprocessing
     order: SampleOrder
     loader: CachedLoader | WorkerLoader | StreamLoader
     model: Any
@@ -194,8 +194,8 @@ def fixed_properties(prepared: Prepared) -> dict[str, Any]:
     order, loader = prepared.order, prepared.loader
     data = f"{prepared.train_images.digest()} {prepared.val_images.digest()}"
     fixed: dict[str, Any] = dict(data=data, global_batch=order.global_batch)
-    content = f"{prepared.train_images.content_digest()} {prepared.val_images.content_digest()}"
-    fixed["data (sizes and a sample of the content)"] = content
+    # Not of the validation images, one of which may have to be repaired before the run can go on
+    fixed["training data (sizes and a sample of the content)"] = prepared.train_images.content_digest()
     if isinstance(loader, StreamLoader):  # its order depends on these
         fixed |= {"data.workers": loader.workers, "data.batch_size": order.batch_size}
         fixed["number of processes"] = order.world

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 
 from eit import __version__
 from eit.config import Recipe, Section, model_arguments, split_name
-from eit.data.images import MAX_PIXELS, View
+from eit.data.images import MAX_PIXELS, Preprocessing
 from eit.errors import UserError, few
 from eit.models.eit import EIT
 from eit.models.registry import FAMILIES, TIMM, create_model, is_model
@@ -95,9 +95,9 @@ class Card(BaseModel):
         return len(self.mean)
 
     @property
-    def view(self) -> View:
+    def view(self) -> Preprocessing:
         """What the model sees of an image."""
-        return View(self.size, self.resize, self.interpolation, self.mean, self.std)
+        return Preprocessing(self.size, self.resize, self.interpolation, self.mean, self.std)
 
     @property
     def timm_cfg(self) -> dict[str, Any]:
@@ -165,7 +165,10 @@ def parse_card(header: dict[str, Any], source: str) -> Card:
         raise UserError(f"{source}: its description of the model is damaged") from None
     if card.recipe is None and "guessed" not in header:  # converted by a version that did not mark its guesses
         guesses = assumed(len(card.classes), card.in_chans, card.size)
-        card.guessed = tuple(name for name in guesses if getattr(card, name) == guesses[name])
+        same = tuple(name for name in guesses if getattr(card, name) == guesses[name])
+        card.guessed = (
+            same if {"mean", "std", "resize", "interpolation"} <= set(same) else ()
+        )  # it guessed all of these
     try:
         card.arguments = model_arguments(card.arguments)
         if not card.model.startswith(TIMM):
