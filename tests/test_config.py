@@ -168,7 +168,7 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, message):
         ("[1, 2]", "is not a recipe"),
         ("", "is not a recipe"),
         ("a: [", "is not plain YAML"),
-        ("model: !!python/object/apply:os.system ['true']", "is not plain YAML"),
+        ("model: !!python/object/apply:os.system ['true']", "r.yaml: line 1: the tag"),
         ("modle: {}", "unknown recipe key 'modle'"),
         ("seed: 1\nseed: 2", "key 'seed' is given twice"),
         ("a: 1\n? [b]\n: 2", "r.yaml: line 2: a list or mapping cannot be a key"),

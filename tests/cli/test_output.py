@@ -45,7 +45,7 @@ def callbacks(app):
     yield from (command.callback for command in app.registered_commands)
 
 
-@pytest.mark.parametrize("command", callbacks(app), ids=lambda command: command.__name__)
+@pytest.mark.parametrize("command", list(callbacks(app)), ids=lambda command: command.__name__)
 def test_every_path_of_every_command_may_begin_with_the_home_folder(command):
     for name, kind in get_type_hints(command, include_extras=True).items():
         for note in getattr(kind, "__metadata__", ()):
