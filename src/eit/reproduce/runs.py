@@ -27,6 +27,7 @@ from eit.models.complexity import complexity
 from eit.models.registry import TIMM
 from eit.precision import arithmetic, resolve_precision
 from eit.reproduce.experiment import Cell, Experiment, Measure
+from eit.training.checkpoint import saved_steps
 from eit.training.run_folder import read_log, read_recipe
 from eit.training.setup import build_model, resolve_architecture
 from eit.training.trainer import train
@@ -173,6 +174,7 @@ def run(cells: Sequence[Cell], measure: Measure, results: Path, roots: Mapping[s
         say(f"run {number} of {len(left)}: {folder}")
         if not distributed.on_main(partial(reuse_identical_run, recipes[i], results)):
             try:
+                distributed.on_main(partial(_drop_log_without_weights, folder))
                 train(recipes[i])
             except FloatingPointError as error:  # on every rank
                 say(f"{cells[i].name}: {error}")
@@ -379,6 +381,12 @@ def rerun(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
         limit=3 * stdev(top1s) if len(top1s) > 1 else None,
         changed=[f"{k}: {before.get(k, 'not recorded')} -> {v}" for k, v in after.items() if before.get(k) != v],
     )
+
+
+def _drop_log_without_weights(folder: Path) -> None:
+    """Let a recorded run be trained again, of which results/ has no weights: its log would be that of a begun run."""
+    if (folder / "summary.json").is_file() and not saved_steps(folder) and not (folder / WEIGHTS).exists():
+        (folder / "log.jsonl").unlink(missing_ok=True)
 
 
 def differ_only_in_seed(first: Cell, second: Cell) -> bool:

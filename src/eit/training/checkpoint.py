@@ -31,18 +31,18 @@ State = dict[str, Any]  # of optimizer, scaler and progress
 
 
 class EpochLine(BaseModel):
-    """An epoch in the log; other keys are allowed. Loss and learning rate are means, accuracies percentages."""
+    """An epoch in the log; other keys are allowed. Losses are means, accuracies percentages. None: not known."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     epoch: NonNegativeInt
-    step: NonNegativeInt
-    lr: float
-    train_loss: float | None  # None: it was not finite, in earlier versions
-    val_loss: float | None
-    val_top1: float
-    val_top5: float
-    ema_top1: float | None
+    step: NonNegativeInt | None = None
+    lr: float | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    val_top1: float | None = None
+    val_top5: float | None = None
+    ema_top1: float | None = None
 
 
 class Progress(BaseModel):
@@ -293,8 +293,10 @@ def load_state(folder: Path) -> State:
         if missing := Progress.model_fields.keys() - progress.keys():
             raise ValueError(f"{min(missing)} is missing")
         Progress.model_validate(progress)
-        if progress["last"]:
-            EpochLine.model_validate(progress["last"])
+        if last := progress["last"]:
+            EpochLine.model_validate(last)
+            if unknown := [key for key in EpochLine.model_fields if last.get(key) is None and key != "ema_top1"]:
+                raise ValueError(f"last has no {unknown[0]}")
         if f"step-{progress['step']}" != folder.name:
             raise ValueError(f"step is {progress['step']}")
     except (ValueError, RecursionError) as error:

@@ -78,7 +78,8 @@ class RunFolder:
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the log so far."""
-        return read_log(self.path) if os.path.lexists(self.path / "log.jsonl") else []
+        lines = read_log(self.path) if os.path.lexists(self.path / "log.jsonl") else []
+        return [line for line in lines if line.get("step") is not None]
 
     def check(self) -> None:
         """Raise a UserError if the folder is not this process's any more."""
@@ -254,7 +255,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{folder / 'log.jsonl'} cannot be read: {error.strerror}") from None
     lines, damaged = [], []
-    for number, line in enumerate(text.split("\n"), 1):
+    texts = text.rstrip("\n").split("\n")
+    for number, line in enumerate(texts, 1):
         if not line.strip():
             continue
         try:
@@ -262,7 +264,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             EpochLine.model_validate(values)
             lines.append(values)
         except (ValueError, RecursionError):
-            damaged.append(str(number))
+            if number < len(texts):  # the last one is torn if a process was killed
+                damaged.append(str(number))
     if damaged:
         say(f"{folder / 'log.jsonl'}: damaged lines are left out ({few(damaged)})")
     return lines
