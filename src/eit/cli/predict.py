@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from eit.cli.options import Checkpoint, Device, MaxPixels, device_for
-from eit.cli.output import print_error
+from eit.cli.output import name_options, print_error
 from eit.errors import UserError, printable
 from eit.files import expand_path, text_lines
 
@@ -52,7 +52,7 @@ def predict(
             print_error(UserError(prediction.fault))
         if as_json:
             labels = [dict(label=name, probability=p) for name, p in prediction.labels]
-            fault = dict(fault=prediction.fault) if prediction.fault else {}
+            fault = dict(fault=name_options(prediction.fault)) if prediction.fault else {}
             print(json.dumps(dict(image=prediction.image, labels=labels) | fault), flush=True)
         elif not prediction.fault:
             text = "  ".join(f"{name} {100 * p:.1f}%" for name, p in prediction.labels)

@@ -221,7 +221,7 @@ def open_calibration(
         UserError: no such path, no images there, or no labelled images.
     """
     own = str(card.data.get("root") or "")
-    is_here = own == DIGITS or (own and Path(own).expanduser().is_dir()) or "/" in str(card.data.get("dataset") or "")
+    is_here = own == DIGITS or (own and not card.data.get("dataset") and Path(own).expanduser().is_dir())
     config = evaluation_config(card, data or (None if is_here else path), max_pixels=max_pixels)
     chosen = readable_images(calibration_images(path, count, config))
     try:

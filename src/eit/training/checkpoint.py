@@ -231,7 +231,7 @@ def saved_steps(run: Path) -> list[int]:
     """
     try:
         names = os.listdir(_checkpoints(run))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the run folder may be a file: its caller says so
         return []
     except OSError as error:
         raise UserError(f"{run / 'checkpoints'} cannot be read: {error.strerror}") from None
