@@ -5,6 +5,7 @@ import gzip
 import io
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -278,9 +279,9 @@ def test_a_second_process_is_kept_out(source, target, expected, state, monkeypat
             prepare_imagenet(source, target)
         assert times(target) == before and not (target / ".unpacking").exists()
     synced = []
-    for platform in ("linux", "darwin"):
+    for system in ("Linux", "Darwin"):
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "platform", platform)
+            patch.setattr(platform, "system", lambda system=system: system)
             patch.setattr(os, "sync", lambda: synced.append("all"))
             patch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
             prepare_imagenet(source, target)

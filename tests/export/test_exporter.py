@@ -14,6 +14,7 @@ from PIL import Image
 
 import eit
 from eit.cli.export import export_text
+from eit.config import data_config
 from eit.data.images import decode, normalise
 from eit.export.exporter import (
     Calibration,
@@ -263,9 +264,10 @@ def test_int8_ranges_come_from_the_training_images_or_a_plain_folder(home, tmp_p
     from eit.export.exporter import calibration_images
 
     data = save_digits(tmp_path / "data", train=7, val=2)
-    assert all("/train/" in name for name in calibration_images(str(data), 100, 10**6).sources)
-    assert len(calibration_images(str(data / "val"), 100, 10**6)) == 6
-    assert len(calibration_images(str(data), 5, 10**6)) == 5
+    config = data_config(root=str(data), max_pixels=10**6)
+    assert all("/train/" in name for name in calibration_images(str(data), 100, config).sources)
+    assert len(calibration_images(str(data / "val"), 100, config)) == 6
+    assert len(calibration_images(str(data), 5, config)) == 5
 
 
 def test_the_file_lies_beside_the_weights(tmp_path):
@@ -413,7 +415,7 @@ def test_an_unreadable_calibration_image_is_left_out(tmp_path, capsys):
         (["digits", "--out", "x.xml"], "ends in .onnx for --format onnx"),
         (["digits", "--out", "no/x.onnx"], "there is no folder no"),
         (["digits", "--format", "torch", "--int8", "images"], "--int8 is for --format onnx and openvino"),
-        (["digits", "--int8", "nowhere"], "no such folder, image or data set: nowhere"),
+        (["digits", "--int8", "nowhere"], "--int8 nowhere: no such folder, image or data set"),
         (["digits", "--data", "images"], "--data images is for --int8"),
         (["digits.onnx", "--out", "y.onnx"], "is an exported model"),
         (["digits", "--out", "folder.onnx"], "--out folder.onnx: it is a folder"),

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 import eit
+from eit import plain_yaml
 from eit.cli.app import app
 from eit.config import load_recipe
 from eit.data.datasets import open_data
@@ -214,8 +215,11 @@ def test_a_pipe_named_like_an_image_is_not_waited_for(folder):
 
 
 def test_the_last_of_yaml_stays_safe():
-    """The loader of recipes is a safe one, whatever it adds."""
-    assert issubclass(eit.config._UniqueKeys, yaml.constructor.SafeConstructor)
+    """The loader of recipes makes text, lists and mappings alone."""
+    with pytest.raises(eit.UserError, match="tag"):
+        plain_yaml.read_yaml("a: !!python/object/apply:os.system ['true']", dict[str, str])
+    assert issubclass(plain_yaml.Loader, yaml.constructor.BaseConstructor)
+    assert not issubclass(plain_yaml.Loader, yaml.constructor.SafeConstructor)
 
 
 def test_weights_of_nothing_are_refused(tmp_path):

@@ -250,6 +250,8 @@ def calibration_images(path: str, count: int, config: Data) -> Images:
     Raises:
         UserError: no such path, or no images there.
     """
+    if path != DIGITS and not Path(path).expanduser().exists():
+        raise UserError(f"--int8 {path}: no such folder, image or data set")
     settings = dict(max_pixels=config.max_pixels, val_fraction=config.val_fraction, pixel_range=config.pixel_range)
     return open_unlabelled(data_config(root=path, **settings), "train").evenly(count)
 
