@@ -417,3 +417,15 @@ def test_changes_are_words_that_make_the_recipe():
     words = ["name=1.10", "data.root=a b", "train.compile=off", "loss.class_weights={no: 2}", "optim.lr_batch=null"]
     old, new = load_recipe("digits"), load_recipe("digits", [*words, "optim.freeze=[no]", "out=~"])
     assert load_recipe("digits", [shlex.split(word)[0] for word in changes(old, new)]) == new
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["loss.class_weights={a: 1, a: 2}"],
+        ["loss.class_weights={a: 1}", "loss.class_weights={a: 2}"],
+        ["loss.class_weights={a: 7, 'a': 1, a: 2}"],
+    ],
+)
+def test_of_a_key_that_is_given_twice_on_the_command_line_the_last_counts(words):
+    assert load_recipe("digits", words).loss.class_weights == {"a": 2}

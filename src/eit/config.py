@@ -569,7 +569,7 @@ def _parse_value(text: str, schema: Any) -> Any:
         # `~` alone is the home folder; `null` is the one word that stands for no value
         return text if text == "~" else read_scalar(text, kinds)
     try:
-        return read_yaml(text, schema)
+        return read_yaml(text, schema, last_wins=True)  # as of key=value words themselves
     except UserError:
         return text
 

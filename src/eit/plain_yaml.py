@@ -35,12 +35,13 @@ class KeysOf:
     model: type[BaseModel]
 
 
-def read_yaml(text: str, schema: Any) -> Any:
+def read_yaml(text: str, schema: Any, last_wins: bool = False) -> Any:
     """The value of a YAML document; None if it is empty.
 
     Args:
         text: one document, without tags. Anchors, aliases and merge keys are allowed.
         schema: a type annotation, such as a pydantic model. Text, what the schema does not know, and keys stay a str.
+        last_wins: of a key that is given twice, the last value counts.
 
     Raises:
         UserError: not YAML, a tag, a key that is given twice, or too many values; with the line.
@@ -61,7 +62,7 @@ def read_yaml(text: str, schema: Any) -> Any:
         raise UserError(f"it is not plain YAML{line}: {shorten(error.problem or str(error), 80)}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"it is not plain YAML: {shorten(first_line(error), 80)}") from None
-    return None if node is None else _Values().read(node, schema)
+    return None if node is None else _Values(last_wins).read(node, schema)
 
 
 def alternatives(schema: Any) -> list[Any]:
@@ -102,8 +103,8 @@ def read_scalar(text: str, kinds: list[Any]) -> Any:
 class _Values:
     """The values of a document's nodes. An alias counts as often as it is used."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, last_wins: bool) -> None:
+        self.count, self.last_wins = 0, last_wins
 
     def read(self, node: yaml.Node, schema: Any, level: int = 0) -> Any:
         self.count += 1
@@ -141,7 +142,7 @@ class _Values:
                         self.count += 1
                         merged.setdefault(name, inherited)
                 continue
-            if key.value in own:
+            if key.value in own and not self.last_wins:
                 raise _error(key, f"the key {shorten(key.value, 60)!r} is given twice")
             own.add(key.value)
             yield key.value, value
