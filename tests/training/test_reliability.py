@@ -416,10 +416,13 @@ from eit.training.run_folder import RunFolder
 from eit.config import load_recipe
 from eit.training.trainer import train
 show, seen = RunFolder.show_epoch, {}
+def open_files():
+    time.sleep(0.02)
+    files = [os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')]
+    return [f for f in files if not f.endswith('.ttf')]  # matplotlib's fonts, which it keeps open
 def note(name):
     pages = int(open('/proc/self/statm').read().split()[1])
-    files = [os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')]
-    files = [f for f in files if not f.endswith('.ttf')]  # matplotlib's fonts, which it keeps open
+    files = min((open_files() for _ in range(20)), key=len)  # a checkpoint may be being written at the moment
     children = open(f'/proc/self/task/{os.getpid()}/children').read().split()
     seen[name] = dict(memory=pages * os.sysconf('SC_PAGE_SIZE'), files=len(files), children=len(children))
 def watched(self, line, classes):
