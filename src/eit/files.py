@@ -119,7 +119,7 @@ def read_regular(path: Path, most: int = MOST_TEXT) -> bytes:
         OSError: as `open_regular`, or the file is longer.
     """
     with open_regular(path) as file:
-        content: bytes = file.read(most + 1)
+        content: bytes = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)  # `read` allocates what it is given
     if len(content) > most:
         raise OSError(None, f"it has more than {most:,} bytes", str(path))
     return content

@@ -250,7 +250,12 @@ def save(figure: Any, file: Path, **options: Any) -> None:
         write_file(file, picture.getvalue())
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
-    missing = {chr(int(found[1])) for w in caught if (found := re.match(r"Glyph (\d+) .* missing", str(w.message)))}
+    missing = set()
+    for warning in caught:
+        if found := re.match(r"Glyph (\d+) .* missing", str(warning.message)):
+            missing.add(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if new := sorted(missing - _missing_letters):
         _missing_letters.update(new)
         say(f"{file}: the font lacks {len(new)} letters of the names ({''.join(new[:10])}); boxes are drawn instead")

@@ -83,17 +83,9 @@ def report(error: BaseException) -> int | None:
 
 # Packages whose errors are about what the user gave, the network or the machine, if nothing here named them before
 OTHERS = {
-    "httpx",
-    "httpx2",
-    "huggingface_hub",
-    "jinja2",
-    "onnxruntime",
-    "PIL",
-    "pydantic_core",
-    "requests",
-    "safetensors",
+    *("httpx", "httpx2", "huggingface_hub", "jinja2", "onnxruntime", "PIL", "pydantic_core", "requests", "safetensors"),
+    *("safetensors_rust", "tarfile", "urllib3", "webdataset", "yaml", "zipfile", "zlib"),
 }
-OTHERS |= {"safetensors_rust", "tarfile", "urllib3", "webdataset", "yaml", "zipfile", "zlib"}
 
 
 def _known_failure(error: BaseException) -> str | None:

@@ -110,7 +110,7 @@ def convert(
     if known:
         card = amend(card, target, **known)
     try:
-        save_weights(Path(target).expanduser(), state, card)
+        save_weights(Path(target), state, card)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     changed = "".join(f" {name}={value}" for name, value in card.arguments.items())
@@ -137,7 +137,7 @@ def read_numbers(text: str, option: str, channels: int) -> tuple[float, ...]:
 def read_class_names(name: str, count: int) -> list[str]:
     """The lines of a file, which must be `count`."""
     try:
-        names = text_lines(Path(name).expanduser().read_bytes())
+        names = text_lines(Path(name).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {name} cannot be read: {error}") from None
     if len(names) != count:

@@ -45,14 +45,19 @@ def _open_pair(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     """`open_data` and what it says."""
     train, val, notes = _open(config)
     for images in (train, val):
-        images.classes = [compose(name) for name in images.classes]
-        if isinstance(images, Images):
-            images.pixel_range = config.pixel_range
+        _prepare(images, config)
     if train.classes != val.classes:
         raise UserError(f"{config.root or config.dataset}: {_class_difference(train.classes, val.classes)}")
     if len(train.classes) < 2:
         raise UserError(f"{config.root or config.dataset} has one class, {train.classes[0]!r}: at least two are needed")
     return train, val, notes
+
+
+def _prepare(images: AnyImages, config: Data) -> None:
+    """Compose the names of the classes, and set the range of pixels that `config` gives."""
+    images.classes = [compose(name) for name in images.classes]
+    if isinstance(images, Images):
+        images.pixel_range = config.pixel_range
 
 
 def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
@@ -121,9 +126,8 @@ def open_evaluation(config: Data) -> AnyImages:
     Files that were left out of folders are named.
     """
     images = _open_evaluation(config)
-    images.classes = [compose(name) for name in images.classes]
+    _prepare(images, config)
     if isinstance(images, Images):
-        images.pixel_range = config.pixel_range
         for note in _left_out(Path(config.root), images):
             say(note)
     return images
@@ -157,10 +161,11 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
         UserError: no such folder, no images there, or a stream of images.
     """
     divided = config.model_copy(update=dict(val_fraction=config.val_fraction or 0.2))
-    if config.root == DIGITS or _is_timms(config) or read_layout(_folder(config), config.max_pixels, config.dataset):
+    if config.root == DIGITS or _is_timms(config):
         images = _open(divided)[part == "val"]
+    elif (pair := read_layout(root := _folder(config), config.max_pixels, config.dataset)) is not None:
+        images = pair[part == "val"]
     else:
-        root = _folder(config)
         parts = {} if is_class_folder(root) else find_parts(root)
         if part == "train" and part in parts:
             images = _open(divided)[0]
@@ -172,7 +177,7 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
         raise UserError(f"{config.root}: these images are a stream; give a folder of images")
     for note in _left_out(Path(config.root), images):
         say(note)
-    images.pixel_range = config.pixel_range
+    _prepare(images, config)
     return images
 
 
