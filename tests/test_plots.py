@@ -106,3 +106,16 @@ def test_drawing_is_imported_without_matplotlib_and_draws_without_pyplot(tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [False, True, False]
+
+
+def test_a_warning_that_is_not_about_letters_is_passed_on(tmp_path, monkeypatch):
+    figure, savefig = Figure(), Figure.savefig
+
+    def warn(self, *arguments, **options):
+        warnings.warn("the canvas is odd", RuntimeWarning, stacklevel=1)
+        savefig(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", warn)
+    with pytest.warns(RuntimeWarning, match="the canvas is odd"):
+        plots.save(figure, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists()
