@@ -53,16 +53,21 @@ def has_option(option: str) -> bool:
 
 
 def name_options(text: str) -> str:
-    """`text` with the command's options in place of recipe keys: data.max_pixels=9 becomes --max-pixels 9."""
+    """`text` with the command's options in place of recipe keys.
+
+    data.max_pixels=9 becomes --max-pixels 9, and data.pixel_range=[0,9] becomes --pixel-range 0 9.
+    """
 
     def option(match: re.Match[str]) -> str:
         key, value = match[1].replace("_", "-"), match[2]
         name = "--data" if key == "root" else f"--{key}"
         if name not in _options:
             return value if key == "root" and value and _options else match[0]  # PATH, without an option
+        if value and value.startswith("[") and key != "root":
+            value = value.strip("[]").replace(",", " ")
         return name if value is None else f"{name} {value}"
 
-    return re.sub(r"(?<![\w.])(?:data|train)\.(\w+)(?:=([^\s:;,)]+))?", option, text)
+    return re.sub(r"(?<![\w.])(?:data|train)\.(\w+)(?:=(\[[\w.+-]+,[\w.+-]+\](?!\w)|[^\s:;,)]+))?", option, text)
 
 
 def print_error(error: Exception) -> None:

@@ -390,5 +390,5 @@ def _range_warnings(pixels: dict[str, dict[str, float]], pixel_range: PixelRange
     white = 2 ** int(seen["highest"]).bit_length() - 1
     return [
         f"16-bit images end at {seen['highest']:,.0f}, but 65,535 is white: {max(white // 257, 1)} of 256 levels are "
-        f"left; set data.pixel_range=[0,{white}] (eit data check: --pixel-range 0 {white})"
+        f"left; set data.pixel_range=[0,{white}]"
     ]
