@@ -125,7 +125,7 @@ def upright(image: Image.Image) -> Image.Image:
 def without_metadata(content: bytes) -> tuple[bytes, bytes | None] | None:
     """A PNG, JPEG, TIFF or AVIF file without metadata, and EXIF data that lay apart; None for other formats.
 
-    For files that Pillow refuses: damaged metadata that nothing needs are no reason not to read the pixels.
+    For files that Pillow refuses: damaged metadata must not keep the pixels from being read.
     """
     exif = None
     if content[:8] == b"\x89PNG\r\n\x1a\n":

@@ -125,8 +125,10 @@ def _check_names(dataset: Any, config: Data) -> None:
 
 
 def _check_end(shard: Path) -> int:
-    """The size of a tar file. Raise a UserError if it is missing, is no regular file, or has no end mark: cut between
-    two members it would seem whole."""
+    """The size of a tar file. Raise a UserError if it is missing, not a regular file, or without an end mark.
+
+    Without that check, a file that was cut between two members would seem whole.
+    """
     with _open_file(shard) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(size - 1024, 0))
