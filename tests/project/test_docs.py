@@ -42,7 +42,7 @@ from tests.helpers.shared import require
 from tests.helpers.training import TINY
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # The start of a command, or a block's language -> why it is not run. `eit` is parsed all the same, with its recipe.
 NOT_RUN = {

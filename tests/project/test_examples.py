@@ -1,8 +1,10 @@
 """The examples run as a user runs them: what they save predicts, and starting from our weights is what helped."""
 
+import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,28 @@ def test_fine_tuning_in_another_librarys_loop(example, images, tmp_path):
     card = read_card(out)
     assert card.classes == ["digit0", "digit1", "digit10", "digit2"]
     assert card.metrics == pytest.approx(dict(val_top1=float(reached[1])), abs=0.01) and card.recipe is None
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+    command = re.compile(r"^!eit (.*)")
+    script = [command.sub(lambda found: f"main({shlex.split(found[1])})", line) for line in lines]
+    start = ["import matplotlib, sys", "matplotlib.use('agg')", "from tests.helpers.commands import run_eit"]
+    start += ["def main(words): done = run_eit(*words); assert done.returncode == 0, done.stderr"]
+    (tmp_path / "notebook.py").write_text("\n".join([*start, *script]))
+    environment = dict(PYTHONPATH=os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "notebook.py"],
+        cwd=tmp_path,
+        env=os.environ | environment | dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "high-frequency share after each layer: ['0." in done.stdout
+    assert (tmp_path / "runs" / "notebook" / "best.safetensors").is_file()
 
 
 def test_the_same_steps_from_initial_values_learn_nothing(images, tmp_path):

@@ -13,7 +13,6 @@ from eit.models.registry import published_results
 
 pytestmark = pytest.mark.results
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 
 
 def test_its_tables_are_those_of_the_zoo_and_of_results():
@@ -21,6 +20,11 @@ def test_its_tables_are_those_of_the_zoo_and_of_results():
         [sys.executable, ROOT / "tools" / "build_readme.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def page(name):
+    """The words of a page of docs/, on one line."""
+    return " ".join((ROOT / "docs" / name).read_text().split())
 
 
 def results(name):
@@ -43,7 +47,7 @@ def test_what_the_page_says_of_fine_tuning_and_distillation_is_what_was_measured
     by_arm = {arm: [s["last_top1"] for n, s in runs.items() if n.startswith(arm)] for arm in ("digits", "scratch")}
     better = statistics.median(by_arm["digits"]) > statistics.median(by_arm["scratch"])
     assert len(by_arm["digits"]) == len(by_arm["scratch"]) == 3
-    assert ("Starting from the digits weights helps" in README) == better
+    assert ("Starting from the digits weights helps" in page("training.md")) == better
     agreement = json.loads((ROOT / "results" / "distillation" / "agreement.json").read_text())
     median = {arm: statistics.median(values) for arm, values in agreement.items()}
     assert median["soft"] > median["alone"] and all(len(values) == 5 for values in agreement.values())
@@ -74,18 +78,18 @@ def test_recipes_name_no_figure_that_nobody_measured_without_saying_so(name):
 
 
 def test_what_the_page_says_of_published_models_is_what_was_published():
-    page, points = " ".join(README.split()), {point.model: point for point in published_results()}
+    text, points = page("models.md"), {point.model: point for point in published_results()}
     ours = [points[f"EIT-{name}"] for name in ("mini", "tiny", "base", "large")]
-    assert "without a pyramid, none is more accurate than an EIT with as many parameters" in page
+    assert "the models without a pyramid that have at most as many parameters as an EIT, none is more accurate" in text
     for eit in ours:
         flat = [p for p in points.values() if not p.pyramid and p.family != "EIT" and p.params_m <= eit.params_m]
         assert all(p.top1 < eit.top1 for p in flat)
-    assert "MobileNetV2 has a pyramid; it is more accurate than EIT-mini with as many parameters" in page
+    assert "MobileNetV2 has a pyramid; it is more accurate than EIT-mini with as many parameters" in text
     mobile = points["MobileNetV2 1.0"]
     assert mobile.pyramid and mobile.top1 > ours[0].top1 and mobile.params_m <= ours[0].params_m
-    assert "DeiT-Ti and XCiT-T12/16 have a higher top-1 than EIT-mini with two thirds of its MACs" in page
+    assert "DeiT-Ti and XCiT-T12/16 have a higher top-1 than EIT-mini with two thirds of its MACs" in text
     for name in ("DeiT-Ti", "XCiT-T12/16"):
         assert points[name].top1 > ours[0].top1
         assert points[name].gmacs / ours[0].gmacs == pytest.approx(2 / 3, abs=0.03)
-    assert "XCiT-S12/16 has a higher one than EIT-large with less than half" in page
+    assert "XCiT-S12/16 has a higher one than EIT-large with less than half" in text
     assert points["XCiT-S12/16"].top1 > ours[3].top1 and points["XCiT-S12/16"].gmacs < ours[3].gmacs / 2
