@@ -20,7 +20,7 @@ from eit.errors import UserError
 
 def test_every_shipped_recipe_is_valid_and_says_command_cost_and_figure():
     assert recipe_names() == [
-        *("digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"),
+        *("digits", "photos", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"),
         *(f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")),
     ]
     for name in recipe_names():
@@ -134,7 +134,10 @@ def test_overrides_and_files(tmp_path):
             "loss.class_weights={cat: -1}",
             "loss.class_weights=-1: should be greater than or equal to 0, such as balanced or",
         ),
-        ("loss.class_weights=[1]", "loss.class_weights=[1]: should be 'balanced', such as balanced or {cat: 2"),
+        (
+            "loss.class_weights=[1]",
+            "loss.class_weights=[1]: should be 'balanced' or 'auto', such as balanced or {cat: 2",
+        ),
         (
             "optim.freeze=patch_embed",
             "optim.freeze=patch_embed: should be a list, such as [patch_embed, blocks.0]",

@@ -1,10 +1,11 @@
 """Recipes: the settings of a run, from an included recipe or a YAML file, plus `key=value` overrides."""
 
+import copy
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import yaml
 from pydantic import (
@@ -32,12 +33,29 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Pair = tuple[Positive, Positive]
 FilePath = Annotated[str, AfterValidator(expand_path)]  # or a name that stands in its place, such as sklearn:digits
+Share = Annotated[float, Field(gt=0, lt=1)]
+AUTO: Any = "auto"
+if TYPE_CHECKING:  # training/choices.py puts a number in place of `auto` before anything is computed with it
+    CountOrAuto = int
+    ShareOrAuto = float
+    StatisticsOrAuto = tuple[float, ...]
+else:
+    CountOrAuto = Count | Literal["auto"]
+    ShareOrAuto = Share | Literal["auto"]
+    StatisticsOrAuto = tuple[float, ...] | Literal["auto"]
 
 
 def _compile_mode(value: Any) -> Any:
     """The mode that `true` or `false` stands for."""
     modes = dict(true="default", on="default", yes="default", false="off", no="off")
     return modes.get(str(value).lower(), value)
+
+
+def _listed(value: Any) -> Any:
+    """A list of one for a word; an empty list for null, false and off."""
+    if value in (None, False, "off", "none", ""):
+        return ()
+    return (value,) if isinstance(value, str) else value
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -155,23 +173,23 @@ class Data(Section):
     """column of the labels in a data set of timm; null: label (cls in shards)"""
     classes: Count | FilePath | None = None
     """number of classes, or a file with one class name per line, for a data set of timm that has none"""
-    image_size: Count = 224
-    """pixels of the model's square input"""
-    batch_size: Count = 64
-    """images per process and micro-batch"""
+    image_size: CountOrAuto = 224
+    """pixels of the model's square input; auto: by the size of the images, or the size of a timm model"""
+    batch_size: CountOrAuto = 64
+    """images per process and micro-batch; auto: by their number, and on a GPU what fits into its memory"""
     workers: Annotated[Whole, Field(ge=0)] | None = None
     """loader processes; null: one per core that the process may use, at most 16"""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """share of train/ held out for validation if there is no val/"""
+    val_fraction: ShareOrAuto | None = None
+    """share of the training images held out if there is no val/; auto: 0.2 if there is no test/ either"""
     cache: bool | None = None
     """hold images as uint8 in memory and augment in batches; null: up to 64x64, if they fit"""
     crop_ratio: Annotated[float, Field(ge=0.1, le=1)] = 1.0
     """evaluation: size of the centre crop relative to the resized image"""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """interpolation of resizing"""
-    mean: tuple[float, ...] | None = None
-    """mean of pixels in 0..1, one value per channel or one for all; null: ImageNet's, or 0.5 for grey images"""
-    std: tuple[Positive, ...] | None = None
+    mean: StatisticsOrAuto | None = None
+    """mean of pixels in 0..1, per channel or one; auto: of model.pretrained; null: ImageNet's, or 0.5 for grey"""
+    std: StatisticsOrAuto | None = None
     """standard deviation of pixels in 0..1, like data.mean"""
     bad_image_budget: Probability = 0.001
     """share of training images that may be unreadable"""
@@ -277,8 +295,8 @@ class Optim(Section):
 class Loss(Section):
     name: Literal["cross_entropy", "bce"] = "cross_entropy"
     """bce: a binary cross-entropy per class, with target 1 for the image's classes and 0 for the others"""
-    class_weights: Literal["balanced"] | dict[str, NotNegative] | None = None
-    """weight of each class by its name, or balanced: images / (classes * images of the class)"""
+    class_weights: Literal["balanced", "auto"] | dict[str, NotNegative] | None = None
+    """weight of each class by its name; balanced: images / (classes * images of the class); auto: balanced if needed"""
     teacher: FilePath | None = None
     """distillation: weights of this package (a file, a run folder or an included name), or timm/NAME"""
     teacher_weights: FilePath | None = None
@@ -318,6 +336,10 @@ class Train(Section):
     """bit-identical results on CUDA, at some cost in speed; on the CPU results always are"""
     max_steps: Count | None = None
     """stop after this many steps; null: after the last epoch"""
+    patience: Count | None = None
+    """stop after this many epochs without a better one (top-1, then validation loss); null: after the last epoch"""
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)] = ("tensorboard",)
+    """where curves go besides log.jsonl: tensorboard, wandb (pip install 'eit[wandb]'), both in a list, or off"""
 
 
 class Recipe(Section):
@@ -343,7 +365,7 @@ class Recipe(Section):
             )
         for key in ("mean", "std"):
             given = getattr(self.data, key)
-            if given is not None and len(given) not in (1, 3):
+            if given not in (None, AUTO) and len(given) not in (1, 3):
                 raise ValueError(f"data.{key} has {len(given)} values: give one for each of 3 channels, or one for all")
         a = self.augment
         for key, most in (("crop_scale", 1.0), ("crop_aspect", 1e6)):
@@ -393,10 +415,14 @@ def _explained(section: Section, indent: str = "") -> Iterable[str]:
 # and micro-batches changes rounding, mixup's pairs and dropout, but neither the batch nor the order of the images.
 FREE_KEYS = {
     *("out", "data.root", "data.download", "data.workers", "data.bad_image_budget"),
-    *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes"),
+    *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes", "train.log"),
 }
 
 _SUCH = {
+    "data.batch_size": "32 or auto",
+    "data.image_size": "64 or auto",
+    "data.val_fraction": "0.2 or auto",
+    "train.log": "[tensorboard, wandb]",
     "loss.class_weights": "balanced or {cat: 2, dog: 1}",
     "optim.freeze": "[patch_embed, blocks.0]",
     "optim.betas": "[0.9, 0.999]",
@@ -424,7 +450,7 @@ _HINTS = {
 
 def recipe_names() -> list[str]:
     """Included recipes, smallest first."""
-    order = ["digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"]
+    order = ["digits", "photos", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"]
     order += [f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")]
     names = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
@@ -444,8 +470,12 @@ def _shipped(name: str) -> str:
     return resources.files("eit.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), say: Callable[[str], object] = lambda text: None
+) -> Recipe:
     """An included recipe or a YAML file, with `key=value` overrides.
+
+    Values of the recipe that an override makes impossible follow it, and `say` is called with a line on each.
 
     Raises:
         UserError: no such recipe, unknown key, wrong type or impossible value, in one line.
@@ -461,11 +491,46 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     else:
         if Path(expand_path(name_or_path)).is_file():
             raise UserError(f"{name_or_path} is not a recipe: the name of a recipe file ends in .yaml")
+        if Path(expand_path(name_or_path)).is_dir():
+            folder = shlex.quote(name_or_path)
+            raise UserError(
+                f"{name_or_path} is a folder, not a recipe: eit finetune {folder} trains on the images in it, and "
+                f"eit train RECIPE data.root={folder} with a recipe of your choice"
+            )
         known = ", ".join(recipe_names())
         raise UserError(
             f"unknown recipe {name_or_path!r}{nearest(name_or_path, recipe_names())} (known: {known}, or a PATH.yaml)"
         )
-    return parse_recipe(parse_overrides(overrides, parse_yaml(text, name_or_path)))
+    values = parse_yaml(text, name_or_path)
+    changed = parse_overrides(overrides, copy.deepcopy(values))
+    _follow(values, changed, {word.partition("=")[0] for word in overrides}, say)
+    return parse_recipe(changed)
+
+
+def _follow(before: dict[str, Any], values: dict[str, Any], given: set[str], say: Callable[[str], object]) -> None:
+    """Change values of the recipe that do not go with those that were `given` on the command line."""
+    train, old = values.get("train"), before.get("train", {})
+    if isinstance(train, dict) and "train.epochs" in given and "train.warmup_epochs" not in given:
+        planned: Any = old.get("epochs", Train().epochs)
+        epochs: Any = train["epochs"]
+        warmup: Any = train.get("warmup_epochs", Train().warmup_epochs)
+        is_known = all(type(n) in (int, float) and n > 0 for n in (planned, epochs, warmup))
+        if is_known and epochs < planned and warmup > epochs / 2:
+            train["warmup_epochs"] = float(f"{warmup * epochs / planned:.3g}")
+            say(
+                f"warm-up {train['warmup_epochs']:g} epochs, in proportion to train.epochs={epochs} "
+                "(train.warmup_epochs)"
+            )
+    model, old = values.get("model"), before.get("model", {})
+    if not isinstance(model, dict) or not isinstance(old.get("pretrained"), str):
+        return
+    if {"model.name", "model.family"} & given and "model.pretrained" not in given:
+        is_timm = str(model.get("name")).startswith("timm/")
+        model["pretrained"] = True if is_timm else None
+        text = "its own pretrained weights" if is_timm else "initial values from the seed"
+        say(f"{model.get('name')} starts from {text}, because {old['pretrained']} is another model (model.pretrained)")
+    if not model.get("pretrained") and "model.reset_head" not in given:
+        model.pop("reset_head", None)
 
 
 def parse_yaml(
@@ -522,6 +587,12 @@ def data_config(**values: Any) -> Data:
         return Data.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error, Data)) from None
+
+
+def is_extended(old: Recipe, new: Recipe) -> bool:
+    """Whether `new` is `old` with more epochs."""
+    longer = old.model_copy(update=dict(train=old.train.model_copy(update=dict(epochs=new.train.epochs))))
+    return old.train.epochs < new.train.epochs and not differences(longer, new)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -43,6 +43,20 @@ def curves(lines: Sequence[dict[str, Any]], file: Path) -> None:
     save(figure, file)
 
 
+def lr_curve(rates: Sequence[float], losses: Sequence[float], suggestion: float, file: Path) -> None:
+    """Loss by learning rate, of `eit lr`, with the suggested rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    axis.plot(rates, losses, color="#0072b2")
+    axis.axvline(suggestion, color="#d55e00", linestyle="--", label=f"suggestion {suggestion:.1e}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="training loss (moving average)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    save(figure, file)
+
+
 def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Path) -> None:
     """Draw a confusion matrix, counts[truth][prediction], as .png, .pdf or .svg.
 

@@ -8,6 +8,7 @@ from PIL import Image
 import eit
 from eit.cli.data import check_text
 from eit.config import Data, load_recipe
+from eit.data import datasets
 from eit.data.datasets import (
     _class_difference,
     _class_warnings,
@@ -16,9 +17,10 @@ from eit.data.datasets import (
     open_data,
     open_evaluation,
     open_unlabelled,
+    split,
 )
 from eit.data.folders import read_folder
-from eit.data.images import MAX_PIXELS
+from eit.data.images import MAX_PIXELS, Images
 from eit.errors import UserError
 from eit.inference.evaluation_data import evaluation_config
 from eit.inference.predict import predict
@@ -146,11 +148,11 @@ def test_a_class_without_validation_images_is_not_ready(tmp_path, capsys):
     shutil.rmtree(root / "val")
     report = check(str(root), MAX_PIXELS, val_fraction=0.1)
     assert report["ok"] and not report["warnings"] and check_text(report).endswith("\nready to train")
-    for i in range(2, 20):
+    for i in range(1, 20):
         (root / "train" / "digit0" / f"{i:03d}.png").unlink()
     report = check(str(root), MAX_PIXELS, val_fraction=0.1)
     warning = "1 class has no validation images: digit0"
-    assert report["ok"] and report["warnings"] == [warning]
+    assert report["ok"] and warning in report["warnings"]
     assert check_text(report).endswith(f"warning: {warning}\ncan be trained on, but see the warnings")
     open_data(Data(root=str(root), val_fraction=0.1))
     assert warning in capsys.readouterr().err
@@ -214,6 +216,92 @@ def test_the_range_holds_in_training_evaluation_and_prediction(folder):
 def test_a_range_that_is_none_is_one_line(words):
     with pytest.raises(UserError, match=r"data\.pixel_range"):
         load_recipe("digits", [f"data.pixel_range={words}"])
+
+
+# -- Copies and balance
+
+
+def copy(folder, source, *targets):
+    for target in targets:
+        shutil.copy(folder / source, folder / target)
+
+
+def test_check_warns_of_copies_within_a_part(folder):
+    assert not check(str(folder), MAX_PIXELS)["warnings"]
+    copy(folder, "train/digit0/000.png", "train/digit0/copy.png", "train/digit1/copy.png")
+    with Image.open(folder / "train/digit2/000.png") as image:
+        image.save(folder / "train/digit2/same.bmp")  # other bytes, the same pixels
+    warnings = check(str(folder), MAX_PIXELS)["warnings"]
+    assert warnings[0].startswith(
+        "3 images have the same pixels as another one in train/: digit0/copy.png = digit0/000.png"
+    )
+    assert warnings[1].endswith("one of another class in train/: digit1/copy.png = digit0/000.png")
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_check_warns_of_images_that_are_trained_and_validated_on(folder, count):
+    for i in range(count):
+        copy(folder, f"train/digit1/00{i}.png", f"val/digit1/copy{i}.png")
+    (warning,) = check(str(folder), MAX_PIXELS)["warnings"]
+    begin = "1 validation image is a training image too" if count == 1 else f"{count} validation images are training"
+    assert warning.startswith(begin) and "digit1/copy0.png = digit1/000.png" in warning
+    assert ("and 2 more" in warning) == (count == 5)
+
+
+@pytest.mark.parametrize(("left", "warned"), [(12, False), (4, False), (3, True), (1, True)])
+def test_check_warns_of_classes_that_are_out_of_balance(folder, left, warned):
+    for file in sorted((folder / "train/digit1").iterdir())[left:]:
+        file.unlink()
+    warnings = check(str(folder), MAX_PIXELS)["warnings"]
+    assert bool(warnings) == warned
+    if warned:
+        assert warnings[0].startswith(f"classes are out of balance: digit0 has 12 training images, digit1 {left}")
+
+
+def test_check_says_when_only_a_sample_is_compared(folder, monkeypatch):
+    monkeypatch.setattr(datasets, "COMPARED", 10)
+    report = check(str(folder), MAX_PIXELS)
+    assert "copies were looked for among 9 of 36 images in train/" in report["notes"]
+    monkeypatch.setattr(datasets, "COMPARED", 36)
+    assert not [note for note in check(str(folder), MAX_PIXELS)["notes"] if "copies" in note]
+
+
+# -- Class folders directly inside
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, "auto"])
+def test_class_folders_directly_inside_are_split(folder, share):
+    root = folder / "train"
+    train, val = open_data(Data(root=str(root), val_fraction=share))
+    assert len(train) + len(val) == 36 and not set(train.names) & set(val.names)
+    assert val.held_out == (0.2 if share == "auto" else share)
+    assert open_evaluation(Data(root=str(root), val_fraction=share)).names == val.names
+
+
+def test_class_folders_without_a_share_are_told_how_to_split(folder):
+    with pytest.raises(UserError, match=r"move its class folders into .*, or hold out a share of each: data.val_frac"):
+        open_data(Data(root=str(folder / "train")))
+
+
+@pytest.mark.parametrize(
+    ("counts", "held"), [((5, 1), (1, 0)), ((2, 2, 2), (1, 1, 1)), ((30, 2, 1), (6, 1, 0)), ((3, 9), (1, 2))]
+)
+def test_each_class_of_two_images_has_one_in_each_part(counts, held):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    names = [str(i) for i in range(len(labels))]
+    images = Images([str(i) for i in range(len(counts))], labels, names, names)
+    train, val = split(images, 0.2)
+    assert [val.labels.count(label) for label in range(len(counts))] == list(held)
+    assert all(train.labels.count(label) for label in range(len(counts)))
+    assert sorted(train.names + val.names, key=int) == names and split(images, 0.2)[1].names == val.names
+
+
+def test_auto_takes_test_images_before_it_splits(folder):
+    (folder / "val").rename(folder / "test")
+    assert len(open_data(Data(root=str(folder), val_fraction="auto"))[1]) == 12
+    shutil.rmtree(folder / "test")
+    assert len(open_data(Data(root=str(folder), val_fraction="auto"))[1]) == 8
 
 
 def test_equal_names_are_told_apart_by_position():

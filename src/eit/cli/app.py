@@ -15,13 +15,14 @@ from eit.cli.convert import convert
 from eit.cli.data import data
 from eit.cli.eval import evaluate
 from eit.cli.export import export
+from eit.cli.lr import lr
 from eit.cli.models import models
 from eit.cli.output import drop_output, has_option, prepare_streams, print_error, use_options_of
 from eit.cli.predict import predict
 from eit.cli.push import push
 from eit.cli.recipes import recipes
 from eit.cli.reproduce import reproduce
-from eit.cli.train import train
+from eit.cli.train import finetune, train
 from eit.errors import UserError, first_line, is_out_of_memory
 
 
@@ -130,12 +131,14 @@ def options(
 
 # In the order in which `eit -h` lists them
 app.command()(train)
+app.command()(finetune)
 app.command(name="eval")(evaluate)
 app.command()(predict)
 app.command()(export)
 app.command()(push)
 app.command()(analyze)
 app.command()(bench)
+app.command()(lr)
 app.command()(convert)
 app.add_typer(reproduce, name="reproduce")
 app.add_typer(models, name="models")
@@ -162,7 +165,7 @@ def _hint(error: Any) -> str:
     """What to do about an error of the parser."""
     if (context := getattr(error, "ctx", None)) is None:
         return ""
-    if context.info_name == "train" and "No such option" in error.format_message():
+    if context.info_name in ("train", "finetune") and "No such option" in error.format_message():
         return "; settings are key=value, such as train.epochs=2"
     return f"; see {context.command_path} -h"
 

@@ -1,5 +1,6 @@
 """Data sets -> training and validation `Images`, checked before anything starts."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from eit import distributed
-from eit.config import Data, data_config
+from eit.config import AUTO, Data, data_config
 from eit.console import say, track
 from eit.data.folders import describe_left_out, find_parts, is_class_folder, list_images, read_folder
 from eit.data.images import Images, PixelRange, UnreadableImage, compose, pixel_kind
@@ -29,19 +30,19 @@ def open_data(config: Data) -> tuple[AnyImages, AnyImages]:
     """Training and validation images of `data.root`, checked before any worker or GPU starts.
 
     Layouts: `sklearn:digits`; those of `layouts.py` (CIFAR, idx files, Tiny-ImageNet-200, shards); train/CLASS/image
-    and val/CLASS/image; train/CLASS/image alone with `data.val_fraction`. `data.dataset` may name one of timm instead.
-    What was left out of folders is said.
+    and val/CLASS/image; with `data.val_fraction` train/CLASS/image or CLASS/image alone. `data.dataset` may name one of
+    timm instead. What was left out of folders is said.
 
     Raises:
         UserError: one line that names the folder, file or class at fault.
     """
-    train, val, notes = _open_pair(config)
+    train, val, notes = open_pair(config)
     for note in [*notes, *_class_warnings(train, val)]:
         say(note)
     return train, val
 
 
-def _open_pair(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
+def open_pair(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     """`open_data` and what it says."""
     train, val, notes = _open(config)
     for images in (train, val):
@@ -62,7 +63,7 @@ def _prepare(images: AnyImages, config: Data) -> None:
 
 def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     if config.root == DIGITS:
-        return *split(read_digits(), config.val_fraction or 0.2), []
+        return *split(read_digits(), _share(config) or AUTO_SHARE), []
     if _is_timms(config):
         if config.download and distributed.world_size() > 1:  # once
             distributed.on_main(lambda: _read_timm_pair(config) and None)
@@ -71,15 +72,18 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
         return *pair, [note for images in pair for note in _left_out(root, images)]
     parts = find_parts(root)
+    if "train" not in parts and is_class_folder(root) and _share(config):
+        parts = {"train": root}  # the class folders are directly inside
     if "train" not in parts:
         raise UserError(f"{root} has no train/ folder ({EXPECTED}){_hint(root, parts)}")
     train = read_folder(parts["train"], config.max_pixels)
     notes = _left_out(parts["train"], train)
-    if (part := _validation_part(parts, config.val_fraction)) is None:
+    if (part := _validation_part(parts, config)) is None:
         raise UserError(f"{root} has no val/ folder: set data.val_fraction=0.1")
     if part == "train":
-        assert config.val_fraction is not None
-        pair = split(train, config.val_fraction)
+        share = _share(config)
+        assert share is not None
+        pair = split(train, share)
     else:
         pair = train, read_folder(parts[part], config.max_pixels)
         notes += _left_out(parts[part], pair[1])
@@ -96,14 +100,29 @@ EXPECTED = "train/CLASS/image.png and val/CLASS/image.png are expected"
 def _hint(root: Path, parts: dict[str, Path]) -> str:
     if parts and not is_class_folder(root):
         return f"; it has {' and '.join(f'{path.name}/' for path in parts.values())} only, which eit eval takes"
-    return f"; move its class folders into {root / 'train'}" if is_class_folder(root) else ""
+    if not is_class_folder(root):
+        return ""
+    return f"; move its class folders into {root / 'train'}, or hold out a share of each: data.val_fraction=0.2"
 
 
-def _validation_part(parts: dict[str, Path], val_fraction: float | None) -> str | None:
-    """The part that the validation images are in: val, a share of train, or test; None if there are none."""
+AUTO_SHARE = 0.2
+
+
+def _share(config: Data) -> float | None:
+    """The share of the training images to hold out, if there are no validation images; None: nothing is held out."""
+    return AUTO_SHARE if config.val_fraction == AUTO else config.val_fraction
+
+
+def _validation_part(parts: dict[str, Path], config: Data) -> str | None:
+    """The part that the validation images are in: val, a share of train, or test; None if there are none.
+
+    If the share is auto, it is taken only if there is no test/ either.
+    """
     if "val" in parts:
         return "val"
-    if "train" in parts and val_fraction is not None:
+    if "test" in parts and config.val_fraction == AUTO:
+        return "test"
+    if "train" in parts and config.val_fraction is not None:
         return "train"
     return "test" if "test" in parts else None
 
@@ -143,13 +162,14 @@ def _open_evaluation(config: Data) -> AnyImages:
         return pair[1]
     parts = {} if is_class_folder(root, config.val_fraction is not None) else find_parts(root)
     if not parts:
-        return read_folder(root, config.max_pixels)
-    if (part := _validation_part(parts, config.val_fraction)) is None:
+        images = read_folder(root, config.max_pixels)
+        return split(images, share)[1] if (share := _share(config)) else images
+    if (part := _validation_part(parts, config)) is None:
         raise UserError(f"{root} has train/ but no val/: give the folder to evaluate on, such as {root / 'train'}")
     images = read_folder(parts[part], config.max_pixels)
     if part == "test":
         say(f"{root} has no val/ folder: {parts['test'].name}/ is evaluated")
-    return split(images, config.val_fraction)[1] if part == "train" and config.val_fraction else images
+    return split(images, share)[1] if part == "train" and (share := _share(config)) else images
 
 
 def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path | None = None) -> Images:
@@ -224,14 +244,36 @@ def _all_below(root: Path, max_pixels: int, without: Path | None) -> Images:
 
 
 def split(images: Images, val_fraction: float) -> tuple[Images, Images]:
-    """Hold out a stratified part, always the same one."""
+    """Hold out a stratified part, always the same one. A class of two images or more has at least one in each part."""
     from sklearn.model_selection import train_test_split
 
+    counts = Counter(images.labels)
+    if max(counts.values()) < 2:
+        raise UserError(
+            f"data.val_fraction={val_fraction} cannot hold out a part of each class: no class has two images; add some"
+        )
     try:
         parts = train_test_split(range(len(images)), test_size=val_fraction, stratify=images.labels, random_state=0)
-    except ValueError as error:
-        raise UserError(f"data.val_fraction={val_fraction} cannot hold out a part of each class: {error}") from None
+        shared = [{images.labels[i] for i in part} for part in parts]
+        is_whole = all(label in shared[0] & shared[1] for label, count in counts.items() if count > 1)
+    except ValueError:  # too few images of a class
+        is_whole = False
+    if not is_whole:
+        parts = _split_each_class(images.labels, val_fraction)
     train, val = (images.subset(sorted(part)) for part in parts)
+    return train, replace(val, held_out=val_fraction)
+
+
+def _split_each_class(labels: Sequence[int], val_fraction: float) -> tuple[list[int], list[int]]:
+    """Indices of training and validation images. A class of one image has it in training."""
+    order = np.random.default_rng(0).permutation(len(labels)).tolist()
+    train: list[int] = []
+    val: list[int] = []
+    for label in sorted(set(labels)):
+        own = [i for i in order if labels[i] == label]
+        count = min(max(round(len(own) * val_fraction), 1), len(own) - 1)
+        val += own[:count]
+        train += own[count:]
     return train, val
 
 
@@ -295,8 +337,9 @@ def check(
     report: dict[str, Any] = dict(root=root, splits={}, problems=[], warnings=[], notes=[])
     config = data_config(root=root, val_fraction=val_fraction, max_pixels=max_pixels, pixel_range=pixel_range)
     listed: dict[str, Any] = {}
+    digests: dict[str, dict[int, bytes]] = {}
     try:
-        listed["train"], listed["val"], report["notes"] = _open_pair(config)
+        listed["train"], listed["val"], report["notes"] = open_pair(config)
     except UserError as error:
         report["problems"].append(str(error))
         for name, path in find_parts(_folder(config)).items():  # what is there is read all the same
@@ -304,7 +347,7 @@ def check(
                 listed[name] = replace(read_folder(path, max_pixels), pixel_range=pixel_range)
                 report["notes"] += _left_out(path, listed[name])
     for name, images in listed.items():
-        part, readable = _check_images(name, images)
+        part, readable, digests[name] = _check_images(name, images)
         report["splits"][name] = part
         if empty := [c for c, count in readable.items() if not count and part["classes"][c]]:
             report["warnings"].append(f"no image of {few(empty, 5)} in {name}/ can be read")
@@ -314,23 +357,82 @@ def check(
         if len(unreadable) > budget:
             allowed = f"; {budget} are tolerated (data.bad_image_budget)" if name == "train" else ""
             report["problems"].append(f"{len(unreadable)} unreadable images in {name}/: {unreadable[0]}{allowed}")
+        report["warnings"] += _copies_within(name, images, digests[name])
+        if len(digests[name]) < len(images):
+            compared = f"{len(digests[name]):,} of {len(images):,} images in {name}/"
+            report["notes"].append(f"copies were looked for among {compared}")
+    if "train" in listed:
+        report["warnings"] += _imbalance(report["splits"]["train"]["classes"])
     if "train" in listed and "val" in listed:
+        report["warnings"] += _copies_between(listed, digests)
         report["warnings"] += _class_warnings(listed["train"], listed["val"])
     report["ok"] = not report["problems"]
     return report
 
 
-def _check_images(name: str, images: Images) -> tuple[dict[str, Any], dict[str, int]]:
-    """What `check` reports of a part, and the number of readable images of each class."""
+COMPARED = 300_000  # images of a part that are compared with each other, evenly spaced
+UNEVEN = 4  # from this ratio of the largest to the smallest class on, `check` warns
+
+
+def _imbalance(counts: dict[str, int]) -> list[str]:
+    smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[largest] < UNEVEN * counts[smallest]:
+        return []
+    return [
+        f"classes are out of balance: {largest} has {counts[largest]:,} training images, {smallest} "
+        f"{counts[smallest]:,}; set loss.class_weights=balanced, or add images"
+    ]
+
+
+def _copies_within(name: str, images: Images, digests: dict[int, bytes]) -> list[str]:
+    """A warning of images that have the pixels of another one in the same part, and one if their classes differ."""
+    first: dict[bytes, int] = {}
+    pairs = [(first.setdefault(digest, i), i) for i, digest in digests.items()]
+    copies = [(i, j) for i, j in pairs if i != j]
+    others = [(i, j) for i, j in copies if images.labels[i] != images.labels[j]]
+    warnings = []
+    for found, of_what in ((copies, "another one"), (others, "one of another class")):
+        if found:
+            shown = few([f"{images.names[j]} = {images.names[i]}" for i, j in found])
+            number = "1 image has" if len(found) == 1 else f"{len(found):,} images have"
+            warnings.append(f"{number} the same pixels as {of_what} in {name}/: {shown}")
+    return warnings
+
+
+def _copies_between(listed: dict[str, Images], digests: dict[str, dict[int, bytes]]) -> list[str]:
+    """A warning of validation images that are training images too."""
+    trained = {digest: i for i, digest in reversed(digests["train"].items())}
+    both = [(trained[digest], i) for i, digest in digests["val"].items() if digest in trained]
+    if not both:
+        return []
+    shown = few([f"{listed['val'].names[j]} = {listed['train'].names[i]}" for i, j in both])
+    is_one = len(both) == 1
+    number = (
+        "1 validation image is a training image" if is_one else f"{len(both):,} validation images are training images"
+    )
+    return [f"{number} too, which makes the accuracy too high: {shown}"]
+
+
+def _pixel_digest(image: Image.Image) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=12, key=f"{image.size}".encode()).digest()
+
+
+def _check_images(name: str, images: Images) -> tuple[dict[str, Any], dict[str, int], dict[int, bytes]]:
+    """What `check` reports of a part, the number of readable images of each class, and digests of pixels by index."""
     sizes: Counter[tuple[int, int]] = Counter()
     unreadable: list[str] = []
     pixels: dict[str, dict[str, float]] = {}
     readable = [0] * len(images.classes)
+    digests: dict[int, bytes] = {}
+    every = -(-len(images) // COMPARED)
 
     def read(index: int) -> tuple[tuple[int, int] | None, str, tuple[str, float, float] | None]:
         values: list[tuple[str, float, float]] = []
         try:
-            return images.read(index, 3, examine=lambda image: values.append(_pixel_values(image))).size, "", values[0]
+            image = images.read(index, 3, examine=lambda image: values.append(_pixel_values(image)))
+            if index % every == 0:
+                digests[index] = _pixel_digest(image)
+            return image.size, "", values[0]
         except UnreadableImage as error:
             return None, str(error), values[0] if values else None
 
@@ -359,7 +461,7 @@ def _check_images(name: str, images: Images) -> tuple[dict[str, Any], dict[str, 
         left_out=dict(images.left_out),
         unreadable=unreadable,
     )
-    return part, dict(zip(names, readable, strict=True))
+    return part, dict(zip(names, readable, strict=True)), dict(sorted(digests.items()))
 
 
 def distinct_names(classes: Sequence[str]) -> list[str]:

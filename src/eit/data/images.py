@@ -405,6 +405,7 @@ class Images:
     max_pixels: int = MAX_PIXELS
     pixel_range: PixelRange | None = None  # of grey images of more than 8 bits, see `to_8_bits`
     left_out: Counter[str] = field(default_factory=Counter)  # what lies next to the images and was not read
+    held_out: float | None = None  # the share of a folder's images that these validation images are
 
     def __len__(self) -> int:
         return len(self.labels)

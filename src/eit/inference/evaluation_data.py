@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from eit.config import Data, data_config
 from eit.console import say
 from eit.data.datasets import DIGITS, AnyImages
+from eit.data.folders import is_class_folder
 from eit.data.timm_datasets import ImageStream
 from eit.errors import UserError, few
 from eit.weights.card import Card
@@ -47,8 +48,17 @@ def evaluation_config(
             raise UserError("these weights do not name a data set: give --data PATH")
         if own["root"] != DIGITS and not own.get("dataset") and not Path(str(own["root"])).expanduser().is_dir():
             raise UserError(f"the data set that these weights name, {own['root']}, is not here: give --data PATH")
-    given |= dict(val_fraction=own.get("val_fraction"), pixel_range=card.pixel_range)
+    share, folder = own.get("val_fraction"), Path(data or "").expanduser()
+    if data and share and folder.is_dir() and is_class_folder(folder, True) and not _is_same(folder, own.get("root")):
+        share = None
+        say(f"all images of {data} are evaluated: if these were trained on, give the folder of training itself")
+    given |= dict(val_fraction=share, pixel_range=card.pixel_range)
     return data_config(max_pixels=max_pixels or card.max_pixels, **{k: v for k, v in given.items() if v is not None})
+
+
+def _is_same(folder: Path, root: Any) -> bool:
+    """Whether `root` is a path of the folder too."""
+    return isinstance(root, str) and Path(root).expanduser().resolve() == folder.resolve()
 
 
 def match_classes(card: Card, images: ImageSet) -> ImageSet:

@@ -19,9 +19,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from eit.config import Recipe, differences, parse_recipe
+from eit.config import Recipe, differences, is_extended, parse_recipe
 from eit.console import say
-from eit.errors import UserError, shorten
+from eit.errors import UserError, few, shorten
 from eit.files import open_regular, read_json, sync_folder, write_file
 from eit.weights.card import Card
 from eit.weights.formats import StateDict, read_pickle, read_safetensors, weights_bytes
@@ -57,6 +57,11 @@ class Progress(BaseModel):
     seconds: FiniteFloat = 0.0  # of training steps, over all continuations
     last: dict[str, Any] = {}  # the newest line of the log, an EpochLine
     fixed: dict[str, Any] = {}  # what a continued run must share: data, global batch
+    best_loss: FiniteFloat | None = None  # of the best epoch, on the validation images
+    extended_from: list[int] = []  # epochs of the schedules before this one
+
+
+LATER = {"best_loss", "extended_from"}  # fields that checkpoints of earlier versions lack
 
 
 def check_unchanged(folder: Path, card: Card | None, state: State, recipe: Recipe, progress: Progress) -> None:
@@ -64,13 +69,24 @@ def check_unchanged(folder: Path, card: Card | None, state: State, recipe: Recip
     run = folder.parent.parent
     if card is None or card.recipe is None:
         raise UserError(f"{folder} does not say of which recipe it is; {advice_without(folder)}")
-    if changes := differences(of_older_version(parse_recipe(card.recipe)), recipe):
-        raise UserError(f"{folder} is of another recipe ({'; '.join(changes)}); undo the changes, or set another out=")
+    changes = differences(of_older_version(parse_recipe(card.recipe)), recipe)
+    if changes and not extended_epochs(card, state, recipe):
+        shown = few(changes, separator="; ")
+        raise UserError(f"{folder} is of another recipe ({shown}); undo the changes, or set another out=")
     saved = state["progress"]["fixed"]
     for key, now in progress.fixed.items():
         if (before := saved.get(key, now)) != now:  # earlier versions recorded less
             advice = f"set {key}={before}" if key.startswith("data.") else "set another out="
             raise UserError(f"{run} was trained with another {key}: {before}, now {now}; {advice}")
+
+
+def extended_epochs(card: Card | None, state: State, recipe: Recipe) -> int | None:
+    """The epochs that a checkpoint was planned with, if all of them are trained and `recipe` only adds some."""
+    if card is None or card.recipe is None:
+        return None
+    before, last = of_older_version(parse_recipe(card.recipe)), state["progress"].get("last")
+    is_at_end = bool(last) and last["epoch"] + 1 == before.train.epochs
+    return before.train.epochs if is_at_end and is_extended(before, recipe) else None
 
 
 def of_older_version(recipe: Recipe) -> Recipe:
@@ -290,7 +306,7 @@ def load_state(folder: Path) -> State:
         raise UserError(f"{file} is not a state of training, with {', '.join(parts)}; {advice_without(folder)}")
     progress = state["progress"]
     try:
-        if missing := Progress.model_fields.keys() - progress.keys():
+        if missing := Progress.model_fields.keys() - progress.keys() - LATER:
             raise ValueError(f"{min(missing)} is missing")
         Progress.model_validate(progress)
         if last := progress["last"]:

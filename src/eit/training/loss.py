@@ -50,6 +50,7 @@ def make_criterion(config: Loss, smoothing: float, weights: Tensor | None, class
 def class_weights(config: Loss, classes: list[str], labels: list[int] | None) -> Tensor | None:
     """The weight of each class, (classes,), or None. Balanced weights have mean 1 over the training images."""
     by_name = config.class_weights
+    assert by_name != "auto"  # it is resolved
     if by_name is None:
         return None
     if by_name == "balanced":

@@ -5,14 +5,17 @@ import math
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from eit import plots
-from eit.config import Recipe, differences, parse_recipe, parse_yaml
+from eit.config import Recipe, differences, is_extended, parse_recipe, parse_yaml
 from eit.console import say
 from eit.errors import UserError, few, first_line
 from eit.files import open_regular, read_json, read_regular, write_file
@@ -57,13 +60,18 @@ class RunFolder:
                     f"put {path / 'checkpoints'} back, or set another out= to train anew"
                 )
             was_trained = steps or self._lines  # until then the recipe may change
-            if was_trained and (changes := differences(read_recipe(path), recipe)):
-                raise UserError(f"{path} holds a run of another recipe ({'; '.join(changes)}); set another out=")
+            if was_trained:
+                before = read_recipe(path)
+                changes = differences(before, recipe)
+                if changes and not (is_finished(path, before) and is_extended(before, recipe)):
+                    shown = few(changes, separator="; ")
+                    raise UserError(f"{path} holds a run of another recipe ({shown}); set another name= or out=")
             write_file(path / "recipe.yaml", recipe.to_yaml())
         except BaseException:
             self._lock.release()
             raise
-        self._board: _TensorBoard | None = None
+        self._recipe = recipe
+        self._boards: dict[str, _TensorBoard | _WeightsAndBiases] = {}
         self._undrawn, self._drawn_at = False, -math.inf
         self._failed: set[str] = set()
 
@@ -73,6 +81,8 @@ class RunFolder:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self._draw_curves()
+            for name, board in self._boards.items():
+                self._try(name, board.close)
         finally:
             self._lock.release()
 
@@ -93,7 +103,7 @@ class RunFolder:
         write_file(self.path / "log.jsonl", "".join(map(_json_line, self._lines)))
 
     def start_logging(self, environment: dict[str, Any], step: int) -> None:
-        """Write environment.json, with those of earlier starts, and open TensorBoard's file, after `step`."""
+        """Write environment.json, with those of earlier starts, and open what `train.log` names, after `step`."""
         earlier: list[Any] = []
         try:
             before = read_json(self.path / "environment.json")
@@ -106,10 +116,14 @@ class RunFolder:
             say(f"{self.path / 'environment.json'} is damaged ({first_line(error)}); it is written anew")
         self.write_json("environment.json", environment | dict(step=step, earlier_starts=earlier))
 
-        def open_board() -> None:
-            self._board = _TensorBoard(self.path / "tensorboard", step + 1)
+        def open_board(name: str) -> None:
+            if name == "wandb":
+                self._boards[name] = _WeightsAndBiases(self.path, self._recipe)
+            else:
+                self._boards[name] = _TensorBoard(self.path / name, step + 1)
 
-        self._try("tensorboard", open_board)
+        for name in self._recipe.train.log:
+            self._try(name, partial(open_board, name))
 
     def append_log(self, line: dict[str, Any]) -> None:
         """Write an epoch's line to log.jsonl. It follows the checkpoint: a log without one is an error."""
@@ -133,9 +147,9 @@ class RunFolder:
         )
         self._lines.append(line)
         self._undrawn = True
-        if self._board is not None:
-            board = self._board
-            self._try("tensorboard", lambda: board.add(line))
+        numbers = {k: v for k, v in line.items() if k not in ("epoch", "step", "stopped_early") and v is not None}
+        for name, board in self._boards.items():
+            self._try(name, partial(board.add, line["step"], numbers))
         if time.monotonic() - self._drawn_at > CURVES_EVERY:
             self._draw_curves()
 
@@ -178,13 +192,15 @@ class _TensorBoard:
         self._write(Event(file_version="brain.Event:2"), "xb")
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def add(self, line: dict[str, Any]) -> None:
+    def add(self, step: int, numbers: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        numbers = {k: v for k, v in line.items() if k not in ("epoch", "step") and v is not None}
         values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
-        self._write(Event(step=line["step"], summary=Summary(value=values)))
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Nothing: each event is on the disk."""
 
     def _write(self, event: Any, mode: str = "ab") -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -192,6 +208,40 @@ class _TensorBoard:
         event.wall_time = time.time()
         with open(self._file, mode) as file:
             RecordWriter(file).write(event.SerializeToString())
+
+
+class _WeightsAndBiases:
+    """The same numbers for Weights & Biases, which reads its own settings (WANDB_MODE, WANDB_PROJECT ...)."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        import wandb
+
+        file = folder / "wandb-id"  # a run that continues is the same one there
+        if not file.is_file():
+            write_file(file, uuid.uuid4().hex[:12])
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "eit"),
+            name=recipe.name,
+            id=read_regular(file).decode(),
+            resume="allow",
+            dir=folder,
+            config=recipe.model_dump(mode="json"),
+        )
+
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_loggers(recipe: Recipe) -> None:
+    """Raise a UserError if a package that `train.log` names is not installed."""
+    spec = find_spec("wandb") if "wandb" in recipe.train.log else None
+    if "wandb" in recipe.train.log and (spec is None or spec.origin is None):  # a folder `wandb` has no origin
+        raise UserError(
+            "train.log=wandb: the package wandb is not installed; pip install 'eit[wandb]', or leave it out"
+        )
 
 
 def _check_is_run(path: Path) -> None:
@@ -228,6 +278,12 @@ def read_recipe(path: Path) -> Recipe:
 def resumable_recipe(path: Path) -> Recipe | None:
     """The recipe of the run in the folder `path`, or None if there is no checkpoint to resume from."""
     return read_recipe(path) if saved_steps(path) and (path / "recipe.yaml").is_file() else None
+
+
+def is_finished(path: Path, recipe: Recipe) -> bool:
+    """Whether the run of `recipe` in the folder `path` has had all its epochs. One that stopped early has not."""
+    summary = read_summary(path)
+    return summary is not None and summary["epochs"] == recipe.train.epochs
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

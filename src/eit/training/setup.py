@@ -14,20 +14,10 @@ from eit.data.images import Preprocessing
 from eit.errors import UserError, first_line
 from eit.models.registry import TIMM, check_timm_name, create_model, head_names
 from eit.randomness import Stream, set_seed
-from eit.training.run_folder import resumable_recipe
 from eit.weights.card import LARGEST_RESIZE, LARGEST_SIZE, Card, default_mean_std
 from eit.weights.load import load_weights, read_card
 
 RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
-
-
-def recorded_model(recipe: Recipe) -> Model | None:
-    """The model section of the run in the recipe's folder, or None if it has no checkpoint.
-
-    A run with a checkpoint does not need the weights that it started from.
-    """
-    before = resumable_recipe(recipe.run_folder())
-    return None if before is None else before.model
 
 
 def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recipe:

@@ -48,23 +48,24 @@ from eit.training.checkpoint import (
     State,
     advice_without,
     check_unchanged,
+    extended_epochs,
     load_card,
     load_checkpoint,
     load_state,
     newest_checkpoint,
     save_checkpoint,
 )
+from eit.training.choices import find_own_run, resolve_choices
 from eit.training.global_batch import check_order, micro_batches_per_step, out_of_memory_advice
 from eit.training.loss import Distillation, class_weights, make_criterion
 from eit.training.optim import can_skip_updates, largest_lr, load_optimizer, make_lr_scheduler, make_optimizer
-from eit.training.run_folder import RunFolder, read_summary
+from eit.training.run_folder import RunFolder, check_loggers, read_summary, resumable_recipe
 from eit.training.setup import (
     build_model,
     check_single_images,
     choose_trainable,
     make_card,
     make_view,
-    recorded_model,
     resolve_architecture,
 )
 from eit.training.signals import first_signal, stop_signals
@@ -85,7 +86,7 @@ class Stopped(Exception):
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Train the run of `recipe`, or continue it; the summary of the finished run, on every rank.
+    """Train the run of `recipe`, or continue it; the summary of the finished run and its folder, on every rank.
 
     Raises:
         UserError: wrong data, values or weights, before anything is trained.
@@ -102,11 +103,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
             resources.enter_context(float32_products(precision))
             prepared = prepare(recipe, device, precision)
             folder, summary = claim_run_folder(prepared, resources)
+            path = str(prepared.recipe.run_folder())
             if summary:
-                say(f"{recipe.run_folder()} is finished; set another out= to train again")
-                return summary
-            writer = resources.enter_context(BackgroundWriter())
-            return Trainer(prepared, folder, writer).fit()
+                say(f"{path} is finished; set another name= or out= to train again, or more train.epochs to go on")
+            else:
+                writer = resources.enter_context(BackgroundWriter())
+                summary = Trainer(prepared, folder, writer).fit()
+            return summary | dict(folder=path)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise UserError(out_of_memory_advice(recipe)) from None
@@ -120,7 +123,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 class Prepared:
     """What a run needs, opened, built and checked."""
 
-    recipe: Recipe  # its architecture is resolved
+    recipe: Recipe  # its architecture and choices are resolved
     device: torch.device
     precision: Precision
     train_images: AnyImages
@@ -137,9 +140,14 @@ class Prepared:
 
 def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepared:
     """Open the data and build the model. A mistake in the recipe is a UserError here, before anything is written."""
-    recorded = distributed.on_main(lambda: recorded_model(recipe))
-    recipe = resolve_architecture(recipe, recorded)
-    train_images, val_images = open_data(recipe.data)
+    check_loggers(recipe)
+    typed = recipe
+    recorded = distributed.on_main(lambda: resumable_recipe(typed.run_folder()))
+    resolved = resolve_architecture(typed, None if recorded is None else recorded.model)
+    train_images, val_images = open_data(resolved.data)
+    data = f"{train_images.digest()} {val_images.digest()}"
+    own, recorded = distributed.on_main(lambda: find_own_run(resolved, recorded, data))
+    recipe = resolve_choices(own, recorded, train_images, val_images, device, precision)
     classes = train_images.classes
     view = make_view(recipe)
     order = SampleOrder(
@@ -216,8 +224,11 @@ def claim_run_folder(prepared: Prepared, resources: ExitStack) -> tuple[RunFolde
         if summary := read_summary(folder.path):
             newest, _ = newest_checkpoint(folder.path)
             if newest is not None:
-                state = load_state(newest)
-                check_unchanged(newest, load_card(newest), state, prepared.recipe, prepared.progress)
+                state, card = load_state(newest), load_card(newest)
+                check_unchanged(newest, card, state, prepared.recipe, prepared.progress)
+                if extended_epochs(card, state, prepared.recipe):
+                    (folder.path / "summary.json").unlink()  # the run is not finished any more
+                    return None
         return summary
 
     summary = distributed.on_main(claim)
@@ -258,6 +269,7 @@ class Trainer:
 
         self.reports = StepReports(immediate=not self.skips_updates)
         self.signals = (0.0,) * len(STOP_SIGNALS)  # of the newest report
+        self.received_signals = lambda: [0.0] * len(STOP_SIGNALS)  # until `fit` handles signals
         self.save_is_due, self.saved_at = False, time.monotonic()
         self.throughput = Throughput(order.global_batch, 0 if config.compile == "off" else COMPILED_STEPS)
         self.displayed: dict[str, Any] = {}
@@ -275,7 +287,10 @@ class Trainer:
                 self.folder.cut_log(0, {})
                 return None
             weights, averaged, state = load_checkpoint(checkpoint)
-            check_unchanged(checkpoint, load_card(checkpoint), state, self.recipe, self.progress)
+            card = load_card(checkpoint)
+            check_unchanged(checkpoint, card, state, self.recipe, self.progress)
+            if epochs := extended_epochs(card, state, self.recipe):
+                state["progress"]["extended_from"] = [*state["progress"].get("extended_from", []), epochs]
             try:
                 self.restore(weights, averaged, state)  # here on rank 0 alone, before anything is changed on the disk
             except Exception as error:  # torch raises almost any for what is not its own
@@ -285,10 +300,15 @@ class Trainer:
                 raise UserError(f"{checkpoint} {reason}; {advice_without(checkpoint)}") from None
             step = state["progress"]["step"]
             say(f"continuing {self.folder.path} from step {step}")
+            if epochs:
+                say(
+                    f"{epochs} epochs are extended to {self.recipe.train.epochs}: the learning rate jumps back to the "
+                    "cosine of the longer run, so the result differs from a run planned like that (name=NEW)"
+                )
             self.folder.cut_log(step, state["progress"]["last"])
             return weights, averaged, state
 
-        checkpoint = distributed.on_main(read)
+        checkpoint = distributed.on_main(lambda: read() if self.folder else None)  # eit lr has no folder
         if checkpoint is not None and self.folder is None:
             self.restore(*checkpoint)
 
@@ -337,13 +357,22 @@ class Trainer:
     def train_epochs(self) -> None:
         """Train, evaluate and save each epoch that is left."""
         while (epoch := self.progress.last.get("epoch", -1) + 1) * self.order.steps < self.total_steps:
+            if self.is_stopped_early():
+                break
             self.train_epoch(epoch)
             is_best = self.evaluate(epoch)
             self.save(is_best, self.progress.last)
             if self.folder:
                 self.folder.show_epoch(self.progress.last, len(self.prepared.train_images.classes))
-            if any(self.signals) and self.progress.step < self.total_steps:
+            if any(self.signals) and self.progress.step < self.total_steps and not self.is_stopped_early():
                 self.stop()
+        if self.is_stopped_early():
+            best = self.progress.best_epoch + 1
+            say(f"stopped early: no epoch after epoch {best} was better (train.patience={self.recipe.train.patience})")
+
+    def is_stopped_early(self) -> bool:
+        """Whether `train.patience` ends the run before its last epoch: the newest line of the log says it."""
+        return bool(self.progress.last.get("stopped_early"))
 
     def start_logging(self) -> None:
         recipe, order, images = self.recipe, self.order, self.prepared.train_images
@@ -485,9 +514,12 @@ class Trainer:
                 )
                 error.add_note(distributed.ON_MAIN)
                 raise error
+        patience = self.recipe.train.patience
         is_best = metrics.top1 > progress.best_top1
+        if patience and metrics.top1 == progress.best_top1 and progress.best_loss is not None:
+            is_best = metrics.loss < progress.best_loss  # few images often have the same top-1
         if is_best:
-            progress.best_top1, progress.best_epoch = metrics.top1, epoch
+            progress.best_top1, progress.best_epoch, progress.best_loss = metrics.top1, epoch, metrics.loss
         progress.last = {
             "epoch": epoch,
             "step": progress.step,
@@ -499,6 +531,8 @@ class Trainer:
             "ema_top1": averaged.top1 if averaged else None,
             "images_per_s": round(self.throughput.images_per_s, 1),
         }
+        if patience and epoch - progress.best_epoch >= patience and progress.step < self.total_steps:
+            progress.last["stopped_early"] = True
         return is_best
 
     def save_minutes_are_over(self) -> bool:
@@ -540,6 +574,9 @@ class Trainer:
         self.writer.wait()
         progress, card = self.progress, card_with_metrics(self.prepared.card, self.progress)
         save_weights(self.folder.path / "final.safetensors", self.model.state_dict(), card)
+        more: dict[str, Any] = {} if self.recipe.train.patience is None else dict(stopped_early=self.is_stopped_early())
+        if progress.extended_from:
+            more["extended_from"] = progress.extended_from
         return self.folder.finish(
             best_top1=progress.best_top1,
             best_epoch=progress.best_epoch,
@@ -549,6 +586,7 @@ class Trainer:
             epochs=progress.last["epoch"] + 1,
             seconds=round(progress.seconds, 1),
             params=parameter_count(self.model),
+            **more,
         )
 
 

@@ -21,7 +21,8 @@ from eit.weights.convert import TIMM_FILES, infer_card
 from eit.weights.formats import StateDict, read_weights, strip_prefixes
 
 HUB = "hf-hub:"
-INCLUDED = {name: Path(__file__).with_name("eit_digits.safetensors") for name in ("digits", "eit_digits")}
+_FILES = {name: Path(__file__).with_name(f"eit_{name}.safetensors") for name in ("digits", "cifar10")}
+INCLUDED = {n: file for name, file in _FILES.items() if file.is_file() for n in (name, f"eit_{name}")}
 
 
 def load(path: str | os.PathLike[str]) -> EIT:
