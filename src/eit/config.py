@@ -318,6 +318,8 @@ class Train(Section):
     """bit-identical results on CUDA, at some cost in speed; on the CPU results always are"""
     max_steps: Count | None = None
     """stop after this many steps; null: after the last epoch"""
+    report: bool = True
+    """write report.html after training"""
 
 
 class Recipe(Section):
@@ -393,7 +395,7 @@ def _explained(section: Section, indent: str = "") -> Iterable[str]:
 # and micro-batches changes rounding, mixup's pairs and dropout, but neither the batch nor the order of the images.
 FREE_KEYS = {
     *("out", "data.root", "data.download", "data.workers", "data.bad_image_budget"),
-    *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes"),
+    *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes", "train.report"),
 }
 
 _SUCH = {

@@ -1,6 +1,7 @@
 """`eit train RECIPE [KEY=VALUE...]`."""
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -48,15 +49,21 @@ def train(
     except Stopped as stop:
         exit_stopped(stop)
     if distributed.is_main():
+        from eit.report.run import write_after_training
+
+        page = write_after_training(resolved, distributed.start(resolved.train.device))
         folder = str(resolved.run_folder())
-        print_result(summary | dict(folder=folder), as_json, summary_text(summary, folder))
+        print_result(
+            summary | dict(folder=folder, report=page and str(page)), as_json, summary_text(summary, folder, page)
+        )
 
 
-def summary_text(summary: dict[str, Any], folder: str) -> str:
+def summary_text(summary: dict[str, Any], folder: str, page: Path | None) -> str:
     quoted = shlex.quote(folder)
     return (
         f"top-1 {summary['last_top1']:.2f}% after the last of {summary['epochs']} epochs "
         f"(best {summary['best_top1']:.2f}% after epoch {summary['best_epoch'] + 1})\n"
         f"run folder {folder}\n"
-        f"next: {program()} eval {quoted}    {program()} predict {quoted} IMAGE..."
+        + (f"report {page}\n" if page else "")
+        + f"next: {program()} eval {quoted}    {program()} predict {quoted} IMAGE..."
     )
