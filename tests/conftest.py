@@ -13,20 +13,22 @@ import torch
 from PIL import Image
 
 from eit import plots
+from eit.report import run as report_of_run
 from tests.helpers.images import save_digits
 from tests.helpers.shared import SHARED, require
 
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), os.cpu_count() or 1))
 
 
-CURVES = plots.curves
+CURVES, REPORT = plots.curves, report_of_run.write_after_training
 
 
 @pytest.fixture(scope="session", autouse=True)
 def curves_of_one_pixel():
-    """For runs in this process: drawing their curves took three quarters of the time of a tiny run."""
+    """For runs in this process: drawing curves and report took three quarters of the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "curves", lambda lines, file: Image.new("RGB", (1, 1)).save(file))
+        patch.setattr(report_of_run, "write_after_training", lambda recipe, device=None: None)
         yield
 
 
@@ -34,6 +36,12 @@ def curves_of_one_pixel():
 def drawn_curves(monkeypatch):
     """Curves as users see them."""
     monkeypatch.setattr(plots, "curves", CURVES)
+
+
+@pytest.fixture
+def written_report(monkeypatch):
+    """The page that follows training, as users see it."""
+    monkeypatch.setattr(report_of_run, "write_after_training", REPORT)
 
 
 @pytest.fixture(scope="session")

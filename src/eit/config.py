@@ -340,6 +340,8 @@ class Train(Section):
     """stop after this many epochs without a better one (top-1, then validation loss); null: after the last epoch"""
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)] = ("tensorboard",)
     """where curves go besides log.jsonl: tensorboard, wandb (pip install 'eit[wandb]'), both in a list, or off"""
+    report: bool = True
+    """write report.html after training"""
 
 
 class Recipe(Section):
@@ -415,7 +417,7 @@ def _explained(section: Section, indent: str = "") -> Iterable[str]:
 # and micro-batches changes rounding, mixup's pairs and dropout, but neither the batch nor the order of the images.
 FREE_KEYS = {
     *("out", "data.root", "data.download", "data.workers", "data.bad_image_budget"),
-    *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes", "train.log"),
+    *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes", "train.log", "train.report"),
 }
 
 _SUCH = {

@@ -40,6 +40,16 @@ def say(text: str, any_rank: bool = False) -> None:
         err.print(escape(printable(f"[rank {distributed.rank()}] {text}")))
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the context, nothing is said: for work that was done, and told, before."""
+    before, err.quiet = err.quiet, True
+    try:
+        yield
+    finally:
+        err.quiet = before
+
+
 class Advance(Protocol):
     def __call__(self, steps: int = 1, **fields: Any) -> None: ...
 

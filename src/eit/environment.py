@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -34,7 +35,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         settings=_settings(),
         world_size=distributed.world_size(),
-        command=" ".join(["eit", *sys.argv[1:]]),
+        command=shlex.join(["eit", *sys.argv[1:]]),
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 from markupsafe import Markup
 
 from eit.analysis import report
+from eit.pages.render import Drawing
 
 
 @pytest.fixture
@@ -15,4 +16,4 @@ def no_figure_files(monkeypatch):
 @pytest.fixture
 def no_figures(no_figure_files, monkeypatch):
     """The page has each figure with its caption, and nothing in it."""
-    monkeypatch.setattr(report, "_panel", lambda *_: report._Panel("", "0 0 1 1", Markup()))
+    monkeypatch.setattr(report, "_panel", lambda *_: Drawing("", "", "0 0 1 1", Markup()))

@@ -24,13 +24,13 @@ from eit.data.images import Preprocessing
 from eit.errors import UserError
 from eit.training.trainer import train
 from eit.weights.load import find_weights, load
+from tests.helpers.browser import contrasts, focused_by_tab, luminance, opened, rgba, start_chromium
 from tests.helpers.commands import run_eit
 from tests.helpers.images import save_digits
-from tests.helpers.shared import require
 from tests.helpers.training import TINY
 
 CPU = torch.device("cpu")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
 FILES = {"amplitude", "class_token", "diversity", "filter", "frequency", "heads", "images", "models"}
 FILES |= {"smoothing", "spectrum", "sweep", "transfer"}
 
@@ -284,14 +284,34 @@ def test_the_page_needs_nothing_else(page):
     assert len(ids) == len(set(ids))
 
 
-def test_every_figure_says_what_it_shows_of_how_many_images_from_which_weights(page, ones):
+def test_every_figure_says_what_it_shows_of_how_many_images_and_names_the_models_at_hand(page, ones):
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
     assert len(captions) == len(figures(ones)) + 1 >= 8
-    for caption in captions:
-        assert (
-            "3 images of photos" in caption or "2 images. " in caption
-        ) and "runs/one (trained, sha256 abababababab)" in caption
-    assert sum("contradicted" in caption for caption in captions) >= 6
+    assert all("3 images" in caption and 'href="#models"' in caption for caption in captions)
+    judged = [caption for caption in captions if "contradicted if" in caption]
+    assert len(judged) >= 6 and not re.search(r"EIT|LSRA|ViT", " ".join(judged))
+    named = [caption for caption in judged if "of one " in caption and "&lt;script&gt;" in caption]
+    assert len(named) >= 6  # others are about parts of each model: convolved and attention channels
+
+
+@pytest.mark.parametrize("shown", [["eit"], ["flat"], ["eit", "eit (initial)"]])
+def test_captions_without_two_sides_contradict_nothing(shown):
+    ones = {"eit": measured("eit"), "flat": measured("flat", schedule="vit")}
+    ones["eit (initial)"] = measured("eit", "initial", seed=1)
+    captions = [figure.caption for figure in figures([ones[name] for name in shown])]
+    assert not any("contradicted if the line of" in caption or "{" in caption for caption in captions)
+
+
+def test_the_source_of_each_model_is_told_once(page):
+    assert page.count("runs/one (trained, sha256 abababababab)") == 1 and page.count("of photos") == 1
+
+
+def test_each_pair_is_told_once():
+    """Models whose convolution decreases are compared with each other too."""
+    ones = [measured("a"), measured("b", seed=1), measured("flat", schedule="vit", seed=2)]
+    shares = [line for line in sentences(ones) if line.startswith("High frequencies, share:")]
+    pairs = [re.search(r": (\w+) has more than (\w+) in", line).groups() for line in shares]
+    assert pairs == [("a", "b"), ("a", "flat"), ("b", "flat")]
 
 
 def test_where_initial_values_come_from_stands_in_the_page(page):
@@ -365,13 +385,8 @@ def test_a_report_inside_its_own_images_does_not_feed_on_itself(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    require(CHROMIUM is not None, "Chromium is not installed (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+    with start_chromium() as browser:
+        yield browser
 
 
 @pytest.mark.project
@@ -388,31 +403,29 @@ def test_a_browser_shows_it(browser, tmp_path, scheme, width):
     """On a phone and a desk: nothing asked of the network, no error, every figure in sight, no sideways scrolling."""
     ones = [measured(), measured(state="initial", seed=1), measured("two", seed=2), measured("three", seed=3)]
     file = write(tmp_path, ones)
-    page = browser.new_page(color_scheme=scheme, viewport=dict(width=width, height=800))
-    faults, asked = [], []
-    page.on("console", lambda message: faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(file.as_uri())
-    assert not faults and all(url.startswith("data:") or url == file.as_uri() for url in asked)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    drawn = page.locator("figure .panel svg, figure img")
-    assert drawn.count() > 20
-    for i in range(drawn.count()):
-        box = drawn.nth(i).bounding_box()
-        assert drawn.nth(i).is_visible() and box["width"] > 50 and box["height"] > 50
-    panel = page.locator(".panel svg").first
-    assert panel.bounding_box()["width"] > (300 if width == 360 else 400)
-    ink = panel.locator("text").first.evaluate("e => getComputedStyle(e).fill")
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper))
-    assert (light > 600 and dark < 150) if scheme == "dark" else (light < 150 and dark > 600)
-    sizes = page.evaluate(
-        "[...document.querySelectorAll('.panel svg text')].map("
-        "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a || 99)"  # turned text has a = 0
-    )
-    assert min(sizes) >= 10  # pixels
-    page.close()
+    with opened(browser, file, scheme, width) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        drawn = page.locator("figure .panel svg, figure img")
+        assert drawn.count() > 20
+        for i in range(drawn.count()):
+            box = drawn.nth(i).bounding_box()
+            assert drawn.nth(i).is_visible() and box["width"] > 50 and box["height"] > 50
+        assert page.locator(".panel svg").first.bounding_box()["width"] > (300 if width == 360 else 400)
+        found = contrasts(page)
+        assert len(found) > 100 and found[0][0] >= 4.5, found[:3]
+        paper = rgba(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert (luminance(paper) > 0.5) == (scheme == "light")
+        sizes = page.evaluate(
+            "[...document.querySelectorAll('.panel svg text')].map("
+            "e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a || 99)"  # turned text has a = 0
+        )
+        assert min(sizes) >= 10  # pixels
+        reached = focused_by_tab(page)
+        tables = {"frequencies and heads", "class token, attention and tokens"}
+        assert tables <= {name for _, name, _ in reached} and all(is_visible for *_, is_visible in reached)
+        for table in tables:
+            scrolls = page.get_by_label(table).evaluate("e => e.scrollWidth > e.clientWidth")
+            assert scrolls == (width == 360)
 
 
 # -- Images that cannot be read

@@ -83,7 +83,9 @@ def test_a_table_of_many_classes_shows_the_weakest():
     per_class = {
         f"[b]{i:02d} " + "n" * 50: dict(images=2, top1=100.0 - i, precision=None, f1=50.0) for i in range(24)
     } | {"none": dict(images=0, top1=None, precision=0.0, f1=0.0)}
-    figures = dict(images=48, top1=50.0, top5=60.0, loss=1.0, ece=2.0, correct1=24, correct5=29, pairs={})
+    figures = dict(
+        images=48, top1=50.0, top5=60.0, loss=1.0, ece=2.0, correct1=24, correct5=29, pairs={}, calibration=[]
+    )
     lines = metrics_text(Metrics(per_class=per_class, **figures)).splitlines()
     assert lines[1].startswith("top-5 60.00%")
     assert lines[4] == "the 10 weakest of 24 classes (--json has all)" and len(lines) == 16

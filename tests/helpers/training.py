@@ -31,6 +31,7 @@ TINY = [
     "data.workers=0",
     "train.epochs=2",
     "train.warmup_epochs=1",
+    "train.report=false",
 ]
 
 

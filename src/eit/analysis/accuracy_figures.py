@@ -6,7 +6,9 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.groups import CONFIDENCE, paired_differences
-from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, curve, ink, integers
+from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, contradiction, curve, ink, integers
+
+MORE_HIGH = "The claim that decreasing convolution uses more high frequencies"
 
 
 def filtered_accuracy(models: Sequence[AnalyzedModel]) -> Figure | None:
@@ -48,8 +50,8 @@ def filtered_accuracy(models: Sequence[AnalyzedModel]) -> Figure | None:
         f"Change of top-1 if the grid's tokens lose their frequencies above rho = {rho:g} (left), or those up to rho "
         "except the mean (right), after the stem (0) or after one layer. The class token does not change, and the rest "
         f"of the model runs. Bars: one standard error over {images:,} images; each image is compared with itself. A "
-        "layer may hold high frequencies that later layers do not use. The claim that EIT uses more high frequencies "
-        "is contradicted if its line on the left is not below those of LSRA and ViT.",
+        "layer may hold high frequencies that later layers do not use."
+        + contradiction(shown, "the line of {ours} on the left is not below that of {others}", MORE_HIGH),
         [panel("low", "high frequencies removed"), panel("high", "low frequencies removed")],
         shown,
     )
@@ -130,8 +132,8 @@ def band_noise_cost(models: Sequence[AnalyzedModel]) -> Figure | None:
         "Accuracy with noise in one frequency band",
         "Change of top-1 if noise in one ring of frequencies (1 is the Nyquist frequency of the pixels) is added to "
         f"the pixels (Park & Kim 2022). Bars: one standard error of top-1. Without noise: {clean}. The line of a model "
-        "that uses high frequencies falls on the right, that of a model that uses low ones on the left. The claim that "
-        "EIT uses more high frequencies is contradicted if its line on the right is not below those of LSRA and ViT.",
+        "that uses high frequencies falls on the right, that of a model that uses low ones on the left."
+        + contradiction(shown, "the line of {ours} on the right is not below that of {others}", MORE_HIGH),
         [Panel("", draw)],
         shown,
     )

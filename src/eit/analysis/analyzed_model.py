@@ -1,5 +1,6 @@
 """A model with its measurements, and a group of runs that is shown as one curve."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -73,6 +74,21 @@ def _merge_runs(runs: list[AnalyzedModel]) -> AnalyzedModel:
     loaded = replace(first.loaded, label=f"{first.loaded.group}, n = {len(runs)}", source=source, sha256="")
     missing = list(dict.fromkeys(text for run in runs for text in run.missing))
     return AnalyzedModel(loaded, first.analysis, first.colour, first.marker, missing, members=runs)
+
+
+def claimed_and_others(models: Sequence[AnalyzedModel]) -> tuple[list[AnalyzedModel], list[AnalyzedModel]]:
+    """The trained models that the paper's claims are about, and the trained models that they are compared with.
+
+    The claims are about models whose convolution decreases with depth; if there are none, about all that convolve.
+    """
+    trained = [model for model in models if model.loaded.state == "trained"]
+    mixed = [model for model in trained if model.analysis.layers_at("conv")]
+    claimed = [model for model in mixed if _decreases([f.channels for f in model.analysis.layers_at("conv")])] or mixed
+    return claimed, [model for model in trained if model not in claimed]
+
+
+def _decreases(channels: Sequence[int]) -> bool:
+    return all(a > b for a, b in itertools.pairwise(channels))
 
 
 def layout(analysis: Analysis) -> tuple[Any, ...]:

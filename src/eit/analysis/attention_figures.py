@@ -7,7 +7,7 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.attention import NEAR_UNIFORM, Attention
-from eit.analysis.panels import Figure, Panel, Points, curve, depth_axis, from_zero, ink, logarithmic
+from eit.analysis.panels import Figure, Panel, Points, contradiction, curve, depth_axis, from_zero, ink, logarithmic
 
 
 def distances(models: Sequence[AnalyzedModel]) -> Figure | None:
@@ -49,8 +49,8 @@ def distances(models: Sequence[AnalyzedModel]) -> Figure | None:
         "Attention distance of each head",
         "Mean attention distance in pixels (Dosovitskiy et al. 2021, figure 11), one dot per head and run. Filled: "
         "the given weights; hollow: initial values; dotted line: uniform attention. The axis does not begin at 0. The "
-        "paper claims that EIT's heads are more diverse, so that its dots spread more within a layer. The claim is "
-        "contradicted if they spread as little as those of LSRA and ViT.",
+        "paper claims that decreasing convolution makes heads more diverse, so that dots spread more within a layer."
+        + contradiction(models, "the dots of {ours} spread as little as those of {others}"),
         [panel(model) for model in shown],
         [],
     )
@@ -96,8 +96,8 @@ def head_diversity(models: Sequence[AnalyzedModel]) -> Figure | None:
         "divergence of two heads' attention, query by query, averaged over pairs, relative to its maximum log 2; it "
         "also separates heads with equal distances and different directions. Bottom right: entropy of a token's "
         "attention over the grid relative to its maximum log(h w), averaged over heads; its axis does not begin at "
-        f"0.{crossed if marked else ''} Dashed: initial values, about which the paper claims nothing. The paper's "
-        "claim is contradicted if EIT's line is not above the others after training.",
+        f"0.{crossed if marked else ''} Dashed: initial values, about which the paper claims nothing."
+        + contradiction(shown, "the line of {ours} is not above that of {others} after training", "The paper's claim"),
         [
             panel("diversity in pixels", "diversity (px)", lambda layer: layer.std),
             panel("relative to uniform attention", "diversity (% of uniform)", lambda layer: 100 * layer.relative_std),

@@ -1,12 +1,11 @@
 """The findings of a comparison: warnings, sentences, and short tables for terminal and page."""
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from eit.analysis.analyzed_model import AnalyzedModel, curves
+from eit.analysis.analyzed_model import AnalyzedModel, claimed_and_others, curves
 from eit.analysis.attention import NEAR_UNIFORM
 from eit.analysis.class_token import MIN_SHARE
 from eit.analysis.groups import MEASURES, paired_differences
@@ -109,15 +108,14 @@ def percent(share: float) -> str:
 def sentences(models: Sequence[AnalyzedModel]) -> list[str]:
     """The paper's two claims tested with these measurements, one sentence per comparison; none without trained models.
 
-    Models whose convolution decreases with depth (or, if there are none, all that convolve) are compared with each
-    other trained model. A difference of shares counts if it is larger than two standard errors.
+    The models that the claims are about (`claimed_and_others`) are compared with each other trained model, each pair
+    once. A difference of shares counts if it is larger than two standard errors.
     """
     trained = [model for model in models if model.loaded.state == "trained" and not model.loaded.group]
-    mixed = [model for model in trained if model.analysis.layers_at("conv")]
-    decreasing = [model for model in mixed if _decreases([f.channels for f in model.analysis.layers_at("conv")])]
+    claimed, _ = claimed_and_others(trained)
     lines = []
-    for model in decreasing or mixed:
-        others = [other for other in trained if other is not model]
+    for number, model in enumerate(claimed):
+        others = [other for other in trained if other not in claimed[: number + 1]]  # each pair is told once
         same = [other for other in others if other.analysis.depth == model.analysis.depth]
         for other in same:
             lines += _compare(model, other)
@@ -162,10 +160,6 @@ def _compare_groups(measured: Sequence[AnalyzedModel]) -> list[str]:
                 f"(95% interval {low:+.2f} to {high:+.2f}, {pair.seeds} seeds{clear})."
             )
     return lines
-
-
-def _decreases(channels: Sequence[int]) -> bool:
-    return all(a > b for a, b in itertools.pairwise(channels))
 
 
 def _same_layers(these: Iterable[Any], those: Iterable[Any]) -> list[tuple[Any, Any]]:

@@ -8,7 +8,19 @@ from typing import Any
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.frequency import RHOS, Frequency, diagonal_frequencies, noise_shares
 from eit.analysis.measure import Analysis
-from eit.analysis.panels import HEAT, PALETTE, Figure, Panel, Points, curve, depth_axis, from_zero, ink, integers
+from eit.analysis.panels import (
+    PALETTE,
+    Figure,
+    Panel,
+    Points,
+    contradiction,
+    curve,
+    depth_axis,
+    from_zero,
+    ink,
+    integers,
+)
+from eit.pages.render import HEAT
 
 
 def _line(axis: Any, model: AnalyzedModel, with_dc: bool) -> None:
@@ -53,10 +65,11 @@ def share(models: Sequence[AnalyzedModel]) -> Figure:
         "High-frequency share over depth",
         f"Share of the energy of a layer's tokens above {rho:g} of the Nyquist frequency, after the stem (0) and each "
         "layer, averaged over channels and images. Bars: one standard error. Dashed: the same models with their "
-        "initial values; dotted: white noise on each model's grid. The paper claims that EIT's share is larger in "
-        "each layer. The claim is contradicted if EIT's line is not above those of LSRA and ViT. If the line is as "
-        "high before training, the share comes from the architecture alone and was not learnt. The two panels may "
-        "disagree, so name the one that you quote.",
+        "initial values; dotted: white noise on each model's grid. The paper claims a larger share in each layer "
+        "for decreasing convolution."
+        + contradiction(models, "the line of {ours} is not above that of {others}")
+        + " If a line is as high before training, the share comes from the architecture alone and was not learnt. The "
+        "two panels may disagree, so name the one that you quote.",
         [panel(False), panel(True)],
         list(models),
         noise=True,
@@ -210,8 +223,8 @@ def amplitude(models: Sequence[AnalyzedModel]) -> Figure | None:
         "Which sub-block amplifies high frequencies",
         "Log Fourier amplitude at the highest frequency of the diagonal, minus that at frequency 0, after each "
         "sub-block (Park & Kim 2022, figure 2b). Shaded steps are token mixers (convolution and attention), white "
-        "steps MLPs. Dashed: initial values. If a line falls in a shaded step, that mixer is a low-pass filter. The "
-        "paper is contradicted if EIT's mixers damp high frequencies as much as ViT's.",
+        "steps MLPs. Dashed: initial values. If a line falls in a shaded step, that mixer is a low-pass filter."
+        + contradiction(models, "the mixers of {ours} damp high frequencies as much as those of {others}", "The paper"),
         [panel(model) for model in trained],
         [],
     )
@@ -251,8 +264,8 @@ def spectra(models: Sequence[AnalyzedModel]) -> Figure:
         "Radial spectra",
         "Energy per Fourier coefficient of each layer's tokens (without DC) relative to white noise, in decibels: "
         "bright is more, dark is less. Frequency 1 is the Nyquist frequency of an axis of tokens. The paper's thirst "
-        "for high frequencies would move energy to the right with depth. It is contradicted if EIT's rows look like "
-        "those of ViT.",
+        "for high frequencies would move energy to the right with depth."
+        + contradiction(models, "the rows of {ours} look like those of {others}"),
         [panel(model) for model in shown],
         [],
     )

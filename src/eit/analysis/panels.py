@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from eit.analysis.analyzed_model import AnalyzedModel
+from eit.analysis.analyzed_model import AnalyzedModel, claimed_and_others
 
 # Okabe & Ito's colour-blind safe palette, without black and yellow, for white and for black backgrounds.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # with 6 colours and 7 markers, 42 models differ
-HEAT = "cividis"
 
 
 @dataclass
@@ -29,6 +28,18 @@ class Figure:
     panels: list[Panel]
     legend: list[AnalyzedModel]
     noise: bool = False  # a dotted line stands for white noise
+
+
+def contradiction(models: Sequence[AnalyzedModel], evidence: str, claim: str = "The claim") -> str:
+    """` The claim is contradicted if ...`, with the names of `models`; empty if there are no two sides to compare.
+
+    `evidence` has {ours}, the models that the claim is about, and {others}.
+    """
+    sides = claimed_and_others(models)
+    if not all(sides):
+        return ""
+    ours, others = (" and ".join(model.name for model in side) for side in sides)
+    return f" {claim} is contradicted if {evidence.format(ours=ours, others=others)}."
 
 
 Points = list[tuple[float, float]]

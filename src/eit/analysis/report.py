@@ -1,34 +1,23 @@
 """Write the report: one HTML page that needs no other file, figures as PNG and SVG, measurements as CSV."""
 
-import base64
 import csv
 import io
 import math
 import os
-import re
 import shutil
-import warnings
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
-from eit import __version__
 from eit.analysis.analyzed_model import AnalyzedModel, curves
 from eit.analysis.compare import Comparison
 from eit.analysis.figures import FIGURES, figures
 from eit.analysis.findings import LAYER_TABLE, TOKEN_TABLE, faults, layer_table, sentences, token_table
-from eit.analysis.panels import HEAT, Figure
+from eit.analysis.panels import Figure
 from eit.analysis.tables import TABLES, tables
-from eit.errors import printable
 from eit.files import write_file
+from eit.pages.render import Drawing, draw_inline, figure_settings, heat_map, heat_over, picture, render
 from eit.plots import save
-
-INK = "#010203"  # placeholder in the SVG, replaced by currentColor
-
 
 # -- Files ------------------------------------------------------------------------------------------------------------
 
@@ -51,8 +40,7 @@ def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
         write_file(aside / "csv" / f"{name}.csv", text.getvalue().encode(errors="surrogateescape"))
     for figure in drawn:
         save_for_print(figure, aside / "figures")
-    page = _page(compared, drawn, printable(data), printable(command))
-    write_file(aside / "report.html", page.encode(errors="replace"))
+    write_file(aside / "report.html", _page(compared, drawn, data, command))
     ours = [f"csv/{name}.csv" for name in TABLES]
     ours += [f"figures/{key}{ending}" for key in FIGURES for ending in (".png", ".svg")]
     for name in [*ours, "report.html"]:
@@ -67,22 +55,6 @@ def write(folder: Path, compared: Comparison, data: str, command: str) -> Path:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _settings(ink: str) -> dict[str, Any]:
-    """matplotlib's settings for figures in the colour `ink` without a background."""
-    colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
-    return dict.fromkeys(colours, ink) | {
-        "axes.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "axes.labelsize": 9,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "font.family": "sans-serif",
-        "svg.fonttype": "none",
-    }
 
 
 def _legend(figure: Figure, ink: str) -> list[Any]:
@@ -102,7 +74,7 @@ def save_for_print(figure: Figure, folder: Path) -> None:
     ink = "#222222"
     columns = min(len(figure.panels), 3 if len(figure.panels) != 4 else 2)
     rows = -(-len(figure.panels) // columns)
-    with matplotlib.rc_context(_settings(ink) | {"svg.hashsalt": figure.key, "svg.fonttype": "path"}):
+    with matplotlib.rc_context(figure_settings(ink) | {"svg.hashsalt": figure.key, "svg.fonttype": "path"}):
         handles = _legend(figure, ink)
         per_row = (
             len(handles) if len(handles) < 4 else min(4, -(-len(handles) // 2))
@@ -124,69 +96,32 @@ def save_for_print(figure: Figure, folder: Path) -> None:
 # -- The page ---------------------------------------------------------------------------------------------------------
 
 
-class _Panel(NamedTuple):
-    """A panel as inline SVG in the text colour of the page."""
-
-    label: str
-    view_box: str
-    svg: Markup  # from matplotlib, which escapes text
+def _panel(figure: Figure, number: int) -> Drawing:
+    panel = figure.panels[number]
+    label = f"{figure.title}: {panel.title}".removesuffix(": ")
+    return draw_inline(f"{figure.key}{number}", panel.draw, panel.title, label)
 
 
-def _panel(figure: Figure, number: int) -> _Panel:
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure as Canvas
-
-    panel, key = figure.panels[number], f"{figure.key}{number}"
-    sizes = {"axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5}
-    with matplotlib.rc_context(_settings(INK) | sizes | {"svg.hashsalt": key}), warnings.catch_warnings():
-        canvas = Canvas(figsize=(3.7, 2.8), layout="constrained")
-        canvas.patch.set_visible(False)
-        axis = canvas.subplots()
-        axis.set_title(panel.title, parse_math=False)
-        panel.draw(axis)
-        FigureCanvasSVG(canvas)
-        text = io.StringIO()
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the fonts of the page have the glyphs
-        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    parts = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
-    assert parts
-    view_box, svg = parts.groups()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", svg)
-    svg = svg.replace(INK, "currentColor")
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px sans-serif", svg)
-    return _Panel(f"{figure.title}: {panel.title}".removesuffix(": "), view_box, Markup(svg))
-
-
-def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str) -> str:
+def _page(compared: Comparison, drawn: Sequence[Figure], data: str, command: str) -> bytes:
     measured = compared.measured
-    sources = printable("; ".join(model.loaded.provenance for model in measured))
     missing = [f"{model.name}: no {text}" for model in measured if not model.is_initial for text in model.missing]
     all_maps = [maps for model in measured for maps in model.image_maps]
-    layer_head, layer_rows = layer_table(measured)
-    token_head, token_rows = token_table(measured)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("eit.analysis").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    count = measured[0].analysis.images
+    return render(
+        "analysis/report.html.j2",
         names=_names(measured),
-        origin=f"{measured[0].analysis.images:,} images of {data}. {sources}.",
-        faults=[printable(fault) for fault in faults(measured)],
+        count=f"{count:,} image{'s' * (count > 1)}",
+        data=data,
+        sources=[model.loaded.provenance for model in measured],
+        faults=faults(measured),
         findings=sentences(measured),
-        layer_head=layer_head,
-        layer_rows=layer_rows,
-        layer_note=LAYER_TABLE,
-        token_head=token_head,
-        token_rows=token_rows,
-        token_note=TOKEN_TABLE,
-        missing=[printable(text) for text in (*compared.left_out, *missing)],
+        layer_table=(*layer_table(measured), "frequencies and heads", LAYER_TABLE),
+        token_table=(*token_table(measured), "class token, attention and tokens", TOKEN_TABLE),
+        missing=[*compared.left_out, *missing],
         figures=[(figure, [_panel(figure, i) for i in range(len(figure.panels))]) for figure in drawn],
         images=_gallery([model for model in measured if model.image_maps]),
         has_rollout=any(maps.rollout is not None for maps in all_maps),
         has_grad_cam=any(maps.grad_cam is not None for maps in all_maps),
-        sources=sources,
-        version=__version__,
         command=command,
     )
 
@@ -204,7 +139,7 @@ class _Tile(NamedTuple):
 
     text: str
     alt: str
-    png: str  # base64
+    picture: str  # address
 
 
 class _ImageRows(NamedTuple):
@@ -219,42 +154,18 @@ def _gallery(measured: Sequence[AnalyzedModel]) -> list[_ImageRows]:
     images = []
     largest = max(measured, key=lambda model: model.analysis.image_size, default=None)
     for i, (name, image, spectrum) in enumerate(largest.shown_images if largest else []):
-        rows = [("", [_tile("input", name, image), _tile("its spectrum", name, _heat(spectrum))])]
+        rows = [("", [_tile("input", name, image), _tile("its spectrum", name, heat_map(spectrum))])]
         for model in measured:
             shown, maps, about = model.shown_images[i].image, model.image_maps[i], f"{name}, {model.name}"
             tiles = [_tile("its input", about, shown)] if shown.shape != image.shape else []
-            tiles += [_tile(f"energy {n}", about, _heat(e.numpy())) for n, e in enumerate(maps.energy, start=1)]
+            tiles += [_tile(f"energy {n}", about, heat_map(e.numpy())) for n, e in enumerate(maps.energy, start=1)]
             named = {"class token": maps.class_attention, "rollout": maps.rollout, "Grad-CAM": maps.grad_cam}
-            tiles += [_tile(text, about, _over(shown, m.numpy())) for text, m in named.items() if m is not None]
+            tiles += [_tile(text, about, heat_over(shown, m.numpy())) for text, m in named.items() if m is not None]
             rows.append((model.name, tiles))
-        images.append(_ImageRows(printable(name), rows))
+        images.append(_ImageRows(name, rows))
     return images
 
 
 def _tile(text: str, about: str, pixels: Any) -> _Tile:
     """A tile of pixels (H, W, 3) in 0..1."""
-    import numpy as np
-    from PIL import Image
-
-    png = io.BytesIO()
-    Image.fromarray((np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)).save(png, "png")
-    return _Tile(text, printable(f"{text}: {about}"), base64.b64encode(png.getvalue()).decode())
-
-
-def _heat(values: Any) -> Any:
-    """Values (h, w) in 0..1 -> colours (h, w, 3)."""
-    from matplotlib import colormaps
-
-    return colormaps[HEAT](values)[..., :3]
-
-
-def _over(image: Any, values: Any) -> Any:
-    """`image` (H, W, 3), darkened where `values` (h, w) in 0..1 are low."""
-    import numpy as np
-    from PIL import Image
-
-    grey = Image.fromarray((values * 255).astype(np.uint8)).resize(
-        (image.shape[1], image.shape[0]), Image.Resampling.BICUBIC
-    )
-    veil = 0.15 + 0.85 * np.asarray(grey)[..., None] / 255
-    return image * veil + np.array([0.15, 0.1, 0.35]) * (1 - veil)
+    return _Tile(text, f"{text}: {about}", picture(pixels))

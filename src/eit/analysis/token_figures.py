@@ -6,7 +6,7 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.class_token import MIN_SHARE, ClassToken
-from eit.analysis.panels import Figure, Panel, Points, curve, depth_axis, from_zero, ink, logarithmic
+from eit.analysis.panels import Figure, Panel, Points, contradiction, curve, depth_axis, from_zero, ink, logarithmic
 from eit.analysis.smoothing import Smoothing
 
 FLOOR = 1e-12  # smaller shares are drawn here on a logarithmic axis
@@ -90,8 +90,12 @@ def smoothing(models: Sequence[AnalyzedModel]) -> Figure | None:
         "Left: mean cosine of two different tokens of an image, after the stem (0) and each layer; 1 means that all "
         "have the same direction. Right: effective rank of an image's tokens (exp of the entropy of their singular "
         "values), relative to the largest possible, min(h w, C). Dashed: initial values. Attention alone makes tokens "
-        "more similar with depth. The view that convolution prevents this is contradicted if EIT's line rises on the "
-        "left, or falls on the right, as ViT's does.",
+        "more similar with depth."
+        + contradiction(
+            shown,
+            "the line of {ours} rises on the left, or falls on the right, as that of {others} does",
+            "The view that convolution prevents this",
+        ),
         [
             panel("similarity of tokens", "mean cosine", lambda s: s.cosine),
             panel("effective rank", "effective rank (% of full)", lambda s: 100 * s.rank / s.full_rank),

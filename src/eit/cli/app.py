@@ -21,6 +21,7 @@ from eit.cli.output import drop_output, has_option, prepare_streams, print_error
 from eit.cli.predict import predict
 from eit.cli.push import push
 from eit.cli.recipes import recipes
+from eit.cli.report import report as report_run
 from eit.cli.reproduce import reproduce
 from eit.cli.train import finetune, train
 from eit.errors import UserError, first_line, is_out_of_memory
@@ -134,6 +135,7 @@ app.command()(train)
 app.command()(finetune)
 app.command(name="eval")(evaluate)
 app.command()(predict)
+app.command(name="report")(report_run)
 app.command()(export)
 app.command()(push)
 app.command()(analyze)

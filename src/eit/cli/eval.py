@@ -1,6 +1,8 @@
 """`eit eval CKPT`."""
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from eit.cli.options import (
     Workers,
     device_for,
     file_to_write,
+    page_to_write,
 )
 from eit.cli.output import print_table
 from eit.errors import UserError
@@ -77,6 +80,14 @@ def evaluate(
             metavar="FILE", parser=expand_path, help="Write the confusion matrix to FILE (.png, .pdf, .svg or .csv)."
         ),
     ] = None,
+    mistakes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            parser=expand_path,
+            help="Write a page with the most confident mistakes, confusions and calibration to FILE.html.",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Images per batch and process; default: 64, on a GPU up to 256."),
@@ -94,10 +105,10 @@ def evaluate(
     sizes and crop ratios, each size is measured with each ratio.
     """
     matrix = file_to_write(confusion, "--confusion", ".csv") if confusion else None
-    if matrix and (views := len(set(sizes or [0])) * len(set(crop_ratios or [0]))) > 1:
-        raise UserError(
-            f"--confusion {confusion} holds one size and crop ratio, {views} combinations are given: give one of each"
-        )
+    page = page_to_write(mistakes, "--mistakes") if mistakes else None
+    views = len(set(sizes or [0])) * len(set(crop_ratios or [0]))
+    if views > 1 and (given := f"--confusion {confusion}" if matrix else f"--mistakes {mistakes}" if page else ""):
+        raise UserError(f"{given} holds one size and crop ratio, {views} combinations are given: give one of each")
     from eit import distributed
     from eit.data.datasets import open_evaluation
     from eit.data.loaders import evaluation_batch_size, evaluation_loader
@@ -108,6 +119,8 @@ def evaluate(
     from eit.inference.exported_models import load
     from eit.memory import keep_freed
     from eit.precision import resolve_precision
+    from eit.report.mistakes import write_mistakes
+    from eit.report.outcome import MISTAKES
 
     keep_freed()
     used_device = distributed.start(device_for(checkpoint, device))
@@ -124,13 +137,16 @@ def evaluate(
     batch = batch_size or evaluation_batch_size(64, len(images), used_device)
     results = []
     for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
-        metrics = run(model, evaluation_loader(images, view, batch, workers, used_device), used_precision, flip)
+        loader = evaluation_loader(images, view, batch, workers, used_device)
+        metrics = run(model, loader, used_precision, flip, MISTAKES if page else 0)
         results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
     if distributed.is_main():
         settings = dict(checkpoint=checkpoint, data=config.root, precision=used_precision, flip=flip)
         print_metrics(results, settings, as_json)
         if matrix:
             write_confusion(matrix, metrics.confusion, list(metrics.per_class))
+        if page:
+            write_mistakes(page, model, metrics, images, view, settings, shlex.join(["eit", *sys.argv[1:]]))
 
 
 def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int]) -> None:
@@ -152,7 +168,10 @@ def check_model(model: Any, checkpoint: str, precision: str, sizes: Sequence[int
 
 def print_metrics(results: Sequence[tuple[dict[str, Any], "Metrics"]], settings: dict[str, Any], as_json: bool) -> None:
     """The metrics of each view; of a single one with its classes."""
-    views = [view | {key: value for key, value in vars(metrics).items() if key != "pairs"} for view, metrics in results]
+    views = [
+        view | {key: value for key, value in vars(metrics).items() if key not in ("pairs", "mistakes")}
+        for view, metrics in results
+    ]
     if as_json:
         print(json.dumps(views[0] | settings if len(views) == 1 else settings | dict(views=views), indent=2))
     elif len(views) == 1:

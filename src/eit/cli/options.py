@@ -144,10 +144,19 @@ def file_to_write(name: str, option: str, also: str | None = None) -> Path:
     """
     from eit.plots import PICTURES
 
+    return _file_to_write(name, option, [*PICTURES, *([also] if also else [])])
+
+
+def page_to_write(name: str, option: str) -> Path:
+    """The same for a page, .html."""
+    return _file_to_write(name, option, [".html"])
+
+
+def _file_to_write(name: str, option: str, known: list[str]) -> Path:
     file = Path(name)
-    known = [*PICTURES, *([also] if also else [])]
     if file.suffix.lower() not in known:
-        raise UserError(f"{option} {name}: give a file name that ends in {', '.join(known[:-1])} or {known[-1]}")
+        endings = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+        raise UserError(f"{option} {name}: give a file name that ends in {endings}")
     if not file.parent.is_dir():
         raise UserError(f"{option} {name}: there is no folder {file.parent}; make it, or give another one")
     return file

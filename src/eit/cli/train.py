@@ -135,25 +135,31 @@ def run(recipe: str, words: Sequence[str], baseline: bool, as_json: bool) -> Non
         exit_stopped(stop)
     if not distributed.is_main():
         return
-    text = summary_text(summary)
+    from eit.report.run import write_after_training
+    from eit.training.run_folder import read_recipe
+
+    trained = read_recipe(Path(summary["folder"]))  # with the values that were chosen from the data
+    page = write_after_training(trained, distributed.start(trained.train.device))
+    summary["report"] = page and str(page)
     if baseline:
         from eit.training.baselines import measure_baselines
-        from eit.training.run_folder import read_recipe
 
-        summary["baselines"] = measure_baselines(read_recipe(Path(summary["folder"])))
-        text = f"{text.partition(chr(10))[0]}\n{baseline_text(summary)}\n{text.partition(chr(10))[2]}"
-    print_result(summary, as_json, text)
+        summary["baselines"] = measure_baselines(trained)
+    print_result(summary, as_json, summary_text(summary))
 
 
 def summary_text(summary: dict[str, Any]) -> str:
     quoted = shlex.quote(summary["folder"])
-    return (
+    lines = [
         f"top-1 {summary['last_top1']:.2f}% after the last of {summary['epochs']} epochs "
         f"(best {summary['best_top1']:.2f}% after epoch {summary['best_epoch'] + 1})"
-        f"{', stopped early' if summary.get('stopped_early') else ''}\n"
-        f"run folder {summary['folder']}\n"
-        f"next: {program()} eval {quoted}    {program()} predict {quoted} IMAGE..."
-    )
+        f"{', stopped early' if summary.get('stopped_early') else ''}",
+        *([baseline_text(summary)] if "baselines" in summary else []),
+        f"run folder {summary['folder']}",
+        *([f"report {summary['report']}"] if summary["report"] else []),
+        f"next: {program()} eval {quoted}    {program()} predict {quoted} IMAGE...",
+    ]
+    return "\n".join(lines)
 
 
 def baseline_text(summary: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,23 @@ from eit import distributed
 from eit.console import progress
 from eit.data.datasets import open_evaluation
 from eit.data.images import Preprocessing
-from eit.data.loaders import AnyEvaluationLoader, evaluation_loader
+from eit.data.loaders import AnyEvaluationLoader, EvaluationLoader, evaluation_loader
 from eit.errors import UserError
 from eit.inference.evaluation_data import evaluation_config, match_classes
 from eit.precision import arithmetic, resolve_precision
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 LARGEST_MATRIX = 4096  # classes; the square of more would fill the memory
+
+
+class Mistake(NamedTuple):
+    """An image whose most likely class is wrong."""
+
+    confidence: float  # the probability of the prediction, 0..1
+    truth: int
+    prediction: int
+    number: int | None  # of the image, from 0; None in a stream
+    image: Tensor  # the input of the model (channels, height, width), on the CPU
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Metrics:
         per_class: class -> images, top1 (recall; None without images), precision (None if it is never predicted), f1
             (None if neither exists).
         pairs: (truth, prediction) -> images, those that occur.
+        calibration: the bins of `ece` that have images: their ends low and high, images, mean confidence, and top1.
+        mistakes: the most confident ones first, as many as `evaluate` was asked for.
     """
 
     images: int
@@ -52,6 +64,8 @@ class Metrics:
     correct5: int
     per_class: dict[str, dict[str, float | None]]
     pairs: dict[tuple[int, int], int]
+    calibration: list[dict[str, float]]
+    mistakes: list[Mistake] = field(default_factory=list, repr=False)
 
     @property
     def confusion(self) -> list[list[int]]:
@@ -88,6 +102,7 @@ def evaluate(
     loader: AnyEvaluationLoader | str | os.PathLike[str],
     precision: str = "fp32",
     flip: bool = False,
+    mistakes: int = 0,
 ) -> Metrics:
     """Run `model`, in evaluation mode, over `loader`; every rank gets the result of all. The model is left as it was.
 
@@ -100,6 +115,7 @@ def evaluate(
             set or a folder of classes.
         precision: of the forward pass: `fp32`, `tf32`, `bf16`, `fp16` or `auto`.
         flip: whether probabilities are the mean of those of the image and of its mirror image.
+        mistakes: how many of the most confident mistakes to keep, with their images.
 
     Raises:
         UserError: what is given is not of these types, or has no images.
@@ -112,7 +128,7 @@ def evaluate(
     if not hasattr(loader, "own_blocks") or not len(loader.images.classes):
         raise UserError(f"evaluate takes a loader of evaluation_loader, or a folder, not {type(loader).__name__}")
     with evaluation_mode(model):
-        return _evaluate(model, loader, precision, flip)
+        return _evaluate(model, loader, precision, flip, mistakes)
 
 
 def _loader_of(model: Any, path: str) -> AnyEvaluationLoader:
@@ -126,17 +142,21 @@ def _loader_of(model: Any, path: str) -> AnyEvaluationLoader:
     return evaluation_loader(images, model.card.view, 64, None, device)
 
 
-def _evaluate(model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, precision: str, flip: bool) -> Metrics:
+def _evaluate(
+    model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, precision: str, flip: bool, most_mistakes: int
+) -> Metrics:
     classes = loader.images.classes
     resolved = resolve_precision(precision, loader.device)
     where = torch.device("cpu") if loader.device.type == "mps" else loader.device
     correct5 = torch.zeros((), dtype=torch.int64, device=where)
-    correct = torch.zeros(BINS, dtype=torch.int64, device=where)
+    in_bins = torch.zeros(2, BINS, dtype=torch.int64, device=where)  # images, and those that are right
     all_bins = torch.arange(BINS, device=where)
     sums: list[Tensor] = []  # of each batch: BINS confidences, and the loss
     cells: list[Tensor] = []  # of each batch: truth * classes + prediction, (B,)
+    mistakes: list[Mistake] = []
+    is_numbered = isinstance(loader, EvaluationLoader)
     with progress("evaluating", len(loader.own_blocks)) as advance:
-        for batch in loader:
+        for block, batch in enumerate(loader):
             x, valid = batch.images, batch.valid
             with arithmetic(x.device, resolved):
                 outputs = [model(x), model(x.flip(-1))] if flip else [model(x)]
@@ -153,11 +173,15 @@ def _evaluate(model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, pr
             in_bin = bins[:, None] == all_bins  # (B, BINS); bincount with weights has no fixed order on CUDA
             cells.append(labels * len(classes) + predicted)
             correct5 += (ranked == labels[:, None]).sum()
-            correct += (in_bin & (predicted == labels)[:, None]).sum(dim=0)
+            in_bins += torch.stack((in_bin, in_bin & (predicted == labels)[:, None])).sum(dim=1)
             loss = F.nll_loss(log_p, labels, reduction="sum")
             sums.append(torch.cat(((in_bin * confidence[:, None]).sum(dim=0), loss[None])))
+            if most_mistakes:
+                first = loader.own_blocks[block] * loader.batch_size if is_numbered else None
+                found = _mistakes(x, labels, predicted, confidence, first, most_mistakes)
+                mistakes = _most_confident(mistakes + found, most_mistakes)
             advance()
-    correct5, correct = (distributed.sum_over_ranks(t.cpu()) for t in (correct5, correct))
+    correct5, in_bins = (distributed.sum_over_ranks(t.cpu()) for t in (correct5, in_bins))
     own: tuple[Any, ...] = [], [], []
     if cells:
         counted = torch.cat(cells).unique(return_counts=True)
@@ -177,18 +201,50 @@ def _evaluate(model: Callable[[Tensor], Tensor], loader: AnyEvaluationLoader, pr
             "some outputs of the model are NaN or infinite: its weights are damaged, or the precision is too low"
         )
     correct1 = sum(count for (truth, prediction), count in pairs.items() if truth == prediction)
-    gaps = [abs(right - conf) for right, conf in zip(correct.tolist(), confidence_sums, strict=True)]
+    binned = list(zip(*in_bins.tolist(), confidence_sums, strict=True))
     return Metrics(
         images=images,
         top1=100 * correct1 / images,
         top5=100 * int(correct5) / images,
         loss=loss_sum / images,
-        ece=100 * math.fsum(gaps) / images,
+        ece=100 * math.fsum(abs(right - conf) for _, right, conf in binned) / images,
         correct1=correct1,
         correct5=int(correct5),
         per_class=dict(zip(_unique(classes), _per_class(pairs, len(classes)), strict=True)),
         pairs=dict(sorted(pairs.items())),
+        calibration=[
+            dict(
+                low=100 * i / BINS, high=100 * (i + 1) / BINS, images=n, confidence=100 * conf / n, top1=100 * right / n
+            )
+            for i, (n, right, conf) in enumerate(binned)
+            if n
+        ],
+        mistakes=_most_confident([m for own in distributed.gather(mistakes) for m in own], most_mistakes)
+        if most_mistakes
+        else [],
     )
+
+
+def _mistakes(
+    images: Tensor, labels: Tensor, predicted: Tensor, confidence: Tensor, first: int | None, most: int
+) -> list[Mistake]:
+    """The most confident mistakes of a batch whose first image has the number `first`."""
+    wrong = (predicted != labels).nonzero().flatten()
+    order = confidence[wrong].argsort(descending=True, stable=True)
+    return [
+        Mistake(
+            confidence=float(confidence[i]),
+            truth=int(labels[i]),
+            prediction=int(predicted[i]),
+            number=None if first is None else first + i,
+            image=images[i].float().cpu().clone(),
+        )
+        for i in wrong[order][:most].tolist()
+    ]
+
+
+def _most_confident(mistakes: list[Mistake], most: int) -> list[Mistake]:
+    return sorted(mistakes, key=lambda mistake: (-mistake.confidence, mistake.number or 0))[:most]
 
 
 def _per_class(pairs: Counter[tuple[int, int]], classes: int) -> list[dict[str, float | None]]:
