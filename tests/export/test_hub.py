@@ -4,10 +4,14 @@ import base64
 import json
 import math
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,13 +24,16 @@ from PIL import Image
 
 import eit
 from eit.data.images import decode, normalise
-from eit.export.hub import model_card, without_paths
+from eit.export.hub import GRADIO, model_card, without_paths
 from eit.weights.formats import save_weights
 from eit.weights.load import read_card
 from tests.helpers.commands import run_eit
 from tests.helpers.images import save_digits
+from tests.helpers.shared import require
 from tests.helpers.training import TINY
 from tests.weights.test_load import card as make_card
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -433,3 +440,86 @@ def test_guesses_are_published_as_guesses(tmp_path):
     readme = (tmp_path / "hub" / "README.md").read_text()
     assert "| assumed, not known | classes cat, dog, owl, mean (0.5, 0.5, 0.5)" in readme
     assert "print(int(logits.argmax()))" in readme
+
+
+# -- A Space
+
+
+@pytest.fixture(scope="module")
+def space(home):
+    done = run_eit("push", "runs/mine", "--space", "my space", "--license", "mit", "--name", "'A' {b}: c", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "next: python 'my space/app.py'    hf upload USER/NAME 'my space' . --repo-type space" in done.stdout
+    return home / "my space"
+
+
+def test_a_space_has_what_the_hub_asks_for(space, home):
+    head, body = front_matter((space / "README.md").read_text())
+    assert head["title"] == "'A' {b}: c" and head["sdk"] == "gradio" and head["license"] == "mit"
+    assert (space / head["app_file"]).is_file() and "digit0, digit1, digit2" in body
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"gradio=={head['sdk_version']}" in pins and f"gradio=={GRADIO}" in pins
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11" and head["python_version"] == "3.12"
+    needed = (space / "requirements.txt").read_text().splitlines()
+    assert {re.match(r"[\w-]+", line)[0] for line in needed} == {
+        re.match(r"[\w-]+", line)[0] for line in [*project["dependencies"], "gradio"]
+    }
+    assert not list(space.rglob("__pycache__")) and (space / "eit" / "demo" / "page.css").is_file()
+    assert len(list(space.rglob("*.safetensors"))) == 1
+    for file in space.rglob("*"):
+        assert not file.is_file() or str(home).encode() not in file.read_bytes(), file
+
+
+def test_a_space_is_written_over_but_nothing_else_is(space, home, tmp_path):
+    (space / ".git").mkdir()
+    assert run_eit("push", "runs/mine", "--space", "my space", cwd=home).returncode == 0
+    assert (space / ".git").is_dir() and front_matter((space / "README.md").read_text())[0]["title"] == "mine"
+    for number, (name, content) in enumerate((("app.py", "mine"), ("README.md", "# x"), ("eit/x.py", ""))):
+        file = tmp_path / str(number) / name
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        done = run_eit("push", "digits", "--space", tmp_path / str(number))
+        assert done.returncode == 2 and "that eit push --space did not write" in done.stderr
+        assert file.read_text() == content and len(list((tmp_path / str(number)).rglob("*.*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "none was given"),
+        (["--to", "x", "--space", "y"], "--to, --space were given"),
+        (["--repo", "me/x", "--to", "x", "--space", "y"], "--repo, --to, --space were given"),
+        (["--space", "y", "--private"], "--private is for --repo; leave it out with --space y"),
+    ],
+)
+def test_one_target_of_a_push_is_given(tmp_path, words, said):
+    done = run_eit("push", "digits", *words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and not any(tmp_path.iterdir())
+
+
+@pytest.mark.project
+def test_a_space_predicts_offline(space, home):
+    """app.py in a new Python, whose only source of this package is the folder."""
+    require(find_spec("gradio") is not None, "gradio is not installed: pip install 'eit[demo]'")
+    from gradio_client import Client, handle_file
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= dict(GRADIO_SERVER_PORT=str(port), OMP_NUM_THREADS="1", http_proxy="http://127.0.0.1:9")
+    process = subprocess.Popen(
+        [sys.executable, space / "app.py"], env=environment, cwd=home, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/")
+        (image, *_) = sorted((home / "data" / "val").rglob("*.png"))
+        status, label, layers = Client(f"http://127.0.0.1:{port}", verbose=False).predict(
+            handle_file(image), api_name="/predict"
+        )
+        (predicted,) = eit.predict(space, image)
+        assert status == "" and [(c["label"], c["confidence"]) for c in label["confidences"]] == predicted.labels
+        assert "layer 2" in layers
+    finally:
+        process.terminate()
+        assert process.wait(30) == 143

@@ -13,6 +13,7 @@ from eit.cli.analyze import analyze
 from eit.cli.bench import bench
 from eit.cli.convert import convert
 from eit.cli.data import data
+from eit.cli.demo import demo
 from eit.cli.eval import evaluate
 from eit.cli.export import export
 from eit.cli.lr import lr
@@ -136,6 +137,7 @@ app.command()(finetune)
 app.command(name="eval")(evaluate)
 app.command()(predict)
 app.command(name="report")(report_run)
+app.command()(demo)
 app.command()(export)
 app.command()(push)
 app.command()(analyze)

@@ -1,5 +1,6 @@
-"""`eit push CKPT --repo USER/NAME` or `--to FOLDER`."""
+"""`eit push CKPT --repo USER/NAME`, `--to FOLDER` or `--space FOLDER`."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -21,11 +22,19 @@ def push(
             metavar="FOLDER", parser=expand_path, help="Write a local folder instead of uploading; needs no network."
         ),
     ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            parser=expand_path,
+            help="Write a local folder that a Hugging Face Space runs as it is: the page of eit demo.",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
             metavar="TITLE",
-            help="Title of the model card; default: the name of the repository; with --to, of the recipe.",
+            help="Title of the model card or Space; default: the name of the repository; without one, of the recipe.",
         ),
     ] = None,
     license_: Annotated[
@@ -43,14 +52,22 @@ def push(
 
     timm, transformers and eit predict read the result: hf-hub:USER/pets, or local-dir:FOLDER.
     """
-    if (repo is None) == (to is None):
-        given = "both were given" if repo else "none was given"
-        raise UserError(f"give --repo USER/NAME, or --to FOLDER; {given}")
-    if to is not None and private:
-        raise UserError(f"--private is for --repo; leave it out with --to {to}")
+    targets = {"--repo": repo, "--to": to, "--space": space}
+    given = [option for option, value in targets.items() if value is not None]
+    if len(given) != 1:
+        said = f"{', '.join(given)} were given" if given else "none was given"
+        raise UserError(f"give one of --repo USER/NAME, --to FOLDER and --space FOLDER; {said}")
+    if private and repo is None:
+        raise UserError(f"--private is for --repo; leave it out with {given[0]} {targets[given[0]]}")
     from eit.export import hub
 
-    if to is not None:
+    if space is not None:
+        files = hub.write_space(checkpoint, folder_to_write(space, "--space"), name, license_)
+        quoted = shlex.quote(space)
+        text = f"{space}: {', '.join(str(file.relative_to(space)) for file in files)}\n"
+        text += f"next: python {shlex.quote(f'{space}/app.py')}    hf upload USER/NAME {quoted} . --repo-type space"
+        print_result(dict(folder=space, files=[str(file) for file in files]), as_json, text)
+    elif to is not None:
         files = hub.write_folder(checkpoint, folder_to_write(to, "--to"), name, license_)
         text = f"{to}: {', '.join(file.name for file in files)}\n"
         text += f'next: timm.create_model("local-dir:{to}", pretrained=True), after import eit'

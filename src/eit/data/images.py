@@ -37,6 +37,10 @@ class UnreadableImage(Exception):
     """An image that cannot be decoded, or is too large to be; the message names it and the reason."""
 
 
+class TooManyPixels(UnreadableImage):
+    """An image of more pixels than are allowed."""
+
+
 # -- Formats ----------------------------------------------------------------------------------------------------------
 
 # Pillow would start Ghostscript (EPS), open what is inside in any format (IPTC), or unpack without a bound (FITS). The
@@ -317,7 +321,7 @@ def _convert(file: Any, max_pixels: int, where: Any, convert: Any, exif: bytes |
     with pillow_open(file, formats=image_formats()) as image:
         width, height = image.size
         if width * height > max_pixels:
-            raise UnreadableImage(
+            raise TooManyPixels(
                 f"{where}: {width}x{height} is more than data.max_pixels={max_pixels} allows; "
                 f"to read it, set data.max_pixels={width * height}"
             )

@@ -1,9 +1,10 @@
-"""Write weights as a folder that timm and transformers read, with a model card, and upload it to the hub."""
+"""Write weights as a folder that timm and transformers read, or as a Space with a page, and upload them to the hub."""
 
 import json
 import math
 import re
-from importlib import resources
+import shutil
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,8 @@ from eit.weights.load import HUB, INCLUDED, load, read_card
 
 CONFIG, WEIGHTS, README, CURVES = "config.json", "model.safetensors", "README.md", "curves.png"
 BEST, FINAL = "best.safetensors", "final.safetensors"  # in a run folder
+GRADIO = "6.31.0"  # of a Space; the one that constraints.txt pins
+PYTHON = "3.12"  # of a Space, whose default is older than this package needs
 PATHS = (  # recipe keys
     "data.root",
     "data.train_split",
@@ -63,11 +66,10 @@ def write_folder(
             this function did not write.
     """
     _check_folder(folder)
-    model = load(checkpoint)
-    card = model.card = without_paths(model.card)
+    model, name = _to_publish(checkpoint, folder, name)
+    card: Card = model.card
     run = _run_of(Path(checkpoint).expanduser())
-    name = printable(str(name or (card.recipe or {}).get("name") or folder.resolve().name))
-    repo = repo or f"USER/{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('.-') or 'NAME'}"
+    repo = repo or f"USER/{_file_name(name) or 'NAME'}"
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, bytes | str] = {
         CONFIG: json.dumps(_config(model, license), indent=2) + "\n",
@@ -79,6 +81,17 @@ def write_folder(
     for file, content in contents.items():
         write_file(folder / file, content)
     return [folder / file for file in contents]
+
+
+def _to_publish(checkpoint: str, folder: Path, name: str | None) -> tuple[Any, str]:
+    """The model, whose card names no folder of this machine, and the title of its page."""
+    model = load(checkpoint)
+    model.card = without_paths(model.card)
+    return model, printable(str(name or (model.card.recipe or {}).get("name") or folder.resolve().name))
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", title).strip(".-")
 
 
 def _run_of(checkpoint: Path) -> Path | None:
@@ -99,6 +112,70 @@ def _check_folder(folder: Path) -> None:
             ours = False
         if not ours:
             raise UserError(f"{folder} has a {there[0]} that eit push did not write: give another folder")
+
+
+APP = """\
+# A Space of Hugging Face, written by eit push --space: the page of eit demo with the weights of this folder.
+import os
+from pathlib import Path
+
+from eit.demo.page import serve
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parent)
+    everyone = "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"
+    host = os.environ.get("GRADIO_SERVER_NAME") or everyone
+    serve({models}, host, int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
+"""
+
+
+def write_space(checkpoint: str, folder: Path, name: str | None = None, license: str | None = None) -> list[Path]:
+    """Write a folder that a Hugging Face Space runs as it is: the page of `eit demo` with these weights.
+
+    The files are app.py, requirements.txt, README.md with the Space's header, the weights, and this package, so that
+    the Space needs nothing that is not on the package index.
+
+    Args:
+        checkpoint: a weights file, a run folder, or the name of included weights.
+        folder: created if it does not exist; one that this function wrote is replaced.
+        name: title of the Space; default: the recipe's name, or the folder's.
+        license: identifier of the licence, such as apache-2.0.
+
+    Raises:
+        UserError: no such checkpoint, or a folder with other files.
+    """
+    app, ours = folder / "app.py", APP.partition("\n")[0].encode()
+    there = [part for part in (app.name, "requirements.txt", README, WEIGHTS, "eit") if (folder / part).exists()]
+    if there and not (app.is_file() and app.read_bytes().startswith(ours)):
+        raise UserError(f"{folder} has a {there[0]} that eit push --space did not write: give another folder")
+    model, title = _to_publish(checkpoint, folder, name)
+    card: Card = model.card
+    head = dict(title=title, emoji="\N{LEFT-POINTING MAGNIFYING GLASS}", colorFrom="blue", colorTo="indigo")
+    head |= dict(sdk="gradio", sdk_version=GRADIO, python_version=PYTHON, app_file=app.name)
+    head |= dict(license=license) if license else {}
+    text = (
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n# {escape_markdown(title)}\n\n"
+        f"What a vision transformer predicts for a picture ({escape_markdown(few(card.classes, 10))}), and what its\n"
+        f"layers compute. Written by eit {__version__}.\n"
+    )
+    package = metadata.distribution("eit")
+    needed = [line for line in package.requires or () if ";" not in line]  # the others are of extras
+    contents: dict[str, bytes | str] = {
+        app.name: APP.format(models={title: WEIGHTS}),
+        "requirements.txt": "\n".join([*needed, f"gradio=={GRADIO}", ""]),
+        README: text,
+        WEIGHTS: weights_bytes(model.state_dict(), card),
+        # What `pip` would have written: the package looks up its version
+        f"eit-{__version__}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: eit\nVersion: {__version__}\n",
+        f"eit-{__version__}.dist-info/LICENSE": package.read_text("licenses/LICENSE") or "Apache-2.0\n",
+    }
+    shutil.rmtree(folder / "eit", ignore_errors=True)
+    leave = shutil.ignore_patterns("__pycache__", "*.pyc", "*.safetensors")
+    shutil.copytree(Path(__file__).parents[1], folder / "eit", ignore=leave)
+    for file, content in contents.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        write_file(folder / file, content)
+    return [folder / file for file in [*contents, "eit"]]
 
 
 def push(checkpoint: str, repo: str, name: str | None = None, license: str | None = None, private: bool = False) -> str:

@@ -82,8 +82,8 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in RUNTIMES and not Path(path).is_dir()
 
 
-def import_runtime(module: str, what: str) -> ModuleType:
-    """The module of a runtime.
+def import_runtime(module: str, what: str, extra: str = "export") -> ModuleType:
+    """A module that `what` needs, of an extra of this package.
 
     Raises:
         UserError: it is not installed, or broken; the line names the extra.
@@ -91,7 +91,7 @@ def import_runtime(module: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise UserError(f"{what} needs {module}, which is not installed: pip install 'eit[export]'") from None
+        raise UserError(f"{what} needs {module}, which is not installed: pip install 'eit[{extra}]'") from None
     except ImportError as error:
         raise UserError(f"{what} needs {module}, which cannot be imported: {first_line(error)}") from None
 
