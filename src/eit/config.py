@@ -22,7 +22,7 @@ from pydantic import (
 
 from eit.errors import UserError, nearest, shorten
 from eit.files import expand_path, read_text
-from eit.plain_yaml import alternatives, member, read_scalar, read_yaml
+from eit.plain_yaml import INTEGER, alternatives, member, read_scalar, read_yaml
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -38,11 +38,13 @@ AUTO: Any = "auto"
 if TYPE_CHECKING:  # training/choices.py puts a number in place of `auto` before anything is computed with it
     CountOrAuto = int
     ShareOrAuto = float
-    StatisticsOrAuto = tuple[float, ...]
+    MeanOrAuto = tuple[float, ...]
+    StdOrAuto = tuple[float, ...]
 else:
     CountOrAuto = Count | Literal["auto"]
     ShareOrAuto = Share | Literal["auto"]
-    StatisticsOrAuto = tuple[float, ...] | Literal["auto"]
+    MeanOrAuto = tuple[Probability, ...] | Literal["auto"]
+    StdOrAuto = tuple[Annotated[float, Field(gt=0, le=1)], ...] | Literal["auto"]
 
 
 def _compile_mode(value: Any) -> Any:
@@ -187,9 +189,9 @@ class Data(Section):
     """evaluation: size of the centre crop relative to the resized image"""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """interpolation of resizing"""
-    mean: StatisticsOrAuto | None = None
+    mean: MeanOrAuto | None = None
     """mean of pixels in 0..1, per channel or one; auto: of model.pretrained; null: ImageNet's, or 0.5 for grey"""
-    std: StatisticsOrAuto | None = None
+    std: StdOrAuto | None = None
     """standard deviation of pixels in 0..1, like data.mean"""
     bad_image_budget: Probability = 0.001
     """share of training images that may be unreadable"""
@@ -429,17 +431,22 @@ _SUCH = {
     "optim.freeze": "[patch_embed, blocks.0]",
     "optim.betas": "[0.9, 0.999]",
     "data.pixel_range": "[0, 4095]",
+    "data.mean": "[0.485, 0.456, 0.406], of pixels in 0..1",
+    "data.std": "[0.229, 0.224, 0.225], of pixels in 0..1",
     "augment.crop_scale": "[0.08, 1]",
     "augment.crop_aspect": "[0.75, 1.33]",
     "name": "my-run_2",
 }
 _WRONG_TYPE = {  # of pydantic -> our words
     "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
     "dict_type": "should be a mapping",
     "float_parsing": "should be a number",
     "float_type": "should be a number",
+    "missing": "should have two values",
     "string_pattern_mismatch": "should be letters, digits and _ . -, a letter or digit first",
     "string_type": "should be text",
+    "too_long": "should have two values",
     "tuple_type": "should be a list",
 }
 _HINTS = {
@@ -632,7 +639,9 @@ def _apply(values: dict[str, Any], override: str, schema: Any) -> None:
         values, schema = values.setdefault(section, {}), member(schema, section)
         if not isinstance(values, dict):
             raise UserError(f"unknown recipe key {key!r}: {section} has no keys of its own")
-    values[last] = _parse_value(text, member(schema, last))
+    kind = member(schema, last)
+    is_section = isinstance(kind, type) and issubclass(kind, BaseModel)  # a mapping would drop the recipe's other keys
+    values[last] = text if is_section else _parse_value(text, kind)
 
 
 def _parse_value(text: str, schema: Any) -> Any:
@@ -666,6 +675,8 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), ".".join(parts))
     if first["type"] == "extra_forbidden":
         what = "model argument" if section is Model else "recipe key"
+        if key in known:  # a file that writes data.root: as one key
+            return f"{key}: in a file, write {parts[-1].partition('.')[2]}: below {key.partition('.')[0]}:"
         return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
     if first["type"] == "model_type":
         such = next(k for k in known if k.startswith(f"{key}."))
@@ -674,7 +685,10 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
         first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "should")
     )
     message += f", such as {_SUCH[key]}" if key in _SUCH else ""
-    return f"{key}={shorten(_shown(first['input']), 60)}: {message}" if key else message
+    given = _shown(first["input"])
+    if isinstance(first["input"], str) and INTEGER.fullmatch(given):
+        given = f"'{given}'"  # it was in quotes, and so is text
+    return f"{key}={shorten(given, 60)}: {message}" if key else message
 
 
 def _shown(value: Any) -> str:

@@ -24,8 +24,8 @@ MOST_VALUES = 200_000  # aliases can stand for more values than memory holds
 MOST_LEVELS = 50
 NULLS = ("", "~", "null", "Null", "NULL")
 BOOLEANS = dict(true=True, false=False, yes=True, no=False, on=True, off=False)
-INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]{0,300})")
-NUMBER = re.compile(r"[-+]?([0-9][0-9_]{0,300}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+INTEGER = re.compile(r"[-+]?(0|[1-9](_?[0-9]){0,300})")
+NUMBER = re.compile(r"[-+]?([0-9](_?[0-9]){0,300}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from eit.analysis.hooks import layers_of, replace_tokens
 from eit.console import progress
 from eit.data.loaders import EvaluationLoader
 from eit.data.workers import Batch
+from eit.inference.evaluate import evaluation_mode
 from eit.precision import float32_products
 
 Kept = Literal["low", "high"]
@@ -69,7 +70,7 @@ def filter_accuracy(model: nn.Module, loader: EvaluationLoader, rho: float) -> l
     depth = len(layers_of(model))
     cases: list[tuple[int, Kept]] = [(layer, kept) for layer in range(depth) for kept in get_args(Kept)]
     correct, lost, won = ([0] * len(cases) for _ in range(3))
-    with progress("filtered tokens", len(loader.own_blocks)) as advance:
+    with evaluation_mode(model), progress("filtered tokens", len(loader.own_blocks)) as advance:
         for batch in loader:
             plain = _hits(model, batch)
             for i, (layer, kept) in enumerate(cases):

@@ -12,6 +12,7 @@ from eit.analysis.attention import rollout
 from eit.analysis.frequency import Grid
 from eit.analysis.hooks import AttentionCall, Tokens, unwrap, watch
 from eit.errors import UserError
+from eit.inference.evaluate import evaluation_mode
 from eit.precision import float32_products
 
 
@@ -39,19 +40,23 @@ def compute_maps(
 ) -> tuple[list[ImageMaps], list[str]]:
     """The maps of each image, and one line for each kind of map that this model does not have.
 
-    The model is in evaluation mode. The images (B, channels, height, width) are normalised, on the device of the model.
+    The model runs in evaluation mode, and is left as it was. The images (B, channels, height, width) are normalised, on
+    the device of the model.
     """
     model = unwrap(model)
     state = _Maps(with_rollout)
-    with float32_products("fp32"), watch(model, state.tokens, state.heads):
-        model(images)
     cams: list[Tensor] | None = None
-    missing = [state.fault] if state.fault else []
-    if with_grad_cam:
-        try:
-            cams = grad_cam(model, images, state.grid)
-        except UserError as error:
-            missing.append(str(error))
+    missing: list[str] = []
+    with evaluation_mode(model):
+        with float32_products("fp32"), watch(model, state.tokens, state.heads):
+            model(images)
+        if with_grad_cam:
+            try:
+                cams = grad_cam(model, images, state.grid)
+            except UserError as error:
+                missing.append(str(error))
+    if state.fault:
+        missing.insert(0, state.fault)
     maps = []
     for i in range(len(images)):
         own = ImageMaps([_to_one(e[i]) for e in state.energy])

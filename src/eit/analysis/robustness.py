@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eit.console import progress
 from eit.data.images import Preprocessing
 from eit.data.loaders import EvaluationLoader
+from eit.inference.evaluate import evaluation_mode
 from eit.precision import float32_products
 
 HALF_WIDTH = 0.1  # of a ring, in units of an axis's Nyquist frequency, pi
@@ -74,7 +75,7 @@ def band_accuracy(
     std = torch.tensor(view.std).view(-1, 1, 1)
     every: list[tuple[float, float] | None] = [None, *rings(view.size, view.size)]
     correct = [0] * len(every)
-    with progress("noise by band", len(every) * len(loader.own_blocks)) as advance:
+    with evaluation_mode(model), progress("noise by band", len(every) * len(loader.own_blocks)) as advance:
         for block, batch in zip(loader.own_blocks, loader, strict=True):  # reads each image once
             for number, ring in enumerate(every):
                 x = batch.images

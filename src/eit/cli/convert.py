@@ -129,7 +129,9 @@ def read_numbers(text: str, option: str, channels: int) -> tuple[float, ...]:
         numbers = tuple(float(word) for word in re.split(r"[\s,]+", text.strip("[]() ")))
     except ValueError:
         raise UserError(f"{option} {text}: give one number, or one per channel, such as 0.5,0.5,0.5") from None
-    if len(numbers) not in (1, channels) or not all(map(math.isfinite, numbers)):
+    if not all(0 <= number <= 1 for number in numbers):
+        raise UserError(f"{option} {text}: it is of pixels in 0..1; divide numbers of pixels in 0..255 by 255")
+    if len(numbers) not in (1, channels):
         raise UserError(f"{option} {text}: the model has {channels} channels; give one number, or one per channel")
     return numbers if len(numbers) == channels else numbers * channels
 

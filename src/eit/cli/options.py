@@ -1,5 +1,6 @@
 """Options and arguments that several commands share, with their checks and the shell's completion of them."""
 
+import importlib
 import os
 import shlex
 from enum import StrEnum
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from eit.cli.output import program
-from eit.errors import UserError
+from eit.errors import UserError, shorten
 from eit.files import expand_path
 
 if TYPE_CHECKING:
@@ -157,6 +158,11 @@ def _file_to_write(name: str, option: str, known: list[str]) -> Path:
     if file.suffix.lower() not in known:
         endings = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         raise UserError(f"{option} {name}: give a file name that ends in {endings}")
+    if file.suffix.lower() not in (".csv", ".html"):
+        try:
+            importlib.import_module("matplotlib")
+        except Exception as error:  # of its settings, such as MPLBACKEND
+            raise UserError(f"{option} {name}: Matplotlib cannot be imported: {shorten(str(error), 120)}") from None
     if not file.parent.is_dir():
         raise UserError(f"{option} {name}: there is no folder {file.parent}; make it, or give another one")
     return file

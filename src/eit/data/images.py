@@ -204,10 +204,34 @@ def _is_reduced(image: Image.Image) -> bool:
     return not is_wide(image) and re.search(";16[BLN]", raw_mode) is not None
 
 
-def declared_range(image: Image.Image) -> PixelRange | None:
-    """The range of a TIFF file that says that its grey pixels have fewer than 16 bits, such as 12."""
-    bits = getattr(image, "tag_v2", {}).get(258) if image.mode == "I;16" else None  # BitsPerSample
-    return (0, 2 ** bits[0] - 1) if bits and bits[0] < 16 else None
+UNSIGNED = 2**31  # the first value that signed pixels of 32 bits do not have
+
+
+def declared_range(image: Image.Image, pixel_range: PixelRange | None = None) -> PixelRange | None:
+    """The values of black and white in an opened TIFF file that says what its grey pixels mean; else `pixel_range`.
+
+    They may have fewer than 16 bits, such as 12, or the least of them may be white.
+
+    Raises:
+        ValueError: pixels that Pillow reads as others: signed ones of 8 bits, unsigned ones of 32 beyond the signed.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits = (tags.get(258) or (1,))[0]  # BitsPerSample
+    if bits == 8 and 2 in tags.get(339, ()):  # SampleFormat
+        raise ValueError("signed pixels of 8 bits are not read: store them in 16 bits, or unsigned")
+    if not is_wide(image):
+        return pixel_range
+    if bits == 32 and image.mode == "I" and 2 not in tags.get(339, ()) and max(pixel_range or (0,)) < UNSIGNED:
+        values = np.asarray(image)  # Pillow reads unsigned pixels as signed ones
+        if values.min() < 0:
+            largest = values.view(np.uint32).max()
+            raise ValueError(f"32-bit pixels go up to {largest}: set data.pixel_range=[0,{largest}]")
+    if pixel_range is None and image.mode == "I;16" and bits < 16:
+        pixel_range = (0, 2**bits - 1)
+    if tags.get(262) != 0:  # PhotometricInterpretation: not WhiteIsZero, which Pillow heeds for 8 bits alone
+        return pixel_range
+    low, high = pixel_range or (0, 65535)
+    return None if pixel_range is None and image.mode == "F" else (high, low)
 
 
 def to_8_bits(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
@@ -217,6 +241,8 @@ def to_8_bits(image: Image.Image, pixel_range: PixelRange | None = None) -> Imag
         ValueError: float pixels, or those of 32 bits beyond 0..65535, without a range; pixels that are not numbers.
     """
     values = np.asarray(image)
+    if pixel_range is not None and max(pixel_range) >= UNSIGNED and image.mode == "I":
+        values = values.view(np.uint32)
     if image.mode == "F" and not np.isfinite(values).all():
         raise ValueError("some pixels are not finite numbers")
     if pixel_range is not None:
@@ -273,11 +299,11 @@ def decode(
             raise UnreadableImage(
                 f"{name or file}: data.pixel_range is for grey pixels; Pillow reads 8 of the 16 bits of a colour image"
             )
-        declared = declared_range(image)
+        used_range = declared_range(image, pixel_range)
         if examine is not None:
             examine(image)
         if is_wide(image):
-            image = to_mode(upright(image), channels, pixel_range or declared)
+            image = to_mode(upright(image), channels, used_range)
         return (load or whole)(image, channels)
 
     return _open(file, max_pixels, name, convert)
@@ -320,6 +346,8 @@ def _open(file: ImageFile, max_pixels: int, name: str, convert: Callable[[Image.
 def _convert(file: Any, max_pixels: int, where: Any, convert: Any, exif: bytes | None = None) -> Image.Image:
     with pillow_open(file, formats=image_formats()) as image:
         width, height = image.size
+        if not width * height:
+            raise UnreadableImage(f"{where}: it has no pixels ({width}x{height})")
         if width * height > max_pixels:
             raise TooManyPixels(
                 f"{where}: {width}x{height} is more than data.max_pixels={max_pixels} allows; "

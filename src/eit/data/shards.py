@@ -119,7 +119,7 @@ def _stored(images: Images, index: int) -> tuple[bytes, str]:
 
     def choose(image: Image.Image) -> None:
         nonlocal chosen
-        ranged = is_wide(image) and (images.pixel_range or declared_range(image))
+        ranged = is_wide(image) and declared_range(image, images.pixel_range)
         if not ranged and image.format in FORMATS:
             chosen = None, FORMATS[image.format]
         elif not ranged and image.mode in LOSSLESS:

@@ -96,6 +96,14 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             module.training = training
 
 
+def check_weights(model: Any) -> None:
+    """Raise a UserError if a model's weights are not there, or not in float32, as images are."""
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if parameter.is_meta or parameter.dtype != torch.float32:
+            kind = "without values" if parameter.is_meta else f"of {parameter.dtype}"
+            raise UserError(f"{name} of the model is {kind}: give a model of eit.load, or model.float()")
+
+
 @torch.no_grad()
 def evaluate(
     model: Callable[[Tensor], Tensor],
@@ -127,6 +135,7 @@ def evaluate(
         loader = _loader_of(model, os.fspath(loader))
     if not hasattr(loader, "own_blocks") or not len(loader.images.classes):
         raise UserError(f"evaluate takes a loader of evaluation_loader, or a folder, not {type(loader).__name__}")
+    check_weights(model)
     with evaluation_mode(model):
         return _evaluate(model, loader, precision, flip, mistakes)
 
@@ -196,7 +205,7 @@ def _evaluate(
     if not images:
         raise UserError("there are no images to evaluate on")
     *confidence_sums, loss_sum = (math.fsum(column) for column in zip(*rows, strict=True))
-    if math.isnan(loss_sum):
+    if not math.isfinite(loss_sum):
         raise FloatingPointError(
             "some outputs of the model are NaN or infinite: its weights are damaged, or the precision is too low"
         )

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from eit.console import say
 from eit.data.folders import describe_left_out, list_images
-from eit.data.images import UnreadableImage, decode, normalise, to_mode, upright
+from eit.data.images import UnreadableImage, declared_range, decode, normalise, to_mode, upright
 from eit.errors import UserError
-from eit.inference.evaluate import evaluation_mode
+from eit.inference.evaluate import check_weights, evaluation_mode
 from eit.inference.exported_models import load
 from eit.precision import float32_products
 from eit.weights.card import Card
@@ -66,8 +66,12 @@ def predict(
         model = load(model)
     if not hasattr(model, "card"):
         raise UserError(f"predict takes a model of eit.load, or the name of weights, not {type(model).__name__}")
-    if top < 1 or batch_size < 1:
-        raise UserError(f"top={top} and batch_size={batch_size}: both are at least 1")
+    check_weights(model)
+    for name, number in dict(top=top, batch_size=batch_size, max_pixels=max_pixels).items():
+        if number is None and name == "max_pixels":
+            continue
+        if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < 1:
+            raise UserError(f"{name}={number!r}: give a whole number, at least 1")
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
         images = list(images)
     single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
@@ -82,7 +86,7 @@ _KINDS = "files, folders, PIL images, uint8 arrays or tensors"
 
 
 def _named(image: Any, number: int) -> list[tuple[str, Any]]:
-    """The name and the content of an image, of each in a folder: a path, or a PIL image."""
+    """The name and the content of an image, of each in a folder: a path, a PIL image, or an array."""
     if isinstance(image, str | os.PathLike):
         path = os.path.expanduser(os.fspath(image))
         return [(file, file) for file in (expand([path]) if os.path.isdir(path) else [path])]
@@ -94,6 +98,10 @@ def _named(image: Any, number: int) -> list[tuple[str, Any]]:
             raise UserError(
                 f"{name}: tensors are (channels, height, width) with 1 or 3 channels, not {tuple(image.shape)}"
             )
+        if image.dtype != torch.uint8:
+            raise UserError(f"{name} has pixels of {image.dtype}: uint8, 0..255, are expected")
+        if image.is_meta or image.layout is not torch.strided:
+            raise UserError(f"{name} is a sparse tensor, or one without values: give a dense one")
         image = image.numpy(force=True).transpose(1, 2, 0)
     if not isinstance(image, np.ndarray):
         raise UserError(f"{name} is of the type {type(image).__name__}: {_KINDS} are expected")
@@ -103,7 +111,7 @@ def _named(image: Any, number: int) -> list[tuple[str, Any]]:
         image = image[..., 0]
     if 0 in image.shape or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
         raise UserError(f"{name}: arrays are (height, width) or (height, width, channels), not {image.shape}")
-    return [(name, Image.fromarray(image))]
+    return [(name, image)]
 
 
 @torch.no_grad()
@@ -118,10 +126,10 @@ def _predict(
         pixels, predictions = [], []
         for name, image in images[start : start + batch_size]:
             try:
-                if isinstance(image, Image.Image):
-                    decoded = _in_memory(name, image, card, limit)
-                else:
+                if isinstance(image, str):
                     decoded = decode(image, view.channels, limit, pixel_range=card.pixel_range)
+                else:
+                    decoded = _in_memory(name, image, card, limit)
                 pixels.append(view.pixels(decoded))
                 predictions.append(Prediction(name, []))
             except UnreadableImage as error:
@@ -144,12 +152,14 @@ def _predict(
             yield prediction
 
 
-def _in_memory(name: str, image: Image.Image, card: Card, limit: int) -> Image.Image:
-    """A PIL image, which may be a file that is not yet decoded -> upright, of mode RGB or L."""
-    if image.width * image.height > limit:
-        raise UnreadableImage(f"{name}: {image.width}x{image.height} is more than the {limit} pixels of max_pixels")
+def _in_memory(name: str, image: Any, card: Card, limit: int) -> Image.Image:
+    """A uint8 array, or a PIL image, which may be a file that is not yet decoded -> upright, of mode RGB or L."""
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    if not 0 < width * height <= limit:
+        raise UnreadableImage(f"{name}: {width}x{height} pixels; 1 to {limit} are read (max_pixels)")
     try:
-        return to_mode(upright(image.copy()), card.in_chans, card.pixel_range)
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        return to_mode(upright(image.copy()), card.in_chans, declared_range(image, card.pixel_range))
     except Exception as error:  # of Pillow's decoders
         raise UnreadableImage(f"{name}: {str(error) or type(error).__name__}") from None
 

@@ -42,7 +42,7 @@ def infer_card(
         UserError: the weights fit no model, or one whose images have neither 1 nor 3 channels.
     """
     config = file.with_name("config.json")
-    if model is None and not arguments and file.name in TIMM_FILES and config.is_file():
+    if model is None and not arguments and file.name in TIMM_FILES and config.is_file() and _is_timms(config):
         return _card_of_timm(state, config, size)
     arguments = dict(arguments or {})
     head = "head"
@@ -51,6 +51,13 @@ def infer_card(
         head = str(timm.get_pretrained_cfg(model.removeprefix(TIMM)).classifier)
     weight, stem = state.get(f"{head}.weight"), state.get("patch_embed.proj.weight")
     if weight is None or weight.ndim != 2:
+        if inner := next((name for name in state if name.endswith(f".{head}.weight")), None):
+            prefix = inner.removesuffix(f"{head}.weight")
+            alone = f"{{k.removeprefix({prefix!r}): v for k, v in weights.items() if k.startswith({prefix!r})}}"
+            raise UserError(
+                f"{file} holds several models: its names are {few(list(state), 3)}. To save the one under "
+                f"{prefix[:-1]}: torch.save({alone}, 'weights.pth')"
+            )
         raise UserError(
             f"{file} holds no weights of an EIT classifier ({head}.weight is missing; its names are "
             f"{few(list(state), 3) or 'none'})" + ("" if model else "; for a model of timm give --model timm/NAME")
@@ -67,6 +74,7 @@ def infer_card(
         )
     classes, shapes = len(weight), {k: v.shape for k, v in state.items()}
     pixels = 224 if size is None else size
+    near: tuple[Any, str] | None = None
     for name in [model] if model else VARIANTS:
         with torch.device("meta"):
             twin = create_model(name, num_classes=classes, img_size=pixels, **arguments)
@@ -75,36 +83,56 @@ def infer_card(
         if model or {k: v.shape for k, v in twin.state_dict().items()} == shapes:
             guesses = assumed(classes, channels, pixels)
             guessed = (*guesses, *(("size",) if size is None else ()))
-            return Card(model=name, arguments=arguments, size=pixels, guessed=guessed, **guesses)
-    raise UserError(
-        f"{file} does not say which model it is and fits none of {', '.join(VARIANTS)}: name it, "
-        "eit convert IN OUT --model eit_mini --size 32 kernel_size=3 ..."
-    )
+            return _card(file, model=name, arguments=arguments, size=pixels, guessed=guessed, **guesses)
+        if weight.shape[1] == VARIANTS[name].embed_dim:
+            near = twin, name
+    advice = "name it, eit convert IN OUT --model eit_mini --size 32 kernel_size=3 ..."
+    if near:
+        try:
+            check_compatible(near[0], state, f"{file}, taken for {near[1]},")
+        except UserError as error:
+            raise UserError(f"{error}; if it is of another model, {advice}") from None
+    raise UserError(f"{file} does not say which model it is and fits none of {', '.join(VARIANTS)}: {advice}")
+
+
+def _is_timms(config: Path) -> bool:
+    """Whether a config.json is of timm, and not of transformers; a damaged one may be of timm."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(content, dict) or "architecture" in content or "pretrained_cfg" in content
 
 
 def _card_of_timm(state: StateDict, file: Path, size: int | None) -> Card:
     """The card of a folder that `timm.models.save_for_hf` wrote."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
         name, cfg = config["architecture"], config["pretrained_cfg"]
         arguments = {k: v for k, v in config.get("model_args", {}).items() if k not in ("num_classes", "img_size")}
         names = config.get("label_names")
         if isinstance(names, dict):
             names = [names[key] for key in sorted(names, key=int)]
-        channels, _, width = cfg["input_size"]
+        if names and not isinstance(names, list):
+            raise ValueError(f"label_names is of the type {type(names).__name__}")
+        if names and len(names) != int(config["num_classes"]):
+            raise ValueError(f"{len(names)} label_names for {config['num_classes']} classes")
+        channels, height, width = cfg["input_size"]
+        if height != width:
+            raise ValueError(f"images of {width}x{height} pixels: square ones are read")
         pixels = size or int(width)
         guesses = assumed(int(config["num_classes"]), int(channels), pixels)
         known = _preprocessing(cfg, pixels) | (dict(classes=list(map(str, names))) if names else {})
     except Exception as error:  # a JSON file of anything
         raise UserError(
-            f"{file} is not of timm.models.save_for_hf: {type(error).__name__}: {first_line(error)}"
+            f"{file} is not as timm.models.save_for_hf writes it: {type(error).__name__}: {first_line(error)}"
         ) from None
     model = name if name in MODELS else f"{TIMM}{name}"
     if channels != 3:
         arguments.setdefault("in_chans", channels)
     fields = guesses | known
     return amend(
-        Card(model=model, arguments=model_arguments(arguments), size=pixels, guessed=tuple(guesses), **guesses),
+        _card(file, model=model, arguments=model_arguments(arguments), size=pixels, guessed=tuple(guesses), **guesses),
         str(file),
         **{name: fields[name] for name in known},
     )
@@ -132,8 +160,13 @@ def preprocessing_of_timm(name: str, size: int) -> dict[str, Any]:
 
 
 def _preprocessing(cfg: Mapping[str, Any], size: int) -> dict[str, Any]:
-    resize = math.floor(size / float(cfg.get("crop_pct") or 0.875))
-    return dict(mean=cfg["mean"], std=cfg["std"], resize=resize, interpolation=cfg["interpolation"])
+    """What timm's configuration says of images. Without `resize` if they are not cropped from the centre."""
+    known = dict(mean=cfg["mean"], std=cfg["std"], interpolation=cfg["interpolation"])
+    if max(map(float, [*cfg["mean"], *cfg["std"]])) > 1:
+        raise ValueError(f"mean={cfg['mean']} and std={cfg['std']} are not of pixels in 0..1")
+    if (cfg.get("crop_mode") or "center") != "center":
+        return known
+    return known | dict(resize=math.floor(size / float(cfg.get("crop_pct") or 0.875)))
 
 
 def amend(card: Card, source: str, **known: Any) -> Card:
@@ -143,8 +176,12 @@ def amend(card: Card, source: str, **known: Any) -> Card:
         UserError: a value that does not fit the model.
     """
     guessed = tuple(name for name in card.guessed if name not in known)
+    return _card(source, **card.model_dump() | known | dict(guessed=guessed))
+
+
+def _card(source: str | Path, **fields: Any) -> Card:
     try:
-        return Card.model_validate(card.model_dump() | known | dict(guessed=guessed))
+        return Card.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         what = ".".join(map(str, first["loc"]))

@@ -66,11 +66,30 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
 
 
 def strip_prefixes(state: StateDict) -> dict[str, Tensor]:
-    """`state` without the prefixes that wrappers give to every name; torch's AveragedModel adds a counter too."""
-    state = {name: tensor for name, tensor in state.items() if name != "n_averaged"}
-    while state and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    """`state` without the prefixes that wrappers give to every name, and without the counters of torch and thop.
+
+    A module of a training loop keeps its loss and its metrics next to the model: those are left out, and this is said.
+    """
+    counters = ("n_averaged", "total_ops", "total_params")
+    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in counters}
+    while state:
+        shared = [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)]
+        prefixes = shared or [prefix for prefix in PREFIXES if _holds_classifier(state, prefix)]
+        if not shared and len(prefixes) != 1:
+            break
+        prefix = prefixes[0]
+        if others := [name for name in state if not name.startswith(prefix)]:
+            say(f"of the weights those under {prefix[:-1]} are used; left out: {few(others)}")
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     return state
+
+
+def _holds_classifier(state: StateDict, prefix: str) -> bool:
+    """Whether there is a linear layer at the top below `prefix`, such as model.head, but none outside of it."""
+    linear = {name for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2}
+    inside = {name.removeprefix(prefix) for name in linear if name.startswith(prefix)}
+    outside = {name for name in linear if not name.startswith(prefix)}
+    return any(name.count(".") == 1 for name in inside) and not any(name.count(".") == 1 for name in outside)
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], Card | None]:
@@ -148,6 +167,12 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     state = _find_state_dict(content, file)
     if state is None:
         keys = list(content) if isinstance(content, dict) else []
+        tensors = [key for key in keys if isinstance(content[key], Tensor)]
+        if len(tensors) > len(keys) / 2:
+            odd = [f"{k} ({type(content[k]).__name__})" for k in keys if k not in tensors or not isinstance(k, str)]
+            what = f"these are no tensors: {few(odd)}" if odd else "none of its tensors has floating-point numbers"
+            kept = "{k: v for k, v in checkpoint.items() if torch.is_tensor(v)}"
+            raise UserError(f"{file} holds more than weights, or none: {what}; torch.save({kept}, 'weights.pth')")
         found = (
             f"its keys are {few(list(map(str, keys)), 8)}" if keys else f"it is of the type {type(content).__name__}"
         )
@@ -177,7 +202,8 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor] | None:
         if not chosen:
             break
         if len(known) > 1:
-            say(f"{file} has weights under {', '.join(known)}: those under {known[0]} are used")
+            advice = f"for others: torch.save(checkpoint[{known[1]!r}], 'weights.pth')"
+            say(f"{file} has weights under {', '.join(known)}: those under {known[0]} are used; {advice}")
         content = content[chosen[0]]
     return content if _is_state_dict(content) else None
 
@@ -207,11 +233,15 @@ def read_pickle(file: Path) -> Any:
             raise UserError(f"{file} is not a checkpoint (.safetensors or .pth)") from None
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {name.group(1)}" if name else "it is not a checkpoint"
+        if "Unsupported operand" in str(error):
+            what = "it was not written by torch.save, or with another pickle_protocol than 2, its default"
         raise UserError(
             f"{file} is refused: {what}; only tensors and plain values are read, because other content could run code. "
             "To save the weights alone where it was made: torch.save(model.state_dict(), 'weights.pth')"
         ) from None
     except Exception as error:  # the unpickler meets a damaged file with almost any exception
+        if not file.stat().st_size:
+            raise UserError(f"{file} is empty") from None
         raise UserError(f"{file} is not a readable checkpoint ({type(error).__name__}: {first_line(error)})") from None
 
 
