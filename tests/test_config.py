@@ -432,3 +432,56 @@ def test_changes_are_words_that_make_the_recipe():
 )
 def test_of_a_key_that_is_given_twice_on_the_command_line_the_last_counts(words):
     assert load_recipe("digits", words).loss.class_weights == {"a": 2}
+
+
+# -- Values that follow an override
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [
+        (["train.epochs=3"], 0.2),
+        (["train.epochs=7"], 0.467),
+        (["train.epochs=1"], 0.0667),
+        (["train.epochs=8"], 4),  # half of it
+        (["train.epochs=90"], 4),
+        (["train.epochs=3", "train.warmup_epochs=1"], 1),
+    ],
+)
+def test_the_warm_up_scales_down_with_the_epochs(words, warmup):
+    said = []
+    assert load_recipe("digits", words, said.append).train.warmup_epochs == warmup
+    assert len(said) == (warmup < 1) and all("(train.warmup_epochs)" in line for line in said)
+
+
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_a_warm_up_that_is_given_too_long_is_refused(epochs):
+    with pytest.raises(UserError, match="train.warmup_epochs=4 is not less than"):
+        load_recipe("digits", [f"train.epochs={epochs}", "train.warmup_epochs=4"])
+
+
+@pytest.mark.parametrize(
+    ("words", "pretrained", "reset", "said"),
+    [
+        ([], "cifar10", True, 0),
+        (["model.name=timm/resnet18"], True, True, 1),
+        (["model.name=eit_tiny"], None, False, 1),
+        (["model.family=vit"], None, False, 1),
+        (["model.pretrained=null"], None, False, 0),
+        (["model.name=timm/resnet18", "model.pretrained=runs/x"], "runs/x", True, 0),
+    ],
+)
+def test_the_weights_follow_the_model(words, pretrained, reset, said):
+    lines = []
+    model = load_recipe("photos", words, lines.append).model
+    assert (model.pretrained, model.reset_head, len(lines)) == (pretrained, reset, said)
+
+
+@pytest.mark.parametrize(
+    ("word", "log"),
+    [("wandb", ("wandb",)), ("[wandb, tensorboard]", ("wandb", "tensorboard")), ("off", ()), ("null", ()), ("[]", ())],
+)
+def test_where_curves_go(word, log):
+    assert load_recipe("digits", [f"train.log={word}"]).train.log == log
+    with pytest.raises(UserError, match="train.log=mlflow"):
+        load_recipe("digits", ["train.log=mlflow"])

@@ -55,7 +55,7 @@ def _compile_mode(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     """A list of one for a word; an empty list for null, false and off."""
-    if value in (None, False, "off", "none", ""):
+    if value in (None, False, "off", "null", ""):
         return ()
     return (value,) if isinstance(value, str) else value
 

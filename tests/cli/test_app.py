@@ -46,7 +46,7 @@ def test_usage_errors_have_status_2():
         (["evaluate"], "No such command 'evaluate'"),
         (["predict"], "Missing argument 'CKPT'; see python -m eit predict -h"),
         (["eval", "x", "--batch-size", "0"], "Invalid value for '--batch-size'"),
-        (["train", "digits", "--lr", "2"], "No such option: --lr; settings are key=value"),
+        (["train", "digits", "--momentum", "2"], "No such option: --momentum; settings are key=value"),
     ):
         error = failed(2, *words)
         assert message in error and error.startswith("eit: ") and "\n" not in error

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 
 import eit
 from eit import UserError
+from eit.training import run_folder
 from eit.training.checkpoint import saved_steps
 from eit.training.run_folder import RunFolder, read_log, read_summary
 from eit.training.trainer import train
@@ -361,3 +363,48 @@ def test_tensorboard_reads_the_scalars_and_drops_what_a_continued_run_repeats(fo
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
     assert "ema_top1" not in events.Tags()["scalars"]
+
+
+# -- Weights & Biases
+
+
+class Board:
+    """Stands for the package wandb."""
+
+    def __init__(self):
+        self.settings, self.lines, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.settings.append(settings)
+        return self
+
+    def log(self, numbers, step):
+        self.lines.append((step, numbers))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_the_numbers_of_each_epoch_and_the_same_run_again(folder, monkeypatch):
+    board = Board()
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    monkeypatch.setattr(run_folder, "find_spec", lambda name: SimpleNamespace(origin=name))
+    words = ["train.log=[wandb]"]
+    train_until_killed(recipe(folder, *words), 5, monkeypatch)
+    train(recipe(folder, *words))
+    first, second = board.settings
+    assert first["id"] == second["id"] and first["name"] == "cifar10" and first["config"]["train"]["epochs"] == 2
+    assert [step for step, _ in board.lines] == [4, 8] and board.finished == 2
+    assert "val_top1" in board.lines[0][1] and "epoch" not in board.lines[0][1]
+    assert not (recipe(folder).run_folder() / "tensorboard").exists()
+
+
+def test_an_error_of_weights_and_biases_does_not_end_the_run(folder, monkeypatch, capsys):
+    def init(**_):
+        raise RuntimeError("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(run_folder, "find_spec", lambda name: SimpleNamespace(origin=name))
+    assert train(recipe(folder, "train.log=[wandb, tensorboard]"))["epochs"] == 2
+    assert capsys.readouterr().err.count("cannot be written (no key)") == 1
+    assert (recipe(folder).run_folder() / "tensorboard").is_dir()

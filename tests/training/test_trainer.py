@@ -272,10 +272,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["data.batch_size=40"],
-            "a batch of 40 .* is larger than the 36 training images; set data.batch_size=36 or less",
-        ),
+        (["train.accumulate=40"], "a batch of 320 .* is larger than the 36 training images"),
         (["data.batch_size=7"], "data.batch_size=7 is odd"),
         (["data.image_size=2"], "img_size=2 is too small"),
         (["model.embed_dim=17"], "embed_dim=17 is not a multiple of num_heads=2"),

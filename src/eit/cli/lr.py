@@ -18,11 +18,12 @@ def lr(
     steps: Annotated[int, typer.Option(metavar="N", min=10, max=10_000, help="Number of training steps.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """Find a learning rate: train some steps with rising rates, and draw the loss.
+    """Find a learning rate by a sweep, and draw the loss.
 
     eit lr photos data.root=pets
 
-    The rate rises from 1e-6 to 1. The suggestion is the rate at which the loss falls fastest. No run folder is made.
+    Some steps are trained while the rate rises from 1e-6 to 1. The suggestion is the rate at which the loss falls
+    fastest. No run folder is made.
     """
     from eit.config import load_recipe
     from eit.console import say

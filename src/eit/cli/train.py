@@ -164,4 +164,4 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 def baseline_text(summary: dict[str, Any]) -> str:
     rows = {"this run, best epoch": summary["best_top1"], **summary["baselines"]}
-    return "\n".join(f"  {name:<48} {top1:6.2f}%" for name, top1 in rows.items())
+    return "\n".join(f"  {name:<38} {top1:6.2f}%" for name, top1 in rows.items())

@@ -94,14 +94,17 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     return *pair, notes
 
 
-EXPECTED = "train/CLASS/image.png and val/CLASS/image.png are expected"
+EXPECTED = "expected are train/CLASS/image.png and val/CLASS/image.png, or CLASS/image.png with data.val_fraction"
 
 
 def _hint(root: Path, parts: dict[str, Path]) -> str:
     if parts and not is_class_folder(root):
         return f"; it has {' and '.join(f'{path.name}/' for path in parts.values())} only, which eit eval takes"
     if not is_class_folder(root):
-        return ""
+        files, left_out = list_images(root)
+        if files:
+            return f"; {len(files):,} image{'s' * (len(files) > 1)} below it are in no class folder"
+        return f"; there are no images below it; {describe_left_out(root, left_out)}" if left_out else "; it is empty"
     return f"; move its class folders into {root / 'train'}, or hold out a share of each: data.val_fraction=0.2"
 
 

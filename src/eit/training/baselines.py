@@ -39,7 +39,7 @@ def measure_baselines(recipe: Recipe) -> dict[str, float]:
         model = build_model(recipe, len(train.classes)).eval()
         features = [_features(model, pixels, view) for pixels in (train_pixels, val_pixels)]
         nearest = (features[1] @ features[0].T).argmax(dim=1)
-        results["nearest neighbour on features of the first weights"] = labels[nearest].numpy()
+        results["nearest neighbour on pooled features"] = labels[nearest].numpy()
     return {name: 100 * float(np.mean(predicted == truth.numpy())) for name, predicted in results.items()}
 
 

@@ -181,8 +181,8 @@ def _class_weights(recipe: Recipe, train: AnyImages, *_: Any) -> Choice:
 def _batch_size(recipe: Recipe, train: AnyImages, val: AnyImages, device: torch.device, precision: Precision) -> Choice:
     world = recipe.train.accumulate * distributed.world_size()
     most = LARGEST_ON_GPU if device.type == "cuda" else LARGEST_ON_CPU
-    size = SMALLEST
-    while size < most and size * 2 * world * STEPS <= len(train):
+    size = min(SMALLEST, max(len(train) // world, 1))
+    while SMALLEST <= size < most and size * 2 * world * STEPS <= len(train):
         size *= 2
     if device.type == "cuda":
         fitting = largest_batch(recipe, size, train.classes, device, precision)

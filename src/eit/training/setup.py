@@ -48,7 +48,8 @@ def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recip
     changes = [change.removeprefix("model.") for change in differences(recipe, changed_recipe)]
     if changes and recorded is None:
         if card is not None:
-            say(f"the model is that of {section.pretrained}: {', '.join(changes)}")
+            replaced = [change for change in changes if ": null -> " not in change]
+            say(": ".join([f"the model is that of {section.pretrained}", *([", ".join(replaced)] if replaced else [])]))
         else:
             say(f"{name} has no such arguments: {', '.join(change.partition(':')[0] for change in changes)}")
     return changed_recipe
