@@ -76,6 +76,17 @@ def test_the_command_writes_the_page(home, tmp_path):
     assert f"top-1 {found['top1']:.2f}%" in page and "<script" not in page and "\u202e" not in page
 
 
+def test_ranks_write_the_page_of_one_process(home, tmp_path):
+    pages = []
+    for ranks in (0, 2):
+        done = run_eit(
+            "eval", "runs/tiny", "--mistakes", tmp_path / "page.html", "--batch-size", "3", cwd=home, ranks=ranks
+        )
+        assert done.returncode == 0, done.stderr
+        pages.append((tmp_path / "page.html").read_text())
+    assert pages[0] == pages[1]
+
+
 def test_a_page_without_mistakes_says_so(tmp_path):
     (tmp_path / "images" / "3").mkdir(parents=True)
     from eit.data.layouts import read_digits

@@ -236,6 +236,12 @@ def test_the_page_follows_training(home, tmp_path, written_report):
     assert json.loads(done.stdout)["report"] is None and not (tmp_path / "other" / "report.html").exists()
 
 
+def test_rank_0_writes_the_page_alone(home, tmp_path):
+    done = run_eit("train", "cifar10", *TINY[:-1], f"data.root={home / 'data'}", "out=run", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0 and done.stdout.count("report run/report.html\n") == 1, done.stderr
+    assert sections((tmp_path / "run" / "report.html").read_text()) == SECTIONS
+
+
 @pytest.mark.parametrize(
     "error",
     [RuntimeError("CUDA error"), UserError("no"), OSError(28, "No space left on device"), MemoryError(), KeyError("x")],

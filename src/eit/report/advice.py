@@ -112,13 +112,13 @@ def _still_rising(facts: Facts) -> str | None:
     return f"Top-1 was still rising: its mean over {fifth} is {gain:.1f} points above that of the {part} before."
 
 
-def _training_loss_high(facts: Facts) -> str | None:
-    train, classes = facts.series("train_loss"), len(facts.metrics.per_class if facts.metrics else facts.val_counts)
-    if not train or not facts.losses_compare or classes < 2 or train[-1] < 0.5 * math.log(classes):
+def _both_losses_high(facts: Facts) -> str | None:
+    train, val, classes = facts.series("train_loss"), facts.series("val_loss"), len(facts.val_counts)
+    if not train or not facts.losses_compare or classes < 2 or min(train[-1], val[-1]) < 0.5 * math.log(classes):
         return None
     return (
-        f"The training loss at the end is {train[-1]:.2f}; equal probabilities for all {classes} classes give "
-        f"{math.log(classes):.2f}."
+        f"The losses at the end are high: {train[-1]:.2f} in training and {val[-1]:.2f} in validation. Equal "
+        f"probabilities for all {classes} classes give {math.log(classes):.2f}."
     )
 
 
@@ -262,9 +262,9 @@ RULES = (
         "model.drop_path_rate=0.1, a higher optim.weight_decay, more images or fewer epochs.",
     ),
     Rule(
-        "training loss high",
-        "last training loss at least 0.5 times log(classes); not with mixup and the others above",
-        _training_loss_high,
+        "both losses high",
+        "last training and validation loss at least 0.5 times log(classes); not with mixup and the others above",
+        _both_losses_high,
         "The model does not fit its training images: try more epochs, another optim.lr, a larger model or less "
         "augmentation.",
     ),
