@@ -75,7 +75,7 @@ ROOMS = {
         {"tables", "forest"},
     ],
     "cli": [
-        {"output"},
+        {"output", "help"},
         {"options"},
         {"recipes"},
         {
