@@ -79,7 +79,7 @@ ROOMS = {
         {"tables", "forest"},
     ],
     "cli": [
-        {"output"},
+        {"output", "help"},
         {"options"},
         {"recipes"},
         {

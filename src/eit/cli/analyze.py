@@ -75,7 +75,8 @@ def analyze(
     """Measure frequencies, attention and class token of models.
 
     \b
-    eit analyze runs/eit runs/lsra runs/vit timm/vit_tiny_patch16_224 --data photos --out report
+    eit analyze runs/eit runs/vit --data photos
+    eit analyze timm/vit_tiny_patch16_224 --data photos --out report
     eit analyze 'runs/eit*' 'runs/vit*' --data photos
 
     A quoted pattern groups runs. The report shows their mean with a band of one standard deviation.

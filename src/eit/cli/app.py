@@ -6,7 +6,6 @@ import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 import eit
 from eit.cli.analyze import analyze
@@ -16,6 +15,7 @@ from eit.cli.data import data
 from eit.cli.demo import demo
 from eit.cli.eval import evaluate
 from eit.cli.export import export
+from eit.cli.help import Group, Program
 from eit.cli.lr import lr
 from eit.cli.models import models
 from eit.cli.output import drop_output, has_option, prepare_streams, print_error, use_options_of
@@ -28,7 +28,7 @@ from eit.cli.train import finetune, train
 from eit.errors import UserError, first_line, is_out_of_memory
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """Exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal, 1 anything else."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -110,12 +110,17 @@ def _known_failure(error: BaseException) -> str | None:
     return None
 
 
-app = typer.Typer(
+app = Program(
     cls=Commands,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).",
+    help="""EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).
+
+    \b
+    eit train digits                       train a small model
+    eit predict runs/digits 7.png          predict images
+    eit demo                               try models on a local page
+    """,
 )
 
 

@@ -45,16 +45,23 @@ def bench(
         ),
     ],
     modes: Annotated[
-        list[Mode] | None, typer.Option("--mode", help="Measure inference or training; repeatable; default: both.")
+        list[Mode] | None,
+        typer.Option("--mode", metavar="infer|train", help="Measure inference or training; repeatable; default: both."),
     ] = None,
     precisions: Annotated[
         list[Precision] | None,
-        typer.Option("--precision", help="Compute in this precision; repeatable; default: fp32 and bf16."),
+        typer.Option(
+            "--precision",
+            metavar="fp32|tf32|bf16|fp16",
+            help="Compute in this precision; repeatable; default: fp32 and bf16.",
+        ),
     ] = None,
     runtimes: Annotated[
         list[Runtime] | None,
         typer.Option(
-            "--runtime", help="Run the models with this runtime; repeatable; default: all that are installed."
+            "--runtime",
+            metavar="eager|compile|onnxruntime|openvino",
+            help="Run the models with this runtime; repeatable; default: all that are installed.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -87,7 +94,9 @@ def bench(
     """Measure speed, and its share of the machine's peak.
 
     \b
-    eit bench eit_mini timm/deit_tiny_patch16_224 --runtime eager --runtime compile
+    eit bench eit_mini timm/deit_tiny_patch16_224
+    eit bench eit_mini --mode infer --runtime eager --runtime compile
+    eit bench runs/pets --batch-size 64 --out speed.png
 
     It measures inference of one image and of a batch, training steps on random images, and the peak of this machine.
     Every round measures each combination once. The tables show medians and spread over the rounds.

@@ -66,7 +66,10 @@ def convert(
     ] = None,
     interpolation: Annotated[
         Literal["bilinear", "bicubic"] | None,
-        typer.Option(help="Interpolation of resizing; default: that of IN, otherwise assumed: bicubic."),
+        typer.Option(
+            metavar="bilinear|bicubic",
+            help="Interpolation of resizing; default: that of IN, otherwise assumed: bicubic.",
+        ),
     ] = None,
     like: Annotated[
         str | None,
@@ -75,14 +78,15 @@ def convert(
 ) -> None:
     """Convert weights of other code to safetensors.
 
-    They may come from the authors' code, from timm, or from a training loop of your own.
-
-    Code in IN is never executed. If its shapes do not identify the model, name it with its arguments, as for ViT-Ti:
-
     \b
-    eit convert IN OUT --model eit_mini family=vit embed_dim=192 depth=12 num_heads=3 --like timm/vit_tiny_patch16_224
+    eit convert best_checkpoint.pth eit.safetensors
+    eit convert mine.pth mine.safetensors --classes names.txt
+    eit convert vit_tiny.pth vit_tiny.safetensors --model eit_mini family=vit \\
+        embed_dim=192 depth=12 num_heads=3 --like timm/vit_tiny_patch16_224
 
-    What IN does not say and you do not give is assumed, and OUT says so.
+    IN may come from the authors' code, from timm, or from a training loop of your own. Code in it is never executed. If
+    its shapes do not identify the model, name it with its arguments, as in the last example. What IN does not say and
+    you do not give is assumed, and OUT says so.
     """
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")

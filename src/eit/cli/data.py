@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from eit.cli.help import Program
 from eit.cli.options import (
     Json,
     MaxPixels,
@@ -25,7 +26,15 @@ PixelRange = Annotated[
     ),
 ]
 
-data = typer.Typer(rich_markup_mode=None, help="Check, show, prepare or shard a data set.")
+data = Program(
+    help="""Check, show, prepare or shard a data set.
+
+    \b
+    eit data check pets
+    eit data show cifar10 data.root=pets
+    eit data shard imagenet shards
+    """
+)
 
 
 @data.command()
@@ -45,6 +54,10 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check every image of a data set for problems.
+
+    \b
+    eit data check pets
+    eit data check scans --pixel-range 0 4095
 
     The exit status is 1 if training would fail. Warnings are about what training does not notice.
     """
@@ -71,6 +84,8 @@ def show(
 ) -> None:
     """Draw training and validation images as the model sees them.
 
+    \b
+    eit data show digits
     eit data show cifar10 data.root=PATH --out grid.png
 
     The picture has images of the first training batch, augmented and mixed, and validation images.
@@ -87,7 +102,9 @@ def show(
 
 @data.command()
 def prepare(
-    name: Annotated[Literal["imagenet"], typer.Argument(help="The data set.", show_default=False)],
+    name: Annotated[
+        Literal["imagenet"], typer.Argument(metavar="NAME", help="The data set: imagenet.", show_default=False)
+    ],
     source: Annotated[
         str,
         typer.Argument(
@@ -104,7 +121,9 @@ def prepare(
 ) -> None:
     """Unpack the ILSVRC2012 archives into class folders.
 
+    \b
     eit data prepare imagenet DOWNLOADS imagenet
+    eit data prepare imagenet ~/Downloads /data/imagenet
 
     Needed, as downloaded, are ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz. Run
     the same command again to resume; the images of every class are counted against the devkit.
@@ -142,6 +161,10 @@ def shard(
     as_json: Json = False,
 ) -> None:
     """Pack a data set into webdataset shards.
+
+    \b
+    eit data shard imagenet shards
+    eit data shard pets shards --count 4 --val-count 1
 
     With data.root=FOLDER they give the same batches as the data set. With data.dataset=wds/NAME they are streamed, as
     from an object store.

@@ -28,7 +28,7 @@ def demo(
     max_pixels: MaxPixels = None,
     device: Device = "auto",
 ) -> None:
-    """Open a local page that predicts pictures and shows the model's layers.
+    """Try models on a local page, and look into their layers.
 
     \b
     eit demo

@@ -72,7 +72,10 @@ def evaluate(
     ] = False,
     precision: Annotated[
         PrecisionOrAuto,
-        typer.Option(help="Compute in this precision; auto: bf16 on a GPU that supports it, otherwise fp32."),
+        typer.Option(
+            metavar="auto|fp32|tf32|bf16|fp16",
+            help="Compute in this precision; auto: bf16 on a GPU that supports it, otherwise fp32.",
+        ),
     ] = "fp32",
     confusion: Annotated[
         str | None,
@@ -99,7 +102,10 @@ def evaluate(
 ) -> None:
     """Measure top-1, top-5, loss, calibration and per-class accuracy.
 
+    \b
+    eit eval runs/pets
     eit eval runs/pets --data more-pets --size 224 --size 288
+    eit eval runs/pets --confusion confusion.png
 
     Accuracies are percentages. Each image is counted once, also under torchrun. With several
     sizes and crop ratios, each size is measured with each ratio.

@@ -22,7 +22,9 @@ Format = Literal["onnx", "openvino", "torch"]
 
 def export(
     checkpoint: Checkpoint,
-    format: Annotated[Format, typer.Option(help="Write this format; torch: a torch.export program.")] = "onnx",
+    format: Annotated[
+        Format, typer.Option(metavar="onnx|openvino|torch", help="Write this format; torch: a torch.export program.")
+    ] = "onnx",
     out: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +64,10 @@ def export(
 ) -> None:
     """Write weights as an ONNX, OpenVINO or torch.export file.
 
-    eit export runs/pets --format onnx --int8 pets/train
+    \b
+    eit export runs/pets
+    eit export runs/pets --format openvino --out pets.xml
+    eit export runs/pets --int8 pets/train
 
     The file is kept only if its results match torch's. eit predict and eit eval accept it. Batch,
     height and width are dynamic; classes and preprocessing are in the metadata.

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from eit.cli.help import Program
 from eit.cli.options import Json, RedirectingGroup, file_to_write, refuse_before_command
 from eit.cli.output import print_table
 from eit.files import expand_path
@@ -20,7 +21,7 @@ class ModelsGroup(RedirectingGroup):
         return None
 
 
-models = typer.Typer(cls=ModelsGroup, rich_markup_mode=None, invoke_without_command=True)
+models = Program(cls=ModelsGroup, invoke_without_command=True)
 
 
 @models.callback()
@@ -29,7 +30,13 @@ def list_all(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """List the models: sizes, costs and published results."""
+    """List the models: sizes, costs and published results.
+
+    \b
+    eit models
+    eit models --json
+    eit models plot published.png
+    """
     refuse_before_command(context, json=as_json, markdown=markdown)
     if context.invoked_subcommand is not None:
         return
@@ -66,6 +73,10 @@ def plot(
     ],
 ) -> None:
     """Draw published top-1 against model size.
+
+    \b
+    eit models plot published.png
+    eit models plot published.pdf
 
     One panel has parameters, one multiply-accumulates on the axis. Many model families are shown.
     """

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
+from eit.cli.help import Group
 from eit.cli.output import program
 from eit.errors import UserError, shorten
 from eit.files import expand_path
@@ -116,7 +116,7 @@ ValFraction = Annotated[
 # -- Checks -----------------------------------------------------------------------------------------------------------
 
 
-class RedirectingGroup(TyperGroup):
+class RedirectingGroup(Group):
     """A group of commands that answers a known wrong spelling with the right one."""
 
     def redirect(self, words: list[str]) -> list[str] | None:

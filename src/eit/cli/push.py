@@ -48,7 +48,10 @@ def push(
 ) -> None:
     """Upload weights to the Hugging Face hub, with a model card.
 
+    \b
     eit push runs/pets --repo USER/pets --license apache-2.0
+    eit push runs/pets --to pets-hub
+    eit push runs/pets --space pets-space
 
     timm, transformers and eit predict read the result: hf-hub:USER/pets, or local-dir:FOLDER.
     """

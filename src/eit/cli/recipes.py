@@ -4,6 +4,7 @@ import json
 
 import typer
 
+from eit.cli.help import Program
 from eit.cli.options import Json, Overrides, RecipeName, RedirectingGroup, refuse_before_command
 
 
@@ -12,12 +13,17 @@ class RecipesGroup(RedirectingGroup):
         return None if words[0].startswith("-") else ["recipes", "show", *words]
 
 
-recipes = typer.Typer(cls=RecipesGroup, rich_markup_mode=None, invoke_without_command=True)
+recipes = Program(cls=RecipesGroup, invoke_without_command=True)
 
 
 @recipes.callback()
 def list_all(context: typer.Context, as_json: Json = False) -> None:
-    """List the included recipes: cost and expected accuracy."""
+    """List the included recipes: cost and expected accuracy.
+
+    \b
+    eit recipes
+    eit recipes show cifar10
+    """
     refuse_before_command(context, json=as_json)
     if context.invoked_subcommand is None:
         list_recipes(as_json)
@@ -25,7 +31,12 @@ def list_all(context: typer.Context, as_json: Json = False) -> None:
 
 @recipes.command()
 def show(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Print a recipe with every key, its value and its meaning. The output is a recipe too."""
+    """Print a recipe with every key, its value and its meaning. The output is a recipe too.
+
+    \b
+    eit recipes show cifar10
+    eit recipes show cifar10 train.epochs=100 > mine.yaml
+    """
     from eit.config import load_recipe
 
     print(load_recipe(recipe, overrides or ()).explained())

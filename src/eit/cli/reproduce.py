@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from eit.cli.help import Program
 from eit.cli.options import Json, RedirectingGroup, refuse_before_command
 from eit.cli.output import exit_stopped, print_error, print_result
 from eit.errors import UserError, few
@@ -47,7 +48,7 @@ class ReproduceGroup(RedirectingGroup):
         return ["reproduce", "run", *words] if is_experiment else None
 
 
-reproduce = typer.Typer(cls=ReproduceGroup, rich_markup_mode=None, invoke_without_command=True)
+reproduce = Program(cls=ReproduceGroup, invoke_without_command=True)
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ Roots = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="TEXT", help="Choose runs with TEXT in their name; repeatable; default: all runs."),
+    typer.Option("--only", metavar="PART", help="Choose runs with PART in their name; repeatable; default: all runs."),
 ]
 
 
@@ -138,6 +139,8 @@ def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
 def group(context: typer.Context, as_json: Json = False) -> None:
     """Test the paper's claims with training experiments.
 
+    \b
+    eit reproduce list
     eit reproduce run small_data --budget smoke
     """
     refuse_before_command(context, json=as_json)
@@ -148,6 +151,10 @@ def group(context: typer.Context, as_json: Json = False) -> None:
 @reproduce.command(name="list")
 def list_experiments(as_json: Json = False) -> None:
     """List the included experiments.
+
+    \b
+    eit reproduce list
+    eit reproduce list --json
 
     For each it prints what it shows, what it costs, and what would refute it.
     """
@@ -183,7 +190,9 @@ def run(
 ) -> None:
     """Train and judge an experiment.
 
+    \b
     eit reproduce run small_data --budget smoke --results mine
+    eit reproduce run ablation --data cifar10=PATH --only vit
 
     Its runs are trained and measured; tables, a figure and verdicts are written to FOLDER/NAME/BUDGET. Finished runs
     are kept, a stopped run is resumed. The tables are built from FOLDER alone.
@@ -222,6 +231,8 @@ def plan(
 ) -> None:
     """Print the runs as eit train commands, with their cost.
 
+    \b
+    eit reproduce plan small_data --budget smoke
     eit reproduce plan imagenet --images-per-s 8000
 
     Nothing is trained.
@@ -240,7 +251,9 @@ def plan(
 def tables(name: Name, budget: BudgetOption = None, results: Results = "results", as_json: Json = False) -> None:
     """Write tables, figure and verdicts of finished runs.
 
+    \b
     eit reproduce tables frequency --budget smoke
+    eit reproduce tables small_data --results mine
 
     Nothing is trained; weights are not needed.
     """
@@ -269,7 +282,9 @@ def again(
 ) -> None:
     """Train a finished run a second time, and compare.
 
+    \b
     eit reproduce again small_data digits-vit-seed-0 --budget smoke
+    eit reproduce again small_data digits-vit-seed-0 --out runs/second
 
     On the same machine and versions, both runs are identical. Elsewhere, top-1 may differ by three standard deviations
     over seeds; the exit status is 1 if it differs by more.
@@ -303,7 +318,9 @@ def curve(
 ) -> None:
     """Compare an ImageNet run with the published epochs.
 
+    \b
     eit reproduce curve results/imagenet/full/imagenet-mini
+    eit reproduce curve runs/imagenet --json
     """
     from eit.reproduce.published import compare_curve
 

@@ -50,6 +50,8 @@ def train(
 ) -> None:
     """Train a model from a recipe, or resume a stopped run.
 
+    \b
+    eit train digits
     eit train cifar10 data.root=PATH name=mine train.epochs=100
 
     The run folder is runs/NAME, or out=FOLDER. Its recipe.yaml has every key with its value. Copy it and change its

@@ -24,6 +24,7 @@ from eit.demo.explanation import TOP, explain, to_html
 from eit.errors import UserError, printable, shorten
 from eit.files import temporary_folder
 from eit.inference.exported_models import import_runtime, load
+from eit.weights.card import Card
 from eit.weights.load import INCLUDED
 
 PORTS = 7860, 7959  # tried one after the other if none is given
@@ -256,10 +257,12 @@ def _alert(text: str) -> str:
 
 
 def _describe(model: Any) -> str:
-    card = model.card
+    card: Card = model.card
+    family = card.arguments.get("family", "eit")
+    name = card.model if family == "eit" else f"{family}/{card.model}"
     size = sum(p.numel() for p in model.parameters())
     parameters = f", {size:,} parameters" if size else ""
-    return f"{card.model}{parameters}, {card.size}x{card.size} pixels, {len(card.classes)} classes"
+    return f"{name}{parameters}, {card.size}x{card.size} pixels, {len(card.classes)} classes"
 
 
 def _refuse_addresses(photo: Any) -> None:
