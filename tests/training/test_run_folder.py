@@ -361,3 +361,17 @@ def test_tensorboard_reads_the_scalars_and_drops_what_a_continued_run_repeats(fo
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
     assert "ema_top1" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("start, end", [("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")])
+def test_a_log_that_an_editor_saved_keeps_its_lines(folder, capsys, start, end):
+    run = begin(folder)
+    text = start + "".join(json.dumps(line_of(epoch)) + end for epoch in range(1, 4))
+    (run / "log.jsonl").write_bytes(text.encode())
+    assert [line["epoch"] for line in read_log(run)] == [1, 2, 3] and not capsys.readouterr().err
+
+
+def test_a_number_beyond_a_float_is_not_known(folder):
+    run = begin(folder)
+    (run / "log.jsonl").write_text(json.dumps(line_of(1) | dict(val_loss=0.5)).replace("0.5", "1e999") + "\n")
+    assert [line["val_loss"] for line in read_log(run)] == [None]

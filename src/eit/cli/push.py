@@ -1,5 +1,6 @@
 """`eit push CKPT --repo USER/NAME` or `--to FOLDER`."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -53,7 +54,8 @@ def push(
     if to is not None:
         files = hub.write_folder(checkpoint, folder_to_write(to, "--to"), name, license_)
         text = f"{to}: {', '.join(file.name for file in files)}\n"
-        text += f'next: timm.create_model("local-dir:{to}", pretrained=True), after import eit'
+        address = json.dumps(f"local-dir:{to}", ensure_ascii=False)  # quoted for Python
+        text += f"next: timm.create_model({address}, pretrained=True), after import eit"
         print_result(dict(folder=to, files=[str(file) for file in files]), as_json, text)
     elif repo is not None:
         address = hub.push(checkpoint, repo, name, license_, private)
