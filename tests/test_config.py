@@ -485,3 +485,41 @@ def test_where_curves_go(word, log):
     assert load_recipe("digits", [f"train.log={word}"]).train.log == log
     with pytest.raises(UserError, match="train.log=mlflow"):
         load_recipe("digits", ["train.log=mlflow"])
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("optim.lr=1_", "optim.lr=1_: should be a number"),
+        ("train.epochs=1__0", "train.epochs=1__0: should be a valid integer"),
+        ("optim.lr=1__0.5", "optim.lr=1__0.5: should be a number"),
+        ("train.epochs='5'", "train.epochs='5': should be a valid integer"),
+        (
+            "data.mean=[123.675,116.28,103.53]",
+            "data.mean=123.675: should be less than or equal to 1, .* of pixels in 0",
+        ),
+        ("data.mean=[-0.5]", "data.mean=-0.5: should be greater than or equal to 0"),
+        ("data.std=[58.395,57.12,57.375]", "data.std=58.395: should be less than or equal to 1"),
+        ("data.pixel_range=[0]", r"data.pixel_range=\[0\]: should have two values, such as"),
+        ("data.pixel_range=[0,1,2]", "should have two values, such as"),
+        ("optim.betas=[0.9]", "should have two values, such as"),
+        ("model={name: eit_tiny}", "model is a section; set its keys, such as model.name"),
+        ("data={}", "data is a section"),
+        ("train.deterministic=[true]", "should be true or false"),
+    ],
+)
+def test_values_of_another_form_are_one_line(word, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("digits", [word])
+
+
+def test_single_underscores_stand_in_numbers():
+    recipe = load_recipe("digits", ["train.epochs=1_0", "optim.lr=0.000_1", "data.max_pixels=1_000_000"])
+    assert (recipe.train.epochs, recipe.optim.lr, recipe.data.max_pixels) == (10, 0.0001, 1_000_000)
+
+
+@pytest.mark.parametrize("key, section", [("data.root", "data"), ("train.epochs", "train"), ("model.name", "model")])
+def test_a_key_with_a_dot_in_a_file_is_told_where_to_go(tmp_path, key, section):
+    (tmp_path / "r.yaml").write_text(f"{key}: 3\n")
+    with pytest.raises(UserError, match=f"{key}: in a file, write {key.partition('.')[2]}: below {section}:"):
+        load_recipe(str(tmp_path / "r.yaml"))

@@ -74,3 +74,10 @@ def test_bytes_that_are_not_text_are_a_value_error(tmp_path):
     (tmp_path / "file").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(ValueError):
         read_json(tmp_path / "file")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1.5e400", "NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_not_finite_are_not_json(tmp_path, number):
+    (tmp_path / "x.json").write_text(f'{{"a": [{number}]}}')
+    with pytest.raises(ValueError, match=f"has {number}, which is not a number of JSON"):
+        read_json(tmp_path / "x.json")

@@ -686,7 +686,7 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     )
     message += f", such as {_SUCH[key]}" if key in _SUCH else ""
     given = _shown(first["input"])
-    if isinstance(first["input"], str) and INTEGER.fullmatch(given):
+    if first["type"] == "int_type" and INTEGER.fullmatch(given):
         given = f"'{given}'"  # it was in quotes, and so is text
     return f"{key}={shorten(given, 60)}: {message}" if key else message
 

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import os
 import re
 import shutil
@@ -130,14 +131,16 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: as `read_regular`.
-        ValueError: it is not JSON, as NaN is not, or is nested too deeply.
+        ValueError: it is not JSON, as NaN is not, or is nested too deeply, or a number is not finite.
     """
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{path} has {name}, which is not JSON")
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{path} has {text}, which is not a number of JSON")
+        return number
 
     try:
-        return json.loads(read_regular(path), parse_constant=refuse)
+        return json.loads(read_regular(path), parse_constant=finite, parse_float=finite)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
 

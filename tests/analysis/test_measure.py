@@ -486,7 +486,9 @@ def test_accuracy_falls_where_the_model_looks_for_its_answer():
             return torch.stack((answer, -answer), dim=1)
 
     view = Preprocessing(16, 16, "bicubic", (0.5,), (0.5,))
-    clean, *noisy = band_accuracy(Reader(), EvaluationLoader(data, view, 8, 0, torch.device("cpu")), view, eps=1.0)
+    loader, reader = EvaluationLoader(data, view, 8, 0, torch.device("cpu")), nn.Sequential(nn.Dropout(0.9), Reader())
+    clean, *noisy = band_accuracy(reader.train(), loader, view, eps=1.0)
+    assert all(module.training for module in reader.modules())
     assert clean == BandAccuracy(None, None, 20, 20) and clean.top1 == 100
     assert noisy[0].top1 == 100 and noisy[-1].high == math.sqrt(2) and noisy[-1].top1 < 80
 

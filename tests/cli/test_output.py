@@ -1,5 +1,6 @@
 """What reaches the user: any name on any stream, one line for each error, in the words of the command."""
 
+import ast
 import io
 import os
 import sys
@@ -8,12 +9,14 @@ from typing import get_type_hints
 
 import pytest
 import typer
+import typer.testing
 import yaml
 from pydantic import TypeAdapter
 from pydantic import ValidationError as PydanticError
 
 from eit.cli import output
 from eit.cli.app import app, report
+from eit.cli.options import file_to_write
 from eit.cli.train import summary_text
 from eit.console import Messages
 from eit.errors import UserError
@@ -204,3 +207,22 @@ def test_suggested_commands_quote_paths(folder):
 
     summary = dict(last_top1=1.0, epochs=1, best_top1=1.0, best_epoch=0)
     assert folder in shlex.split(summary_text(summary, folder).splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a b", "犬"])
+def test_the_line_of_python_after_push_is_quoted(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(output, "_options", set())  # put back at the end
+    done = typer.testing.CliRunner().invoke(app, ["push", "digits", "--to", name])
+    called = ast.parse(done.output.rpartition("next: ")[2].partition(", after")[0]).body[0].value
+    assert called.args[0].value == f"local-dir:{name}"
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_computed(monkeypatch, tmp_path):
+    def fail(name):
+        raise ValueError("Key backend: 'bogus' is not a valid value")
+
+    monkeypatch.setattr("eit.cli.options.importlib.import_module", fail)
+    with pytest.raises(UserError, match="--confusion .*png: Matplotlib cannot be imported: Key backend"):
+        file_to_write(str(tmp_path / "c.png"), "--confusion", ".csv")
+    assert file_to_write(str(tmp_path / "c.csv"), "--confusion", ".csv")

@@ -182,3 +182,28 @@ def test_a_class_of_unread_files_says_what_they_are(tmp_path):
         read_folder(tmp_path)
     with pytest.raises(UserError, match="no images below .*fox"):
         expand([str(tmp_path / "fox")])
+
+
+@pytest.mark.parametrize("other", ["cat ", "Cat", "CAT", "ﬁsh"])
+def test_classes_that_look_alike_are_pointed_out(tmp_path, capsys, other):
+    classes_of(tmp_path, "train", "val", names=("cat", "fish", other))
+    assert len(open_data(Data(root=str(tmp_path)))[0].classes) == 3
+    assert "look alike: is it one class?" in capsys.readouterr().err
+    assert any("look alike" in line for line in check(str(tmp_path), MAX_PIXELS)["warnings"])
+
+
+@pytest.mark.parametrize("extra", ["valid", "Train", "more", "validation"])
+def test_folders_with_images_that_are_not_used_are_named(tmp_path, capsys, extra):
+    classes_of(tmp_path, "train", "val", extra)
+    (tmp_path / "notes").mkdir()
+    open_data(Data(root=str(tmp_path)))
+    assert f"not used of {tmp_path}: {extra}/" in capsys.readouterr().err
+    assert check(str(tmp_path), MAX_PIXELS)["notes"] == [f"not used of {tmp_path}: {extra}/"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "test"])
+def test_validation_images_that_are_the_training_images_are_pointed_out(tmp_path, capsys, name):
+    classes_of(tmp_path, "train")
+    (tmp_path / name).symlink_to("train")
+    open_data(Data(root=str(tmp_path)))
+    assert "is the same folder as" in capsys.readouterr().err

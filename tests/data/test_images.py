@@ -292,3 +292,58 @@ def test_colours_of_16_bits_have_no_range(tmp_path):
     assert decode(tmp_path / "c.png").getpixel((0, 0)) == (0, 1000 >> 8, 2000 >> 8)
     with pytest.raises(UnreadableImage, match="data.pixel_range is for grey pixels"):
         decode(tmp_path / "c.png", pixel_range=(0, 4095))
+
+
+# -- What TIFF files say of their pixels
+
+
+def tiff(values, photometric=1, sample_format=1):
+    """A TIFF file of one uncompressed strip, as instruments write it. `photometric` 0: the least value is white."""
+    height, width = values.shape
+    bits = values.dtype.itemsize * 8
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height}
+    tags |= {279: values.nbytes, 339: sample_format}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return io.BytesIO(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + values.tobytes())
+
+
+SCALED = RAMP.astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize(
+    "values, photometric, sample_format, pixel_range",
+    [
+        (255 - RAMP, 0, 1, None),
+        (65535 - SCALED, 0, 1, None),
+        (4095 - (SCALED >> 4), 0, 1, (0, 4095)),
+        ((1 - RAMP / 255).astype(np.float32), 0, 3, (0, 1)),
+        (SCALED, 1, 1, None),
+        (SCALED.astype(np.uint32) * 65537, 1, 1, (0, 2**32 - 1)),
+        (SCALED.astype(np.int32) - 40000, 1, 2, (-40000, 25535)),
+    ],
+    ids=["white 8", "white 16", "white 12 in 16", "white float", "black 16", "unsigned 32", "signed 32"],
+)
+def test_pixels_of_a_tiff_are_what_its_tags_say(values, photometric, sample_format, pixel_range):
+    found = decode(tiff(values, photometric, sample_format), channels=1, name="x.tif", pixel_range=pixel_range)
+    assert np.abs(np.asarray(found).astype(int) - RAMP).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "values, sample_format, message",
+    [
+        ((RAMP.astype(int) - 128).astype(np.int8), 2, "signed pixels of 8 bits are not read"),
+        (SCALED.astype(np.uint32) * 65537, 1, r"pixels go up to 4244438268: set data.pixel_range=\[0,4244438268\]"),
+        (RAMP.astype(np.float32), 3, r"have no defined range \(here 0 to 252\)"),
+    ],
+    ids=["signed 8", "unsigned 32", "float"],
+)
+def test_pixels_that_would_be_taken_for_others_are_refused(values, sample_format, message):
+    with pytest.raises(UnreadableImage, match=message):
+        decode(tiff(values, 1, sample_format), name="x.tif")
+
+
+def test_readers_of_other_packages_see_a_white_tiff_as_it_is(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(65535 - SCALED, 0).read())
+    with careful_pillow(MAX_PIXELS):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "x.tif")), RAMP)

@@ -23,10 +23,10 @@ from PIL import EpsImagePlugin, Image
 import eit
 from eit import distributed
 from eit.config import Augment, Data, load_recipe
-from eit.data import streaming
+from eit.data import streaming, timm_datasets
 from eit.data.datasets import open_data, open_evaluation
 from eit.data.images import Preprocessing
-from eit.data.layouts import INFO
+from eit.data.layouts import INFO, SHARDING, index_shard
 from eit.data.loaders import evaluation_loader, train_loader
 from eit.data.order import SampleOrder
 from eit.data.shards import write_shards
@@ -836,3 +836,63 @@ def test_a_stream_comes_from_an_object_store(streamed):
             stream(config)
     finally:
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: info.update(classes="abc"),
+        lambda info: info.update(classes={"digit0": 0, "digit1": 1, "digit2": 2}),
+        lambda info: info["splits"]["validation"].update(filenames=info["splits"]["train"]["filenames"][:2]),
+        lambda info: info["splits"]["train"]["filenames"].__setitem__(1, info["splits"]["train"]["filenames"][0]),
+    ],
+)
+def test_a_description_of_another_form_is_one_line(folder, change):
+    root = shards_of(folder)
+    info = json.loads((root / INFO).read_text())
+    change(info)
+    (root / INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match="does not describe train and validation shards with classes"):
+        open_data(Data(root=str(root)))
+
+
+@pytest.mark.parametrize("name", [INFO, SHARDING])
+def test_shards_are_not_written_next_to_a_pipe(folder, name):
+    out = folder.parent / "piped"
+    out.mkdir()
+    os.mkfifo(out / name)
+    with pytest.raises(UserError, match=f"{name} cannot be read: give a new folder"):
+        write_shards(*open_data(Data(root=str(folder))), out, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "root, workers, count", [("http://h/x", 0, 1), ("http://h/x", 3, 3), ("/x", 0, 0), ("s3://b", 0, 1)]
+)
+def test_a_server_is_read_by_a_process_whose_answer_is_not_waited_for_without_end(root, workers, count):
+    stream = ImageStream(["a", "b"], 1, Data(root=root), "train", 1)
+    assert streaming._worker_count(stream, workers) == count
+
+
+@pytest.mark.parametrize("text", ["\ufeffcat\ndog\n", "cat\r\ndog\r\n", "\ufeffcat\r\ndog"])
+def test_a_list_of_classes_of_an_editor_is_read(tmp_path, text):
+    (tmp_path / "c.txt").write_bytes(text.encode())
+    config = Data(dataset="wds/x", classes=str(tmp_path / "c.txt"))
+    assert timm_datasets._timm_classes(None, config) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("text", ["cat\n\ndog", "", "\n", "cat\n \ndog"])
+def test_a_list_of_classes_with_an_empty_line_is_refused(tmp_path, text):
+    (tmp_path / "c.txt").write_text(text)
+    with pytest.raises(UserError, match="has an empty line"):
+        timm_datasets._timm_classes(None, Data(dataset="wds/x", classes=str(tmp_path / "c.txt")))
+
+
+@pytest.mark.parametrize(
+    "name", ["._a.png", ".DS_Store", "__MACOSX/a.png", "x/@eaDir/a.cls", "Thumbs.db", "./.hidden/a.png"]
+)
+def test_hidden_files_and_those_of_a_system_in_a_shard_are_left_out(tmp_path, name):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for member, content in (("./a.png", b"png"), (name, b"x"), ("./a.cls", b"1")):
+            (info := tarfile.TarInfo(member)).size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert [(sample.key, sample.label) for sample in index_shard(tmp_path / "x.tar")] == [("./a", 1)]

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from PIL import Image
 
 import eit
 from eit.config import load_recipe
-from eit.data.images import decode, normalise
+from eit.data.images import Images, decode, normalise
 from eit.inference.predict import expand, predict
 from eit.training.trainer import train
 from tests.helpers.training import TINY
@@ -131,6 +132,10 @@ def test_one_image_in_any_form_is_one_prediction(digits, tmp_path):
         torch.zeros(3, 4, 4),
         torch.zeros(5, 5, 3, dtype=torch.uint8),
         torch.zeros(4, dtype=torch.uint8),
+        torch.zeros(3, 4, 4, dtype=torch.bfloat16),
+        torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta"),
+        torch.zeros(3, 4, 4, dtype=torch.uint8).to_sparse(),
+        torch.zeros(3, 4, 4, requires_grad=True),
         ["gone.png"],
         "gone.png",
     ],
@@ -207,3 +212,40 @@ def test_weights_that_ask_for_large_inputs_get_small_batches(digits, monkeypatch
     model.forward = lambda x: sizes.append(len(x)) or torch.zeros(len(x), 10)
     monkeypatch.setattr("eit.inference.predict.BATCH_PIXELS", 3 * 64**2)
     assert len(list(eit.predict(model, [picture()] * 7))) == 7 and sizes == [3, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["top", "batch_size", "max_pixels"])
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "5", [3]])
+def test_numbers_of_another_type_are_refused_at_once(digits, name, number):
+    with pytest.raises(eit.UserError, match=f"^{name}=.*: give a whole number, at least 1$"):
+        eit.predict(digits, picture(), **{name: number})
+
+
+def test_whole_numbers_of_numpy_are_numbers(digits):
+    (found,) = eit.predict(digits, picture(), top=np.int64(2), batch_size=np.uint8(1), max_pixels=np.int32(108))
+    assert len(found.labels) == 2
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, "meta"])
+def test_weights_that_images_do_not_fit_are_refused_at_once(digits, kind):
+    model = copy.deepcopy(digits).to(kind)
+    for call in (eit.predict, eit.evaluate):
+        with pytest.raises(eit.UserError, match="cls_token of the model is .*: give a model of eit.load"):
+            call(model, picture() if call is eit.predict else Rows())
+
+
+class Rows:
+    """Looks like a loader."""
+
+    own_blocks = range(1)
+    images = Images(["a", "b"], [], [], [])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [Image.new("RGB", (0, 5)), Image.new("L", (5, 0)), np.broadcast_to(np.uint8(0), (10**5, 10**5, 3)), picture()],
+    ids=["no columns", "no rows", "larger than memory", "more than max_pixels"],
+)
+def test_images_of_too_few_or_too_many_pixels_are_faults(digits, image):
+    found, other = eit.predict(digits, [image, picture(size=(3, 3))], max_pixels=100)
+    assert "pixels; 1 to 100 are read (max_pixels)" in found.fault and other.labels

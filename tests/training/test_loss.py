@@ -157,3 +157,22 @@ def test_a_grey_student_needs_a_grey_teacher():
     for teacher, message in (("digits", "reads 3 channels, the student 1"), ("timm/resnet18", "needs colour images")):
         with pytest.raises(UserError, match=message):
             Distillation(Loss(teacher=teacher), grey, DIGITS, CPU)
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"crane": 2}, "names 'crane', as 2 classes are called"),
+        ({"e\u0301t\u00e9": 2, "\u00e9t\u00e9": 3}, "gives a class twice"),
+        ({"dog": 2, "crane": 0}, "names 'crane'"),
+    ],
+)
+def test_weights_of_a_name_that_is_not_one_class_are_refused(weights, message):
+    with pytest.raises(UserError, match=message):
+        class_weights(Loss(class_weights=weights), ["crane", "dog", "crane", "\u00e9t\u00e9"], [0, 1])
+
+
+@pytest.mark.parametrize("name", ["e\u0301t\u00e9", "\u00e9te\u0301", "\u00e9t\u00e9"])
+def test_weights_are_matched_in_any_form_of_unicode(name):
+    given = class_weights(Loss(class_weights={name: 2}), ["crane", "crane", "\u00e9t\u00e9"], [0, 1])
+    assert given.tolist() == [1, 1, 2]

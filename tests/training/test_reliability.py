@@ -258,6 +258,20 @@ def test_ranks_with_another_recipe_refuse_at_the_start(tmp_path):
     assert not list(tmp_path.rglob("recipe.yaml"))
 
 
+SIZES = dict(kernel_size=3, stride=1, pool_size=4, embed_dim=16, depth=2, num_heads=2)
+
+
+def test_ranks_with_other_weights_of_one_name_refuse_at_the_start(tmp_path):
+    for rank in range(2):
+        save_digits(tmp_path / f"machine{rank}" / "data")
+        model = eit.create_model("eit_mini", num_classes=3, img_size=16, **SIZES)
+        torch.save({k: v + rank for k, v in model.state_dict().items()}, tmp_path / f"machine{rank}" / "w.pth")
+    status, errors = two_machines(tmp_path, "model.pretrained=w.pth")
+    assert status == [2, 2] and errors[1] == "", errors
+    assert errors[0].startswith("eit: the ranks do not agree: the content of model.pretrained is ")
+    assert not list(tmp_path.rglob("recipe.yaml"))
+
+
 def contents_are_not_compared():
     Images.content_digest = lambda _: ""
 

@@ -408,3 +408,17 @@ def test_an_error_of_weights_and_biases_does_not_end_the_run(folder, monkeypatch
     assert train(recipe(folder, "train.log=[wandb, tensorboard]"))["epochs"] == 2
     assert capsys.readouterr().err.count("cannot be written (no key)") == 1
     assert (recipe(folder).run_folder() / "tensorboard").is_dir()
+
+
+@pytest.mark.parametrize("start, end", [("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")])
+def test_a_log_that_an_editor_saved_keeps_its_lines(folder, capsys, start, end):
+    run = begin(folder)
+    text = start + "".join(json.dumps(line_of(epoch)) + end for epoch in range(1, 4))
+    (run / "log.jsonl").write_bytes(text.encode())
+    assert [line["epoch"] for line in read_log(run)] == [1, 2, 3] and not capsys.readouterr().err
+
+
+def test_a_number_beyond_a_float_is_not_known(folder):
+    run = begin(folder)
+    (run / "log.jsonl").write_text(json.dumps(line_of(1) | dict(val_loss=0.5)).replace("0.5", "1e999") + "\n")
+    assert [line["val_loss"] for line in read_log(run)] == [None]

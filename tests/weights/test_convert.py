@@ -280,3 +280,70 @@ def test_weights_lower_the_limit_on_pixels_and_never_raise_it():
 def test_a_recipe_cannot_make_weights_that_would_be_refused(keys):
     with pytest.raises(eit.UserError, match="images have at most 4096 pixels"):
         make_view(load_recipe("cifar10", keys))
+
+
+CONFIG = dict(architecture="eit_mini", num_classes=3, model_args=ARGUMENTS, label_names=["a", "b", "c"])
+LOOK = dict(mean=[0.5] * 3, std=[0.5] * 3, input_size=[3, 16, 16], crop_pct=0.8, interpolation="bicubic")
+
+
+def hf_folder(folder, look=LOOK, **changes):
+    model = eit.create_model("eit_mini", num_classes=3, **SMALL)
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    text = json.dumps(CONFIG | dict(pretrained_cfg=look) | changes)
+    (folder / "config.json").write_text("\ufeff" + text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("crop_mode", ["squash", "border", "center", None])
+def test_a_crop_that_is_not_from_the_centre_is_a_guess(tmp_path, crop_mode):
+    made = load(hf_folder(tmp_path, LOOK | dict(crop_mode=crop_mode))).card
+    assert made.guessed == (() if crop_mode in ("center", None) else ("resize",)) and made.mean == (0.5,) * 3
+
+
+@pytest.mark.parametrize(
+    "look, changes, message",
+    [
+        (LOOK | dict(input_size=[3, 16, 32]), {}, "images of 32x16 pixels: square ones are read"),
+        (LOOK | dict(mean=[123.675, 116.28, 103.53]), {}, r"are not of pixels in 0\.\.1"),
+        (LOOK | dict(input_size=[3, 10**9, 10**9]), {}, "size=1000000000: Input should be less than or equal to 4096"),
+        (LOOK, dict(label_names=["a"]), "1 label_names for 3 classes"),
+        (LOOK, dict(label_names="abc"), "label_names is of the type str"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_one_line(tmp_path, look, changes, message):
+    with pytest.raises(eit.UserError, match=message) as error:
+        load(hf_folder(tmp_path, look, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_of_transformers_says_nothing_of_the_model(tmp_path):
+    model = eit.create_model("eit_mini", num_classes=3)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(architectures=["Mine"], model_type="mine")))
+    assert load(tmp_path).card.guessed == ALL
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state | {"more": torch.ones(1)}, "taken for eit_mini, does not fit the model: more is unknown"),
+        (lambda state: {k: v for k, v in state.items() if k != "norm.bias"}, "norm.bias is missing"),
+        (
+            lambda state: {f"a.{k}": v for k, v in state.items()} | {"b.x": torch.ones(1)},
+            "To save the one under a: torch",
+        ),
+    ],
+)
+def test_weights_that_nearly_fit_say_what_differs(tmp_path, change, message):
+    torch.save(change(eit.create_model("eit_mini", num_classes=3).state_dict()), tmp_path / "w.pth")
+    with pytest.raises(eit.UserError, match=message):
+        load(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("words", [("--mean", "123.675,116.28,103.53"), ("--std", "58.4"), ("--mean", "-0.1")])
+def test_numbers_of_pixels_in_0_to_255_are_refused(theirs, words):
+    convert("--size", 16, *words, status=2)
+
+
+def test_a_size_beyond_the_limit_is_one_line(theirs):
+    convert("--size", 5000, status=2)

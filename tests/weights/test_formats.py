@@ -185,3 +185,68 @@ def test_tied_weights_are_in_the_file_once_and_read(tmp_path):
     tied = torch.randn(700, 700)
     torch.save({"head.weight": tied, "embed.weight": tied}, tmp_path / "w.pth")
     assert torch.equal(read_weights(tmp_path / "w.pth")[0]["embed.weight"], tied)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.head.weight", "model.norm.bias", "criterion.weight"],
+        ["net.module.head.weight", "net.module.norm.bias", "train_acc.tp", "val_acc.tp"],
+        ["model.head.weight", "model.norm.bias", "ema_model.module.head.weight"],
+        ["network.fc.weight", "loss.center"],
+    ],
+)
+def test_a_model_next_to_losses_and_metrics_is_found_and_what_is_left_out_is_said(names, capsys):
+    state = {
+        name: torch.ones(2, 2) if name.endswith("weight") and "crit" not in name else torch.ones(2) for name in names
+    }
+    kept = [name.rpartition("module.")[2].removeprefix("model.").removeprefix("network.") for name in names[:2]]
+    assert list(strip_prefixes(state)) == [name for name in kept if not name.startswith("loss")]
+    assert "left out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["network.0.weight", "head.weight"],  # VOLO of timm
+        ["backbone.norm.weight", "head.weight"],
+        ["model.head.weight", "net.head.weight"],  # which one?
+        ["model.blocks.0.weight", "student.head.weight"],
+    ],
+)
+def test_parts_of_one_model_stay_together(names):
+    state = {name: torch.ones(2, 2) for name in names}
+    assert strip_prefixes(state) == state
+
+
+@pytest.mark.parametrize("name", ["total_ops", "blocks.0.total_params", "n_averaged"])
+def test_counters_of_tools_are_no_weights(name):
+    assert same(strip_prefixes(STATE | {name: torch.zeros(1, dtype=torch.float64)}))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (STATE | dict(epoch=3), r"no tensors: epoch \(int\); torch\.save\(\{k: v for k, v in checkpoint"),
+        (STATE | dict(mask=None), r"no tensors: mask \(NoneType\)"),
+        ({"a": np.zeros(3)} | STATE, r"no tensors: a \(ndarray\)"),
+        ({"a": torch.ones(1, dtype=torch.complex64), "b": torch.ones(1).int()}, "none of its tensors has floating"),
+    ],
+)
+def test_what_keeps_a_dictionary_from_being_weights_is_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(eit.UserError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("protocol", [0, 4, 5])
+def test_another_pickle_protocol_is_named(tmp_path, protocol):
+    torch.save(STATE, tmp_path / "w.pth", pickle_protocol=protocol)
+    with pytest.raises(eit.UserError, match="another pickle_protocol than 2"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(eit.UserError, match=r"w\.pth is empty$"):
+        read_weights(tmp_path / "w.pth")

@@ -247,7 +247,7 @@ def choose_images(
     root = Path(path).expanduser()
     if path != DIGITS and not root.exists():
         hint = f"; did you mean {DIGITS}?" if path in DIGITS else ""
-        raise UserError(f"no such folder, image or data set: {path}{hint}")
+        raise UserError(f"--data {path}: no such folder or data set{hint}")
     if not labelled:
         return open_unlabelled(config, "val", without).evenly(count)
     try:

@@ -1,5 +1,6 @@
 """`eit push CKPT --repo USER/NAME`, `--to FOLDER` or `--space FOLDER`."""
 
+import json
 import shlex
 from typing import Annotated
 
@@ -73,7 +74,8 @@ def push(
     elif to is not None:
         files = hub.write_folder(checkpoint, folder_to_write(to, "--to"), name, license_)
         text = f"{to}: {', '.join(file.name for file in files)}\n"
-        text += f'next: timm.create_model("local-dir:{to}", pretrained=True), after import eit'
+        address = json.dumps(f"local-dir:{to}", ensure_ascii=False)  # quoted for Python
+        text += f"next: timm.create_model({address}, pretrained=True), after import eit"
         print_result(dict(folder=to, files=[str(file) for file in files]), as_json, text)
     elif repo is not None:
         address = hub.push(checkpoint, repo, name, license_, private)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,14 @@ from PIL import Image
 from eit import distributed
 from eit.config import AUTO, Data, data_config
 from eit.console import say, track
-from eit.data.folders import describe_left_out, find_parts, is_class_folder, list_images, read_folder
+from eit.data.folders import (
+    describe_left_out,
+    find_parts,
+    is_class_folder,
+    list_images,
+    read_folder,
+    unused_folders,
+)
 from eit.data.images import Images, PixelRange, UnreadableImage, compose, pixel_kind
 from eit.data.layouts import LAYOUTS, download, read_digits, read_layout
 from eit.data.timm_datasets import ImageStream, read_timm
@@ -87,6 +95,10 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     else:
         pair = train, read_folder(parts[part], config.max_pixels)
         notes += _left_out(parts[part], pair[1])
+    if part != "train" and os.path.samefile(parts[part], parts["train"]):
+        notes.append(f"{parts[part]} is the same folder as {parts['train']}: accuracy is that of training images")
+    if unused := unused_folders(root, parts):
+        notes.append(f"not used of {root}: {few(unused)}")
     if part == "test":
         notes.append(f"{root} has no val/ folder: {parts['test'].name}/ has the validation images")
     elif "test" in parts:
@@ -316,8 +328,14 @@ def _class_difference(train: list[str], val: list[str]) -> str:
 
 
 def _class_warnings(train: AnyImages, val: AnyImages) -> list[str]:
-    """Classes without images, which train all the same."""
+    """Classes without images, and names that differ in case or spaces only, which train all the same."""
+    names: dict[str, str] = {}
     warnings = []
+    for name in train.classes:
+        alike = names.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), name)
+        if alike != name:
+            warnings.append(f"classes {alike!r} and {name!r} differ, but look alike: is it one class?")
+    warnings = [*warnings[:5], *([f"{len(warnings) - 5} more classes look alike"] if len(warnings) > 5 else [])]
     for images, kind in ((train, "training"), (val, "validation")):
         if isinstance(images, Images):
             used = set(images.labels)

@@ -7,6 +7,7 @@ are followed but lead nowhere twice, files of all extensions that Pillow reads a
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +84,11 @@ def _entries(folder: str | Path, left_out: Counter[str]) -> tuple[list[os.DirEnt
     return folders, files
 
 
+def is_left_out(name: str) -> bool:
+    """Whether the part of a path is hidden, or of the system."""
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM_NAMES
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -145,6 +151,16 @@ def find_parts(root: Path) -> dict[str, Path]:
     if "test" in parts and not any(map(_has_image, _folders(parts["test"]))):
         del parts["test"]  # images without labels
     return parts
+
+
+def unused_folders(root: Path, parts: dict[str, Path]) -> list[str]:
+    """Names of folders of `root` that have images and are none of its `parts`, such as valid next to val."""
+    unused = []
+    for folder in _folders(root):
+        with suppress(UserError):  # a folder that cannot be read is not needed
+            if folder not in parts.values() and _has_image(folder):
+                unused.append(f"{folder.name}/")
+    return unused
 
 
 def is_class_folder(root: Path, divided: bool = False) -> bool:

@@ -216,7 +216,7 @@ def declared_range(image: Image.Image, pixel_range: PixelRange | None = None) ->
         ValueError: pixels that Pillow reads as others: signed ones of 8 bits, unsigned ones of 32 beyond the signed.
     """
     tags = getattr(image, "tag_v2", {})
-    bits = (tags.get(258) or (1,))[0]  # BitsPerSample
+    bits = (tags.get(258) or (16,))[0]  # BitsPerSample
     if bits == 8 and 2 in tags.get(339, ()):  # SampleFormat
         raise ValueError("signed pixels of 8 bits are not read: store them in 16 bits, or unsigned")
     if not is_wide(image):

@@ -21,10 +21,10 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 
 from eit.console import track
-from eit.data.folders import read_folder
+from eit.data.folders import is_left_out, read_folder
 from eit.data.images import Images, image_extensions
 from eit.errors import UserError, few, nearest
-from eit.files import open_regular, read_json
+from eit.files import open_regular, read_json, read_text
 
 Pair = tuple[Images, Images]  # training, validation
 
@@ -166,7 +166,7 @@ def _read_tiny(root: Path, max_pixels: int) -> Pair:
     for part in ("wnids.txt", "words.txt", "train", "val"):
         if not (root / part).exists():
             raise UserError(f"{root / part} is missing: {again}")
-    expected = sorted((root / "wnids.txt").read_text().split())
+    expected = sorted(read_text(root / "wnids.txt", "list").split())
     train = read_folder(root / "train", max_pixels)
     if missing := sorted(set(expected) - set(train.classes)):
         what = f"{len(missing)} of {len(expected)} classes of wnids.txt: {few(missing)}"
@@ -174,7 +174,7 @@ def _read_tiny(root: Path, max_pixels: int) -> Pair:
     counts = Counter(train.labels)
     for label, wnid in enumerate(train.classes):
         boxes = root / "train" / wnid / f"{wnid}_boxes.txt"  # one line per image
-        if boxes.is_file() and (said := len(boxes.read_text().split("\n")) - 1) > counts[label]:
+        if boxes.is_file() and (said := len(read_text(boxes, "list").split("\n")) - 1) > counts[label]:
             raise UserError(f"{boxes.parent} has {counts[label]} images, {boxes.name} lists {said}: {again}")
     if (root / "val" / "images").is_dir():
         val = _read_tiny_val(root / "val", train.classes, max_pixels)
@@ -193,7 +193,7 @@ def _read_tiny_val(folder: Path, wnids: list[str], max_pixels: int) -> Images:
         raise UserError(f"{file} is missing: it has the classes of val/images")
     number = {wnid: i for i, wnid in enumerate(wnids)}
     labels, names, sources = [], [], []
-    for line in sorted(file.read_text().splitlines()):
+    for line in sorted(read_text(file, "list").splitlines()):
         name, wnid = [*line.split("\t"), "", ""][:2]
         source = folder / "images" / name
         if wnid not in number or Path(name).name != name:
@@ -210,7 +210,7 @@ def _read_tiny_val(folder: Path, wnids: list[str], max_pixels: int) -> Images:
 
 def class_names(words: Path, wnids: Sequence[str]) -> list[str]:
     """The first word of each WordNet id in words.txt (`id<TAB>word, word`); if two ids share it, all words and id."""
-    lines = (line.partition("\t") for line in words.read_text().splitlines())
+    lines = (line.partition("\t") for line in read_text(words, "list").splitlines())
     said = {wnid: text for wnid, _, text in lines}
     first = [said.get(wnid, wnid).split(",")[0] for wnid in wnids]
     pairs = zip(wnids, first, strict=True)
@@ -259,7 +259,12 @@ def _read_shards(root: Path, max_pixels: int) -> Pair:
         info = read_json(file)
         splits = {name: list(info["splits"][split]["filenames"]) for name, split in SPLITS.items()}
         lengths = {name: list(info["splits"][split]["shard_lengths"]) for name, split in SPLITS.items()}
+        if not isinstance(info["classes"], list):
+            raise ValueError("classes is not a list")
         classes = [str(name) for name in info["classes"]]
+        shards = [name for part in splits.values() for name in map(str, part)]
+        if len(set(shards)) < len(shards):
+            raise ValueError("a shard is named twice")
         if any(len(splits[name]) != len(lengths[name]) for name in splits):
             raise ValueError("filenames and shard_lengths differ in number")
     except OSError as error:
@@ -333,8 +338,8 @@ def index_shard(file: Path) -> list[Sample]:
             length = os.fstat(raw.fileno()).st_size
             for member in tar:
                 key, _, kind = os.path.basename(member.name).partition(".")
-                if not member.isreg():
-                    continue  # a folder, or a link, which would lead elsewhere
+                if not member.isreg() or any(map(is_left_out, member.name.split("/"))):
+                    continue  # a folder, or a link, which would lead elsewhere; what macOS's tar adds
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError(f"member {member.name} is cut: it has {member.size:,} bytes")
                 sample = parts.setdefault(os.path.join(os.path.dirname(member.name), key), {})
@@ -349,13 +354,13 @@ def index_shard(file: Path) -> list[Sample]:
         raise UserError(f"shard {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     samples = []
     for key, sample in parts.items():
-        if "image" not in sample or not isinstance(sample.get("cls"), int) or sample["cls"] < 0:
+        if "image" not in sample or type(sample.get("cls")) is not int or sample["cls"] < 0:
             raise UserError(f"shard {file}: sample {key} has no image, or no class number in {key}.cls")
         note = sample.get("json")
         note = note if isinstance(note, dict) else {}
         offset, size = sample["image"]
         stored = note.get("size")
-        stored = stored if isinstance(stored, int) else size
+        stored = stored if type(stored) is int else size
         image = Member(str(file), offset, size, stored, str(note.get("hash", "")))
         samples.append(Sample(key, sample["cls"], str(note.get("name", key)), image))
     return samples

@@ -15,7 +15,7 @@ from eit.data.datasets import AnyImages
 from eit.data.images import Images, UnreadableImage, declared_range, hash_start, is_wide, upright, whole
 from eit.data.layouts import INFO, SHARDING, SPLITS
 from eit.errors import UserError
-from eit.files import sync_folder, write_file
+from eit.files import read_json, sync_folder, write_file
 
 # What webdataset and timm's reader look for; other formats are stored as PNG, without loss.
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -80,7 +80,7 @@ def write_shards(train: AnyImages, val: AnyImages, folder: Path, count: int, val
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError):

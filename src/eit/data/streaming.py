@@ -50,7 +50,7 @@ class StreamLoader:
         self.prefetched = Prefetcher(view, augment, order.seed, device)
         self.augmented = _Augmented(image_transform(view, augment), view.channels)
         self.bad = BadImages(images, config.bad_image_budget)
-        self.workers = worker_count(config.workers)
+        self.workers = _worker_count(images, config.workers)
         # With unequal numbers of shards, some readers would skip images and others repeat them.
         fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * order.world) == 0]
         if config.workers is None and fit:
@@ -94,10 +94,17 @@ class StreamLoader:
         for number in range(order.steps * order.accumulate):
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {order.steps * order.accumulate} batches"
-                raise UserError(f"data.dataset={self.images.config.dataset} ended after {of}")
+                raise UserError(
+                    f"data.dataset={self.images.config.dataset} ended after {of}: its description names more"
+                )
             self.bad.add_from(batch)
             if number >= first_step * order.accumulate:
                 yield batch
+
+
+def _worker_count(images: ImageStream, workers: int | None) -> int:
+    """Number of loader processes: one at least if a server is read, because only the wait for a process has an end."""
+    return max(worker_count(workers), 1 if "://" in images.config.root else 0)
 
 
 @dataclass
@@ -157,7 +164,7 @@ class StreamEvaluationLoader:
     def _host_batches(self) -> Iterator[HostBatch]:
         rank, world = distributed.rank(), distributed.world_size()
         dataset = self.images.open(False, self.batch_size, 0)
-        workers = worker_count(self.workers)
+        workers = _worker_count(self.images, self.workers)
         channels, prepare = self.view.channels, partial(_plain, self.view)
         if names := shard_names(dataset.reader)[rank::world]:
             shards = _Shards(self.images, dataset, names, self.batch_size, channels, prepare)

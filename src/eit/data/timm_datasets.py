@@ -17,7 +17,7 @@ from eit.console import track
 from eit.data.images import Images
 from eit.data.layouts import INFO, check_shard_name
 from eit.errors import UserError, first_line, nearest
-from eit.files import open_regular
+from eit.files import open_regular, read_text
 
 TIMM_PREFIXES = ("hfds", "hfids", "tfds", "torch", "wds")
 
@@ -192,11 +192,9 @@ def _timm_classes(dataset: Any, config: Data) -> list[str]:
     if isinstance(config.classes, int):
         return [str(i) for i in range(config.classes)]
     if config.classes is not None:
-        try:
-            names = Path(config.classes).read_text(encoding="utf-8").rstrip().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.classes={config.classes} cannot be read: {error}") from None
-        if not all(names) or not names:
+        text = read_text(config.classes, "data.classes")
+        names = [line.removesuffix("\r") for line in text.rstrip().split("\n")]
+        if not all(map(str.strip, names)):
             raise UserError(f"data.classes={config.classes} has an empty line: give one class name per line")
         return names
     if index and sorted(index.values()) == list(

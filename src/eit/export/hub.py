@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from eit import __version__
 from eit.data.datasets import DIGITS
 from eit.errors import UserError, few, first_line, printable
-from eit.files import temporary_folder, write_file
+from eit.files import read_json, temporary_folder, write_file
 from eit.hub_access import prepare_hub
 from eit.models.complexity import complexity
 from eit.models.eit import EIT
@@ -360,7 +360,7 @@ def _finite(card: Card) -> dict[str, float]:
 def _read_json(run: Path | None, name: str) -> dict[str, Any] | None:
     """The content of a JSON file of the run folder; None if it is missing or damaged."""
     try:
-        found = json.loads((run / name).read_text(encoding="utf-8")) if run else None
+        found = read_json(run / name) if run else None
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

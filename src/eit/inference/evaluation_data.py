@@ -31,6 +31,9 @@ def evaluation_config(
         UserError: `dataset` is not a name of timm; or nothing is given and the weights name no trusted data set.
     """
     own = card.data
+    for option, text in (("--data", data), ("--dataset", dataset)):
+        if text is not None and not text.strip():  # a variable that is not set
+            raise UserError(f"{option} '': it is empty; leave it out for the data of the weights")
     if dataset and "/" not in dataset:
         raise UserError(
             f"--dataset {dataset}: a name of timm is expected, such as wds/NAME; for a folder give --data {dataset}"

@@ -361,11 +361,17 @@ class EIT(nn.Module):
         sizes = dict(
             kernel_size=kernel_size, stride=stride, pool_size=pool_size, patch_size=patch_size, in_chans=in_chans
         )
-        for name, size in sizes.items():
+        for name, size in (sizes | dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)).items():
+            if isinstance(size, bool) or not hasattr(size, "__index__"):
+                raise ValueError(f"{name}={size!r} is not an integer")
             if size < 1:
                 raise ValueError(f"{name}={size} is not positive")
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes} is negative")
+        if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__") or num_classes < 0:
+            raise ValueError(f"num_classes={num_classes!r} is not an integer of 0 or more")
+        rates = dict(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
+        for name, rate in (rates | dict(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)).items():
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name}={rate} is not in 0..1")
         if not init_std > 0:
             raise ValueError(f"init_std={init_std} is not positive")
         if int(embed_dim * mlp_ratio) < 1:

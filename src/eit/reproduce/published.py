@@ -1,7 +1,6 @@
 """Compare a run on ImageNet-1K with the authors' own, epoch by epoch."""
 
 import csv
-import json
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -10,6 +9,7 @@ from typing import Any
 
 from eit.config import Recipe, differences, load_recipe
 from eit.errors import UserError, few
+from eit.files import read_json
 from eit.models.registry import VARIANTS
 from eit.training.run_folder import read_log, read_recipe
 
@@ -34,10 +34,10 @@ def published_curve(model: str) -> list[dict[str, float]]:
 def global_batch(folder: Path, recipe: Recipe) -> int | None:
     """Images per step of the run; None if its environment is not known."""
     try:
-        world = json.loads((folder / "environment.json").read_text())["world_size"]
-    except (OSError, ValueError, KeyError):
+        world = read_json(folder / "environment.json")["world_size"]
+        return recipe.data.batch_size * recipe.train.accumulate * int(world)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return recipe.data.batch_size * recipe.train.accumulate * world
 
 
 @dataclass(frozen=True)

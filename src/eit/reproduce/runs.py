@@ -21,7 +21,7 @@ from eit.data.datasets import open_data, open_evaluation
 from eit.data.images import Images, Preprocessing, normalise
 from eit.environment import environment
 from eit.errors import UserError, few
-from eit.files import write_file
+from eit.files import read_json, write_file
 from eit.inference.evaluate import make_views
 from eit.models.complexity import complexity
 from eit.models.registry import TIMM
@@ -113,7 +113,7 @@ def read_result(cell: Cell, results: Path) -> Result | None:
     files = {}
     for name, kind in FILES.items():
         try:
-            files[name] = json.loads((folder / name).read_text())
+            files[name] = read_json(folder / name)
             kind.model_validate(files[name])
         except FileNotFoundError:
             return None
@@ -371,7 +371,7 @@ def rerun(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
     )
     summary = train(recipe)
     old, new = read_log(folder), read_log(out)
-    before, after = flatten(recorded.environment), flatten(json.loads((out / "environment.json").read_text()))
+    before, after = flatten(recorded.environment), flatten(read_json(out / "environment.json"))
     timed = {"images_per_s"}
     return Rerun(
         identical=[{k: v for k, v in line.items() if k not in timed} for line in old]

@@ -11,7 +11,7 @@ from timm.task import DistillationTeacher
 from torch import Tensor
 
 from eit.config import Loss
-from eit.data.images import Preprocessing
+from eit.data.images import Preprocessing, compose
 from eit.errors import UserError, is_out_of_memory
 from eit.models.registry import TIMM, check_timm_name, create_model
 from eit.weights.formats import digest
@@ -58,9 +58,13 @@ def class_weights(config: Loss, classes: list[str], labels: list[int] | None) ->
             raise UserError("loss.class_weights=balanced needs images with random access: give a weight for each class")
         counts = Counter(labels)
         return torch.tensor([len(labels) / (len(classes) * max(counts[i], 1)) for i in range(len(classes))])
+    if len(by_name := {compose(name): weight for name, weight in by_name.items()}) < len(config.class_weights or ()):
+        raise UserError("loss.class_weights gives a class twice, in two Unicode forms of its name")
     if unknown := [name for name in by_name if name not in classes]:
         known = ", ".join(classes[:5]) + (" ..." if len(classes) > 5 else "")
         raise UserError(f"loss.class_weights names {unknown[0]!r}; the classes are {known}")
+    if twice := [name for name in by_name if classes.count(name) > 1]:
+        raise UserError(f"loss.class_weights names {twice[0]!r}, as {classes.count(twice[0])} classes are called")
     weights = torch.tensor([float(by_name.get(name, 1.0)) for name in classes])
     if not weights.any():
         raise UserError("loss.class_weights are all 0: nothing would be learned")

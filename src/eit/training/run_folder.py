@@ -305,7 +305,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         UserError: there is no log.
     """
     try:
-        text = read_regular(folder / "log.jsonl").decode(errors="replace")
+        text = read_regular(folder / "log.jsonl").decode("utf-8-sig", errors="replace")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} has no log of a run: {error.strerror}") from None
     except OSError as error:
@@ -316,7 +316,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
+            # NaN, which earlier versions wrote, and numbers beyond a float are not known
+            values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)
             EpochLine.model_validate(values)
             lines.append(values)
         except (ValueError, RecursionError):
@@ -325,6 +326,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     if damaged:
         say(f"{folder / 'log.jsonl'}: damaged lines are left out ({few(damaged)})")
     return lines
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def _json_line(line: dict[str, Any]) -> str:

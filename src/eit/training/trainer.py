@@ -4,6 +4,7 @@
 loop: `fit`, `train_epoch`, `step`, `evaluate`, `save`, `finish`.
 """
 
+import hashlib
 import math
 import signal
 import time
@@ -72,6 +73,7 @@ from eit.training.signals import first_signal, stop_signals
 from eit.training.step_reports import StepReport, StepReports, share_step
 from eit.weights.card import Card
 from eit.weights.formats import StateDict, save_weights
+from eit.weights.load import find_weights
 
 EARLY_SAVE = 60  # seconds: a longer epoch is saved before it is evaluated
 COMPILED_STEPS = 3  # of a process: torch.compile takes its time in them, and CUDA graphs are recorded
@@ -183,7 +185,11 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     prepared.progress.fixed = fixed_properties(prepared)
     if len(set(distributed.gather(prepared.progress.fixed["data"]))) > 1:
         raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
-    distributed.check_agreement(prepared.progress.fixed)
+    facts = dict(prepared.progress.fixed)
+    if isinstance(recipe.model.pretrained, str) and recorded is None and distributed.world_size() > 1:
+        content = find_weights(recipe.model.pretrained).read_bytes()
+        facts["the content of model.pretrained"] = hashlib.sha256(content).hexdigest()[:16]
+    distributed.check_agreement(facts)
     return prepared
 
 

@@ -101,7 +101,7 @@ def _is_timms(config: Path) -> bool:
         content = json.loads(config.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return True
-    return not isinstance(content, dict) or "architecture" in content or "pretrained_cfg" in content
+    return not isinstance(content, dict) or {"architectures", "model_type"}.isdisjoint(content)
 
 
 def _card_of_timm(state: StateDict, file: Path, size: int | None) -> Card:
@@ -125,7 +125,7 @@ def _card_of_timm(state: StateDict, file: Path, size: int | None) -> Card:
         known = _preprocessing(cfg, pixels) | (dict(classes=list(map(str, names))) if names else {})
     except Exception as error:  # a JSON file of anything
         raise UserError(
-            f"{file} is not as timm.models.save_for_hf writes it: {type(error).__name__}: {first_line(error)}"
+            f"{file} is not of timm.models.save_for_hf: {type(error).__name__}: {first_line(error)}"
         ) from None
     model = name if name in MODELS else f"{TIMM}{name}"
     if channels != 3:

@@ -87,7 +87,9 @@ def strip_prefixes(state: StateDict) -> dict[str, Tensor]:
 def _holds_classifier(state: StateDict, prefix: str) -> bool:
     """Whether there is a linear layer at the top below `prefix`, such as model.head, but none outside of it."""
     linear = {name for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2}
-    inside = {name.removeprefix(prefix) for name in linear if name.startswith(prefix)}
+    inside = {
+        re.sub(f"^({'|'.join(map(re.escape, PREFIXES))})+", "", name) for name in linear if name.startswith(prefix)
+    }
     outside = {name for name in linear if not name.startswith(prefix)}
     return any(name.count(".") == 1 for name in inside) and not any(name.count(".") == 1 for name in outside)
 
@@ -118,7 +120,7 @@ def _read_header(text: str | bytes, file: Path) -> tuple[dict[str, Any], str]:
 
 def _check_digest(state: StateDict, said: str, file: Path) -> None:
     if said != digest(state):
-        raise UserError(f"{file} is damaged: its weights do not match their checksum")
+        raise UserError(f"{file} is damaged: its weights do not match their checksum; copy or download it again")
 
 
 def read_pt2(file: Path) -> tuple[dict[str, Tensor], Card]:
@@ -181,13 +183,19 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
             f"{file} holds no weights: {found}; a state dict is expected, alone or under {', '.join(KEYS)}. "
             f"To save the weights alone: torch.save({source}, 'weights.pth')"
         )
-    odd = [k for k, v in state.items() if v.layout is not torch.strided or v.device.type != "cpu" or v.is_quantized]
-    if odd:
-        raise UserError(f"{file}: {few(odd)} {'is' if len(odd) == 1 else 'are'} sparse, quantised or without values")
+    check_dense(state, str(file))
     size, taken = file.stat().st_size, sum(v.nbytes for v in state.values())
     if taken > 2 * size + (1 << 20):  # tied weights are in the file once
         raise UserError(f"{file} is refused: its {size:,} bytes stand for tensors of {taken:,} bytes")
     return state
+
+
+def check_dense(state: StateDict, source: str) -> None:
+    """Raise a UserError if some values are not tensors, or not ones that a model can hold."""
+    if odd := [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]:
+        raise UserError(f"{source}: names and tensors are expected, which these are not: {few(odd)}")
+    if odd := [k for k, v in state.items() if v.layout is not torch.strided or v.is_meta or v.is_quantized]:
+        raise UserError(f"{source}: {few(odd)} {'is' if len(odd) == 1 else 'are'} sparse, quantised or without values")
 
 
 def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor] | None:

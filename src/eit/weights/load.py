@@ -18,7 +18,7 @@ from eit.models.registry import head_names
 from eit.weights.card import Card
 from eit.weights.compatibility import check_compatible, resample_positions
 from eit.weights.convert import TIMM_FILES, infer_card
-from eit.weights.formats import StateDict, read_weights, strip_prefixes
+from eit.weights.formats import StateDict, check_dense, read_weights, strip_prefixes
 
 HUB = "hf-hub:"
 _FILES = {name: Path(__file__).with_name(f"eit_{name}.safetensors") for name in ("digits", "cifar10")}
@@ -83,7 +83,10 @@ def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_h
         UserError: names or shapes differ (both are named), or the file cannot be trusted.
     """
     if isinstance(source, Mapping):
+        check_dense(source, "the state dict")
         state, name = our_names(strip_prefixes(source)), "the state dict"
+    elif not isinstance(source, str | os.PathLike):
+        raise UserError(f"load_weights takes a file, a run folder or a state dict, not {type(source).__name__}")
     else:
         file = find_weights(source)
         state, name = read_weights(file)[0], str(file)
@@ -105,6 +108,8 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     """
     if str(path).startswith(HUB):
         return _fetch(str(path))
+    if not str(path).strip():  # a variable that is not set; it is not the folder that the process is in
+        raise UserError("no weights are named: give a weights file, a run folder, or digits")
     path = Path(path).expanduser()
     if str(path) in INCLUDED and not path.exists():
         return INCLUDED[str(path)]
