@@ -41,7 +41,7 @@ def parse(line):
     assert command is not COMMANDS, line
     given = command.make_context("eit", list(words)).params
     if given.get("overrides"):
-        load_recipe(given["recipe"], given["overrides"])
+        load_recipe(given.get("recipe", "photos"), given["overrides"])
     return given
 
 

@@ -205,8 +205,8 @@ def test_lack_of_memory_names_options_that_are_there(options_of, capsys):
 def test_suggested_commands_quote_paths(folder):
     import shlex
 
-    summary = dict(last_top1=1.0, epochs=1, best_top1=1.0, best_epoch=0)
-    assert folder in shlex.split(summary_text(summary, folder).splitlines()[-1])
+    summary = dict(last_top1=1.0, epochs=1, best_top1=1.0, best_epoch=0, folder=folder, report=None)
+    assert folder in shlex.split(summary_text(summary).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a b", "犬"])

@@ -378,7 +378,7 @@ def parse(words):
     command, context, words = resolve(words)
     given = command.make_context("eit", list(words), parent=context).params
     if given.get("overrides") and given["recipe"] != "mine.yaml":
-        load_recipe(given["recipe"], given["overrides"])
+        load_recipe(given.get("recipe", "photos"), given["overrides"])
 
 
 # -- What the pages say of tests --------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ def lr(
 ) -> None:
     """Find a learning rate by a sweep, and draw the loss.
 
+    \b
     eit lr photos data.root=pets
+    eit lr cifar10 data.root=pets --steps 200 --out lr.pdf
 
     Some steps are trained while the rate rises from 1e-6 to 1. The suggestion is the rate at which the loss falls
     fastest. No run folder is made.

@@ -34,7 +34,7 @@ def report(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write a page about a run: curves, mistakes, calibration, data, recipe, what to try next.
+    """Write a page about a run: its curves, mistakes and what to try next.
 
     \b
     eit report runs/pets

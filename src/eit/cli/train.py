@@ -82,10 +82,12 @@ def finetune(
 ) -> None:
     """Train on your own photos, from the included weights.
 
+    \b
     eit finetune pets
+    eit finetune pets train.epochs=20 data.image_size=64
 
     Short for eit train photos data.root=FOLDER name=FOLDER. What is chosen from the photos is printed, with the key
-    that changes it: eit finetune pets data.image_size=64
+    that changes it.
     """
     if not Path(folder).is_dir():
         what = "is a file" if Path(folder).exists() else "does not exist"
