@@ -377,7 +377,7 @@ def parse(words):
     """Parse a command as the program does, and check its recipe; raise where it would be refused."""
     command, context, words = resolve(words)
     given = command.make_context("eit", list(words), parent=context).params
-    if given.get("overrides") and given["recipe"] != "mine.yaml":
+    if given.get("overrides") and given.get("recipe") != "mine.yaml":
         load_recipe(given.get("recipe", "photos"), given["overrides"])
 
 

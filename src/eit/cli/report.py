@@ -34,7 +34,7 @@ def report(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write a page about a run: its curves, mistakes and what to try next.
+    """Write a page about a run, with its mistakes and what to try.
 
     \b
     eit report runs/pets
