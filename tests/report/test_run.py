@@ -286,6 +286,18 @@ def test_many_classes_are_a_picture_and_more_a_table_of_pairs(classes, matrix, p
     assert [row[0] for row in outcome.weakest] == ["class1", "class0"]
 
 
+@pytest.mark.parametrize(
+    ("classes", "rows", "said"), [(4, 4, ""), (30, 30, "the 30 smallest of 30"), (900, 200, "the 200 smallest of 900")]
+)
+def test_the_smallest_classes_are_counted(copy, monkeypatch, classes, rows, said):
+    counts = {f"class{i}": 1000 - i for i in range(classes)}
+    monkeypatch.setattr(module, "_counts", lambda images: counts)
+    page = write_report(copy).page.read_text()
+    section = page[page.index('<section id="data">') : page.index('<section id="recipe">')]
+    assert re.findall(r"<bdi>class(\d+)</bdi>", section) == [str(i) for i in reversed(range(classes - rows, classes))]
+    assert said in section
+
+
 @pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/resnet10t"])
 def test_pictures_of_models_without_class_tokens_stand_alone(name, tmp_path):
     from eit.data.images import Preprocessing
