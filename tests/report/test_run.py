@@ -174,7 +174,9 @@ def test_unreadable_images_cost_the_page_no_more_than_themselves(copy, home, tmp
     assert sections(written.page.read_text()) == SECTIONS - {"mistakes", "classes", "calibration"}
 
 
-@pytest.mark.parametrize("values", [dict(train_loss=None), dict(ema_top1=3.0), dict(lr=None, images_per_s=None)])
+@pytest.mark.parametrize(
+    "values", [dict(train_loss=None), dict(ema_top1=3.0), dict(lr=None, images_per_s="fast"), dict(val_loss=None)]
+)
 def test_logs_of_other_versions_are_read(copy, values):
     lines = [json.loads(line) | values for line in (copy / "log.jsonl").read_text().splitlines()]
     (copy / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -212,7 +214,7 @@ def test_mistakes_about_a_run(home, copy, tmp_path):
     (tmp_path / "page.html").mkdir()
     assert "page.html cannot be written" in failed(2, "report", copy, "--out", tmp_path / "page.html")
     (copy / "log.jsonl").write_text("")
-    assert "no epoch of this run has ended" in failed(2, "report", copy)
+    assert "its log has no epoch with a validation top-1" in failed(2, "report", copy)
     save_digits(tmp_path / "others")
     assert "classes that the model does not know" in failed(
         2, "report", home / "runs/tiny", "--data", tmp_path / "others"
@@ -250,7 +252,7 @@ def test_a_page_that_fails_costs_one_line(copy, monkeypatch, capsys, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(module, "render", fail)
+    monkeypatch.setattr(module, "write_page", fail)
     recipe = load_recipe("cifar10", [*TINY, "train.report=true", f"out={copy}"])
     before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file() and file.name != "report.html"}
     (copy / "report.html").unlink(missing_ok=True)
@@ -282,6 +284,18 @@ def test_many_classes_are_a_picture_and_more_a_table_of_pairs(classes, matrix, p
     assert (outcome.matrix is not None, outcome.matrix_picture is not None) == (matrix, picture)
     assert outcome.pairs == [["class1", "class0", "5", "83.3%"], ["class0", "class1", "2", "40.0%"]]
     assert [row[0] for row in outcome.weakest] == ["class1", "class0"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows", "said"), [(4, 4, ""), (30, 30, "the 30 smallest of 30"), (900, 200, "the 200 smallest of 900")]
+)
+def test_the_smallest_classes_are_counted(copy, monkeypatch, classes, rows, said):
+    counts = {f"class{i}": 1000 - i for i in range(classes)}
+    monkeypatch.setattr(module, "_counts", lambda images: counts)
+    page = write_report(copy).page.read_text()
+    section = page[page.index('<section id="data">') : page.index('<section id="recipe">')]
+    assert re.findall(r"<bdi>class(\d+)</bdi>", section) == [str(i) for i in reversed(range(classes - rows, classes))]
+    assert said in section
 
 
 @pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/resnet10t"])

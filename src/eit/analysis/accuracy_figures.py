@@ -6,7 +6,8 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.groups import CONFIDENCE, paired_differences
-from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, contradiction, curve, ink, integers
+from eit.analysis.panels import MARKERS, PALETTE, Figure, Panel, Points, contradiction, curve, integers
+from eit.pages.render import ink
 
 MORE_HIGH = "The claim that decreasing convolution uses more high frequencies"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.attention import NEAR_UNIFORM, Attention
-from eit.analysis.panels import Figure, Panel, Points, contradiction, curve, depth_axis, from_zero, ink, logarithmic
+from eit.analysis.panels import Figure, Panel, Points, contradiction, curve, depth_axis, from_zero, logarithmic
+from eit.pages.render import ink
 
 
 def distances(models: Sequence[AnalyzedModel]) -> Figure | None:

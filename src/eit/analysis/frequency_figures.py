@@ -17,10 +17,9 @@ from eit.analysis.panels import (
     curve,
     depth_axis,
     from_zero,
-    ink,
     integers,
 )
-from eit.pages.render import HEAT
+from eit.pages.render import HEAT, ink
 
 
 def _line(axis: Any, model: AnalyzedModel, with_dc: bool) -> None:

@@ -62,12 +62,6 @@ def band(axis: Any, x: list[float], mean: list[float], std: list[float], colour:
     axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def ink() -> str:
-    from matplotlib import rcParams
-
-    return rcParams["text.color"]
-
-
 def depth_axis(axis: Any, models: Sequence[AnalyzedModel], first: int = 1) -> None:
     """Layers on the x axis."""
     depth = max(model.analysis.depth for model in models)

@@ -6,8 +6,9 @@ from typing import Any
 
 from eit.analysis.analyzed_model import AnalyzedModel
 from eit.analysis.class_token import MIN_SHARE, ClassToken
-from eit.analysis.panels import Figure, Panel, Points, contradiction, curve, depth_axis, from_zero, ink, logarithmic
+from eit.analysis.panels import Figure, Panel, Points, contradiction, curve, depth_axis, from_zero, logarithmic
 from eit.analysis.smoothing import Smoothing
+from eit.pages.render import ink
 
 FLOOR = 1e-12  # smaller shares are drawn here on a logarithmic axis
 

@@ -5,13 +5,15 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from eit import __version__
-from eit.errors import printable
+from eit.errors import UserError, printable
+from eit.files import write_file
 
 INK = "#010203"  # placeholder in the SVG, replaced by currentColor
 HEAT = "cividis"
@@ -36,6 +38,19 @@ def render(template: str, **values: Any) -> bytes:
     return environment.get_template(template).render(version=__version__, **values).encode(errors="replace")
 
 
+def write_page(file: Path, template: str, **values: Any) -> None:
+    """Write what `render` makes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    page = render(template, **values)
+    try:
+        write_file(file, page)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+
+
 def preformatted(text: str) -> Markup:
     """Text whose lines stay lines."""
     return escape("\n".join(map(printable, text.splitlines())))
@@ -58,6 +73,13 @@ def figure_settings(ink: str) -> dict[str, Any]:
         "font.family": "sans-serif",
         "svg.fonttype": "none",
     }
+
+
+def ink() -> str:
+    """The colour of text in the figure that is drawn now."""
+    from matplotlib import rcParams
+
+    return str(rcParams["text.color"])
 
 
 class Drawing(NamedTuple):

@@ -86,6 +86,8 @@ def _not_better_than_guessing(facts: Facts) -> str | None:
 
 def _loss_rises(facts: Facts) -> str | None:
     losses = facts.series("val_loss")
+    if not losses:
+        return None
     lowest = min(losses)
     if losses[-1] <= 1.1 * lowest or losses[-1] - lowest < 0.02:
         return None
@@ -95,7 +97,7 @@ def _loss_rises(facts: Facts) -> str | None:
 
 def _train_far_below_val(facts: Facts) -> str | None:
     train, val = facts.series("train_loss"), facts.series("val_loss")
-    if not (train and facts.losses_compare) or train[-1] >= 0.5 * val[-1] or val[-1] - train[-1] < 0.1:
+    if not (train and val and facts.losses_compare) or train[-1] >= 0.5 * val[-1] or val[-1] - train[-1] < 0.1:
         return None
     return f"At the end the training loss ({train[-1]:.3f}) is less than half of the validation loss ({val[-1]:.3f})."
 
@@ -114,7 +116,7 @@ def _still_rising(facts: Facts) -> str | None:
 
 def _both_losses_high(facts: Facts) -> str | None:
     train, val, classes = facts.series("train_loss"), facts.series("val_loss"), len(facts.val_counts)
-    if not train or not facts.losses_compare or classes < 2 or min(train[-1], val[-1]) < 0.5 * math.log(classes):
+    if not (train and val and facts.losses_compare) or classes < 2 or min(train[-1], val[-1]) < 0.5 * math.log(classes):
         return None
     return (
         f"The losses at the end are high: {train[-1]:.2f} in training and {val[-1]:.2f} in validation. Equal "

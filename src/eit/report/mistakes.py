@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from eit.data.images import Preprocessing
-from eit.errors import UserError
-from eit.files import write_file
 from eit.inference.evaluate import Metrics
-from eit.pages.render import render
+from eit.pages.render import write_page
 from eit.report.outcome import describe
 
 
@@ -23,8 +21,4 @@ def write_mistakes(
         UserError: the file cannot be written.
     """
     outcome = describe(model, metrics, images, view)
-    page = render("report/mistakes.html.j2", outcome=outcome, size=view.size, command=command, **settings)
-    try:
-        write_file(file, page)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    write_page(file, "report/mistakes.html.j2", outcome=outcome, size=view.size, command=command, **settings)

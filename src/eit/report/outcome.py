@@ -12,7 +12,7 @@ from eit.console import say
 from eit.data.images import Images, Preprocessing, denormalise
 from eit.errors import UserError, first_line, is_out_of_memory, shorten
 from eit.inference.evaluate import BINS, Metrics, Mistake, evaluation_mode
-from eit.pages.render import Drawing, draw_inline, heat_map, heat_over, picture
+from eit.pages.render import Drawing, draw_inline, heat_map, heat_over, ink, picture
 
 MISTAKES = 24
 MATRIX = 20  # classes of a matrix with counts; more are a picture
@@ -192,7 +192,7 @@ def _calibration(metrics: Metrics) -> list[Drawing]:
 
     def reliability(axis: Any) -> None:
         axis.bar(centres, [b["top1"] for b in bins], 0.9 * width, color="#0072b2", alpha=0.75)
-        axis.plot([0, 100], [0, 100], ":", color=_ink(), linewidth=1.2)
+        axis.plot([0, 100], [0, 100], ":", color=ink(), linewidth=1.2)
         axis.plot([b["confidence"] for b in bins], [b["top1"] for b in bins], "o", color="#d55e00", markersize=4)
         axis.set(xlim=(0, 100), ylim=(0, 103), xlabel="confidence (%)", ylabel="top-1 (%)")
 
@@ -205,9 +205,3 @@ def _calibration(metrics: Metrics) -> list[Drawing]:
         draw_inline("reliability", reliability, "reliability", "Reliability diagram: top-1 by confidence", read),
         draw_inline("confidences", histogram, "how often", "Share of the images by confidence", read),
     ]
-
-
-def _ink() -> str:
-    from matplotlib import rcParams
-
-    return str(rcParams["text.color"])

@@ -18,10 +18,10 @@ from eit.data.datasets import DIGITS, open_data, open_evaluation
 from eit.data.images import Images, UnreadableImage
 from eit.data.loaders import evaluation_batch_size, evaluation_loader
 from eit.errors import UserError, first_line
-from eit.files import read_json, write_file
+from eit.files import read_json
 from eit.inference.evaluate import Metrics, evaluate
 from eit.inference.evaluation_data import evaluation_config, match_classes
-from eit.pages.render import Drawing, draw_inline, preformatted, render
+from eit.pages.render import Drawing, draw_inline, ink, preformatted, write_page
 from eit.report.advice import Advice, Facts, advise
 from eit.report.outcome import MISTAKES, Outcome, describe
 from eit.training.run_folder import read_log, read_recipe, read_summary
@@ -62,9 +62,10 @@ def write_report(
     """
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run folder (it has no recipe.yaml): give runs/NAME")
-    recipe, log = read_recipe(run), read_log(run)
+    recipe = read_recipe(run)
+    log = [line for line in read_log(run) if line.get("val_top1") is not None]
     if not log:
-        raise UserError(f"{run}: no epoch of this run has ended; there is nothing to report yet")
+        raise UserError(f"{run}: its log has no epoch with a validation top-1; there is nothing to report yet")
     missing: list[str] = []
     model, parts = None, Parts()
     weights = next((name for name in ("best.safetensors", "final.safetensors") if (run / name).is_file()), None)
@@ -85,7 +86,9 @@ def write_report(
     metrics = outcome.metrics if outcome else None
     facts = Facts(recipe, log, _counts(parts.train), _counts(parts.val), metrics)
     advice = advise(facts)
-    page = render(
+    file = out or run / NAME
+    write_page(
+        file,
         "report/run.html.j2",
         name=recipe.name,
         folder=str(run),
@@ -105,11 +108,6 @@ def write_report(
         again=_command(run, recipe),
         weights=weights,
     )
-    file = out or run / NAME
-    try:
-        write_file(file, page)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from None
     return Report(file, advice, missing)
 
 
@@ -305,7 +303,7 @@ def _curves(recipe: Recipe, log: Sequence[dict[str, Any]]) -> list[Drawing]:
                 known = [(line["epoch"] + 1, line[key]) for line in log if line.get(key) is not None]
                 if known:
                     axis.plot(*zip(*known, strict=True), label=name, color=colour, marker=marker, linewidth=1.6)
-            axis.axvline(best["epoch"] + 1, linestyle=":", linewidth=1.2, color=_ink(), label="best epoch")
+            axis.axvline(best["epoch"] + 1, linestyle=":", linewidth=1.2, color=ink(), label="best epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel="epoch", ylabel=label)
             axis.legend(frameon=False, fontsize=9)
@@ -338,12 +336,6 @@ def _curves(recipe: Recipe, log: Sequence[dict[str, Any]]) -> list[Drawing]:
     ]
 
 
-def _ink() -> str:
-    from matplotlib import rcParams
-
-    return str(rcParams["text.color"])
-
-
 def _epoch_table(log: Sequence[dict[str, Any]]) -> list[list[str]]:
     columns = (
         ("lr", "{:.2e}"),
@@ -356,7 +348,7 @@ def _epoch_table(log: Sequence[dict[str, Any]]) -> list[list[str]]:
     )
     rows = []
     for line in log:
-        cells = ["-" if line.get(key) is None else text.format(line[key]) for key, text in columns]
+        cells = [text.format(line[key]) if isinstance(line.get(key), int | float) else "-" for key, text in columns]
         rows.append([str(line["epoch"] + 1), *cells])
     return rows
 
