@@ -134,8 +134,12 @@ def _check_address(host: str, port: int | None) -> None:
 
 
 def _included() -> list[str]:
-    """One name of each included weights file."""
-    return list({file: name for name, file in reversed(INCLUDED.items()) if file.is_file()}.values())
+    """The first name of each included weights file."""
+    names: dict[Path, str] = {}
+    for name, file in INCLUDED.items():
+        if file.is_file():
+            names.setdefault(file, name)
+    return list(names.values())
 
 
 def _is_local(host: str) -> bool:
