@@ -13,7 +13,7 @@ import eit
 from eit.data.images import to_mode
 from eit.demo.examples import DIGIT_CLASSES, write_examples
 from eit.demo.explanation import explain, to_html
-from eit.demo.page import MOST_BYTES, Refused, _is_local, read_picture
+from eit.demo.page import MOST_BYTES, Refused, _answer, _is_local, read_picture
 from eit.errors import UserError
 from eit.inference.exported_models import ExportedModel
 from tests.weights.test_load import card as make_card
@@ -205,6 +205,16 @@ def test_hostile_names_stay_one_short_line(sent, name):
     with pytest.raises(Refused) as refused:
         read_picture(sent(b"no image", name), CARD, sent.folder, None)
     assert str(refused.value).isprintable() and len(str(refused.value)) < 130
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [["<script>alert(1)</script>", "b", "c"], ["cat", "cat", "cat"], ["x" * 500, "y" * 500, "a\nb\x1b[31m\u202e"]],
+)
+def test_any_class_names_are_short_printable_and_all_there(sent, classes):
+    shown, layers = _answer(model(classes=classes), sent(picture()), sent.folder, None)
+    assert len(shown) == 3 and sum(shown.values()) == pytest.approx(1)
+    assert all(name.isprintable() and len(name) < 70 for name in shown) and "alert" not in layers
 
 
 # -- Examples and addresses -------------------------------------------------------------------------------------------

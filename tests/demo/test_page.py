@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +23,16 @@ from PIL import Image
 import eit
 from eit.demo.page import LimitBody, open_page
 from eit.errors import UserError
+from eit.weights.load import INCLUDED
 from tests.cli.conftest import failed
 from tests.helpers.commands import Running
 from tests.helpers.shared import require
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")  # a moving disc
+ROOT = Path(__file__).parents[2]
 
 
 def free_port():
@@ -134,6 +140,20 @@ def test_a_program_gets_the_predictions_of_eit_predict(served, pictures):
 
 
 @pytest.mark.project
+def test_without_names_one_of_the_included_weights_is_chosen(pictures, tmp_path, monkeypatch):
+    require(find_spec("gradio") is not None, "gradio is not installed: pip install 'eit[demo]'")
+    from gradio_client import Client, handle_file
+
+    monkeypatch.setitem(INCLUDED, "cifar", ROOT / "results" / "analysis" / "eit" / "best.safetensors")
+    with open_page((), tmp_path, port=free_port()) as address:
+        client = Client(address, verbose=False)
+        for words, expected in (([], "digits"), (["digits"], "digits"), (["cifar"], INCLUDED["cifar"])):
+            status, label, _ = client.predict(handle_file(pictures / "good.png"), *words, api_name="/predict")
+            (predicted,) = eit.predict(expected, pictures / "good.png")
+            assert status == "" and label["label"] == predicted.labels[0][0]
+
+
+@pytest.mark.project
 @pytest.mark.parametrize(
     "value",
     [
@@ -174,7 +194,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *CAMERA])
         yield found
         found.close()
 
@@ -269,6 +289,15 @@ def test_a_drawing_is_predicted_and_inverted(visit):
     page.get_by_role("button", name="Clear").click()
     pixels = "c => [...c.getContext('2d').getImageData(0, 0, 280, 280).data].every(v => v === 255)"
     assert board.evaluate(pixels)  # white paper, after Invert
+
+
+@pytest.mark.project
+def test_a_photo_is_taken_with_the_camera(visit):
+    page = visit()
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.get_by_label("capture photo").click()
+    page.locator(".eit-overview").first.wait_for()
 
 
 @pytest.mark.project

@@ -145,7 +145,7 @@ def test_the_model_needs_torch_and_timm_layers_alone():
         assert not [n for n in imported(SOURCE / file, top_level_only=False) if not n.startswith(allowed)]
 
 
-HEAVY = ("torch", "torchvision", "timm", "numpy", "PIL", "matplotlib", "sklearn", "pydantic", "yaml", "rich")
+HEAVY = ("torch", "torchvision", "timm", "numpy", "PIL", "matplotlib", "sklearn", "pydantic", "yaml", "rich", "gradio")
 LIGHT = ("eit", "eit.errors", "eit.files", "eit.cli")  # of the package
 
 

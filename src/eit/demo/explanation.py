@@ -45,11 +45,13 @@ class Layer:
 
 @dataclass
 class Explanation:
-    """Attributes:
-    labels: (class name, probability in 0..1), the most likely first.
-    view: (height, width, channels) uint8, the picture as the model sees it.
-    layers: the stem and the layers, in order; empty for a model whose layers cannot be watched.
-    missing: what cannot be shown, and why.
+    """What one model makes of one picture.
+
+    Attributes:
+        labels: (class name, probability in 0..1), the most likely first.
+        view: (height, width, channels) uint8, the picture as the model sees it.
+        layers: the stem and the layers, in order; empty for a model whose layers cannot be watched.
+        missing: what cannot be shown, and why.
     """
 
     labels: list[tuple[str, float]]

@@ -13,7 +13,6 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 import torch
 
@@ -93,7 +92,7 @@ def open_page(
     side_by_side = bool(names)
     titled = names if isinstance(names, Mapping) else {name: name for name in names or _included()}
     models = {title: load(name).to(device) for title, name in titled.items()}
-    with patch.dict(os.environ, environment):
+    with _environment(environment):
         import_runtime("gradio", "eit demo", "demo")
         page = _build(models, side_by_side, folder, max_pixels, _is_local(host))
         try:
@@ -122,6 +121,21 @@ def open_page(
             page.close(verbose=False)
 
 
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the context."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _check_address(host: str, port: int | None) -> None:
     """Raise a UserError if nothing can listen there, before anything is loaded."""
     try:
@@ -134,8 +148,12 @@ def _check_address(host: str, port: int | None) -> None:
 
 
 def _included() -> list[str]:
-    """One name of each included weights file."""
-    return list({file: name for name, file in reversed(INCLUDED.items()) if file.is_file()}.values())
+    """The first name of each included weights file."""
+    names: dict[Path, str] = {}
+    for name, file in INCLUDED.items():
+        if file.is_file():
+            names.setdefault(file, name)
+    return list(names.values())
 
 
 def _is_local(host: str) -> bool:
