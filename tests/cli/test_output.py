@@ -16,11 +16,13 @@ from pydantic import ValidationError as PydanticError
 
 from eit.cli import output
 from eit.cli.app import app, report
-from eit.cli.options import file_to_write
+from eit.cli.options import file_to_write, folder_to_write
 from eit.cli.train import summary_text
 from eit.console import Messages
 from eit.errors import UserError
 from eit.files import expand_path
+from eit.inference.evaluation_data import evaluation_config
+from eit.weights.load import find_weights, read_card
 
 COMMANDS = typer.main.get_command(app)
 
@@ -216,6 +218,19 @@ def test_the_line_of_python_after_push_is_quoted(tmp_path, monkeypatch, name):
     done = typer.testing.CliRunner().invoke(app, ["push", "digits", "--to", name])
     called = ast.parse(done.output.rpartition("next: ")[2].partition(", after")[0]).body[0].value
     assert called.args[0].value == f"local-dir:{name}"
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t"])
+def test_an_empty_name_is_not_the_current_folder(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    for call in (folder_to_write, file_to_write):
+        with pytest.raises(UserError, match="--out '': it is empty; give a name"):
+            call(name, "--out")
+    with pytest.raises(UserError, match="no weights are named"):
+        find_weights(name)
+    for given in (dict(data=name), dict(dataset=name)):
+        with pytest.raises(UserError, match="it is empty; leave it out"):
+            evaluation_config(read_card("digits"), **given)
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_computed(monkeypatch, tmp_path):

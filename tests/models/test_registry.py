@@ -180,3 +180,20 @@ def test_a_model_of_timm_by_its_name():
     ):
         with pytest.raises(eit.UserError, match=message):
             eit.create_model(name, **more)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(depth=True), "depth=True is not an integer"),
+        (dict(depth=2.5), "depth=2.5 is not an integer"),
+        (dict(num_heads="5"), "num_heads='5' is not an integer"),
+        (dict(num_classes=10.0), "num_classes=10.0 is not an integer"),
+        (dict(num_classes=True), "num_classes=True is not an integer"),
+        (dict(drop_rate=float("nan")), "drop_rate=nan is not in 0..1"),
+        (dict(drop_path_rate=2), "drop_path_rate=2 is not in 0..1"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(arguments, message):
+    with pytest.raises(eit.UserError, match=message):
+        eit.create_model("eit_mini", **arguments)

@@ -326,7 +326,10 @@ def test_a_configuration_of_transformers_says_nothing_of_the_model(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state | {"more": torch.ones(1)}, "taken for eit_mini, does not fit the model: more is unknown"),
+        (
+            lambda state: state | {"more": torch.ones(1)},
+            "taken for eit_mini, it does not fit the model: more is unknown",
+        ),
         (lambda state: {k: v for k, v in state.items() if k != "norm.bias"}, "norm.bias is missing"),
         (
             lambda state: {f"a.{k}": v for k, v in state.items()} | {"b.x": torch.ones(1)},

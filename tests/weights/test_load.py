@@ -369,3 +369,29 @@ def test_a_lying_description_is_one_line(tmp_path, weights, changes):
     with pytest.raises(eit.UserError, match=r"lie\.safetensors") as error:
         eit.load(tmp_path / "lie.safetensors")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", [None, 3, [("head.weight", 1)], torch.nn.Linear(2, 2), b"digits"])
+def test_a_source_of_another_type_is_refused(source):
+    with pytest.raises(eit.UserError, match=f"load_weights takes a file, .* not {type(source).__name__}"):
+        eit.load_weights(eit.create_model("eit_mini", num_classes=3, **SMALL), source)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.numpy(),
+        lambda weight: None,
+        lambda weight: weight.to("meta"),
+        lambda weight: weight.to_sparse(),
+        lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    ],
+    ids=["numpy", "none", "meta", "sparse", "quantised"],
+)
+def test_a_state_dict_with_other_values_is_refused_and_nothing_is_loaded(change):
+    model = eit.create_model("eit_mini", num_classes=3, **SMALL)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    with pytest.raises(eit.UserError, match="head.weight"):
+        eit.load_weights(model, state | {"head.weight": change(state["head.weight"])})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -93,7 +93,9 @@ def analyze(
     check_names(names)
     labelled = "--bands" if bands else "--filters" if filters else False
     chosen = choose_images(data, images, labelled, max_pixels or MAX_PIXELS, without=folder / "figures")
-    options = Options(size, initial, rho, renormalize, bands, filters, pictures, rollout, grad_cam, batch_size, workers)
+    options = Options(
+        size, initial, rho, renormalize, bands, filters, pictures, rollout, grad_cam, min(batch_size, images), workers
+    )
     compared = compare(names, chosen, used_device, options)
     page = write(folder, compared, data, shlex.join(["eit", *sys.argv[1:]]))
     if as_json:

@@ -61,6 +61,7 @@ def report(error: BaseException) -> int | None:
         return 2
     if hasattr(error, "format_message"):  # of the parser
         message = error.format_message().rstrip(".").replace("Value error, ", "")  # which pydantic adds
+        message = message.replace("Input should", "it should")
         print_error(UserError(message + _hint(error)))
         return 2
     if isinstance(error, OSError):

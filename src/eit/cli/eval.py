@@ -140,7 +140,7 @@ def evaluate(
     config = evaluation_config(model.card, data, dataset, split, max_pixels)
     images = match_classes(model.card, open_evaluation(config))
     model = model.to(used_device)
-    batch = batch_size or evaluation_batch_size(64, len(images), used_device)
+    batch = min(batch_size or 0, len(images)) or evaluation_batch_size(64, len(images), used_device)
     results = []
     for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
         loader = evaluation_loader(images, view, batch, workers, used_device)

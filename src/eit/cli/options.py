@@ -154,6 +154,7 @@ def page_to_write(name: str, option: str) -> Path:
 
 
 def _file_to_write(name: str, option: str, known: list[str]) -> Path:
+    _check_named(name, option)
     file = Path(name)
     if file.suffix.lower() not in known:
         endings = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
@@ -168,8 +169,15 @@ def _file_to_write(name: str, option: str, known: list[str]) -> Path:
     return file
 
 
+def _check_named(name: str, option: str) -> None:
+    """Raise a UserError for an empty name, as of a variable that is not set: it would be the current folder."""
+    if not name.strip():
+        raise UserError(f"{option} '': it is empty; give a name")
+
+
 def folder_to_write(name: str, option: str) -> Path:
     """A folder that exists or can be made: checked before anything is computed, made once there is a result."""
+    _check_named(name, option)
     folder = Path(name)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -50,7 +50,7 @@ class StreamLoader:
         self.prefetched = Prefetcher(view, augment, order.seed, device)
         self.augmented = _Augmented(image_transform(view, augment), view.channels)
         self.bad = BadImages(images, config.bad_image_budget)
-        self.workers = _worker_count(images, config.workers)
+        self.workers = worker_count(config.workers)
         # With unequal numbers of shards, some readers would skip images and others repeat them.
         fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * order.world) == 0]
         if config.workers is None and fit:
@@ -103,7 +103,7 @@ class StreamLoader:
 
 
 def _worker_count(images: ImageStream, workers: int | None) -> int:
-    """Number of loader processes: one at least if a server is read, because only the wait for a process has an end."""
+    """Number of loader processes of an evaluation: one at least if a server is read, for only that wait has an end."""
     return max(worker_count(workers), 1 if "://" in images.config.root else 0)
 
 

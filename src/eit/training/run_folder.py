@@ -165,7 +165,9 @@ class RunFolder:
             call()
         except Exception as error:  # of Matplotlib, TensorBoard or the disk
             if name not in self._failed:
-                say(f"{self.path / name} cannot be written ({first_line(error)}); training goes on without it")
+                said = f"{self.path / name} cannot be written"
+                reason = first_line(error).removeprefix(f"{said}: ")
+                say(f"{said} ({reason}); training goes on without it")
             self._failed.add(name)
 
     def finish(self, **summary: Any) -> dict[str, Any]:

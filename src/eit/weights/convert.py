@@ -89,9 +89,9 @@ def infer_card(
     advice = "name it, eit convert IN OUT --model eit_mini --size 32 kernel_size=3 ..."
     if near:
         try:
-            check_compatible(near[0], state, f"{file}, taken for {near[1]},")
+            check_compatible(near[0], state, f"{file} does not say which model it is; taken for {near[1]}, it")
         except UserError as error:
-            raise UserError(f"{error}; if it is of another model, {advice}") from None
+            raise UserError(f"{error}; {advice}") from None
     raise UserError(f"{file} does not say which model it is and fits none of {', '.join(VARIANTS)}: {advice}")
 
 
