@@ -29,24 +29,31 @@ from eit.config import Data
 from eit.data.datasets import DIGITS, open_data
 
 FONTS = Path("/usr/share/fonts")
-HANDWRITING = """Breip BecauseWeBuild-Regular BecauseWeConnect-Regular BecauseWeCreate-Regular BecauseWeLearn-Regular
-BecauseWeMentor-Regular BecauseWeOrganize-Regular Isabella Kristi TomsonTalks Delphine SteveHand Domestic_Manners
-El_Abogado_Loco PenguinAttack KleeOne-Regular KleeOne-SemiBold summersby StayPuft Purisa Purisa-Bold Purisa-Oblique
-kiloji_p kiloji_b setofont DancingScript-Regular KaushanScript-Regular lobster Ecolier-court Dustismo""".split()
-TYPE = """Andika-Regular Andika-BoldItalic OpenDyslexic-Regular Quicksand-Light Quicksand-Bold Dosis-Book Dosis-ExtraBold
-Jura-Regular AveriaSansGWF-Regular AveriaSansGWF-BoldItalic Roboto-Regular Roboto-Black RobotoCondensed-Regular
-RobotoSlab-Light RobotoSlab-Bold Lato-Regular Lato-Black Lato-LightItalic OpenSans-Regular OpenSans-CondLight
-OpenSans-ExtraBold Cantarell-Regular Cabin-Regular Cabin-BoldItalic EBGaramond12-Regular EBGaramond12-Italic Gentium-R
-Gentium-I Inconsolata FantasqueSansMono-Regular mononoki-Regular routed-gothic OldStandard-Regular OldStandard-Bold
-GNUTypewriter JetBrainsMono-Regular Karla-Regular LeagueSpartan-Regular LeagueSpartan-Black Comfortaa-Regular""".split()
-VALIDATION = "Rufscript010 kiloji Play-Regular CharisSIL-Regular".split()
+HANDWRITING = (
+    "Breip BecauseWeBuild-Regular BecauseWeConnect-Regular BecauseWeCreate-Regular BecauseWeLearn-Regular "
+    "BecauseWeMentor-Regular BecauseWeOrganize-Regular Isabella Kristi TomsonTalks Delphine SteveHand "
+    "Domestic_Manners El_Abogado_Loco PenguinAttack KleeOne-Regular KleeOne-SemiBold summersby StayPuft Purisa "
+    "Purisa-Bold Purisa-Oblique kiloji_p kiloji_b setofont DancingScript-Regular KaushanScript-Regular lobster "
+    "Ecolier-court Dustismo"
+)
+TYPE = (
+    "Andika-Regular Andika-BoldItalic OpenDyslexic-Regular Quicksand-Light Quicksand-Bold Dosis-Book Dosis-ExtraBold "
+    "Jura-Regular AveriaSansGWF-Regular AveriaSansGWF-BoldItalic Roboto-Regular Roboto-Black RobotoCondensed-Regular "
+    "RobotoSlab-Light RobotoSlab-Bold Lato-Regular Lato-Black Lato-LightItalic OpenSans-Regular OpenSans-CondLight "
+    "OpenSans-ExtraBold Cantarell-Regular Cabin-Regular Cabin-BoldItalic EBGaramond12-Regular EBGaramond12-Italic "
+    "Gentium-R Gentium-I Inconsolata FantasqueSansMono-Regular mononoki-Regular routed-gothic OldStandard-Regular "
+    "OldStandard-Bold GNUTypewriter JetBrainsMono-Regular Karla-Regular LeagueSpartan-Regular LeagueSpartan-Black "
+    "Comfortaa-Regular"
+)
+VALIDATION = "Rufscript010 kiloji Play-Regular CharisSIL-Regular"
 
 GLYPH, INK = 112, 80  # pixels of a mask, and of the longer side of its digit
 SIZE, GROUP = 32, 50  # pixels of an image; images that share stroke width and scale
 
 
-def font_masks(names: list[str]) -> tuple[Tensor, Tensor]:
+def font_masks(fonts: str) -> tuple[Tensor, Tensor]:
     """Masks (N, 1, GLYPH, GLYPH) in 0..1 of the ten digits of each font, and their labels."""
+    names = fonts.split()
     files = {file.stem: file for file in sorted(FONTS.rglob("*.[ot]tf"))}
     if missing := [name for name in names if name not in files]:
         sys.exit(f"no such font below {FONTS}: {', '.join(missing)}; the Debian packages stand at the top of this file")
@@ -163,13 +170,13 @@ def make(folder: Path, painter: Painter, count: int, sources: list[tuple[float, 
     """Write `count` images: of each source, (share, masks, labels), its share, and of each class as many."""
     for share, masks, labels in sources:
         of_class = [torch.nonzero(labels == digit)[:, 0] for digit in range(10)]
-        for start in range(0, round(count * share), GROUP):
+        for _ in range(0, round(count * share), GROUP):
             digits = torch.arange(GROUP) % 10
             picks = [int(torch.randint(len(of_class[d]), (1,), generator=painter.random)) for d in digits.tolist()]
             chosen = torch.stack([of_class[d][p] for d, p in zip(digits.tolist(), picks, strict=True)])
             for pixels, digit in zip(painter.paint(masks[chosen]), digits.tolist(), strict=True):
                 save(Image.fromarray(pixels.numpy()), folder, digit)
-        print(f"{folder}: {start + GROUP} images of {len(masks)} masks", flush=True)
+        print(f"{folder}: {round(count * share)} images of {len(masks)} masks", flush=True)
 
 
 def save(image: Image.Image, folder: Path, digit: int) -> None:
@@ -187,7 +194,7 @@ def main(out: str) -> None:
     target = Path(out)
     if target.exists():
         sys.exit(f"{out} exists: give a new folder, or remove it")
-    handwriting, typed, validation = (font_masks(names) for names in (HANDWRITING, TYPE, VALIDATION))
+    handwriting, typed, validation = (font_masks(fonts) for fonts in (HANDWRITING, TYPE, VALIDATION))
     for number, (split, images) in enumerate(zip(("train", "val"), open_data(Data(root=DIGITS)), strict=True)):
         painter, folder = Painter(number), target / split
         scans = torch.stack([torch.from_numpy(np.array(images.read(i, 1))) for i in range(len(images))]).float() / 255

@@ -424,7 +424,15 @@ _HINTS = {
 
 def recipe_names() -> list[str]:
     """Included recipes, smallest first."""
-    order = ["digits", "digits_in_the_wild", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"]
+    order = [
+        "digits",
+        "digits_in_the_wild",
+        "fashion_mnist",
+        "cifar10",
+        "cifar100",
+        "cifar100_authors",
+        "tiny_imagenet",
+    ]
     order += [f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")]
     names = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))

@@ -32,7 +32,7 @@ FONTS = {
     "Humor Sans": "/usr/share/fonts/truetype/humor-sans/Humor-Sans.ttf",
 }
 
-# Digit and style -> strokes. `~` is a curve through its points, `-` a line with corners; x to the right, y down, in 0..1.
+# Digit and style -> strokes: `~` a curve through its points, `-` a line with corners; x to the right, y down, in 0..1.
 OVAL = "~ .5,0 .18,.15 .08,.55 .3,.97 .68,.96 .92,.5 .8,.12 .5,0"
 STYLES = {
     ("0", "closed"): [OVAL],
@@ -62,13 +62,16 @@ STYLES = {
     ("8", "one stroke"): [
         "~ .8,.1 .45,0 .15,.2 .5,.46 .88,.74 .55,1 .12,.8 .45,.48 .82,.22 .8,.1",
     ],
-    ("8", "two rings"): ["~ .5,0 .2,.12 .25,.4 .5,.46 .78,.38 .8,.12 .5,0", "~ .5,.46 .12,.6 .2,.95 .8,.95 .88,.6 .5,.46"],
+    ("8", "two rings"): [
+        "~ .5,0 .2,.12 .25,.4 .5,.46 .78,.38 .8,.12 .5,0",
+        "~ .5,.46 .12,.6 .2,.95 .8,.95 .88,.6 .5,.46",
+    ],
     ("9", "straight stem"): ["~ .85,.2 .5,0 .14,.15 .2,.48 .6,.52 .85,.2", "- .85,.1 .8,1"],
     ("9", "curled tail"): ["~ .82,.22 .5,0 .15,.18 .25,.48 .7,.42 .82,.2 .86,.55 .7,.95 .35,1 .12,.86"],
     ("9", "round back"): ["~ .85,.25 .55,.0 .16,.18 .3,.5 .78,.4 .85,.25 .8,.65 .45,1"],
 }
 
-# Longer side of the digit and its centre, relative to the image; pixels of the image; stroke width relative to the digit.
+# Longer side and centre of the digit, relative to the image; pixels of the image; stroke width, relative to the digit.
 PLACES = {
     "35% in the centre": (0.35, 0.5, 0.5, 64, 0.12),
     "35% top left": (0.35, 0.28, 0.25, 200, 0.16),
@@ -160,9 +163,7 @@ def place_ink(ink: Image.Image, share: float, place: str) -> Image.Image:
     scale = share * MASK / max(ink.size)
     ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.BICUBIC)
     mask = Image.new("L", (MASK, MASK))
-    corner = [
-        min(max(round(at * MASK - n / 2), 4), MASK - 4 - n) for at, n in ((x, ink.width), (y, ink.height))
-    ]
+    corner = [min(max(round(at * MASK - n / 2), 4), MASK - 4 - n) for at, n in ((x, ink.width), (y, ink.height))]
     mask.paste(ink, tuple(corner))
     return mask.resize((side, side), Image.Resampling.LANCZOS)
 

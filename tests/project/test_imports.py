@@ -50,6 +50,7 @@ ROOMS = {
         {"run_folder"},
         {"setup", "global_batch"},
         {"trainer", "preview"},
+        {"train"},
     ],
     "analysis": [
         {"__init__", "moments"},
