@@ -1,4 +1,4 @@
-"""How often the students of results/distillation agree with their teacher, the digits weights.
+"""How often the students of results/distillation agree with their teacher, the weights of results/digits/seed-0.
 
 `python tools/agreement.py` needs the runs' final.safetensors, which results/ does not keep; it writes agreement.json
 there: the percentage of the images that no student was trained on.
@@ -25,7 +25,7 @@ def predictions(path: str | Path) -> torch.Tensor:
     return torch.cat([model(batch.images).argmax(dim=1)[: batch.valid] for _, batch in loader])
 
 
-teacher = predictions("digits")
+teacher = predictions(ROOT.parent / "digits" / "seed-0")
 found: dict[str, list[float]] = {}
 for run in sorted(ROOT.glob("*-seed-*")):
     same = predictions(run / "final.safetensors") == teacher

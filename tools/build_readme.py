@@ -90,7 +90,10 @@ def runs() -> str:
 
 
 def finetuning() -> str:
-    texts = {"digits": "the digits weights", "scratch": "nothing (initial values)"}
+    texts = {
+        "digits": "weights trained on scanned digits (results/digits/seed-0)",
+        "scratch": "nothing (initial values)",
+    }
     rows = []
     for arm, text in texts.items():
         found = summaries(f"finetuning/{arm}-seed-*")

@@ -1,7 +1,7 @@
 """EIT: a vision transformer with a decreasing share of convolution (arXiv 2203.07116).
 
 >>> import eit
->>> model = eit.create_model("eit_mini", num_classes=10)
+>>> model = eit.create_model("eit_mini", num_classes=10)  # or eit.load("digits"), eit.load("runs/mine")
 """
 
 import importlib
@@ -26,8 +26,9 @@ _PUBLIC = {
     "predict": "inference.predict",
     "create_model": "models.registry",
     "list_models": "models.registry",
-    "load": "inference.exported_models",
+    "load": "inference.predict",
     "load_weights": "weights.load",
+    "train": "training.train",
     "UserError": "errors",
 }
 __all__ = ["__version__", *_PUBLIC]
@@ -37,12 +38,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from eit.analysis.measure import analyze as analyze
     from eit.errors import UserError as UserError
     from eit.inference.evaluate import evaluate as evaluate
-    from eit.inference.exported_models import load as load
+    from eit.inference.predict import load as load
     from eit.inference.predict import predict as predict
     from eit.models.complexity import complexity as complexity
     from eit.models.eit import EIT as EIT
     from eit.models.registry import create_model as create_model
     from eit.models.registry import list_models as list_models
+    from eit.training.train import train as train
     from eit.weights.card import Card as Card
     from eit.weights.load import load_weights as load_weights
 

@@ -459,7 +459,16 @@ _HINTS = {
 
 def recipe_names() -> list[str]:
     """Included recipes, smallest first."""
-    order = ["digits", "photos", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"]
+    order = [
+        "digits",
+        "digits_in_the_wild",
+        "photos",
+        "fashion_mnist",
+        "cifar10",
+        "cifar100",
+        "cifar100_authors",
+        "tiny_imagenet",
+    ]
     order += [f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")]
     names = {p.name.removesuffix(".yaml") for p in resources.files("eit.recipes").iterdir() if p.name.endswith(".yaml")}
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """Bad input: one line that names what was given and what is allowed. The command line exits with status 2."""
+    """Bad input: one line that names what was given and what is allowed. The command line exits with status 2.
+
+    Examples:
+        >>> import eit
+        >>> try:
+        ...     eit.create_model("eit_minni")
+        ... except eit.UserError as error:
+        ...     print(str(error).split(" (")[0])
+        unknown model 'eit_minni'; did you mean 'eit_mini'?
+    """
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

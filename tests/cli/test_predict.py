@@ -1,36 +1,26 @@
 """`eit predict`."""
 
+import csv
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import typer.testing
-import yaml
 from PIL import Image
 
 from eit.cli.app import app
 from eit.cli.predict import files_in_list
-from eit.weights.load import find_weights, read_card
 from tests.cli.conftest import assert_mistake, failed
 from tests.helpers.commands import run_eit
 
 
-def test_included_weights_predict_and_say_how_good_they_are(tmp_path, monkeypatch):
-    """Right after installation: their accuracy is what they say, and what results/ has for their seed."""
-    root = Path(__file__).parents[2]
-    found = json.loads(run_eit("eval", "digits", "--json", cwd=tmp_path).stdout)
-    card = read_card("digits")
-    assert found["top1"] == pytest.approx(card.metrics["val_top1"])
-    run = root / "results" / "digits" / f"seed-{card.recipe['seed']}"
-    assert json.loads((run / "summary.json").read_text())["last_top1"] == pytest.approx(found["top1"])
-    assert yaml.safe_load((run / "recipe.yaml").read_text()) == card.recipe
-    assert find_weights("eit_digits").stat().st_size < 1_500_000
-    monkeypatch.setattr(sys, "argv", ["demo_images.py", str(tmp_path / "images")])
-    runpy.run_path(str(root / "tools" / "demo_images.py"))
-    lines = run_eit("predict", "digits", "images", "--top", 1, cwd=tmp_path).stdout.splitlines()
-    assert len(lines) == 6 and all(Path(line.split()[0]).parent.name == line.split()[1] for line in lines)
+def test_included_weights_are_tried_on_their_samples(tmp_path):
+    """Right after installation: no image is needed, and the samples are told."""
+    done = run_eit("predict", "digits", "--top", 1, cwd=tmp_path)
+    lines = [line.split("  ") for line in done.stdout.splitlines()]
+    assert [Path(file).name for file, _ in lines] == ["digits-3.jpg", "digits-7.png"]
+    assert [text.split()[0] for _, text in lines] == ["3", "7"] and all(Path(file).is_file() for file, _ in lines)
+    assert_mistake(tmp_path, ["predict", "gone"], ["no images: name files or folders after gone"])
 
 
 def test_files_and_a_list_on_stdin_are_predicted(trained):
@@ -96,3 +86,41 @@ def test_json_has_an_object_for_each_image(tmp_path):
     assert [bool(one["labels"]) for one in found] == ["fault" not in one for one in found] == [True, *[False] * 4, True]
     assert all(name in one["fault"] for name, one in zip(names[1:5], found[1:5], strict=True))
     assert done.stderr.count("eit: ") == 4
+
+
+def test_a_table_has_a_row_for_each_image(tmp_path):
+    Image.effect_noise((9, 9), 60).save(tmp_path / "a, b.png")
+    (tmp_path / "text.jpg").write_text("text")
+    names = ["a, b.png", "text.jpg"]
+    done = run_eit("predict", "digits", *names, "--top", 2, "--out", "p.csv", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "p.csv: 2 images, 1 of them could not be read\n"
+    with open(tmp_path / "p.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert list(first) == ["image", "class1", "probability1", "class2", "probability2", "fault"]
+    printed = run_eit("predict", "digits", *names, "--top", 2, "--json", cwd=tmp_path).stdout
+    good, bad = map(json.loads, printed.splitlines())
+    assert [(first[f"class{i}"], float(first[f"probability{i}"])) for i in (1, 2)] == [
+        (label["label"], label["probability"]) for label in good["labels"]
+    ]
+    assert (first["image"], first["fault"]) == ("a, b.png", "")
+    assert second == dict(image="text.jpg", class1="", probability1="", class2="", probability2="", fault=bad["fault"])
+    done = run_eit("predict", "digits", "a, b.png", "--top", 2, "--out", "p.JSONL", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "p.JSONL: 1 images\n")
+    assert (tmp_path / "p.JSONL").read_text() == printed.splitlines(keepends=True)[0]
+    run_eit("predict", "digits", "a, b.png", "--top", 99, "--out", "p.csv", cwd=tmp_path)  # there are ten classes
+    with open(tmp_path / "p.csv", newline="") as file:
+        (row,) = csv.DictReader(file)  # the old file is replaced
+    assert row["class10"] and "class11" not in row
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        (["p.txt"], "--out p.txt: give a file name that ends in .csv or .jsonl"),
+        (["gone/p.csv"], "--out gone/p.csv: there is no folder gone"),
+        (["."], "--out .: give a file name"),
+        (["p.csv", "--json"], "--out p.csv and --json"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, out, said):
+    assert_mistake(tmp_path, ["predict", "digits", "gone.png", "--out", *out], [said])

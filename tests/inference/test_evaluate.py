@@ -240,7 +240,9 @@ def test_a_folder_is_evaluated_by_its_name(folder):
     for i in range(3):
         (folder / "val" / f"digit{i}").rename(folder / "val" / str(i))
     assert evaluate(model, folder / "val") == evaluate(model, str(folder / "val"))
-    assert isinstance(evaluate(model, folder / "val"), Metrics)
+    found = evaluate(model, folder / "val")
+    assert isinstance(found, Metrics) and evaluate("digits", folder / "val") == found  # weights by their name too
+    assert repr(found).startswith(f"<12 images: top-1 {found.top1:.2f}%, top-5 ") and len(repr(found)) < 100
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,8 @@ def test_a_folder_is_evaluated_by_its_name(folder):
         (torch.nn.Identity(), [torch.zeros(1)], "a loader of evaluation_loader"),
         (torch.nn.Identity(), 3, "a loader of evaluation_loader"),
         (torch.nn.Identity(), "pets", "needs a model of eit.load"),
-        ("digits", random_rows(), "takes a model"),
+        (None, random_rows(), "takes a model"),
+        ("gone", random_rows(), "no weights at gone"),
         (torch.nn.Linear(9, 4), random_rows(), "gives outputs .*, 4., but the data have 9 classes"),
         (torch.nn.Unflatten(1, (3, 3)), random_rows(), "3, 3"),
         (torch.nn.Identity(), Rows(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64)), "no images"),

@@ -1,10 +1,14 @@
 import copy
+import doctest
+import io
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional as TF
 
 import eit
 from eit.config import load_recipe
@@ -124,18 +128,18 @@ def test_one_image_in_any_form_is_one_prediction(digits, tmp_path):
         [3],
         [b"x.png"],
         [["x.png"]],
-        np.zeros((4, 4, 3)),  # floats: of which range?
+        np.full((4, 4, 3), 255.0),  # floats are in 0..1
+        np.full((4, 4), np.nan),
+        np.zeros((4, 4), bool),
         np.zeros((4, 4), np.uint16),
         np.zeros((4, 4, 2), np.uint8),
         np.zeros((3, 5, 5), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
-        torch.zeros(3, 4, 4),
+        torch.full((3, 4, 4), -0.1),  # normalised
         torch.zeros(5, 5, 3, dtype=torch.uint8),
         torch.zeros(4, dtype=torch.uint8),
-        torch.zeros(3, 4, 4, dtype=torch.bfloat16),
         torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta"),
         torch.zeros(3, 4, 4, dtype=torch.uint8).to_sparse(),
-        torch.zeros(3, 4, 4, requires_grad=True),
         ["gone.png"],
         "gone.png",
     ],
@@ -249,3 +253,78 @@ class Rows:
 def test_images_of_too_few_or_too_many_pixels_are_faults(digits, image):
     found, other = eit.predict(digits, [image, picture(size=(3, 3))], max_pixels=100)
     assert "pixels; 1 to 100 are read (max_pixels)" in found.fault and other.labels
+
+
+def test_floats_in_0_to_1_are_the_same_image(digits):
+    """As torchvision's ToTensor and scikit-image give them."""
+    image = picture()
+    wanted = next(eit.predict(digits, image)).labels
+    tensor = TF.to_tensor(image)
+    for given in (tensor, tensor.double(), tensor.numpy().transpose(1, 2, 0), np.asarray(image) / 255, tensor[None]):
+        assert next(eit.predict(digits, given)).labels == wanted
+    assert torch.equal(digits.transform(tensor), digits.transform(image))
+    assert next(eit.predict(digits, tensor.half())).labels == wanted  # 11 bits are enough for 8
+    assert len(next(eit.predict(digits, tensor.bfloat16())).labels) == 5
+    with pytest.raises(eit.UserError, match="image 1 has float pixels from -1 to 1: give them in 0..1, not normalised"):
+        eit.predict(digits, [tensor, torch.linspace(-1, 1, 48).view(3, 4, 4)])
+
+
+# -- What models of eit.load have more
+
+
+def test_a_loaded_model_predicts_and_its_transform_gives_the_pixels_of_predict(digits, tmp_path, monkeypatch):
+    image = picture(size=(70, 40))
+    image.save(tmp_path / "x.png")
+    (found,) = digits.predict(tmp_path / "x.png", top=2)
+    assert found.labels == next(eit.predict(digits, image, top=2)).labels and len(found.labels) == 2
+    seen = []
+    forward = digits.forward
+    monkeypatch.setattr(digits, "forward", lambda x: seen.append(x) or forward(x))
+    for given in (image, image.convert("L"), np.asarray(image), tmp_path / "x.png", str(tmp_path / "x.png")):
+        next(digits.predict(given))
+        pixels = digits.transform(given)
+        assert pixels.shape == (3, 32, 32) and torch.equal(pixels[None], seen.pop())
+    for given in (tmp_path, [image], 3, tmp_path / "gone.png", np.zeros((2, 3, 40, 40), np.uint8)):
+        with pytest.raises(eit.UserError):
+            digits.transform(given)
+    assert repr(digits.transform).startswith("Transform(shorter side 32 (bicubic), centre 32x32")
+
+
+def test_a_loaded_model_can_be_copied_saved_and_scripted(digits):
+    image = picture()
+    wanted = next(digits.predict(image)).labels
+    twin = copy.deepcopy(digits)
+    with torch.no_grad():
+        twin.head.bias[3] += 100
+    assert next(twin.predict(image)).labels[0][0] == "3"  # its own weights, not those of the first
+    buffer = io.BytesIO()
+    torch.save(digits, buffer)
+    buffer.seek(0)
+    assert next(torch.load(buffer, weights_only=False).predict(image)).labels == wanted
+    assert torch.equal(pickle.loads(pickle.dumps(digits.transform))(image), digits.transform(image))
+    assert list(digits.state_dict()) == list(eit.create_model("eit_mini", **digits.card.arguments).state_dict())
+    x = digits.transform(image)[None]
+    assert torch.jit.trace(digits, x)(x).shape == (1, 10)
+
+
+def test_what_is_printed_is_short(digits):
+    predictions = digits.predict([picture()] * 7, top=2)
+    assert len(predictions) == 7
+    first = repr(predictions).splitlines()
+    assert len(first) == 6 and first[-1] == "... and 2 more" and first[0].startswith("<image 0: ") and "%" in first[0]
+    assert repr(predictions).splitlines() == first and len(predictions) == 7  # looking takes nothing away
+    one = next(predictions)
+    assert one.image == "image 0" and str(one) == repr(one)[1:-1] and len(predictions) == 6
+    assert [p.image for p in predictions] == [f"image {i}" for i in range(1, 7)]
+    assert (repr(predictions), len(predictions)) == ("<no predictions are left>", 0)
+    bad = eit.inference.predict.Prediction("x.png", [], "x.png: no image")
+    assert str(bad) == "x.png: no image"
+    assert len(repr(digits.card)) < 120 and "10 classes (0, 1, 2 and 7 more), 3x32x32" in repr(digits.card)
+    assert str(digits.card) == repr(digits.card)
+    assert digits.predict.__doc__.startswith("The most likely classes")
+
+
+@pytest.mark.parametrize("name", [name for name in eit.__all__ if name != "__version__"])
+def test_each_public_name_has_an_example(name):
+    """tests/project/test_docs.py runs them."""
+    assert doctest.DocTestParser().get_examples(getattr(eit, name).__doc__ or ""), name

@@ -490,5 +490,6 @@ def test_the_site_has_no_helper_of_the_pages(site):
 
 
 @pytest.mark.parametrize("module", sorted({"config", *eit._PUBLIC.values()}))
-def test_the_examples_of_docstrings_run(module):
+def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them trains
     assert not doctest.testmod(importlib.import_module(f"eit.{module}")).failed

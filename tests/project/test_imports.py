@@ -53,6 +53,7 @@ ROOMS = {
         {"choices"},
         {"trainer", "preview", "baselines"},
         {"lr_finder"},
+        {"train"},
     ],
     "analysis": [
         {"__init__", "moments"},

@@ -47,7 +47,7 @@ def test_what_the_page_says_of_fine_tuning_and_distillation_is_what_was_measured
     by_arm = {arm: [s["last_top1"] for n, s in runs.items() if n.startswith(arm)] for arm in ("digits", "scratch")}
     better = statistics.median(by_arm["digits"]) > statistics.median(by_arm["scratch"])
     assert len(by_arm["digits"]) == len(by_arm["scratch"]) == 3
-    assert ("Starting from the digits weights helps" in page("training.md")) == better
+    assert ("Starting from the weights of the digits recipe helps" in page("training.md")) == better
     agreement = json.loads((ROOT / "results" / "distillation" / "agreement.json").read_text())
     median = {arm: statistics.median(values) for arm, values in agreement.items()}
     assert median["soft"] > median["alone"] and all(len(values) == 5 for values in agreement.values())

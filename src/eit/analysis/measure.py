@@ -42,6 +42,13 @@ class Analysis:
         reads_class_token: whether the head reads the class token.
         transfer: update divided by input of each sub-block, by layer; empty if the blocks have no such modules.
         smoothing: similarity and effective rank of the grid's tokens, by layer.
+
+    Examples:
+        >>> from eit import create_model
+        >>> model = create_model("eit_mini", num_classes=10, depth=2)
+        >>> analysis = analyze(model, torch.randn(2, 3, 224, 224))
+        >>> analysis.depth, analysis.grid, len(analysis.layers_at("block"))
+        (2, (19, 19), 2)
     """
 
     images: int

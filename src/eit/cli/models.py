@@ -30,7 +30,7 @@ def list_all(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """List the models: sizes, costs and published results.
+    """List models and weights, and say which weights are here.
 
     \b
     eit models
@@ -40,9 +40,9 @@ def list_all(
     refuse_before_command(context, json=as_json, markdown=markdown)
     if context.invoked_subcommand is not None:
         return
-    rows = describe_models()
+    rows, weights = describe_models(), describe_weights()
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(rows + weights, indent=2))
         return
     cells = [
         (
@@ -61,6 +61,14 @@ def list_all(
         return
     print_table(head, cells)
     print_legend()
+    print_table(
+        ("weights", "here", "size", "top-1", "how to get them"),
+        [weights_row(row) for row in weights + rows if "use" in row or row["weights"]],
+    )
+    print(
+        "top-1 of weights that are here: on the validation images of their run. eit predict, eit eval and eit convert\n"
+        "read the authors' .pth files. docs/weights.md lists more weights."
+    )
 
 
 @models.command()
@@ -106,14 +114,44 @@ def describe_models() -> list[dict[str, Any]]:
     return rows
 
 
-def print_legend() -> None:
-    from eit.models.registry import AUTHORS_CODE
+def describe_weights() -> list[dict[str, Any]]:
+    """Like `describe_models`, for the weights of this package; `weights` is their file, or None if it is not here."""
+    from eit.models.complexity import complexity
+    from eit.weights.load import FOR, INCLUDED, load
 
+    rows: list[dict[str, Any]] = []
+    for name, use in FOR.items():
+        row: dict[str, Any] = dict(name=name, use=use, weights=None, weights_ship=name in INCLUDED)
+        if name in INCLUDED:
+            model, file = load(name), INCLUDED[name]
+            card, cost = model.card, complexity(model, (model.card.in_chans, model.card.size, model.card.size))
+            found = dict(
+                weights=str(file), weights_bytes=file.stat().st_size, top1=(card.metrics or {}).get("val_top1")
+            )
+            row |= found | dict(tokens=model.grid_size[0] * model.grid_size[1], **asdict(cost))
+        rows.append(row)
+    return rows
+
+
+def weights_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Name, here, size, top-1, and how to get them, of a row of `describe_models` or `describe_weights`."""
+    if row["weights_ship"]:
+        size, top1 = row["weights_bytes"], f"{row['top1']:.1f}%"
+        return row["name"], "yes", f"{size / 1e6:.1f} MB", top1, f"eit predict {row['name']}: {row['use']}"
+    if "use" in row:
+        return row["name"], "no", "-", "-", "not included in this version"
+    return (
+        f"the authors' {row['name']}",
+        "no",
+        f"{4 * row['params'] / 1e6:.0f} MB",
+        f"{row['published_top1']}%",
+        row["weights"],
+    )
+
+
+def print_legend() -> None:
     print(
         "MACs: multiply-accumulates of one 224x224 image. paper's FLOPs: as the paper counts (no attention products,\n"
         "but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus has no\n"
-        "published results.\n"
-        "The authors' weights are not included in this package. They are at\n"
-        f"{AUTHORS_CODE}/tree/main/model;\n"
-        "eit predict and eit eval accept their .pth files; eit convert converts them to safetensors."
+        "published results."
     )

@@ -1,8 +1,12 @@
 """`eit predict CKPT IMAGE...`."""
 
+import csv
 import json
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,19 +15,32 @@ from eit.cli.output import name_options, print_error
 from eit.errors import UserError, printable
 from eit.files import expand_path, text_lines
 
+if TYPE_CHECKING:
+    from eit.inference.predict import Prediction
+
 
 def predict(
     checkpoint: Checkpoint,
     images: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="IMAGE...",
             parser=expand_path,
-            help="Image files, folders of images, or - to read a list of files from stdin.",
+            help="Image files, folders of images, or - to read a list of files from stdin; default: the sample images "
+            "of included weights.",
             show_default=False,
         ),
-    ],
+    ] = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Number of classes to print per image.")] = 5,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            parser=expand_path,
+            help="Write a table to FILE (.csv: image, class1, probability1, ..., fault) or the JSON lines of --json "
+            "(.jsonl), instead of printing.",
+        ),
+    ] = None,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
@@ -35,33 +52,91 @@ def predict(
     eit predict runs/pets photos/ --top 3
     eit predict hf-hub:USER/pets cat.jpg --json
 
+    eit predict runs/pets photos --top 3 --out predictions.csv
+
     If an image cannot be read, a line says so (with --json an object with `fault`) and the exit status is 2. The other
     images are still predicted.
     """
+    table = table_to_write(out) if out else None
+    if table and as_json:
+        raise UserError(f"--out {out} and --json: --json prints; give a file that ends in .jsonl, or leave one out")
     from eit.distributed import start
     from eit.inference.exported_models import load
     from eit.inference.predict import expand
     from eit.inference.predict import predict as run
+    from eit.weights.load import sample_images
 
+    if not images and not (images := sample_images(checkpoint)):
+        raise UserError(f"no images: name files or folders after {checkpoint}; only included weights have samples")
     listed = [file for name in images for file in (files_in_list(sys.stdin.buffer.read()) if name == "-" else [name])]
     files = expand(listed)
     if not files:
         raise UserError("no images: the list on stdin is empty; give one file per line")
     model = load(checkpoint).to(start(device_for(checkpoint, device)))
     faults = 0
-    for prediction in run(model, files, top, max_pixels=max_pixels):
-        if prediction.fault:
-            faults += 1
-            print_error(UserError(prediction.fault))
-        if as_json:
-            labels = [dict(label=name, probability=p) for name, p in prediction.labels]
-            fault = dict(fault=name_options(prediction.fault)) if prediction.fault else {}
-            print(json.dumps(dict(image=prediction.image, labels=labels) | fault), flush=True)
-        elif not prediction.fault:
-            text = "  ".join(f"{name} {100 * p:.1f}%" for name, p in prediction.labels)
-            print(printable(prediction.image) + "  " + printable(text), flush=True)
+    show = print_json if as_json else print_line
+    with write_table(table, min(top, len(model.card.classes))) if table else nullcontext(show) as report:
+        for prediction in run(model, files, top, max_pixels=max_pixels):
+            if prediction.fault:
+                faults += 1
+                print_error(UserError(prediction.fault))
+            report(prediction)
+    if table:
+        print(f"{out}: {len(files)} images" + (f", {faults} of them could not be read" if faults else ""))
     if faults:
         raise typer.Exit(2)
+
+
+def print_line(prediction: "Prediction") -> None:
+    if not prediction.fault:
+        text = "  ".join(f"{name} {100 * p:.1f}%" for name, p in prediction.labels)
+        print(printable(prediction.image) + "  " + printable(text), flush=True)
+
+
+def print_json(prediction: "Prediction") -> None:
+    print(json_line(prediction), flush=True)
+
+
+def json_line(prediction: "Prediction") -> str:
+    labels = [dict(label=name, probability=p) for name, p in prediction.labels]
+    fault = dict(fault=name_options(prediction.fault)) if prediction.fault else {}
+    return json.dumps(dict(image=prediction.image, labels=labels) | fault)
+
+
+def table_to_write(name: str) -> Path:
+    """The file of --out: its ending and its folder are checked before anything is computed."""
+    file = Path(name)
+    if file.suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(f"--out {name}: give a file name that ends in .csv or .jsonl")
+    if not file.parent.is_dir() or file.is_dir():
+        reason = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}; make it"
+        raise UserError(f"--out {name}: {reason}, or give another name")
+    return file
+
+
+@contextmanager
+def write_table(file: Path, top: int) -> Iterator[Callable[["Prediction"], None]]:
+    """A function that adds a prediction to a .csv or .jsonl file.
+
+    A row of a .csv has image, class1, probability1 (in 0..1), ..., classN, probabilityN, and fault, empty if there is
+    none.
+    """
+    # Names of files need not be UTF-8, but tables are read as it
+    with open(file, "w", encoding="utf-8", errors="backslashreplace", newline="") as opened:
+        if file.suffix.lower() == ".jsonl":
+            yield lambda prediction: print(json_line(prediction), file=opened, flush=True)
+            return
+        table = csv.writer(opened)
+        table.writerow(
+            ["image", *(f"{name}{i}" for i in range(1, top + 1) for name in ("class", "probability")), "fault"]
+        )
+
+        def add(prediction: "Prediction") -> None:
+            cells = [cell for pair in prediction.labels for cell in pair] or [""] * (2 * top)
+            table.writerow([prediction.image, *cells, name_options(prediction.fault or "")])
+            opened.flush()
+
+        yield add
 
 
 def files_in_list(content: bytes) -> list[str]:

@@ -19,6 +19,7 @@ from eit.data.images import Preprocessing
 from eit.data.loaders import AnyEvaluationLoader, EvaluationLoader, evaluation_loader
 from eit.errors import UserError
 from eit.inference.evaluation_data import evaluation_config, match_classes
+from eit.inference.exported_models import load
 from eit.precision import arithmetic, resolve_precision
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
@@ -67,6 +68,12 @@ class Metrics:
     calibration: list[dict[str, float]]
     mistakes: list[Mistake] = field(default_factory=list, repr=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"<{self.images} images: top-1 {self.top1:.2f}%, top-5 {self.top5:.2f}%, loss {self.loss:.4f}, "
+            f"calibration error {self.ece:.2f}%>"
+        )
+
     @property
     def confusion(self) -> list[list[int]]:
         """Counts `[truth][prediction]`, in the order of the classes; for at most `LARGEST_MATRIX` classes."""
@@ -106,21 +113,21 @@ def check_weights(model: Any) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor], Tensor],
-    loader: AnyEvaluationLoader | str | os.PathLike[str],
+    model: Callable[[Tensor], Tensor] | str | os.PathLike[str],
+    data: AnyEvaluationLoader | str | os.PathLike[str],
     precision: str = "fp32",
     flip: bool = False,
     mistakes: int = 0,
 ) -> Metrics:
-    """Run `model`, in evaluation mode, over `loader`; every rank gets the result of all. The model is left as it was.
+    """Run `model`, in evaluation mode, over `data`; every rank gets the result of all. The model is left as it was.
 
     Counts are integers, and sums of floats are those of each batch, added exactly (`math.fsum`), so that the figures do
     not depend on the number of ranks. All of it stays on the device until the end, but for MPS, which has no float64.
 
     Args:
-        model: normalised images (B, channels, height, width) -> logits (B, classes).
-        loader: of `eit.data.loaders.evaluation_loader`, on the model's device; for a model of `eit.load` also a data
-            set or a folder of classes.
+        model: normalised images (B, channels, height, width) -> logits (B, classes), or the name or path of weights.
+        data: a data set or a folder of classes, for weights and models of `eit.load`: a path, or sklearn:digits. Or a
+            loader of `eit.data.loaders.evaluation_loader`, on the model's device.
         precision: of the forward pass: `fp32`, `tf32`, `bf16`, `fp16` or `auto`.
         flip: whether probabilities are the mean of those of the image and of its mirror image.
         mistakes: how many of the most confident mistakes to keep, with their images.
@@ -128,16 +135,24 @@ def evaluate(
     Raises:
         UserError: what is given is not of these types, or has no images.
         FloatingPointError: an output is NaN or infinite.
+
+    Examples:
+        >>> import eit
+        >>> metrics = eit.evaluate("digits", "sklearn:digits")
+        >>> metrics.images, metrics.top1 > 90
+        (360, True)
     """
+    if isinstance(model, str | os.PathLike):
+        model = load(model)
     if not callable(model):
-        raise UserError(f"evaluate takes a model, as eit.load gives it, not {type(model).__name__}")
-    if isinstance(loader, str | os.PathLike):
-        loader = _loader_of(model, os.fspath(loader))
-    if not hasattr(loader, "own_blocks") or not len(loader.images.classes):
-        raise UserError(f"evaluate takes a loader of evaluation_loader, or a folder, not {type(loader).__name__}")
+        raise UserError(f"evaluate takes a model of eit.load, or the name of weights, not {type(model).__name__}")
+    if isinstance(data, str | os.PathLike):
+        data = _loader_of(model, os.fspath(data))
+    if not hasattr(data, "own_blocks") or not len(data.images.classes):
+        raise UserError(f"evaluate takes a loader of evaluation_loader, or a folder, not {type(data).__name__}")
     check_weights(model)
     with evaluation_mode(model):
-        return _evaluate(model, loader, precision, flip, mistakes)
+        return _evaluate(model, data, precision, flip, mistakes)
 
 
 def _loader_of(model: Any, path: str) -> AnyEvaluationLoader:

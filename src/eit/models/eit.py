@@ -315,10 +315,17 @@ class EIT(nn.Module):
 
     Raises:
         ValueError: the arguments do not make a valid model; the message names the argument.
+
+    Examples:
+        >>> model = EIT(img_size=32, kernel_size=3, stride=1, pool_size=4, num_classes=10, embed_dim=40, depth=4)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
-    card: Any  # set by `eit.load`: classes and preprocessing of the weights
-    __jit_ignored_attributes__ = ("card",)
+    card: Any  # set by `eit.load`: classes and preprocessing of the weights, and what applies them
+    predict: Any
+    transform: Any
+    __jit_ignored_attributes__ = ("card", "predict", "transform")
 
     def __init__(
         self,

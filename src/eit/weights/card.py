@@ -35,6 +35,12 @@ class Card(BaseModel):
         metrics: on the validation images of the run, percentages.
         guessed: fields that are assumed, because the weights came without them. They are not facts: classes are then
             matched by position, not by name.
+
+    Examples:
+        >>> import eit
+        >>> card = eit.load("digits").card
+        >>> card.classes[:3], card.size, card.guessed
+        (['0', '1', '2'], 32, ())
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,6 +57,20 @@ class Card(BaseModel):
     recipe: dict[str, Any] | None = None
     metrics: dict[str, float] | None = None
     guessed: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """In one line; `print(card.model_dump_json(indent=2))` shows all of it."""
+        top1 = (self.metrics or {}).get("val_top1")
+        parts = [
+            " ".join([self.model, *(f"{key}={value}" for key, value in self.arguments.items() if key == "family")]),
+            f"{len(self.classes)} classes ({few(self.classes)})",
+            f"{self.in_chans}x{self.size}x{self.size}",
+            *([] if top1 is None else [f"top-1 {top1:.2f}%"]),
+            *([f"guessed: {', '.join(self.guessed)}"] if self.guessed else []),
+        ]
+        return f"Card({', '.join(parts)})"
+
+    __str__ = __repr__
 
     @model_validator(mode="before")
     @classmethod

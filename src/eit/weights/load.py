@@ -21,8 +21,16 @@ from eit.weights.convert import TIMM_FILES, infer_card
 from eit.weights.formats import StateDict, check_dense, read_weights, strip_prefixes
 
 HUB = "hf-hub:"
-_FILES = {name: Path(__file__).with_name(f"eit_{name}.safetensors") for name in ("digits", "cifar10")}
-INCLUDED = {n: file for name, file in _FILES.items() if file.is_file() for n in (name, f"eit_{name}")}
+
+# The included weights: name -> what they are for. NAME is eit_NAME.safetensors next to this file, sample images are
+# samples/NAME-*. A name whose file is not there, as in a checkout before its training, is not included.
+FOR = {
+    "digits": "digits 0 to 9, typed or written by hand, in any colours",
+    "cifar10": "photos of ten kinds of animals and vehicles; to fine-tune from",
+}
+_FOLDER = Path(__file__).parent
+_FILES = {name: file for name in FOR if (file := _FOLDER / f"eit_{name}.safetensors").is_file()}
+INCLUDED = _FILES | {file.stem: file for file in _FILES.values()}
 
 
 def load(path: str | os.PathLike[str]) -> EIT:
@@ -32,7 +40,7 @@ def load(path: str | os.PathLike[str]) -> EIT:
 
     Args:
         path: a weights file, a run folder (its best.safetensors, else final.safetensors), a folder of
-            `timm.models.save_for_hf`, or `digits`, which is included.
+            `timm.models.save_for_hf`, or the name of included weights, such as `digits`.
 
     Returns:
         The model, on the CPU and in float32; for weights of timm's models, timm's class. Its `Card` is the attribute
@@ -81,6 +89,13 @@ def load_weights(model: Any, source: str | os.PathLike[str] | StateDict, reset_h
 
     Raises:
         UserError: names or shapes differ (both are named), or the file cannot be trusted.
+
+    Examples:
+        >>> from eit import create_model
+        >>> trained = create_model("eit_mini", num_classes=2, depth=1)
+        >>> model = load_weights(create_model("eit_mini", num_classes=2, depth=1), trained.state_dict())
+        >>> bool((model.head.weight == trained.head.weight).all())
+        True
     """
     if isinstance(source, Mapping):
         check_dense(source, "the state dict")
@@ -122,9 +137,15 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
     if not path.is_file():
         raise UserError(
-            f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(INCLUDED)} is expected"
+            f"no weights at {path}: a .safetensors or .pth file, a run folder, or {' or '.join(_FILES)} is expected"
         )
     return path
+
+
+def sample_images(name: str) -> list[str]:
+    """The images that are included to try the included weights `name` on; empty for other weights."""
+    own = name.removeprefix("eit_") if name in INCLUDED and not Path(name).exists() else None
+    return [str(file) for file in sorted((_FOLDER / "samples").glob(f"{own}-*"))] if own else []
 
 
 def is_weights_name(name: str) -> bool:
