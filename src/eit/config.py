@@ -461,8 +461,8 @@ def recipe_names() -> list[str]:
     """Included recipes, smallest first."""
     order = [
         "digits",
-        "digits_in_the_wild",
         "photos",
+        "digits_in_the_wild",
         "fashion_mnist",
         "cifar10",
         "cifar100",

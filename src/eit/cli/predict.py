@@ -49,10 +49,8 @@ def predict(
 
     \b
     eit predict digits 7.png
-    eit predict runs/pets photos/ --top 3
-    eit predict hf-hub:USER/pets cat.jpg --json
-
     eit predict runs/pets photos --top 3 --out predictions.csv
+    eit predict hf-hub:USER/pets cat.jpg --json
 
     If an image cannot be read, a line says so (with --json an object with `fault`) and the exit status is 2. The other
     images are still predicted.
