@@ -344,6 +344,6 @@ def test_a_precision_that_is_not_there_is_one_line(tmp_path, words, said):
 
 
 def test_an_evaluation_says_what_auto_was():
-    done = run_eit("eval", "digits", "--precision", "auto", "--device", "cpu", "--json")
+    done = run_eit("eval", "digits", "--data", "sklearn:digits", "--precision", "auto", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["precision"] == "fp32"

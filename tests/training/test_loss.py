@@ -110,12 +110,12 @@ def test_a_teacher_of_ours_answers_in_the_students_order_of_classes_and_sees_its
     teacher = eit.load("digits")
     classes = [*reversed(DIGITS[3:])]  # a part of the teacher's, in another order
     distillation = Distillation(Loss(teacher="digits"), VIEW, classes, CPU)
-    pixels = torch.rand(4, 3, 8, 8)
+    pixels = torch.rand(4, 3, 32, 32)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (VIEW.mean, VIEW.std))
     with torch.no_grad():
         own = teacher((pixels - 0.5) / 0.5)[:, [int(c) for c in classes]]
     torch.testing.assert_close(distillation.logits((pixels - mean) / std), own, atol=1e-4, rtol=1e-4)
-    large = F.interpolate((pixels - mean) / std, (16, 16), mode="nearest")
+    large = F.interpolate((pixels - mean) / std, (64, 64), mode="nearest")
     assert distillation.logits(large).shape == (4, 7)
 
 
