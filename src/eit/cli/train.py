@@ -58,7 +58,7 @@ def train(
         )
 
 
-def summary_text(summary: dict[str, Any], folder: str, page: Path | None) -> str:
+def summary_text(summary: dict[str, Any], folder: str, page: Path | None = None) -> str:
     quoted = shlex.quote(folder)
     return (
         f"top-1 {summary['last_top1']:.2f}% after the last of {summary['epochs']} epochs "
