@@ -34,13 +34,14 @@ def report(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write a page about a run, with its mistakes and what to try.
+    """Write a page about a run: curves, mistakes, advice.
 
     \b
     eit report runs/pets
     eit report runs/pets --data pets --out pets.html
 
-    The page is one file that needs no other. eit train writes it too, unless train.report=false.
+    It also has confusions, calibration, data, recipe and machine. The page is one file that needs no
+    other. eit train writes it too, unless train.report=false.
     """
     file = page_to_write(out, "--out") if out else None
     from eit.report.run import write_report
