@@ -20,7 +20,7 @@ from eit.errors import UserError
 
 def test_every_shipped_recipe_is_valid_and_says_command_cost_and_figure():
     assert recipe_names() == [
-        *("digits", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"),
+        *("digits", "digits_in_the_wild", "fashion_mnist", "cifar10", "cifar100", "cifar100_authors", "tiny_imagenet"),
         *(f"imagenet_{size}" for size in ("mini", "tiny", "base", "large")),
     ]
     for name in recipe_names():
