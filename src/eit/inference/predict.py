@@ -254,9 +254,9 @@ def _pixels(name: str, image: Any, card: Card, limit: int) -> Tensor:
     Raises:
         UnreadableImage
     """
-    if isinstance(image, Image.Image):
-        return card.view.pixels(_in_memory(name, image, card, limit))
-    return card.view.pixels(decode(image, card.in_chans, limit, pixel_range=card.pixel_range))
+    if isinstance(image, str):
+        return card.view.pixels(decode(image, card.in_chans, limit, pixel_range=card.pixel_range))
+    return card.view.pixels(_in_memory(name, image, card, limit))
 
 
 def _in_memory(name: str, image: Image.Image, card: Card, limit: int) -> Image.Image:
