@@ -64,6 +64,7 @@ def list_all(
     print_table(
         ("weights", "here", "size", "top-1", "how to get them"),
         [weights_row(row) for row in weights + rows if "use" in row or row["weights"]],
+        text=("here", "how to get them"),
     )
     print(
         "top-1 of weights that are here: on the validation images of their run. eit predict, eit eval and eit convert\n"
@@ -136,7 +137,7 @@ def describe_weights() -> list[dict[str, Any]]:
 def weights_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Name, here, size, top-1, and how to get them, of a row of `describe_models` or `describe_weights`."""
     if row["weights_ship"]:
-        size, top1 = row["weights_bytes"], f"{row['top1']:.1f}%"
+        size, top1 = row["weights_bytes"], "-" if row["top1"] is None else f"{row['top1']:.1f}%"
         return row["name"], "yes", f"{size / 1e6:.1f} MB", top1, f"eit predict {row['name']}: {row['use']}"
     if "use" in row:
         return row["name"], "no", "-", "-", "not included in this version"

@@ -86,8 +86,8 @@ def print_result(result: Any, as_json: bool, text: str) -> None:
     print(json.dumps(result, indent=2) if as_json else "\n".join(map(printable, name_options(text).split("\n"))))
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns of numbers behind a column of names. The cells are rich markup: escape names."""
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str] = ()) -> None:
+    """Columns of numbers (or `text`) behind a column of names. The cells are rich markup: escape names."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -95,7 +95,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify = "left" if column.header in text else "right"
     for row in rows:
         table.add_row(*row)
     if not out.is_terminal:  # in a file nothing is cut

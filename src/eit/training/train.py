@@ -45,7 +45,7 @@ def train(recipe: str | os.PathLike[str] | Recipe, /, **keys: Any) -> dict[str, 
         resolved = load_recipe(os.fspath(recipe), words)
     else:
         raise UserError(f"train takes the name or path of a recipe, or a Recipe, not {type(recipe).__name__}")
-    return trainer.train(resolved) | dict(folder=str(resolved.run_folder()))
+    return dict(folder=str(resolved.run_folder())) | trainer.train(resolved)
 
 
 def _overrides(keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
