@@ -135,7 +135,7 @@ def run(recipe: str, words: Sequence[str], baseline: bool, as_json: bool) -> Non
         exit_stopped(stop)
     if not distributed.is_main():
         return
-    text = summary_text(summary)
+    text = summary_text(summary, summary["folder"])
     if baseline:
         from eit.training.baselines import measure_baselines
         from eit.training.run_folder import read_recipe
@@ -145,13 +145,13 @@ def run(recipe: str, words: Sequence[str], baseline: bool, as_json: bool) -> Non
     print_result(summary, as_json, text)
 
 
-def summary_text(summary: dict[str, Any]) -> str:
-    quoted = shlex.quote(summary["folder"])
+def summary_text(summary: dict[str, Any], folder: str) -> str:
+    quoted = shlex.quote(folder)
     return (
         f"top-1 {summary['last_top1']:.2f}% after the last of {summary['epochs']} epochs "
         f"(best {summary['best_top1']:.2f}% after epoch {summary['best_epoch'] + 1})"
         f"{', stopped early' if summary.get('stopped_early') else ''}\n"
-        f"run folder {summary['folder']}\n"
+        f"run folder {folder}\n"
         f"next: {program()} eval {quoted}    {program()} predict {quoted} IMAGE..."
     )
 
