@@ -176,7 +176,7 @@ class Data(Section):
     classes: Count | FilePath | None = None
     """number of classes, or a file with one class name per line, for a data set of timm that has none"""
     image_size: CountOrAuto = 224
-    """pixels of the model's square input; auto: by the size of the images, or the size of a timm model"""
+    """pixels of the model's square input; auto: that of model.pretrained, otherwise by the size of the images"""
     batch_size: CountOrAuto = 64
     """images per process and micro-batch; auto: by their number, and on a GPU what fits into its memory"""
     workers: Annotated[Whole, Field(ge=0)] | None = None

@@ -279,6 +279,27 @@ def test_class_folders_directly_inside_are_split(folder, share):
     assert open_evaluation(Data(root=str(root), val_fraction=share)).names == val.names
 
 
+def test_check_takes_class_folders_directly_inside(folder):
+    report = check(str(folder / "train"), MAX_PIXELS)
+    assert report["ok"] and {name: part["images"] for name, part in report["splits"].items()} == dict(train=28, val=8)
+    assert report["notes"][0].endswith("as eit finetune does; other recipes need data.val_fraction=0.2")
+    assert not check(str(folder / "train" / "digit0"), MAX_PIXELS)["ok"]
+
+
+@pytest.mark.parametrize("names", [("training", "testing"), ("Training", "held_out"), ("a", "b")])
+def test_parts_under_other_names_are_not_taken_for_classes(folder, names):
+    for old, new in zip(("train", "val"), names, strict=True):
+        (folder / old).rename(folder / new)
+    with pytest.raises(UserError, match="hold the same class folders: call them train and val"):
+        open_data(Data(root=str(folder), val_fraction="auto"))
+
+
+def test_a_part_that_is_alone_is_not_taken_for_a_class(folder):
+    no_train(folder)
+    with pytest.raises(UserError, match="has no train/ folder"):
+        open_data(Data(root=str(folder), val_fraction="auto"))
+
+
 def test_class_folders_without_a_share_are_told_how_to_split(folder):
     with pytest.raises(UserError, match=r"move its class folders into .*, or hold out a share of each: data.val_frac"):
         open_data(Data(root=str(folder / "train")))

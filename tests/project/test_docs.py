@@ -225,8 +225,10 @@ def small(words):
         case ["train", recipe, *given]:
             model = [] if any(word.startswith("model.name=") for word in given) else TINY_MODEL
             return ["train", recipe, *model, *given, *FEW]
-        case ["data", "show", *_]:
+        case ["data", "show", *_] | ["finetune", *_]:
             return [*words, *FEW]
+        case ["lr", recipe, *given]:
+            return ["lr", recipe, *TINY_MODEL, *given, *FEW, "--steps", "10"]
         case ["data", "shard", *_]:
             return [*words, "--count", "2", "--val-count", "1"]
         case ["eval", *_]:
@@ -248,6 +250,8 @@ def writes(words, world):
             return [world / load_recipe(recipe, given).run_folder()]
         case ["train", recipe, *given]:
             return [world / load_recipe(str(world / recipe), given).run_folder()]
+        case ["finetune", folder, *_]:
+            return [world / "runs" / folder]
         case ["data", "shard", _, target, *_] | ["data", "prepare", _, _, target, *_]:
             return [world / target]
     return []

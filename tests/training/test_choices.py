@@ -65,13 +65,13 @@ def test_class_folders_are_trained_on_in_one_command(included, capsys, tmp_path)
     said = capsys.readouterr().err
     for line in (
         "held out 4 of 20 images for validation, 2 of each class (data.val_fraction)",
-        "image size 32, from images of 16 pixels (median of the shorter side) (data.image_size)",
+        "image size 16, at which the weights cifar10 were trained (data.image_size)",
         "batch size 8, from 16 training images (data.batch_size)",
         "mean and std of the pixels as in cifar10 (data.mean)",
     ):
         assert line in said
     written = read_recipe(tmp_path / "runs/photos")
-    assert (written.data.image_size, written.data.batch_size, written.data.val_fraction) == (32, 8, 0.2)
+    assert (written.data.image_size, written.data.batch_size, written.data.val_fraction) == (16, 8, 0.2)
     assert written.data.mean == (0.4914, 0.4822, 0.4465) and written.loss.class_weights is None
     assert summary["folder"] == "runs/photos" and summary["stopped_early"] is False
     assert train(r) == summary and "image size" not in capsys.readouterr().err
@@ -83,9 +83,9 @@ def test_a_run_that_continues_keeps_what_was_chosen(included, monkeypatch, capsy
     train_until_killed(r, 2, monkeypatch)
     before = read_recipe(tmp_path / "runs/photos")
     capsys.readouterr()
-    monkeypatch.setattr(choices, "SIZES", {16: 0})
+    monkeypatch.setattr(choices, "SMALLEST", 4)
     assert train(r)["epochs"] == 3
-    assert "image size" not in capsys.readouterr().err
+    assert "batch size" not in capsys.readouterr().err
     assert read_recipe(tmp_path / "runs/photos") == before
 
 
@@ -94,6 +94,12 @@ def test_a_run_that_continues_keeps_what_was_chosen(included, monkeypatch, capsy
 )
 def test_classes_are_weighed_if_they_are_out_of_balance(included, tmp_path, counts, value):
     assert photos(class_folders(tmp_path / "pets", *counts)).loss.class_weights == value
+
+
+@pytest.mark.parametrize(("side", "size"), [(20, 32), (63, 32), (64, 64), (300, 96)])
+def test_without_weights_the_size_follows_the_images(tmp_path, side, size):
+    class_folders(tmp_path / "pets", 2, 2, size=(side + 9, side))
+    assert photos(tmp_path / "pets", "model.pretrained=null").data.image_size == size
 
 
 @pytest.mark.parametrize(("images", "batch"), [(10, 8), (40, 8), (125, 16), (1000, 64)])

@@ -40,7 +40,15 @@ def test_labels_of_images_that_are_not_mixed(folder):
 
 def test_a_wrong_recipe_is_one_line(folder):
     with pytest.raises(UserError, match="is larger than the 36 training images"):
-        tiles(load_recipe("cifar10", [f"data.root={folder}"]), 8)
+        tiles(load_recipe("cifar10", [f"data.root={folder}", "train.accumulate=40"]), 8)
+
+
+@pytest.mark.parametrize("words", [[], ["data.image_size=16"], ["data.batch_size=4"]])
+def test_what_a_recipe_leaves_to_the_data_is_chosen(folder, words):
+    recipe = load_recipe("photos", ["model.pretrained=null", f"data.root={folder}", *words])
+    shown, validated = tiles(recipe, 8)
+    size, batch = (16 if "data.image_size=16" in words else 32), (4 if "data.batch_size=4" in words else 8)
+    assert len(shown) == batch and shown[0].pixels.shape == (size, size, 3) and len(validated) == 8
 
 
 @pytest.mark.parametrize("count", [1, 8, 11])

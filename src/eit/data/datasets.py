@@ -20,6 +20,7 @@ from eit.console import say, track
 from eit.data.folders import (
     describe_left_out,
     find_parts,
+    holds_parts,
     is_class_folder,
     list_images,
     read_folder,
@@ -80,7 +81,10 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     if (pair := read_layout(root, config.max_pixels, config.dataset)) is not None:
         return *pair, [note for images in pair for note in _left_out(root, images)]
     parts = find_parts(root)
-    if "train" not in parts and is_class_folder(root) and _share(config):
+    if not parts and is_class_folder(root) and _share(config):
+        if holds_parts(root):
+            names = few(sorted(path.name for path in root.iterdir() if path.is_dir()))
+            raise UserError(f"the folders of {root} ({names}) hold the same class folders: call them train and val")
         parts = {"train": root}  # the class folders are directly inside
     if "train" not in parts:
         raise UserError(f"{root} has no train/ folder ({EXPECTED}){_hint(root, parts)}")
@@ -357,10 +361,18 @@ def check(
     """
     report: dict[str, Any] = dict(root=root, splits={}, problems=[], warnings=[], notes=[])
     config = data_config(root=root, val_fraction=val_fraction, max_pixels=max_pixels, pixel_range=pixel_range)
+    folder = Path(root).expanduser()
+    if val_fraction is None and folder.is_dir() and not find_parts(folder) and is_class_folder(folder):
+        config = config.model_copy(update=dict(val_fraction=AUTO))
     listed: dict[str, Any] = {}
     digests: dict[str, dict[int, bytes]] = {}
     try:
         listed["train"], listed["val"], report["notes"] = open_pair(config)
+        if config.val_fraction == AUTO:
+            report["notes"].append(
+                f"the class folders are directly in {root}: a fifth of each is held out here, as eit finetune does; "
+                "other recipes need data.val_fraction=0.2"
+            )
     except UserError as error:
         report["problems"].append(str(error))
         for name, path in find_parts(_folder(config)).items():  # what is there is read all the same

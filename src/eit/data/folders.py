@@ -182,6 +182,17 @@ def is_class_folder(root: Path, divided: bool = False) -> bool:
     return any(map(_has_image, others))
 
 
+def holds_parts(root: Path) -> bool:
+    """Whether the folders of `root` are parts under names of their own: without images, and with the same folders."""
+    inner = []
+    for folder in _folders(root):
+        folders, files = _entries(folder, Counter())
+        if any(is_image_name(file.name) for file in files):
+            return False
+        inner.append({entry.name for entry in folders})
+    return len(inner) > 1 and len(set.intersection(*inner)) > 1
+
+
 def _folders(folder: Path) -> list[Path]:
     return [Path(entry.path) for entry in _entries(folder, Counter())[0]]
 

@@ -129,19 +129,27 @@ def _val_fraction(recipe: Recipe, train: AnyImages, val: AnyImages, *_: Any) -> 
     return share, f"held out {len(val):,} of {len(train) + len(val):,} images for validation, {each} of each class"
 
 
+# Without pretrained weights: pixels of the input, and of the images' shorter side from which on it is taken
+SIZES = {32: 0, 64: 64, 96: 160}
+
+
 def _image_size(recipe: Recipe, train: AnyImages, *_: Any) -> Choice:
-    if recipe.model.name.startswith(TIMM):
-        size = timm.get_pretrained_cfg(recipe.model.name.removeprefix(TIMM)).input_size[-1]
-        return size, f"image size {size}, that of {recipe.model.name}"
+    """The size that the weights were trained at; for new weights, one that the images fill.
+
+    EIT accepts any size, but its filters know the scale that they have seen: docs/training.md has what was measured.
+    """
+    model = recipe.model
+    if model.name.startswith(TIMM):
+        size = timm.get_pretrained_cfg(model.name.removeprefix(TIMM)).input_size[-1]
+        return size, f"image size {size}, that of {model.name}"
+    if isinstance(model.pretrained, str) and (card := read_card(model.pretrained)) is not None:
+        return card.size, f"image size {card.size}, at which the weights {model.pretrained} were trained"
     sides = _short_sides(train.evenly(SAMPLE)) if isinstance(train, Images) else []
     if not sides:
         raise UserError("data.image_size=auto needs images that can be read in any order: set a number, such as 64")
     side = median(sides)
     size = max(size for size, least in SIZES.items() if side >= least)
     return size, f"image size {size}, from images of {side:.0f} pixels (median of the shorter side)"
-
-
-SIZES = {32: 0, 64: 96}  # pixels of the input: of the images' shorter side, from which on it is taken
 
 
 def _short_sides(images: Images) -> list[int]:

@@ -11,6 +11,7 @@ from eit.data.loaders import evaluation_loader, train_loader
 from eit.data.order import SampleOrder
 from eit.plots import Tile
 from eit.randomness import Stream, set_seed
+from eit.training.choices import resolve_choices
 from eit.training.global_batch import check_order
 from eit.training.setup import make_view, resolve_architecture
 
@@ -20,6 +21,7 @@ def tiles(recipe: Recipe, count: int, epoch: int = 0) -> tuple[list[Tile], list[
     device = torch.device("cpu")
     recipe = resolve_architecture(recipe)
     train, val = open_data(recipe.data)
+    recipe = resolve_choices(recipe, None, train, val, device, "fp32")
     view = make_view(recipe)
     size = recipe.data.batch_size
     order = SampleOrder(len(train), size, recipe.train.accumulate, 1, recipe.augment.repeats, recipe.seed)

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from eit import distributed
-from eit.config import Recipe
+from eit.config import Recipe, is_extended
 from eit.console import progress as progress_bar
 from eit.console import say
 from eit.data.augment import make_mixup
@@ -166,7 +166,9 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     choose_trainable(recipe, model)
     check_single_images(recipe, model, view)
     weights = class_weights(recipe.loss, classes, getattr(train_images, "labels", None))
-    needs_teacher = recipe.loss.teacher and not distributed.on_main(lambda: read_summary(recipe.run_folder()))
+    is_longer = recorded is not None and is_extended(recorded, recipe)
+    is_done = distributed.on_main(lambda: read_summary(recipe.run_folder())) is not None and not is_longer
+    needs_teacher = recipe.loss.teacher and not is_done
     distillation = Distillation(recipe.loss, view, classes, device) if needs_teacher else None
     prepared = Prepared(
         recipe=recipe,
