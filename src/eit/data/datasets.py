@@ -101,7 +101,7 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
         notes += _left_out(parts[part], pair[1])
     if part != "train" and os.path.samefile(parts[part], parts["train"]):
         notes.append(f"{parts[part]} is the same folder as {parts['train']}: accuracy is that of training images")
-    if unused := unused_folders(root, parts):
+    if parts["train"] != root and (unused := unused_folders(root, parts)):
         notes.append(f"not used of {root}: {few(unused)}")
     if part == "test":
         notes.append(f"{root} has no val/ folder: {parts['test'].name}/ has the validation images")
