@@ -42,7 +42,7 @@ def train(recipe: str | os.PathLike[str] | Recipe, /, **keys: Any) -> dict[str, 
     if isinstance(recipe, Recipe):
         resolved = parse_recipe(parse_overrides(words, recipe.model_dump(mode="json")))
     elif isinstance(recipe, str | os.PathLike):
-        resolved = load_recipe(os.fspath(recipe), words)
+        resolved = load_recipe(os.fspath(recipe), words, say)
     else:
         raise UserError(f"train takes the name or path of a recipe, or a Recipe, not {type(recipe).__name__}")
     return dict(folder=str(resolved.run_folder())) | trainer.train(resolved)
