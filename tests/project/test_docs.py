@@ -52,6 +52,7 @@ NOT_RUN = {
     "make gpu": "needs a GPU; test_gpu_command.py::test_a_dry_run_does_every_part_and_leaves_few_small_files",
     "python benchmarks/pack.py": "minutes; test_pack.py has a small set",
     "apt-get install": "changes the machine",
+    "eit train photos data.root=data/photos": "needs photos of tools/make_photos.py; test_train.py makes its own",
     "pip install": "changes the environment",
     "#!/bin/bash": "needs Slurm; its signal: test_signals.py::test_slurms_warning_saves_and_ends",
     "eit export runs/pets --int8": "may cost accuracy on so few images; "
