@@ -51,8 +51,8 @@ def train(
     if distributed.is_main():
         from eit.report.run import write_after_training
 
-        page = write_after_training(resolved, distributed.start(resolved.train.device))
         folder = str(resolved.run_folder())
+        page = write_after_training(Path(folder), distributed.start(resolved.train.device))
         print_result(
             summary | dict(folder=folder, report=page and str(page)), as_json, summary_text(summary, folder, page)
         )
