@@ -28,7 +28,7 @@ def curves_of_one_pixel():
     """For runs in this process: drawing curves and report took three quarters of the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "curves", lambda lines, file: Image.new("RGB", (1, 1)).save(file))
-        patch.setattr(report_of_run, "write_after_training", lambda recipe, device=None: None)
+        patch.setattr(report_of_run, "write_after_training", lambda run, device=None: None)
         yield
 
 

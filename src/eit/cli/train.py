@@ -140,15 +140,15 @@ def run(recipe: str, words: Sequence[str], baseline: bool, as_json: bool) -> Non
     if not distributed.is_main():
         return
     from eit.report.run import write_after_training
-    from eit.training.run_folder import read_recipe
 
-    trained = read_recipe(Path(summary["folder"]))  # with the values that were chosen from the data
-    page = write_after_training(trained, distributed.start(trained.train.device))
+    folder = Path(summary["folder"])
+    page = write_after_training(folder, distributed.start(resolved.train.device))
     summary["report"] = page and str(page)
     if baseline:
         from eit.training.baselines import measure_baselines
+        from eit.training.run_folder import read_recipe
 
-        summary["baselines"] = measure_baselines(trained)
+        summary["baselines"] = measure_baselines(read_recipe(folder))
     print_result(summary, as_json, summary_text(summary))
 
 

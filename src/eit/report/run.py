@@ -111,16 +111,17 @@ def write_report(
     return Report(file, advice, missing)
 
 
-def write_after_training(recipe: Recipe, device: torch.device | None = None) -> Path | None:
+def write_after_training(run: Path, device: torch.device | None = None) -> Path | None:
     """Write the page of a run that has ended, on rank 0 alone; its path, or None if there is none.
 
     A page that is newer than the run's summary stays. If the page cannot be made, one line says so: the run is saved.
     """
-    run = recipe.run_folder()
     page = run / NAME
-    if not recipe.train.report or not distributed.is_main():
+    if not distributed.is_main():
         return None
     try:
+        if not read_recipe(run).train.report:
+            return None
         if page.is_file() and page.stat().st_mtime >= (run / "summary.json").stat().st_mtime:
             return page
         with distributed.alone():
