@@ -400,10 +400,10 @@ def test_pushed_to_the_hub_and_back(home, hub, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["push", "runs/mine"], "give one of --repo USER/NAME, --to FOLDER and --space FOLDER"),
+        (["push", "runs/mine"], "give one of --repo USER/NAME, --to FOLDER and --space"),
         (
             ["push", "runs/mine", "--to", "x", "--repo", "me/x"],
-            "give one of --repo USER/NAME, --to FOLDER and --space FOLDER",
+            "give one of --repo USER/NAME, --to FOLDER and --space",
         ),
         (["push", "runs/mine", "--to", "x", "--private"], "--private is for --repo"),
         (["push", "runs/mine", "--to", "odd.png"], "--to odd.png cannot be written: odd.png is a file"),

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from eit.config import Recipe, load_recipe, parse_overrides, parse_recipe
+from eit.console import say
 from eit.errors import UserError
 from eit.training import trainer
 
