@@ -71,8 +71,8 @@ def processor(environment: dict) -> str:
 
 def runs() -> str:
     rows = []
-    for name in ("digits", "fashion_mnist"):
-        found = summaries(f"{name}/seed-*")
+    for name, pattern in (("digits", "/seed-*"), ("digits_in_the_wild", ""), ("fashion_mnist", "/seed-*")):
+        found = summaries(f"{name}{pattern}")
         (parameters,) = {s["params"] for s in found}
         minutes = statistics.median(s["seconds"] for s in found) / 60
         rows.append(
@@ -86,7 +86,9 @@ def runs() -> str:
             ]
         )
     head = "| recipe | seeds | parameters | last-epoch top-1, median (range) | best-epoch top-1 | training |"
-    return "\n".join([*table(head, rows), "", f"{machine('digits/seed-0')}."])
+    threads = json.loads((ROOT / "results" / "digits_in_the_wild" / "environment.json").read_text())["threads"]
+    note = f"{machine('digits/seed-0')}; digits_in_the_wild: {threads} thread, next to other work."
+    return "\n".join([*table(head, rows), "", note])
 
 
 def finetuning() -> str:
