@@ -93,7 +93,8 @@ def test_without_cuda_no_gpu_is_asked_for(monkeypatch, device):
 
 
 def test_the_keys_of_committed_records_stay():
-    now = environment(CPU) | dict(precision="fp32", compile="off", global_batch=1)  # which a run adds
+    of_run = dict(precision="fp32", compile="off", global_batch=1, step=0, earlier_starts=[])  # which a run adds
+    now = environment(CPU) | of_run
     records = list((ROOT / "results").rglob("environment.json"))
     assert records
     for record in records:

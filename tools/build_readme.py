@@ -378,14 +378,14 @@ def in_five_lines() -> str:
     judged = sum(verdict.p is not None for verdict in primary)
     lines = [
         f"EIT is ahead of ViT: {figure('eit')} against {figure('vit')}, CIFAR-10, {SETTING}.",
-        "In the published code the class token bypasses the convolution, which holds EIT back: without that update it "
-        f"has {figure('eit_zero')}, at no cost (`model.cls_conv=zero`).",
+        "In the published code the class token's own values stand in for its convolved channels, the same update for "
+        f"every image. Without that update EIT has {figure('eit_zero')}, at no cost (`model.cls_conv=zero`).",
         "The paper's lead over a constant half (LSRA) comes mostly from the same bypass: LSRA has "
         f"{figure('lsra_identity')} with it and {figure('lsra')} without.",
         "More high frequencies and more diverse heads do not explain it in our models: EIT has less of both than ViT "
         "([analysis](docs/analysis.md#three-models-on-cifar-10), one seed).",
-        f"{judged} of {len(primary)} primary claims have a verdict; the others wait for five runs on each of four data "
-        "sets.",
+        f"Of {len(primary)} primary claims {judged or 'none'} {'have' if judged > 1 else 'has'} a verdict yet: each needs "
+        "five runs of each model on all its data sets.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -205,14 +205,14 @@ def test_images_are_those_of_validation_or_all_below_a_folder(data):
     assert few.labels == [0, 0, 1, 2]  # evenly spaced
 
 
-def test_grey_models_and_colour_ones_stand_side_by_side(run, data):
-    """`digits` takes one channel of 8 pixels, the run three of 16."""
+def test_models_of_two_sizes_stand_side_by_side(run, data):
+    """`digits` takes 32 pixels, the run 16."""
     images = choose_images(str(data), 5, labelled=False)
     compared = compare(["digits", str(run)], images, torch.device("cpu"), Options())
     found = compared.measured
-    assert [one.analysis.image_size[0] for one in found] == [8, 8, 16, 16]
+    assert [one.analysis.image_size[0] for one in found] == [32, 32, 16, 16]
     assert [one.shown_images[0].image.shape for one in found if one.shown_images] == [
-        (8, 8, 3),
+        (32, 32, 3),
         (16, 16, 3),
     ]  # its own input
     assert len(found[0].image_maps) == 4 and not found[1].image_maps and len(compared.images) == 5

@@ -282,7 +282,7 @@ def test_class_folders_directly_inside_are_split(folder, share):
 def test_check_takes_class_folders_directly_inside(folder):
     report = check(str(folder / "train"), MAX_PIXELS)
     assert report["ok"] and {name: part["images"] for name, part in report["splits"].items()} == dict(train=28, val=8)
-    assert report["notes"][0].endswith("as eit finetune does; other recipes need data.val_fraction=0.2")
+    assert report["notes"][0].endswith("as eit finetune does; other recipes need a val/ folder")
     assert not check(str(folder / "train" / "digit0"), MAX_PIXELS)["ok"]
 
 

@@ -74,7 +74,7 @@ def test_experiments_of_one_another_are_refused(tmp_path, monkeypatch):
         ("measured.json", [], "measured.json is damaged: the whole file: "),
         ("measured.json", dict(trained=dict(share=[1, "b"])), "measured.json is damaged: trained.share"),
         ("summary.json", "{", "summary.json is damaged: "),
-        ("summary.json", dict(last_top1=float("nan")), "summary.json is damaged: last_top1: Input should be a finite"),
+        ("summary.json", dict(last_top1=float("nan")), "summary.json has NaN, which is not a number of JSON"),
         ("summary.json", dict(last_top1=99.0), "log.jsonl does not match summary.json"),
         ("log.jsonl", "{", "log.jsonl does not match summary.json"),
     ],

@@ -44,7 +44,8 @@ def test_an_old_run_continues_to_the_weights_that_the_old_version_reached(starte
 def test_an_old_run_that_has_ended_is_not_trained_again(tmp_path, capsys):
     shutil.copytree(OLD / "finished", tmp_path / "old")
     recipe = read_recipe(tmp_path / "old").model_copy(update=dict(out=str(tmp_path / "old")))
-    assert train(recipe) == json.loads((OLD / "finished" / "summary.json").read_text())
+    summary = json.loads((OLD / "finished" / "summary.json").read_text())
+    assert train(recipe) == summary | dict(folder=str(tmp_path / "old"))
     assert "is finished" in capsys.readouterr().err
 
 

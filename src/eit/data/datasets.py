@@ -299,7 +299,9 @@ def _split_each_class(labels: Sequence[int], val_fraction: float) -> tuple[list[
 def _folder(config: Data) -> Path:
     """`data.root` as a folder that is there; with `data.download`, filled first."""
     if not config.root:
-        raise UserError("data.root is not set: data.root=PATH, a folder with train/ and val/")
+        raise UserError(
+            "data.root is not set: give data.root=FOLDER, with one folder of images per class, or with train/ and val/ that have those"
+        )
     folder = Path(config.root).expanduser()
     if config.download:
         distributed.on_main(lambda: _fetch(config, folder))
@@ -371,7 +373,7 @@ def check(
         if config.val_fraction == AUTO:
             report["notes"].append(
                 f"the class folders are directly in {root}: a fifth of each is held out here, as eit finetune does; "
-                "other recipes need data.val_fraction=0.2"
+                "other recipes need a val/ folder"
             )
     except UserError as error:
         report["problems"].append(str(error))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from eit.config import Recipe
 from eit.errors import few, shorten
 from eit.inference.evaluate import Metrics
+from eit.training.run_folder import best_line
 
 
 @dataclass
@@ -140,7 +141,8 @@ def _end_below_best(facts: Facts) -> str | None:
     top1 = facts.series("val_top1")
     if facts.best - top1[-1] <= max(1.0, 2 * facts.error):
         return None
-    return f"Top-1 was {facts.best:.1f}% after epoch {top1.index(facts.best) + 1} and {top1[-1]:.1f}% at the end."
+    epoch = best_line(facts.log, facts.recipe)["epoch"] + 1
+    return f"Top-1 was {facts.best:.1f}% after epoch {epoch} and {top1[-1]:.1f}% at the end."
 
 
 def _few_training_images(facts: Facts) -> str | None:

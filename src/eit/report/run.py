@@ -24,7 +24,7 @@ from eit.inference.evaluation_data import evaluation_config, match_classes
 from eit.pages.render import Drawing, draw_inline, ink, preformatted, write_page
 from eit.report.advice import Advice, Facts, advise
 from eit.report.outcome import MISTAKES, Outcome, describe
-from eit.training.run_folder import read_log, read_recipe, read_summary
+from eit.training.run_folder import best_line, read_log, read_recipe, read_summary
 from eit.weights.load import load
 
 NAME = "report.html"
@@ -246,13 +246,8 @@ def _notes(parts: Parts, metrics: Metrics | None, model: Any) -> list[str]:
 # -- The run ----------------------------------------------------------------------------------------------------------
 
 
-def _best(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The line of the best epoch, the first if several are equal, as in summary.json."""
-    return max(log, key=lambda line: line["val_top1"])
-
-
 def _summary(run: Path, recipe: Recipe, log: Sequence[dict[str, Any]]) -> str:
-    best, last = _best(log), log[-1]
+    best, last = best_line(log, recipe), log[-1]
     text = (
         f"{recipe.model.name} ({recipe.model.family}) on {_data_name(recipe)}. Best top-1 "
         f"{best['val_top1']:.2f}% after epoch {best['epoch'] + 1}; {last['val_top1']:.2f}% after the last, "
@@ -270,7 +265,7 @@ def _data_name(recipe: Recipe) -> str:
 
 
 def _cards(run: Path, recipe: Recipe, log: Sequence[dict[str, Any]], metrics: Metrics | None) -> list[tuple[str, str]]:
-    best, last, summary = _best(log), log[-1], read_summary(run) or {}
+    best, last, summary = best_line(log, recipe), log[-1], read_summary(run) or {}
     cards = [
         ("best top-1", f"{best['val_top1']:.2f}%"),
         ("after epoch", f"{best['epoch'] + 1} of {recipe.train.epochs}"),
@@ -295,7 +290,7 @@ def _duration(seconds: float) -> str:
 
 
 def _curves(recipe: Recipe, log: Sequence[dict[str, Any]]) -> list[Drawing]:
-    best = _best(log)
+    best = best_line(log, recipe)
     marker = "." if len(log) < MARKER_EPOCHS else None
 
     def draw(series: Iterable[tuple[str, str, str]], label: str) -> Any:

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -298,6 +298,13 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         return summary
     except (OSError, ValueError):
         return None
+
+
+def best_line(log: Sequence[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+    """The line of the best epoch, as the trainer chooses it: top-1, then with `train.patience` the validation loss."""
+    if recipe.train.patience:
+        return max(log, key=lambda line: (line["val_top1"], -line["val_loss"]))
+    return max(log, key=lambda line: line["val_top1"])
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
