@@ -384,8 +384,8 @@ def in_five_lines() -> str:
         f"{figure('lsra_identity')} with it and {figure('lsra')} without.",
         "More high frequencies and more diverse heads do not explain it in our models: EIT has less of both than ViT "
         "([analysis](docs/analysis.md#three-models-on-cifar-10), one seed).",
-        f"Of {len(primary)} primary claims {judged or 'none'} {'have' if judged > 1 else 'has'} a verdict yet: each needs "
-        "five runs of each model on all its data sets.",
+        f"Of {len(primary)} primary claims {judged or 'none'} {'have' if judged > 1 else 'has'} a verdict yet: each "
+        "needs five runs of each model on all its data sets.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

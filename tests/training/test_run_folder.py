@@ -15,9 +15,10 @@ import yaml
 
 import eit
 from eit import UserError
+from eit.config import load_recipe
 from eit.training import run_folder
 from eit.training.checkpoint import saved_steps
-from eit.training.run_folder import RunFolder, read_log, read_summary
+from eit.training.run_folder import RunFolder, best_line, read_log, read_summary
 from eit.training.trainer import train
 from tests.helpers.training import log, recipe, train_until_killed
 
@@ -67,6 +68,14 @@ def test_curves_and_tensorboard_that_cannot_be_written_are_one_warning_each(fold
     assert said.count(f"tensorboard cannot be written ({fault}); training goes on") == 1
     with RunFolder(folder.parent / "run", recipe(folder)):
         pass
+
+
+@pytest.mark.parametrize(("patience", "best"), [(None, 1), (5, 2)])
+def test_the_best_line_of_a_log_is_the_best_epoch_of_the_trainer(patience, best):
+    """Epochs 1 and 2 have the same top-1."""
+    scores = [(50.0, 1.0), (80.0, 0.9), (80.0, 0.7), (60.0, 0.1)]
+    log = [dict(epoch=i, val_top1=top1, val_loss=loss) for i, (top1, loss) in enumerate(scores)]
+    assert best_line(log, load_recipe("digits", [f"train.patience={patience or 'null'}"]))["epoch"] == best
 
 
 def test_a_run_leaves_what_it_promises(folder, drawn_curves):

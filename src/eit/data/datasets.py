@@ -300,7 +300,8 @@ def _folder(config: Data) -> Path:
     """`data.root` as a folder that is there; with `data.download`, filled first."""
     if not config.root:
         raise UserError(
-            "data.root is not set: give data.root=FOLDER, with one folder of images per class, or with train/ and val/ that have those"
+            "data.root is not set: give data.root=FOLDER, with train/ and val/ that have one folder of images per "
+            "class; for the recipe photos these may be directly inside"
         )
     folder = Path(config.root).expanduser()
     if config.download:
