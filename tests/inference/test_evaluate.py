@@ -89,9 +89,9 @@ def random_rows(images=701, classes=9):
 def test_confusions_and_classes_agree_with_sklearn():
     rows = random_rows()
     metrics = evaluate(torch.nn.Identity(), rows)
-    predicted = rows.logits.argmax(dim=1)
-    assert metrics.confusion == confusion_matrix(rows.labels, predicted, labels=range(9)).tolist()
-    expected = precision_recall_fscore_support(rows.labels, predicted, labels=range(9), zero_division=np.nan)
+    truth, predicted = rows.labels.numpy(), rows.logits.argmax(dim=1).numpy()
+    assert metrics.confusion == confusion_matrix(truth, predicted, labels=range(9)).tolist()
+    expected = precision_recall_fscore_support(truth, predicted, labels=range(9), zero_division=np.nan)
     for i, found in enumerate(metrics.per_class.values()):
         own = [np.nan if found[key] is None else found[key] / 100 for key in ("precision", "top1", "f1")]
         assert own == pytest.approx([expected[k][i] for k in range(3)], nan_ok=True)

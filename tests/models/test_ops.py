@@ -197,6 +197,7 @@ def test_a_compiled_model_takes_batches_and_sizes_of_every_kind():
         logits.sum().backward()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="operators are counted as torch 2.14 leaves them")
 def test_a_compiled_block_is_one_graph_each_way_with_no_operators_more(avx512):
     graphs = []
 
