@@ -85,8 +85,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
         - `card`: an `eit.Card`, what the weights say of the model, its classes and its preprocessing
         - `predict(images, top=5)`: `eit.predict` with this model
-        - `transform(image)`: an image as `eit.predict` takes it -> a normalised tensor (channels, size, size), exactly
-          the pixels that `predict` uses, for a data set or a loop of your own; `torch.stack` makes a batch of several
+        - `transform(image)`: an image as `eit.predict` takes it -> the normalised tensor that `predict` uses
         - `pretrained_cfg`: the same for timm, as `timm.data.resolve_data_config` reads it (not of exported files)
 
     Raises:
