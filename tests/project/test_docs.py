@@ -54,6 +54,7 @@ NOT_RUN = {
     "apt-get install": "changes the machine",
     "eit train photos data.root=data/photos": "needs photos of tools/make_photos.py; test_train.py makes its own",
     "pip install": "changes the environment",
+    "uv venv": "changes the environment",
     "#!/bin/bash": "needs Slurm; its signal: test_signals.py::test_slurms_warning_saves_and_ends",
     "eit export runs/pets --int8": "may cost accuracy on so few images; "
     "test_exporter.py::test_int8_is_smaller_and_its_accuracy_is_measured",
