@@ -33,6 +33,7 @@ from eit.config import load_recipe, recipe_names
 from eit.data.prepare_imagenet import prepare_imagenet
 from eit.errors import UserError
 from eit.training.global_batch import out_of_memory_advice
+from eit.weights.load import sample_images
 from tests.data.test_layouts import RNG, write_idx, write_tiny_imagenet
 from tests.data.test_prepare_imagenet import good
 from tests.data.test_prepare_imagenet import write as write_archives
@@ -164,6 +165,7 @@ def world(tmp_path_factory):
     shutil.copytree(pets / "val", world / "more-pets")
     shutil.copytree(pets / "val" / "cat", world / "photos")
     shutil.copy(pets / "train" / "cat" / "001.jpg", world / "cat.jpg")
+    shutil.copy(sample_images("digits")[-1], world / "7.png")
     save_digits(world / "cars", train=4, val=2)
     prepare_imagenet(write_archives(good(), world / "DOWNLOADS"), world / "imagenet")
     write_tiny_imagenet(world / "tiny-imagenet-200")
