@@ -4,9 +4,12 @@ import pytest
 
 import eit
 from eit.config import Data
+from eit.data.datasets import DIGITS
 from eit.data.images import Images
 from eit.data.timm_datasets import ImageStream
+from eit.errors import UserError
 from eit.inference.evaluation_data import evaluation_config, match_classes
+from eit.weights.load import read_card
 from tests.weights.test_load import card
 
 GUESSED = ("classes", "mean")
@@ -82,3 +85,14 @@ def test_a_data_set_that_is_on_another_machine_asks_for_data(tmp_path, monkeypat
     with pytest.raises(eit.UserError, match=f"{root}, is not here: give --data PATH"):
         evaluation_config(card(recipe=dict(data=dict(root=root))))
     assert evaluation_config(card(recipe=dict(data=dict(root=root))), "pets").root == "pets"
+
+
+def test_the_included_digits_are_evaluated_on_scans_if_their_own_folder_is_not_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = read_card("digits")
+    assert evaluation_config(own).root == DIGITS and "were not trained on" in capsys.readouterr().err
+    (tmp_path / "digits_in_the_wild").mkdir()
+    assert evaluation_config(own).root == "digits_in_the_wild" and not capsys.readouterr().err
+    other = own.model_copy(update=dict(recipe=own.recipe | dict(data=own.recipe["data"] | dict(root="gone"))))
+    with pytest.raises(UserError, match="gone, is not here: give --data PATH"):
+        evaluation_config(other)

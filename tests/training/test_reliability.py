@@ -195,7 +195,7 @@ def test_torchrun_says_which_rank_died(tmp_path):
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_the_weights_are_the_same(tmp_path):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    words = ["train", "digits", *FIVE]
+    words = ["train", "digits", *LONG, *FIVE]
     assert run_eit(*words, cwd=tmp_path / "whole", ranks=2, torchrun=True).returncode == 0
     with long_run(tmp_path / "broken", *FIVE, ranks=2, options=["--max-restarts=3"]) as process:
         ranks = [pid for pid in children(process.pid) if b"eit" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -14,6 +14,7 @@ from eit.errors import UserError, few
 from eit.weights.card import Card
 
 ImageSet = TypeVar("ImageSet", bound=AnyImages)
+IN_THE_WILD = "digits_in_the_wild"  # the folder of tools/make_digits.py, which has the other digits of scikit-learn
 
 
 def evaluation_config(
@@ -50,7 +51,12 @@ def evaluation_config(
         if not own.get("root"):
             raise UserError("these weights do not name a data set: give --data PATH")
         if own["root"] != DIGITS and not own.get("dataset") and not Path(str(own["root"])).expanduser().is_dir():
-            raise UserError(f"the data set that these weights name, {own['root']}, is not here: give --data PATH")
+            if own["root"] != IN_THE_WILD:
+                raise UserError(f"the data set that these weights name, {own['root']}, is not here: give --data PATH")
+            say(
+                f"{IN_THE_WILD}/ is not here: these are the digits of scikit-learn that the weights were not trained on"
+            )
+            given["root"] = DIGITS
     share, folder = own.get("val_fraction"), Path(data or "").expanduser()
     if data and share and folder.is_dir() and is_class_folder(folder, True) and not _is_same(folder, own.get("root")):
         share = None
