@@ -247,7 +247,7 @@ def test_an_example_gives_classes_and_layers(visit, width, scheme):
     assert page.locator(".eit-overview").count() == 2  # of two models
     assert page.locator("[data-testid=label-output-value], .output-class").count() >= 2
     assert page.get_by_text("<b>two</b>").is_visible()  # a title is text
-    assert page.locator("details").count() == 10 and page.locator(".eit-map").count() == 2 * (4 + 4 * 4)
+    assert page.locator("details").count() == 2 * (1 + 5) and page.locator(".eit-map").count() == 2 * (5 + 5 * 4)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     found = page.evaluate(CONTRAST)
     assert len(found) > 20 and [one for one in found if one[1] < 4.5] == []
