@@ -296,6 +296,7 @@ def test_a_photo_is_taken_with_the_camera(visit):
     page = visit()
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("[...document.querySelectorAll('video')].some(v => v.videoWidth > 0 && v.currentTime > 0)")
     page.get_by_label("capture photo").click()
     page.locator(".eit-overview").first.wait_for()
 
