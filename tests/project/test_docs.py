@@ -102,7 +102,7 @@ ALONE = dict(
     TORCH_HOME="cache",
 )
 # Of blocks with this code, a part of what they print
-PRINTED = {"print(found.image, found.labels)": "cat.jpg [('", "field.shape": "torch.Size([4, 4]) (8, 8)"}
+PRINTED = {"print(found.image, found.labels)": "cat.jpg [('", "field.shape": "torch.Size([5, 5]) (8, 8)"}
 TINY_MODEL = [word for word in TINY if word.startswith("model.")]
 FEW = ["data.image_size=16", "data.batch_size=8", "data.workers=0", "train.epochs=1", "train.warmup_epochs=0"]
 
