@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     recorded = distributed.on_main(lambda: resumable_recipe(typed.run_folder()))
     resolved = resolve_architecture(typed, None if recorded is None else recorded.model)
     train_images, val_images = open_data(resolved.data)
-    data = f"{train_images.digest()} {val_images.digest()}"
+    data = f"{train_images.digest()} {val_images.digest()}"  # of a million names: once
     own, recorded = distributed.on_main(lambda: find_own_run(resolved, recorded, data))
     recipe = resolve_choices(own, recorded, train_images, val_images, device, precision)
     classes = train_images.classes
@@ -184,7 +184,7 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
         distillation=distillation,
         card=make_card(recipe, view, classes),
     )
-    prepared.progress.fixed = fixed_properties(prepared)
+    prepared.progress.fixed = fixed_properties(prepared, data)
     if len(set(distributed.gather(prepared.progress.fixed["data"]))) > 1:
         raise UserError(f"the ranks see different data at {recipe.data.root}: names or labels differ")
     facts = dict(prepared.progress.fixed)
@@ -205,10 +205,9 @@ def start_facts(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key not in ("out", "data.root", "data.workers")} | versions()
 
 
-def fixed_properties(prepared: Prepared) -> dict[str, Any]:
-    """What a continued run must share with its checkpoint besides the recipe."""
+def fixed_properties(prepared: Prepared, data: str) -> dict[str, Any]:
+    """What a continued run must share with its checkpoint besides the recipe. `data` is the digest of the images."""
     order, loader = prepared.order, prepared.loader
-    data = f"{prepared.train_images.digest()} {prepared.val_images.digest()}"
     fixed: dict[str, Any] = dict(data=data, global_batch=order.global_batch)
     # Not of the validation images, one of which may have to be repaired before the run can go on
     fixed["training data (sizes and a sample of the content)"] = prepared.train_images.content_digest()
