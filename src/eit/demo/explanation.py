@@ -1,26 +1,22 @@
 """What a model makes of one picture: likely classes, attention of its class token, frequencies of its layers."""
 
-import base64
-import io
 import math
 import threading
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
 from eit.analysis.frequency import RHO, Frequency, FrequencyMeter
 from eit.analysis.hooks import AttentionCall, CannotMeasure, Tokens, layers_of, watch
 from eit.data.images import normalise
-from eit.errors import UserError, printable
+from eit.errors import UserError
 from eit.inference.evaluate import evaluation_mode
 from eit.inference.exported_models import ExportedModel
+from eit.pages.render import picture_address, render
 from eit.precision import float32_products
 from eit.weights.card import Card
 
@@ -131,25 +127,19 @@ def to_html(explanation: Explanation) -> str:
     """The layers as a fragment of a page; every text in it is escaped."""
     view = explanation.view
     picture = Image.fromarray(view[..., 0] if view.shape[2] == 1 else view)
-    return _template().render(
-        view=_data_uri(picture),
-        grey=_data_uri(picture.convert("L")),
+    return render(
+        "demo/explanation.html.j2",
+        view=picture_address(picture),
+        grey=picture_address(picture.convert("L")),
         size=f"{view.shape[1]}x{view.shape[0]}",
         layers=explanation.layers,
         with_heads=[layer for layer in explanation.layers if layer.heads is not None],
-        missing=[printable(line) for line in explanation.missing],
+        missing=explanation.missing,
         rho=RHO,
         mean=lambda layer: _heat(layer.heads.mean(dim=0)),
         heat=_heat,
         sqrt2=math.sqrt(2),
-    )
-
-
-@cache
-def _template() -> Any:
-    text = resources.files("eit.demo").joinpath("explanation.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text)
+    ).decode()
 
 
 def _heat(attention: Tensor) -> str:
@@ -157,10 +147,4 @@ def _heat(attention: Tensor) -> str:
     import matplotlib  # late: where it keeps its files is settled when the page is opened
 
     scaled = (attention / attention.max().clamp(min=torch.finfo(attention.dtype).tiny)).numpy()
-    return _data_uri(Image.fromarray(matplotlib.colormaps["inferno"](scaled, alpha=OPACITY, bytes=True)))
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return picture_address(Image.fromarray(matplotlib.colormaps["inferno"](scaled, alpha=OPACITY, bytes=True)))

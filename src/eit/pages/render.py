@@ -5,6 +5,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,12 @@ def render(template: str, **values: Any) -> bytes:
     Text is escaped, and put in one line without control characters (`printable`), whatever it holds; only `Markup` is
     taken as it is.
     """
-    environment = Environment(
+    return _environment().get_template(template).render(version=__version__, **values).encode(errors="replace")
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("eit", ""),
         autoescape=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
@@ -35,7 +41,6 @@ def render(template: str, **values: Any) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(version=__version__, **values).encode(errors="replace")
 
 
 def write_page(file: Path, template: str, **values: Any) -> None:
@@ -134,6 +139,11 @@ def picture(pixels: Any, exact: bool = False) -> str:
     kind = "png" if exact or max(image.size) <= SMALL else "jpeg"
     if kind == "jpeg":
         image.thumbnail((SHOWN, SHOWN))
+    return picture_address(image, kind)
+
+
+def picture_address(image: Any, kind: str = "png") -> str:
+    """The address of a PIL image inside the page."""
     content = io.BytesIO()
     image.save(content, kind, quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
