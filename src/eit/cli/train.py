@@ -114,9 +114,7 @@ def _words(
         if value is None:
             continue
         if other := next((word for word in words if word.startswith(f"{key}=")), None):
-            raise UserError(
-                f"{option if data != value or option != '--data' else value} and {other}: give one of the two"
-            )
+            raise UserError(f"{value if option == '--data' else option} and {other}: give one of the two")
         words.append(f"{key}={value}")
     return words
 

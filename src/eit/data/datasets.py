@@ -199,7 +199,7 @@ def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path |
     Raises:
         UserError: no such folder, no images there, or a stream of images.
     """
-    divided = config.model_copy(update=dict(val_fraction=config.val_fraction or 0.2))
+    divided = config.model_copy(update=dict(val_fraction=config.val_fraction or AUTO_SHARE))
     if config.root == DIGITS or _is_timms(config):
         images = _open(divided)[part == "val"]
     elif (pair := read_layout(root := _folder(config), config.max_pixels, config.dataset)) is not None:

@@ -24,7 +24,7 @@ from eit.errors import UserError, printable, shorten
 from eit.files import temporary_folder
 from eit.inference.exported_models import import_runtime, load
 from eit.weights.card import Card
-from eit.weights.load import INCLUDED
+from eit.weights.load import FOR, INCLUDED
 
 PORTS = 7860, 7959  # tried one after the other if none is given
 MOST_BYTES = 20 << 20  # of an upload
@@ -90,7 +90,11 @@ def open_page(
     for name in ("no_proxy", "NO_PROXY"):  # a proxy would be asked for the page's own address
         environment[name] = ",".join(filter(None, (os.environ.get(name), LOCAL, "localhost")))
     side_by_side = bool(names)
-    titled = names if isinstance(names, Mapping) else {name: name for name in names or _included()}
+    titled = (
+        names
+        if isinstance(names, Mapping)
+        else {name: name for name in names or [name for name in FOR if name in INCLUDED]}
+    )
     models = {title: load(name).to(device) for title, name in titled.items()}
     with _environment(environment):
         import_runtime("gradio", "eit demo", "demo")
@@ -145,15 +149,6 @@ def _check_address(host: str, port: int | None) -> None:
             raise UserError(f"--port {port} of {host} is taken: give another one") from None
         what = f"--host {host}" + (f" --port {port}" if port else "")
         raise UserError(f"{what}: {error.strerror}; give an address of this machine, such as {LOCAL}") from None
-
-
-def _included() -> list[str]:
-    """The first name of each included weights file."""
-    names: dict[Path, str] = {}
-    for name, file in INCLUDED.items():
-        if file.is_file():
-            names.setdefault(file, name)
-    return list(names.values())
 
 
 def _is_local(host: str) -> bool:
@@ -251,7 +246,7 @@ def read_picture(value: Any, card: Any, folder: Path, max_pixels: int | None) ->
     """The decoded picture of what a browser sent: the description of a file that was uploaded into `folder`.
 
     Raises:
-        Refused: it is no uploaded file, has too many bytes or pixels, or cannot be decoded.
+        Refused: it is not an uploaded file, has too many bytes or pixels, or cannot be decoded.
     """
     path, name = (value.get(key) if isinstance(value, dict) else None for key in ("path", "orig_name"))
     if not isinstance(path, str) or not (file := Path(path).resolve()).is_relative_to(folder.resolve()):
