@@ -125,8 +125,6 @@ def evaluate(
     from eit.inference.exported_models import load
     from eit.memory import keep_freed
     from eit.precision import resolve_precision
-    from eit.report.mistakes import write_mistakes
-    from eit.report.outcome import MISTAKES
 
     keep_freed()
     used_device = distributed.start(device_for(checkpoint, device))
@@ -141,10 +139,15 @@ def evaluate(
     images = match_classes(model.card, open_evaluation(config))
     model = model.to(used_device)
     batch = min(batch_size or 0, len(images)) or evaluation_batch_size(64, len(images), used_device)
+    kept = 0
+    if page:
+        from eit.report.outcome import MISTAKES
+
+        kept = MISTAKES
     results = []
     for (size, ratio), view in make_views(model.card.view, sizes or (), crop_ratios or ()).items():
         loader = evaluation_loader(images, view, batch, workers, used_device)
-        metrics = run(model, loader, used_precision, flip, MISTAKES if page else 0)
+        metrics = run(model, loader, used_precision, flip, kept)
         results.append((dict(size=size, resize=view.resize, crop_ratio=ratio), metrics))
     if distributed.is_main():
         settings = dict(checkpoint=checkpoint, data=config.root, precision=used_precision, flip=flip)
@@ -152,6 +155,8 @@ def evaluate(
         if matrix:
             write_confusion(matrix, metrics.confusion, list(metrics.per_class))
         if page:
+            from eit.report.mistakes import write_mistakes
+
             write_mistakes(page, model, metrics, images, view, settings, shlex.join(["eit", *sys.argv[1:]]))
 
 
