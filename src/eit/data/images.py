@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import IO, Any, Literal, Protocol
@@ -496,6 +496,20 @@ class Images:
         with ThreadPoolExecutor(32) as pool:  # network disks answer slowly, but many at a time
             parts = [self.sources[start : start + 4096] for start in range(0, len(self), 4096)]
             return [size for part in pool.map(lambda part: [_size(source) for source in part], parts) for size in part]
+
+    def pixel_sizes(self, most: int) -> list[tuple[int, int]]:
+        """(width, height) as stored, of at most `most` images, evenly spaced. Only headers of files are read."""
+        sizes: list[tuple[int, int]] = []
+
+        def look(image: Image.Image, channels: int) -> Image.Image:
+            sizes.append(image.size)
+            return Image.new("L", (1, 1))
+
+        sample = self.evenly(most)
+        for index in range(len(sample)):
+            with suppress(UnreadableImage):
+                sample.read(index, 3, look)
+        return sizes
 
     def digest(self) -> str:
         """A hash of classes, names and labels: two processes with the same one see the same data."""

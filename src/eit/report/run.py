@@ -9,13 +9,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from PIL import Image
 
 from eit import distributed
 from eit.config import Recipe, changes
 from eit.console import quiet, say
 from eit.data.datasets import DIGITS, open_data, open_evaluation
-from eit.data.images import Images, UnreadableImage
+from eit.data.images import Images
 from eit.data.loaders import evaluation_batch_size, evaluation_loader
 from eit.errors import UserError, first_line
 from eit.files import read_json
@@ -198,18 +197,7 @@ def _count_table(facts: Facts) -> list[list[str]]:
 
 def _sizes(part: str, images: Images) -> str:
     """Sizes of a sample of the images, as they are stored. Only their headers are read."""
-    sizes: list[tuple[int, int]] = []
-
-    def look(image: Image.Image, channels: int) -> Image.Image:
-        sizes.append(image.size)
-        return Image.new("L", (1, 1))
-
-    sample = images.evenly(SIZED)
-    for index in range(len(sample)):
-        try:
-            sample.read(index, 3, look)
-        except UnreadableImage:
-            continue
+    sizes = images.pixel_sizes(SIZED)
     about = f"{len(images):,} {part} images"
     if not sizes:
         return about

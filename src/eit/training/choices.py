@@ -18,7 +18,7 @@ from eit import distributed
 from eit.config import AUTO, Recipe, differences, is_extended
 from eit.console import say
 from eit.data.datasets import AnyImages
-from eit.data.images import Images, UnreadableImage
+from eit.data.images import Images
 from eit.errors import UserError, few, is_out_of_memory
 from eit.models.registry import TIMM
 from eit.precision import Precision, autocast
@@ -144,22 +144,12 @@ def _image_size(recipe: Recipe, train: AnyImages, *_: Any) -> Choice:
         return size, f"image size {size}, that of {model.name}"
     if isinstance(model.pretrained, str) and (card := read_card(model.pretrained)) is not None:
         return card.size, f"image size {card.size}, at which the weights {model.pretrained} were trained"
-    sides = _short_sides(train.evenly(SAMPLE)) if isinstance(train, Images) else []
+    sides = [min(size) for size in train.pixel_sizes(SAMPLE)] if isinstance(train, Images) else []
     if not sides:
         raise UserError("data.image_size=auto needs images that can be read in any order: set a number, such as 64")
     side = median(sides)
     size = max(size for size, least in SIZES.items() if side >= least)
     return size, f"image size {size}, from images of {side:.0f} pixels (median of the shorter side)"
-
-
-def _short_sides(images: Images) -> list[int]:
-    sides = []
-    for index in range(len(images)):
-        try:
-            images.read(index, 3, examine=lambda image: sides.append(min(image.size)))
-        except UnreadableImage:
-            continue
-    return sides
 
 
 def _statistics(name: str) -> Callable[..., Choice]:
