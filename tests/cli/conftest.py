@@ -2,6 +2,7 @@
 
 import pytest
 
+from eit.cli import output
 from tests.helpers.commands import run_eit
 from tests.helpers.images import save_digits
 from tests.helpers.training import TINY
@@ -32,3 +33,9 @@ def assert_mistake(folder, words, said):
     assert error.startswith("eit: ") and "\n" not in error
     assert not [part for part in said if part not in error], error
     assert not any(folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def no_options(monkeypatch):
+    """A command that a test before ran in this process has left its options, which errors would name."""
+    monkeypatch.setattr(output, "_options", set())
