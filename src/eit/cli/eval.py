@@ -17,7 +17,7 @@ from eit.cli.options import (
     Workers,
     device_for,
     file_to_write,
-    page_to_write,
+    named_file,
 )
 from eit.cli.output import print_table
 from eit.errors import UserError
@@ -111,7 +111,7 @@ def evaluate(
     sizes and crop ratios, each size is measured with each ratio.
     """
     matrix = file_to_write(confusion, "--confusion", ".csv") if confusion else None
-    page = page_to_write(mistakes, "--mistakes") if mistakes else None
+    page = named_file(mistakes, "--mistakes", ".html") if mistakes else None
     views = len(set(sizes or [0])) * len(set(crop_ratios or [0]))
     if views > 1 and (given := f"--confusion {confusion}" if matrix else f"--mistakes {mistakes}" if page else ""):
         raise UserError(f"{given} holds one size and crop ratio, {views} combinations are given: give one of each")

@@ -145,25 +145,22 @@ def file_to_write(name: str, option: str, also: str | None = None) -> Path:
     """
     from eit.plots import PICTURES
 
-    return _file_to_write(name, option, [*PICTURES, *([also] if also else [])])
-
-
-def page_to_write(name: str, option: str) -> Path:
-    """The same for a page, .html."""
-    return _file_to_write(name, option, [".html"])
-
-
-def _file_to_write(name: str, option: str, known: list[str]) -> Path:
-    _check_named(name, option)
-    file = Path(name)
-    if file.suffix.lower() not in known:
-        endings = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
-        raise UserError(f"{option} {name}: give a file name that ends in {endings}")
-    if file.suffix.lower() not in (".csv", ".html"):
+    file = named_file(name, option, *PICTURES, *([also] if also else []))
+    if file.suffix.lower() in PICTURES:
         try:
             importlib.import_module("matplotlib")
         except Exception as error:  # of its settings, such as MPLBACKEND
             raise UserError(f"{option} {name}: Matplotlib cannot be imported: {shorten(str(error), 120)}") from None
+    return file
+
+
+def named_file(name: str, option: str, *endings: str) -> Path:
+    """The path of a file with one of these `endings`, in a folder that exists. Raises a UserError for another one."""
+    _check_named(name, option)
+    file = Path(name)
+    if file.suffix.lower() not in endings:
+        known = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise UserError(f"{option} {name}: give a file name that ends in {known}")
     if not file.parent.is_dir():
         raise UserError(f"{option} {name}: there is no folder {file.parent}; make it, or give another one")
     return file

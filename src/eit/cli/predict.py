@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eit.cli.options import Checkpoint, Device, MaxPixels, device_for
+from eit.cli.options import Checkpoint, Device, MaxPixels, device_for, named_file
 from eit.cli.output import name_options, print_error
 from eit.errors import UserError, printable
 from eit.files import expand_path, text_lines
@@ -103,12 +103,9 @@ def json_line(prediction: "Prediction") -> str:
 
 def table_to_write(name: str) -> Path:
     """The file of --out: its ending and its folder are checked before anything is computed."""
-    file = Path(name)
-    if file.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"--out {name}: give a file name that ends in .csv or .jsonl")
-    if not file.parent.is_dir() or file.is_dir():
-        reason = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}; make it"
-        raise UserError(f"--out {name}: {reason}, or give another name")
+    file = named_file(name, "--out", ".csv", ".jsonl")
+    if file.is_dir():
+        raise UserError(f"--out {name}: it is a folder; give another name")
     return file
 
 

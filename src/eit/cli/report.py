@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eit.cli.options import Device, Json, page_to_write, start_alone
+from eit.cli.options import Device, Json, named_file, start_alone
 from eit.errors import printable
 from eit.files import expand_path
 
@@ -43,7 +43,7 @@ def report(
     It also has confusions, calibration, data, recipe and machine. The page is one file that needs no
     other. eit train writes it too, unless train.report=false.
     """
-    file = page_to_write(out, "--out") if out else None
+    file = named_file(out, "--out", ".html") if out else None
     from eit.report.run import write_report
 
     written = write_report(Path(run), file, data, images, start_alone(device, "eit report"))
