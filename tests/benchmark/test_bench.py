@@ -133,7 +133,7 @@ def test_runtimes_batches_and_modes_are_measured(monkeypatch):
     assert [(r.arm.label, r.arm.runtime, r.arm.mode, r.arm.batch) for r in record.rows] == expected
     assert compiled == [False] * 3 and not record.left_out
     assert all(len(r.seconds) == 2 and min(r.seconds) > 0 and r.share > 0 and r.memory is None for r in record.rows)
-    assert {r.arm.mode: r.macs for r in record.rows} == dict(infer=2968000, train=3 * 2968000 - 8 * 8 * 64 * 27)
+    assert {r.arm.mode: r.macs for r in record.rows} == dict(infer=23957760, train=3 * 23957760 - 16 * 16 * 80 * 75)
 
 
 def test_a_training_step_trains():
@@ -241,9 +241,9 @@ def test_json_chart_and_memory(tmp_path):
     [row] = shown["rows"]
     flops = 2 * row["macs"] * row["batch"]
     assert row["share_of_peak"] == pytest.approx(flops / row["median_s"] / shown["peaks"]["fp32"]["flops_per_s"])
-    # The MLPs alone keep 16 x (1 + 16 x 16) tokens of 256 channels before and after GELU, in four layers
+    # The MLPs alone keep 16 x (1 + 8 x 8) tokens of 320 channels before and after GELU, in five layers
     if memory.is_measurable(CPU):
-        least = 4 * 2 * 16 * 257 * 256 * 4
+        least = 5 * 2 * 16 * 65 * 320 * 4
         assert least < row["peak_memory_bytes"] < 4 * least
     assert Image.open(tmp_path / "bars.png").width > 500
 

@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from PIL import Image
 import eit
 from eit.demo.page import LimitBody, open_page
 from eit.errors import UserError
-from eit.weights.load import INCLUDED
 from tests.cli.conftest import failed
 from tests.helpers.commands import Running
 from tests.helpers.shared import require
@@ -32,7 +30,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")  # a moving disc
-ROOT = Path(__file__).parents[2]
 
 
 def free_port():
@@ -140,17 +137,18 @@ def test_a_program_gets_the_predictions_of_eit_predict(served, pictures):
 
 
 @pytest.mark.project
-def test_without_names_one_of_the_included_weights_is_chosen(pictures, tmp_path, monkeypatch):
+def test_without_names_one_of_the_included_weights_is_chosen(pictures, tmp_path):
     require(find_spec("gradio") is not None, "gradio is not installed: pip install 'eit[demo]'")
     from gradio_client import Client, handle_file
 
-    monkeypatch.setitem(INCLUDED, "cifar", ROOT / "results" / "analysis" / "eit" / "best.safetensors")
     with open_page((), tmp_path, port=free_port()) as address:
         client = Client(address, verbose=False)
-        for words, expected in (([], "digits"), (["digits"], "digits"), (["cifar"], INCLUDED["cifar"])):
+        for words, expected in (([], "digits"), (["digits"], "digits"), (["cifar10"], "cifar10")):
             status, label, _ = client.predict(handle_file(pictures / "good.png"), *words, api_name="/predict")
             (predicted,) = eit.predict(expected, pictures / "good.png")
             assert status == "" and label["label"] == predicted.labels[0][0]
+        status, label, _ = client.predict(handle_file(pictures / "good.png"), "owls", api_name="/predict")
+        assert "owls is none of the models here: digits, cifar10" in status and "label" not in label
 
 
 @pytest.mark.project

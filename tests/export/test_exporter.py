@@ -257,7 +257,7 @@ def test_int8_is_smaller_and_its_accuracy_is_measured(home, form):
     parity = Parity(**report["parity"])
     text = export_text(Export(**report | dict(parity=parity, int8=Int8(**found))), load("digits").card)
     assert f"int8: top-1 {found['top1']:.2f}%, fp32 98.61%, on 360 images" in text
-    assert "before int8: " in text and "top-1 equal on 8 photos at 8x8 and 13x18" in text
+    assert "before int8: " in text and "top-1 equal on 8 photos at 32x32 and 41x52" in text
 
 
 def test_int8_ranges_come_from_the_training_images_or_a_plain_folder(home, tmp_path):

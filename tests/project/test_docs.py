@@ -75,6 +75,9 @@ NOT_RUN = {
     "test_tables.py::test_tables_come_from_results_alone_without_weights",
     "eit reproduce again": "after a run; test_runs.py::test_a_run_again_is_identical_or_within_the_spread",
     "eit reproduce curve": "after days; test_published.py::test_a_run_is_compared_epoch_by_epoch",
+    "python tools/make_digits.py": "needs 40 packages of fonts",
+    "eit train digits_in_the_wild": "hours; its result: test_digits.py",
+    "python tools/include_digits.py": "after hours; its result: test_digits.py",
     "python tools/release_weights.py": "after hours; test_tables.py::test_weights_are_prepared_for_a_release",
     "eit train cifar100 data.root=data data.download=true": "downloads; "
     "test_layouts.py::test_downloads_go_to_torchvision",

@@ -184,13 +184,15 @@ def _build(models: dict[str, Any], side_by_side: bool, folder: Path, max_pixels:
 
     def show(value: Any, chosen: str | None) -> list[Any]:
         """The outputs for a picture, as the page sends it: status, picture, then labels and layers of each column."""
-        columns = [models[name] for name in (names if side_by_side else [chosen if chosen in models else names[0]])]
+        columns = names if side_by_side else [chosen or names[0]]
         if value is None:
             return ["", None, *[None, ""] * len(columns)]
         outputs: list[Any] = []
         try:
-            for model in columns:
-                outputs += _answer(model, value, folder, max_pixels)
+            for name in columns:
+                if name not in models:
+                    raise Refused(f"{shorten(name, 60)} is none of the models here: {', '.join(names)}")
+                outputs += _answer(models[name], value, folder, max_pixels)
         except UserError as error:
             return [_alert(str(error)), None, *[None, ""] * len(columns)]
         return ["", value, *outputs]
