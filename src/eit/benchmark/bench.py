@@ -309,7 +309,8 @@ def _why_not(runtime: str, precision: Precision) -> str | None:
 
 def macs_of(arm: Arm, model: Any) -> int:
     input_size = (model.card.in_chans, model.card.size, model.card.size)
-    return training_macs(model, input_size) if arm.mode == "train" else complexity(model, input_size).macs
+    network = make_naive(model) if arm.naive else model
+    return training_macs(network, input_size) if arm.mode == "train" else complexity(network, input_size).logits_macs
 
 
 # -- Steps ------------------------------------------------------------------------------------------------------------

@@ -48,14 +48,13 @@ def list_all(
         (
             r["name"],
             f"{r['params']:,}",
-            f"{r['macs'] / 1e9:.3f} G",
-            f"{r['published_macs'] / 1e9:.3f} G",
+            *(f"{r[key] / 1e9:.3f} G" for key in ("macs", "logits_macs", "published_macs")),
             str(r["tokens"]),
             *("-" if r[key] is None else f"{r[key]}%" for key in ("published_top1", "published_top5")),
         )
         for r in rows
     ]
-    head = ("model", "parameters", "MACs", "paper's FLOPs", "tokens", "top-1", "top-5")
+    head = ("model", "parameters", "MACs", "for logits", "paper's FLOPs", "tokens", "top-1", "top-5")
     if markdown:
         print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)))
         return
@@ -152,7 +151,8 @@ def weights_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 def print_legend() -> None:
     print(
-        "MACs: multiply-accumulates of one 224x224 image. paper's FLOPs: as the paper counts (no attention products,\n"
+        "MACs: multiply-accumulates of one 224x224 image. for logits: those that model(images) computes, which leaves\n"
+        "out what the head does not read. paper's FLOPs: as the paper counts (no attention products,\n"
         "but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus has no\n"
         "published results."
     )

@@ -17,12 +17,14 @@ class Complexity:
     Attributes:
         params: number of parameters.
         macs: multiply-accumulates of all matrix products and convolutions, for one image.
+        logits_macs: those that `model(images)` computes: without tokens of the last layer that the head does not read.
         published_macs: the paper's "FLOPs": without the two attention products, but with the stem's bias, the
             max-pool's inputs and 2 per LayerNorm element.
     """
 
     params: int
     macs: int
+    logits_macs: int
     published_macs: int
 
 
@@ -36,10 +38,11 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     Examples:
         >>> from eit import create_model
         >>> complexity(create_model("eit_mini"))
-        Complexity(params=3512750, macs=1926348500, published_macs=1733398000)
+        Complexity(params=3512750, macs=1926348500, logits_macs=1591886500, published_macs=1733398000)
     """
     params = sum(p.numel() for p in model.parameters())
     twin = copy.deepcopy(model).to("meta").eval()
+    images = torch.empty(1, *input_size, device="meta")
     extras = 0
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -51,20 +54,26 @@ def complexity(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
         elif isinstance(module, nn.Conv2d) and module.bias is not None:
             extras += output.numel()
 
+    logits_flops = _flops(twin, images)
     for module in twin.modules():
-        module.register_forward_hook(count)
+        module.register_forward_hook(count)  # with hooks, the model computes all tokens
+    flops = _flops(twin, images)
+    attention = flops.get(torch.ops.aten.bmm, 0)
+    total = sum(flops.values())
+    return Complexity(params, total // 2, sum(logits_flops.values()) // 2, (total - attention) // 2 + extras)
+
+
+def _flops(model: nn.Module, images: Tensor) -> dict[Any, int]:
     # The math kernel uses batched products, which the counter distinguishes from the linear layers.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        twin(torch.empty(1, *input_size, device="meta"))
-    flops = counter.get_flop_counts()["Global"]
-    attention = flops.get(torch.ops.aten.bmm, 0)
-    return Complexity(params, sum(flops.values()) // 2, (sum(flops.values()) - attention) // 2 + extras)
+        model(images)
+    return counter.get_flop_counts()["Global"]
 
 
 def training_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> int:
     """Multiply-accumulates of a training step for one image: forward pass, gradients of inputs and of weights.
 
-    Three times `Complexity.macs`, without the gradient of the image, which is not needed.
+    Three times `Complexity.logits_macs`, without the gradient of the image, which is not needed.
     """
     reading = 0
     twin = copy.deepcopy(model).to("meta").eval().requires_grad_()
@@ -78,4 +87,4 @@ def training_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(count)
     twin(torch.empty(1, *input_size, device="meta"))
-    return 3 * complexity(model, input_size).macs - reading
+    return 3 * complexity(model, input_size).logits_macs - reading

@@ -8,7 +8,7 @@ Legend of the shape comments: B batch, N tokens (class token first), C channels,
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +209,12 @@ class ConvAttention(nn.Module):
         x = ops.attention(q, k, v, dropout)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, H, N, D) -> (B, N, H*D)
 
+    def attend_token(self, x: Tensor) -> Tensor:
+        """The class token of `attend`: (B, 1+h*w, C) -> (B, 1, C). Needs attention channels."""
+        dropout = self.attn_drop_rate if self.training else 0.0
+        x = ops.class_attention(x, self.qkv.weight, self.qkv.bias, self.num_heads, dropout)
+        return self.proj_drop(self.proj(x))
+
     @torch.jit.ignore
     def train(self, mode: bool = True) -> "ConvAttention":
         if hasattr(self, "_padded"):
@@ -225,6 +231,14 @@ class ConvAttention(nn.Module):
             conv, attn = x.split([self.conv_channels, self.attn_channels], dim=2)
             x = torch.cat((self.convolve(conv, h, w), self.attend(attn)), dim=2)
         return x
+
+    def forward_token(self, x: Tensor, h: int, w: int) -> Tensor:
+        """The class token of `forward`: (B, 1+h*w, C) -> (B, 1, C)."""
+        if not hasattr(self, "conv"):
+            return self.attend_token(x)
+        conv, attn = x.split([self.conv_channels, self.attn_channels], dim=2)
+        # The whole convolution: its weights get their gradient, which is zero unless `cls_conv` is mean
+        return torch.cat((self.convolve(conv, h, w)[:, :1], self.attend_token(attn)), dim=2)
 
 
 class Mlp(nn.Module):
@@ -273,6 +287,21 @@ class Block(nn.Module):
         """(B, 1+h*w, C) -> the same shape."""
         x = x + self.drop_path1(self.attn(self.norm1(x), h, w))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def forward_token(self, x: Tensor, h: int, w: int) -> Tensor:
+        """The class token of `forward`, without computing the other tokens: (B, 1+h*w, C) -> (B, 1, C)."""
+        token = x[:, :1] + self.drop_path1(self.attn.forward_token(self.norm1(x), h, w))
+        return token + self.drop_path2(self.mlp(self.norm2(token)))
+
+    def can_skip_tokens(self) -> bool:
+        """Whether `forward_token` may run instead of `forward`: nothing replaces or watches a part of this block."""
+        mixer = self.attn
+        if type(mixer) is not ConvAttention or type(self.mlp) is not Mlp or not mixer.attn_channels:
+            return False
+        layers = (mixer.qkv, mixer.proj, self.mlp.fc1, self.mlp.fc2)
+        if any(type(layer) is not ops.Linear for layer in layers) or not ops.is_plain(mixer.qkv.weight):
+            return False
+        return not any("forward" in vars(module) or ops.has_hooks(module) for module in self.modules())
 
 
 class EIT(nn.Module):
@@ -481,8 +510,36 @@ class EIT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) -> logits (B, num_classes), or features (B, C) if num_classes is 0."""
+        """Images (B, in_chans, height, width) -> logits (B, num_classes), or features (B, C) if num_classes is 0.
+
+        If the head reads the class token alone, the last block computes no other token.
+        """
+        if torch.jit.is_scripting():
+            pass
+        else:  # TorchScript does not compile this
+            if self._can_skip_tokens(x):
+                return self.forward_head(self._forward_token(x))
         return self.forward_head(self.forward_features(x))
+
+    def _can_skip_tokens(self, x: Any) -> bool:
+        if self.global_pool != "token" or type(self) is not EIT or isinstance(x, torch.fx.Proxy):
+            return False
+        if "forward_features" in vars(self) or ops.has_hooks(self.norm) or not len(self.blocks):
+            return False
+        last = self.blocks[-1]
+        return type(last) is Block and last.can_skip_tokens()
+
+    @torch.jit.ignore
+    def _forward_token(self, x: Tensor) -> Tensor:
+        """Images -> the class token of `forward_features`, (B, 1, C)."""
+        x, h, w = self.embed(x)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = checkpoint(block, x, h, w, use_reentrant=False) if self.grad_checkpointing else block(x, h, w)
+        forward_token = cast(Block, last).forward_token
+        if self.grad_checkpointing:
+            return self.norm(checkpoint(forward_token, x, h, w, use_reentrant=False))
+        return self.norm(forward_token(x, h, w))
 
     def forward_intermediates(
         self,

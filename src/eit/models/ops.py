@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 NARROW = 16  # channels of a head: with fewer, fused attention takes longer than with 16
@@ -139,6 +140,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=width**-0.5)[..., :width]
 
 
+def class_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, dropout: float) -> Tensor:
+    """Attention from the first token to all: (B, N, C), weights (3*C, C) and bias (3*C) of qkv -> (B, 1, C).
+
+    With one query, (x K) q = x (K q) and a (x V) = (a x) V: no key or value is computed, and both products with x cost
+    N*H*C instead of N*C*C. The bias of the keys adds the same to each score, so softmax removes it.
+    """
+    width = weight.shape[1] // heads
+    to_query, to_key, to_value = weight.chunk(3)
+    query_bias, value_bias = (None, None) if bias is None else bias.chunk(3)[::2]
+    query = F.linear(x[:, 0], to_query, query_bias).unflatten(1, (heads, width)) * width**-0.5
+    x = x.to(query.dtype)  # of autocast
+    query = torch.einsum("bhd,hdc->bhc", query, to_key.unflatten(0, (heads, width)))
+    weights = torch.dropout((query @ x.transpose(1, 2)).softmax(-1), dropout, dropout > 0)  # (B, H, N)
+    found = torch.einsum("bhc,hdc->bhd", weights.to(x.dtype) @ x, to_value.unflatten(0, (heads, width)))
+    if value_bias is not None:
+        found = found + weights.sum(-1, keepdim=True) * value_bias.unflatten(0, (heads, width))
+    return found.flatten(1).unsqueeze(1)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether these are plain numbers: not quantised, nor spread over devices."""
+    return type(weight) in (Tensor, nn.Parameter, FakeTensor)  # a FakeTensor stands for one in torch.export
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something besides the module itself runs before or after its forward or backward pass."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Matrix products with a softmax between, for as many images at a time as fit into the cache."""
     of_one = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
@@ -172,13 +204,7 @@ class PaddedHeads:
             return False
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return False
-        return all(
-            type(layer) is Linear
-            and not (
-                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-            )
-            for layer in (qkv, proj)
-        )
+        return all(type(layer) is Linear and not has_hooks(layer) for layer in (qkv, proj))
 
     def attention(self, x: Tensor, qkv: nn.Linear, proj: nn.Linear, dropout: float) -> Tensor:
         """(B, N, C) -> projected attention, (B, N, C)."""
