@@ -233,6 +233,16 @@ def step_memory() -> str:
     return "\n".join(table("| training step, batch 16 | MiB, fp32 | MiB, bf16 |", rows))
 
 
+def class_token() -> str:
+    found, rows, steps = benchmark("class_token"), {}, {}
+    for row in found["rows"]:
+        steps[f"{'inference' if row['mode'] == 'infer' else 'training step'}, batch {row['batch']}"] = True
+        gain = f"{row['gain']:.2f} ({row['min_gain']:.2f} to {row['max_gain']:.2f})"
+        rows.setdefault(row["model"], [row["model"]]).append(gain)
+    lines = table(f"| speed relative to all tokens | {' | '.join(steps)} |", list(rows.values()))
+    return "\n".join([*lines, "", f"fp32, eager, {found['cpu']['capability']}, {about(found)}"])
+
+
 def loading() -> str:
     found = benchmark("loading")["figures"]
     rows = []
@@ -480,7 +490,7 @@ def main() -> None:
         "docs/export.md": named(int8),
         "docs/dense.md": named(segmentation),
         "docs/paper.md": named(in_short, claims) | {name: partial(experiment, name) for name in ANCHORS},
-        "docs/performance.md": named(speed, keep_freed, latency, step_memory, loading, scale),
+        "docs/performance.md": named(speed, class_token, keep_freed, latency, step_memory, loading, scale),
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()
