@@ -5,8 +5,10 @@ import subprocess
 
 import pytest
 
-# One thread for each of the processes of pytest -n
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# The processes of pytest -n have one thread each. They inherit the environment of the first one, which sets two.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch

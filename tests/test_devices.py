@@ -26,6 +26,7 @@ from eit.precision import float32_products
 from eit.training.checkpoint import BackgroundWriter
 from eit.training.loss import Distillation, make_criterion
 from eit.weights.formats import digest
+from tests.weights.test_load import card as make_card
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # on the pretended device
 
@@ -246,7 +247,9 @@ def test_the_digest_is_the_same_on_any_device(device):
 
 def test_a_model_on_a_device_is_exported_and_stays_there(tmp_path):
     with pretended("cuda") as pretend:
-        model = eit.load("digits").to(pretend.device).train()
+        card = make_card(arguments=dict(embed_dim=16, depth=1, num_heads=2), size=32)
+        model = card.create_model().to(pretend.device).train()
+        model.card = card
         assert export(model, tmp_path / "model.pt2", "torch").parity.max_error < 1e-4
         assert model.training and next(model.parameters()).device == pretend.device
         assert digest(eit.load(tmp_path / "model.pt2").state_dict()) == digest(model.state_dict())

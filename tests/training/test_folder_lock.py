@@ -122,7 +122,7 @@ def other_process(folder, number=0):
         holder.wait()
 
 
-@pytest.mark.parametrize("number", [0, errno.ENOSYS])
+@pytest.mark.parametrize("number", [0, pytest.param(errno.ENOSYS, marks=pytest.mark.slow)])
 def test_a_folder_is_held_until_its_process_is_killed_though_its_workers_live(
     folder, monkeypatch, clock, capsys, number
 ):

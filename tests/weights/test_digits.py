@@ -52,7 +52,7 @@ def test_their_metadata_say_recipe_seed_and_accuracy_of_the_run_in_results():
 
 
 def test_the_table_of_included_weights(tmp_path, monkeypatch):
-    """A name in it resolves as soon as its file is there, and a file or folder of that name is preferred."""
+    """A name in it resolves as soon as its file is there; a file or run of that name comes first."""
     assert find_weights("digits") == find_weights("eit_digits") == INCLUDED["digits"]
     assert {name for name in INCLUDED if not name.startswith("eit_")} <= set(FOR)
     for name in FOR:
@@ -61,10 +61,16 @@ def test_the_table_of_included_weights(tmp_path, monkeypatch):
     assert sample_images("eit_digits") == sample_images("digits")
     assert sample_images("mine") == sample_images("runs/digits") == []
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits").mkdir()  # of images, say
+    assert find_weights("digits") == INCLUDED["digits"] and len(sample_images("digits")) == 2
+    (tmp_path / "digits" / "recipe.yaml").write_text("")
     assert sample_images("digits") == []
-    with pytest.raises(eit.UserError, match="digits is not a run folder"):
+    with pytest.raises(eit.UserError, match=r"digits holds neither best\.safetensors"):
         find_weights("digits")
+    (tmp_path / "digits" / "best.safetensors").touch()
+    assert find_weights("digits") == Path("digits") / "best.safetensors"
+    (tmp_path / "cifar10").touch()
+    assert find_weights("cifar10") == Path("cifar10")
 
 
 def test_no_font_of_the_test_is_in_the_training_images():

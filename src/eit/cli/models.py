@@ -100,12 +100,15 @@ def plot(
 
 def describe_models() -> list[dict[str, Any]]:
     """Name, sizes, costs, and published results (None if there are none) of each model."""
+    import torch
+
     from eit.models.complexity import complexity
     from eit.models.registry import MODELS, VARIANTS, create_model
 
     rows: list[dict[str, Any]] = []
     for name, (variant, _) in MODELS.items():
-        model = create_model(name)
+        with torch.device("meta"):  # shapes are enough
+            model = create_model(name)
         size = dict(tokens=model.grid_size[0] * model.grid_size[1], **asdict(complexity(model)))
         own = asdict(variant)
         if name not in VARIANTS:

@@ -91,6 +91,9 @@ def steepest(rates: list[float], losses: list[float]) -> float:
     """
     end = losses.index(min(losses)) if losses else 0
     if end < 2:
-        raise UserError("the loss falls at no learning rate: check the data (eit data show RECIPE), or more --steps")
+        raise UserError(
+            f"the loss fell at no learning rate in {len(losses)} steps: give more --steps, or look at the data with "
+            "eit data show RECIPE"
+        )
     slopes = [losses[i + 1] - losses[i - 1] for i in range(1, end)]
     return rates[1 + slopes.index(min(slopes))]

@@ -126,12 +126,11 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     if not str(path).strip():  # a variable that is not set; it is not the folder that the process is in
         raise UserError("no weights are named: give a weights file, a run folder, or digits")
     path = Path(path).expanduser()
-    if str(path) in INCLUDED and not path.exists():
+    if found := _weights_in(path):
+        return found
+    if _is_included(str(path)):
         return INCLUDED[str(path)]
     if path.is_dir():
-        for name in ("best.safetensors", "final.safetensors", *TIMM_FILES):
-            if (path / name).is_file():
-                return path / name
         if not (path / "recipe.yaml").is_file():
             raise UserError(f"{path} is not a run folder (it has no recipe.yaml): give runs/NAME, or a weights file")
         raise UserError(f"{path} holds neither best.safetensors nor final.safetensors: no epoch of this run has ended")
@@ -142,9 +141,20 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _is_included(name: str) -> bool:
+    """Whether included weights are meant: no file or run has the name. A folder of images may have it."""
+    path = Path(name)
+    return name in INCLUDED and not (path.is_file() or (path / "recipe.yaml").is_file() or _weights_in(path))
+
+
+def _weights_in(folder: Path) -> Path | None:
+    names = ("best.safetensors", "final.safetensors", *TIMM_FILES)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def sample_images(name: str) -> list[str]:
     """The images that are included to try the included weights `name` on; empty for other weights."""
-    own = name.removeprefix("eit_") if name in INCLUDED and not Path(name).exists() else None
+    own = name.removeprefix("eit_") if _is_included(name) else None
     return [str(file) for file in sorted((_FOLDER / "samples").glob(f"{own}-*"))] if own else []
 
 
