@@ -1,5 +1,6 @@
 """Settings that must come before torch is imported, and fixtures of several folders."""
 
+import logging
 import os
 import subprocess
 
@@ -19,6 +20,7 @@ from eit.report import run as report_of_run
 from tests.helpers.images import save_digits
 from tests.helpers.shared import SHARED, require
 
+logging.getLogger("torch.__trace").disabled = True  # pytest would keep pages of it for each test that compiles
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), os.cpu_count() or 1))
 
 

@@ -75,6 +75,7 @@ def write(folder, ones, data="photos", command="eit analyze"):
 # -- The command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.project
 def test_the_command_writes_page_figures_and_numbers(run, data, tmp_path):
     words = (
         "analyze",

@@ -526,6 +526,7 @@ def test_a_stream_without_shards_is_shared_batch_by_batch(tmp_path, monkeypatch)
             assert on_rank(monkeypatch, rank, world, loader) == whole[rank::world]
 
 
+@pytest.mark.project
 def test_processes_share_the_shards_of_an_evaluation(tmp_path):
     """The same figures on three ranks, one of which has no shard, as on one."""
     require_webdataset()

@@ -140,6 +140,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_processes_end_with_a_trainer_that_is_killed(tmp_path, method):
     """And what they have started. With forkserver, Python 3.14's default, their parent is the server."""

@@ -83,6 +83,7 @@ def small(path, **arguments):
     return path
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("file", FILES.values())
 def test_predictions_and_accuracy_are_those_of_the_weights(home, file):
     def found(name):
@@ -99,6 +100,7 @@ def test_predictions_and_accuracy_are_those_of_the_weights(home, file):
     assert own["loss"] == pytest.approx(weights["loss"], abs=1e-5)
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("file", FILES.values())
 def test_from_python_they_are_models_with_a_card(home, file):
     model = eit.load(home / file)
@@ -110,6 +112,7 @@ def test_from_python_they_are_models_with_a_card(home, file):
     assert [name for name, _ in one.labels] == [name for name, _ in expected.labels]
 
 
+@pytest.mark.project
 def test_other_runtimes_find_names_and_preprocessing_in_the_file(home):
     session = onnxruntime.InferenceSession(home / "digits.onnx")
     assert [(i.name, i.shape) for i in session.get_inputs()] == [("images", ["batch", 3, "height", "width"])]
@@ -132,6 +135,7 @@ def test_other_runtimes_find_names_and_preprocessing_in_the_file(home):
         torch.testing.assert_close(program(x), model(x))
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("file", ["digits.onnx", "digits.xml"])
 def test_any_batch_and_any_size(home, file):
     model, own = eit.load(home / file), eit.load(home / WEIGHTS)
@@ -264,7 +268,7 @@ def test_int8_is_smaller_and_its_accuracy_is_measured(home, form):
     assert "before int8: " in text and "top-1 equal on 8 photos at 32x32 and 41x52" in text
 
 
-def test_int8_ranges_come_from_the_training_images_or_a_plain_folder(home, tmp_path):
+def test_int8_ranges_come_from_the_training_images_or_a_plain_folder(tmp_path):
     from eit.export.exporter import calibration_images
 
     data = save_digits(tmp_path / "data", train=7, val=2)
@@ -287,6 +291,7 @@ def test_the_file_lies_beside_the_weights(tmp_path):
     assert default_file("digits", "onnx", int8=True) == Path("digits-int8.onnx")
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("file", FILES.values())
 def test_no_folder_of_this_machine_is_in_a_file(home, file):
     folders = {str(home), *(str(Path(module.__file__).parents[1]) for module in (eit, torch))}
@@ -427,10 +432,12 @@ def test_an_unreadable_calibration_image_is_left_out(tmp_path, capsys):
         (["nope"], "no weights at nope"),
     ],
 )
-def test_bad_requests_are_one_line(home, words, line):
-    (home / "folder.onnx").mkdir(exist_ok=True)
-    (home / "other.bin").touch()
-    done = run_eit("export", *words, cwd=home)
+def test_bad_requests_are_one_line(tmp_path, words, line):
+    (tmp_path / "folder.onnx").mkdir()
+    for name in ("other.bin", "digits.onnx"):
+        (tmp_path / name).touch()
+    save_digits(tmp_path / "images", classes=2, train=0, val=1, size=8)
+    done = run_eit("export", *words, cwd=tmp_path)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -460,6 +467,7 @@ def unusable(home):
     return home
 
 
+@pytest.mark.project
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -495,6 +503,7 @@ def test_a_runtime_that_fails_is_one_line(tmp_path, error):
     assert "\n" not in str(caught.value) and str(caught.value)[-2:] != ": "
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime", "openvino"])
 def test_a_missing_runtime_names_the_extra(home, missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
@@ -507,6 +516,7 @@ def test_a_missing_runtime_names_the_extra(home, missing, monkeypatch):
             eit.load(home / run)
 
 
+@pytest.mark.project
 def test_the_weights_of_a_program_are_read_without_running_it(home, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "load", None)
     monkeypatch.setattr(torch, "load", None)
@@ -522,6 +532,7 @@ def test_the_weights_of_a_program_are_read_without_running_it(home, tmp_path, mo
         eit.load(tmp_path / "flipped.pt2")
 
 
+@pytest.mark.project
 def test_a_damaged_program_is_one_line_whatever_is_wrong(home, tmp_path):
     content = (home / "digits.pt2").read_bytes()
     rng = np.random.default_rng(0)
@@ -541,7 +552,8 @@ def test_a_damaged_program_is_one_line_whatever_is_wrong(home, tmp_path):
     assert refused > 150
 
 
-def test_the_page_shows_the_preprocessing_of_this_package(home, tmp_path, monkeypatch):
+@pytest.mark.project
+def test_the_page_shows_the_preprocessing_of_this_package(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)

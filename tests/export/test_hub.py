@@ -238,6 +238,7 @@ def image_and_logits(home):
         return home / "odd.png", x, model(x)
 
 
+@pytest.mark.project
 def test_timm_loads_the_folder_in_a_fresh_process_and_sees_the_same_pixels(home):
     file, x, logits = image_and_logits(home)
     torch.save((x, logits), home / "expected.pt")

@@ -58,6 +58,7 @@ def chaos(trials, tmp_path, *words, timeout=500):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
 
+@pytest.mark.project
 def test_runs_killed_at_random_come_back_identical(tmp_path):
     done = chaos(1, tmp_path, "--small")
     assert done.returncode == 0, done.stdout + done.stderr

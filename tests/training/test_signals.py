@@ -82,6 +82,7 @@ def test_loader_processes_leave_signals_to_the_trainer(tmp_path):
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@pytest.mark.project
 @pytest.mark.parametrize(
     ("whom", "signum", "status"),
     [("one rank", signal.SIGTERM, 0), pytest.param("torchrun", signal.SIGUSR1, 1, marks=pytest.mark.slow)],
