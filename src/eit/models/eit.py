@@ -535,11 +535,11 @@ class EIT(nn.Module):
         x, h, w = self.embed(x)
         *blocks, last = self.blocks
         for block in blocks:
-            x = checkpoint(block, x, h, w, use_reentrant=False) if self.grad_checkpointing else block(x, h, w)
-        forward_token = cast(Block, last).forward_token
-        if self.grad_checkpointing:
-            return self.norm(checkpoint(forward_token, x, h, w, use_reentrant=False))
-        return self.norm(forward_token(x, h, w))
+            x = self._run(block, x, h, w)
+        return self.norm(self._run(cast(Block, last).forward_token, x, h, w))
+
+    def _run(self, part: Callable[[Tensor, int, int], Tensor], x: Tensor, h: int, w: int) -> Tensor:
+        return checkpoint(part, x, h, w, use_reentrant=False) if self.grad_checkpointing else part(x, h, w)
 
     def forward_intermediates(
         self,
@@ -575,7 +575,7 @@ class EIT(nn.Module):
         outputs = []
         x, h, w = self.embed(x)
         for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x, h, w, use_reentrant=False) if self.grad_checkpointing else block(x, h, w)
+            x = self._run(block, x, h, w)
             if i in wanted:
                 y = self.norm(x) if norm else x
                 image = y[:, 1:]
