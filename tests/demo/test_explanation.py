@@ -48,12 +48,9 @@ MODELS = {
 def test_it_says_what_predict_and_analyze_say(name):
     made, image = MODELS[name](), picture()
     found = explain(made, to_mode(image, made.card.in_chans))
+    made.norm.register_forward_hook(lambda *_: None)  # so that predict computes all tokens, as the explanation does
     (predicted,) = eit.predict(made, image)
-    assert [name for name, _ in found.labels] == [name for name, _ in predicted.labels] and not found.missing
-    for (_, shown), (_, expected) in zip(found.labels, predicted.labels, strict=True):
-        assert shown == pytest.approx(
-            expected, abs=1e-5
-        )  # one computes all tokens of the last layer, one the class token
+    assert found.labels == predicted.labels and not found.missing
     analysis = eit.analyze(made, made.card.view.pixels(image)[None].float())  # its shapes
     assert [layer.number for layer in found.layers] == list(range(analysis.depth + 1))
     assert [layer.frequency.grid for layer in found.layers[1:]] == [f.grid for f in analysis.layers_at("block")]
