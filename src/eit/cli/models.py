@@ -155,7 +155,6 @@ def weights_row(row: dict[str, Any]) -> tuple[str, ...]:
 def print_legend() -> None:
     print(
         "MACs: multiply-accumulates of one 224x224 image. for logits: those that model(images) computes, which leaves\n"
-        "out what the head does not read. paper's FLOPs: as the paper counts (no attention products,\n"
-        "but norms and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus has no\n"
-        "published results."
+        "out what the head does not read. paper's FLOPs: as the paper counts (no attention products, but norms and\n"
+        "pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus has no published results."
     )
