@@ -68,7 +68,7 @@ check-results: $(VENV)/installed-test
 
 # What README.md, docs/ and examples/ say to run; the site, the wheel, `make gpu` on the CPU.
 check-project: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'project and not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'project and not slow'
 
 # With what is installed: the interpreter of .venv where it is there, else PYTHON.
 gpu:

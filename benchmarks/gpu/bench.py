@@ -311,10 +311,9 @@ def trace(session: Session) -> Item:
     """A profiler trace to open in a browser (chrome://tracing, Perfetto), and the slowest operators."""
     from torch.profiler import ProfilerActivity, profile
 
-    batch, size = (2, 32) if session.dry else (128, None)
-    step = make_step(
-        Arm("eit_mini", "eager", "bf16", "train", batch), open_model("eit_mini", size), None, session.device
-    )
+    batch, size, precision = (2, 32, "fp32") if session.dry else (128, None, "bf16")
+    arm = Arm("eit_mini", "eager", precision, "train", batch)
+    step = make_step(arm, open_model("eit_mini", size), None, session.device)
     for _ in range(3):
         step()
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if session.device.type == "cuda" else [])

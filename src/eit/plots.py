@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,10 +256,14 @@ def save(figure: Any, file: Path, **options: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    picture = io.BytesIO()
+    picture, form = io.BytesIO(), file.suffix[1:].lower()
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "Glyph .* missing", UserWarning)
-        figure.savefig(picture, format=file.suffix[1:].lower(), **options)
+        if form in ("png", "svg") and "bbox_inches" not in options:
+            figure.set_dpi(options.pop("dpi", figure.dpi))
+            draw_once(figure, form, picture, options)
+        else:
+            figure.savefig(picture, format=form, **options)
     try:
         write_file(file, picture.getvalue())
     except OSError as error:
@@ -273,6 +277,15 @@ def save(figure: Any, file: Path, **options: Any) -> None:
     if new := sorted(missing - _missing_letters):
         _missing_letters.update(new)
         say(f"{file}: the font lacks {len(new)} letters of the names ({''.join(new[:10])}); boxes are drawn instead")
+
+
+def draw_once(figure: Any, form: str, file: Any, options: Mapping[str, Any]) -> None:
+    """Write a PNG or SVG in half the time of figure.savefig, which draws once for the layout and once for the file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    canvas = FigureCanvasAgg(figure) if form == "png" else FigureCanvasSVG(figure)
+    getattr(canvas, f"print_{form}")(file, **options)
 
 
 _missing_letters: set[str] = set()  # that a line was printed about

@@ -90,6 +90,7 @@ def save_for_print(figure: Figure, folder: Path) -> None:
         if handles:
             canvas.legend(handles=handles, loc="outside upper center", ncols=per_row, frameon=False, fontsize=8)
         save(canvas, folder / f"{figure.key}.png", dpi=300, metadata={"Software": None})
+        canvas.set_layout_engine("none")  # the layout of the PNG stays
         save(canvas, folder / f"{figure.key}.svg", metadata={"Date": None})
 
 

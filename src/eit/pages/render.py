@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from eit import __version__
 from eit.errors import UserError, printable
 from eit.files import write_file
+from eit.plots import draw_once
 
 INK = "#010203"  # placeholder in the SVG, replaced by currentColor
 HEAT = "cividis"
@@ -101,7 +102,6 @@ def draw_inline(
 ) -> Drawing:
     """What `draw` draws on an axis. `key` is unique in the page; `label` is what screen readers read for the title."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     sizes = {"axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5}
@@ -112,10 +112,10 @@ def draw_inline(
         axis = canvas.subplots()
         axis.set_title(title, parse_math=False)
         draw(axis)
-        FigureCanvasSVG(canvas)
         text = io.StringIO()
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the fonts of the page have the glyphs
-        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        draw_once(canvas, "svg", text, dict(metadata=metadata))
     parts = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
     assert parts
     view_box, svg = parts.groups()
