@@ -378,17 +378,28 @@ def test_one_model_that_cannot_be_measured_does_not_cost_the_others(data, tmp_pa
 
 
 @pytest.mark.project
-def test_a_report_inside_its_own_images_does_not_feed_on_itself(data, tmp_path):
+def test_a_report_inside_its_own_images_does_not_feed_on_itself(data, tmp_path, monkeypatch):
     shutil.copytree(data / "val", tmp_path / "photos")
-    for _ in range(2):
-        done = run_eit("analyze", "digits", "--data", "photos", "--out", "photos", "--json", cwd=tmp_path)
-        assert json.loads(done.stdout)["models"][0]["images"] == 12
+    words = ("analyze", "digits", "--data", "photos", "--out", "photos", "--json", "--no-initial")
+    done = run_eit(*words, cwd=tmp_path)
+    assert json.loads(done.stdout)["models"][0]["images"] == 12
+    assert len(list((tmp_path / "photos" / "figures").glob("*.png"))) > 8
+    monkeypatch.setattr(report, "figures", lambda measured: [])
+    done = run_eit(*words, cwd=tmp_path)
+    assert json.loads(done.stdout)["models"][0]["images"] == 12
 
 
 @pytest.fixture(scope="module")
 def browser():
     with start_chromium() as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def four_models(tmp_path_factory):
+    """The page of a report about four models."""
+    ones = [measured(), measured(state="initial", seed=1), measured("two", seed=2), measured("three", seed=3)]
+    return write(tmp_path_factory.mktemp("four"), ones)
 
 
 @pytest.mark.project
@@ -401,11 +412,9 @@ def browser():
         pytest.param(1200, "dark", marks=pytest.mark.slow),
     ],
 )
-def test_a_browser_shows_it(browser, tmp_path, scheme, width):
+def test_a_browser_shows_it(browser, four_models, scheme, width):
     """On a phone and a desk: nothing asked of the network, no error, every figure in sight, no sideways scrolling."""
-    ones = [measured(), measured(state="initial", seed=1), measured("two", seed=2), measured("three", seed=3)]
-    file = write(tmp_path, ones)
-    with opened(browser, file, scheme, width) as page:
+    with opened(browser, four_models, scheme, width) as page:
         assert page.evaluate("document.documentElement.scrollWidth") == width
         drawn = page.locator("figure .panel svg, figure img")
         assert drawn.count() > 20

@@ -414,7 +414,7 @@ def test_two_nodes_survive_a_cut_link(nodes, tmp_path):
 # -- Long runs
 
 
-@pytest.mark.project
+@pytest.mark.slow
 def test_a_short_soak(tmp_path):
     soak(tmp_path, 20, 10, ["data.cache=false", "data.workers=1"])
 
