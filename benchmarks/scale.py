@@ -181,7 +181,9 @@ def memory_of(point: dict) -> None:
 DRIVER = """
 import json, os, sys, time
 began = float(sys.argv.pop(1))
-import eit.cli, eit.config, eit.training.trainer
+from eit.imports import quick_imports
+with quick_imports(freeze=True):
+    import eit.cli, eit.config, eit.training.trainer
 imported = time.time()
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -13,6 +13,8 @@ from importlib.metadata import version as _version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from eit.imports import quick_imports as _quick_imports
+
 __version__ = _version("eit")
 
 # Public name -> its module. Imported on first use, so that `eit --version` does not wait for torch.
@@ -51,7 +53,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f"eit.{_PUBLIC[name]}"), name)
+        with _quick_imports():
+            return getattr(importlib.import_module(f"eit.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'eit' has no attribute {name!r}")
 
 

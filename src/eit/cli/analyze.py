@@ -12,6 +12,7 @@ from eit.cli.options import Device, Json, MaxPixels, Size, Workers, folder_to_wr
 from eit.cli.output import print_table
 from eit.errors import printable
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 if TYPE_CHECKING:
     from eit.analysis.compare import Comparison
@@ -82,11 +83,12 @@ def analyze(
     A quoted pattern groups runs. The report shows their mean with a band of one standard deviation.
     Groups are compared by the differences between runs trained with the same seed.
     """
-    from eit.analysis.compare import Options, compare
-    from eit.analysis.findings import faults, summary
-    from eit.analysis.inputs import check_names, choose_images
-    from eit.analysis.report import write
-    from eit.data.images import MAX_PIXELS
+    with quick_imports(freeze=True):
+        from eit.analysis.compare import Options, compare
+        from eit.analysis.findings import faults, summary
+        from eit.analysis.inputs import check_names, choose_images
+        from eit.analysis.report import write
+        from eit.data.images import MAX_PIXELS
 
     used_device = start_alone(device, "eit analyze")
     folder = folder_to_write(out, "--out")

@@ -12,6 +12,7 @@ from eit.cli.options import Device, Json, Precision, Size, complete_model, file_
 from eit.cli.output import print_table
 from eit.errors import UserError, printable
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 if TYPE_CHECKING:
     from eit.benchmark.bench import Measurement, Record
@@ -104,12 +105,13 @@ def bench(
     picture = file_to_write(out, "--out") if out else None
     if threads is not None and threads > (cores := os.cpu_count() or 1):
         raise UserError(f"--threads {threads}: this machine has {cores} cores; give at most {cores}")
-    from eit.benchmark.bench import DEFAULT_PRECISIONS, MODES, Options
-    from eit.benchmark.bench import bench as run
-    from eit.benchmark.sections import panels
-    from eit.memory import keep_freed
-    from eit.plots import bars
-    from eit.precision import PRECISIONS
+    with quick_imports(freeze=True):
+        from eit.benchmark.bench import DEFAULT_PRECISIONS, MODES, Options
+        from eit.benchmark.bench import bench as run
+        from eit.benchmark.sections import panels
+        from eit.memory import keep_freed
+        from eit.plots import bars
+        from eit.precision import PRECISIONS
 
     if keep:
         keep_freed()

@@ -9,6 +9,7 @@ import typer
 
 from eit.errors import UserError
 from eit.files import expand_path, text_lines
+from eit.imports import quick_imports
 
 
 def convert(
@@ -90,10 +91,11 @@ def convert(
     """
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")
-    from eit.config import Model, model_arguments, parse_overrides
-    from eit.weights.convert import amend, infer_card, preprocessing_of_timm
-    from eit.weights.formats import read_weights, save_weights
-    from eit.weights.load import find_weights
+    with quick_imports(freeze=True):
+        from eit.config import Model, model_arguments, parse_overrides
+        from eit.weights.convert import amend, infer_card, preprocessing_of_timm
+        from eit.weights.formats import read_weights, save_weights
+        from eit.weights.load import find_weights
 
     file = find_weights(source)
     state, card = read_weights(file)

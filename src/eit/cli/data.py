@@ -16,6 +16,7 @@ from eit.cli.options import (
 )
 from eit.cli.output import print_result
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 PixelRange = Annotated[
     tuple[float, float] | None,
@@ -61,8 +62,9 @@ def check(
 
     The exit status is 1 if training would fail. Warnings are about what training does not notice.
     """
-    from eit.data.datasets import check as run
-    from eit.data.images import MAX_PIXELS
+    with quick_imports(freeze=True):
+        from eit.data.datasets import check as run
+        from eit.data.images import MAX_PIXELS
 
     report = run(path, max_pixels or MAX_PIXELS, val_fraction, pixel_range)
     print_result(report, as_json, check_text(report))
@@ -90,9 +92,10 @@ def show(
 
     The picture has images of the first training batch, augmented and mixed, and validation images.
     """
-    from eit.config import load_recipe
-    from eit.plots import grid
-    from eit.training.preview import tiles
+    with quick_imports(freeze=True):
+        from eit.config import load_recipe
+        from eit.plots import grid
+        from eit.training.preview import tiles
 
     file = file_to_write(out, "--out")
     trained, validated = tiles(load_recipe(recipe, overrides or ()), images, epoch)
@@ -128,7 +131,8 @@ def prepare(
     Needed, as downloaded, are ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz. Run
     the same command again to resume; the images of every class are counted against the devkit.
     """
-    from eit.data.prepare_imagenet import prepare_imagenet
+    with quick_imports(freeze=True):
+        from eit.data.prepare_imagenet import prepare_imagenet
 
     done = prepare_imagenet(Path(source), Path(target))
     text = f"{done['folder']}: {done['train']:,} training and {done['val']:,} validation images of {done['classes']}"
@@ -169,10 +173,11 @@ def shard(
     With data.root=FOLDER they give the same batches as the data set. With data.dataset=wds/NAME they are streamed, as
     from an object store.
     """
-    from eit.config import data_config
-    from eit.data.datasets import open_data
-    from eit.data.images import MAX_PIXELS
-    from eit.data.shards import write_shards
+    with quick_imports(freeze=True):
+        from eit.config import data_config
+        from eit.data.datasets import open_data
+        from eit.data.images import MAX_PIXELS
+        from eit.data.shards import write_shards
 
     most = max_pixels or MAX_PIXELS
     config = data_config(root=path, val_fraction=val_fraction, max_pixels=most, pixel_range=pixel_range)

@@ -6,6 +6,7 @@ import typer
 
 from eit.cli.options import Device, MaxPixels, start_alone
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 
 def demo(
@@ -39,6 +40,7 @@ def demo(
     attention of the class token in each layer and head, and the frequencies of each layer; several models are shown
     next to each other. It needs pip install 'eit[demo]'.
     """
-    from eit.demo.page import serve
+    with quick_imports(freeze=True):
+        from eit.demo.page import serve
 
     serve(names or (), host, port, max_pixels, start_alone(device, "eit demo"))

@@ -22,6 +22,7 @@ from eit.cli.options import (
 from eit.cli.output import print_table
 from eit.errors import UserError
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 if TYPE_CHECKING:
     from eit.inference.evaluate import Metrics
@@ -115,16 +116,17 @@ def evaluate(
     views = len(set(sizes or [0])) * len(set(crop_ratios or [0]))
     if views > 1 and (given := f"--confusion {confusion}" if matrix else f"--mistakes {mistakes}" if page else ""):
         raise UserError(f"{given} holds one size and crop ratio, {views} combinations are given: give one of each")
-    from eit import distributed
-    from eit.data.datasets import open_evaluation
-    from eit.data.loaders import evaluation_batch_size, evaluation_loader
-    from eit.inference.confusion import write_confusion
-    from eit.inference.evaluate import check_matrix, make_views
-    from eit.inference.evaluate import evaluate as run
-    from eit.inference.evaluation_data import evaluation_config, match_classes
-    from eit.inference.exported_models import load
-    from eit.memory import keep_freed
-    from eit.precision import resolve_precision
+    with quick_imports(freeze=True):
+        from eit import distributed
+        from eit.data.datasets import open_evaluation
+        from eit.data.loaders import evaluation_batch_size, evaluation_loader
+        from eit.inference.confusion import write_confusion
+        from eit.inference.evaluate import check_matrix, make_views
+        from eit.inference.evaluate import evaluate as run
+        from eit.inference.evaluation_data import evaluation_config, match_classes
+        from eit.inference.exported_models import load
+        from eit.memory import keep_freed
+        from eit.precision import resolve_precision
 
     keep_freed()
     used_device = distributed.start(device_for(checkpoint, device))

@@ -12,6 +12,7 @@ from eit.cli.options import Checkpoint, Json, MaxPixels
 from eit.cli.output import print_result, program
 from eit.errors import UserError
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 if TYPE_CHECKING:
     from eit.export.exporter import Export
@@ -74,8 +75,9 @@ def export(
     """
     if data and not int8:
         raise UserError(f"--data {data} is for --int8, whose accuracy is measured on it: give --int8 PATH too")
-    from eit.export import exporter
-    from eit.weights.load import load
+    with quick_imports(freeze=True):
+        from eit.export import exporter
+        from eit.weights.load import load
 
     file = Path(out) if out else exporter.default_file(checkpoint, format, int8 is not None)
     exporter.check_request(format, file, int8 is not None)

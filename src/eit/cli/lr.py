@@ -7,6 +7,7 @@ import typer
 from eit.cli.options import Json, Overrides, RecipeName, file_to_write, start_alone
 from eit.cli.output import print_result
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 
 def lr(
@@ -27,10 +28,11 @@ def lr(
     Some steps are trained while the rate rises from 1e-6 to 1. The suggestion is the rate at which the loss falls
     fastest. No run folder is made.
     """
-    from eit.config import load_recipe
-    from eit.console import say
-    from eit.plots import lr_curve
-    from eit.training.lr_finder import find_lr
+    with quick_imports(freeze=True):
+        from eit.config import load_recipe
+        from eit.console import say
+        from eit.plots import lr_curve
+        from eit.training.lr_finder import find_lr
 
     file = file_to_write(out, "--out")
     resolved = load_recipe(recipe, overrides or (), say)

@@ -10,6 +10,7 @@ from eit.cli.help import Program
 from eit.cli.options import Json, RedirectingGroup, file_to_write, refuse_before_command
 from eit.cli.output import print_table
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 
 class ModelsGroup(RedirectingGroup):
@@ -88,8 +89,9 @@ def plot(
 
     One panel has parameters, one multiply-accumulates on the axis. Many model families are shown.
     """
-    from eit.models.registry import published_results
-    from eit.plots import results
+    with quick_imports(freeze=True):
+        from eit.models.registry import published_results
+        from eit.plots import results
 
     picture = file_to_write(file, "FILE")
     points = [point for point in published_results() if point.params_m <= 100]
@@ -100,10 +102,11 @@ def plot(
 
 def describe_models() -> list[dict[str, Any]]:
     """Name, sizes, costs, and published results (None if there are none) of each model."""
-    import torch
+    with quick_imports(freeze=True):
+        import torch
 
-    from eit.models.complexity import complexity
-    from eit.models.registry import MODELS, VARIANTS, create_model
+        from eit.models.complexity import complexity
+        from eit.models.registry import MODELS, VARIANTS, create_model
 
     rows: list[dict[str, Any]] = []
     for name, (variant, _) in MODELS.items():
@@ -119,8 +122,9 @@ def describe_models() -> list[dict[str, Any]]:
 
 def describe_weights() -> list[dict[str, Any]]:
     """Like `describe_models`, for the weights of this package; `weights` is their file, or None if it is not here."""
-    from eit.models.complexity import complexity
-    from eit.weights.load import FOR, INCLUDED, load
+    with quick_imports(freeze=True):
+        from eit.models.complexity import complexity
+        from eit.weights.load import FOR, INCLUDED, load
 
     rows: list[dict[str, Any]] = []
     for name, use in FOR.items():

@@ -14,6 +14,7 @@ from eit.cli.options import Checkpoint, Device, MaxPixels, device_for, named_fil
 from eit.cli.output import name_options, print_error
 from eit.errors import UserError, printable
 from eit.files import expand_path, text_lines
+from eit.imports import quick_imports
 
 if TYPE_CHECKING:
     from eit.inference.predict import Prediction
@@ -58,11 +59,12 @@ def predict(
     table = table_to_write(out) if out else None
     if table and as_json:
         raise UserError(f"--out {out} and --json: --json prints; give a file that ends in .jsonl, or leave one out")
-    from eit.distributed import start
-    from eit.inference.exported_models import load
-    from eit.inference.predict import expand
-    from eit.inference.predict import predict as run
-    from eit.weights.load import sample_images
+    with quick_imports(freeze=True):
+        from eit.distributed import start
+        from eit.inference.exported_models import load
+        from eit.inference.predict import expand
+        from eit.inference.predict import predict as run
+        from eit.weights.load import sample_images
 
     if not images and not (images := sample_images(checkpoint)):
         raise UserError(f"no images: name files or folders after {checkpoint}; only included weights have samples")

@@ -10,6 +10,7 @@ from eit.cli.options import Checkpoint, Json, folder_to_write
 from eit.cli.output import print_result, program
 from eit.errors import UserError
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 
 def push(
@@ -63,7 +64,8 @@ def push(
         raise UserError(f"give one of --repo USER/NAME, --to FOLDER and --space FOLDER; {said}")
     if private and repo is None:
         raise UserError(f"--private is for --repo; leave it out with {given[0]} {targets[given[0]]}")
-    from eit.export import hub
+    with quick_imports(freeze=True):
+        from eit.export import hub
 
     if space is not None:
         files = hub.write_space(checkpoint, folder_to_write(space, "--space"), name, license_)

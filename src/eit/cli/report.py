@@ -9,6 +9,7 @@ import typer
 from eit.cli.options import Device, Json, named_file, start_alone
 from eit.errors import printable
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 
 def report(
@@ -44,7 +45,8 @@ def report(
     other. eit train writes it too, unless train.report=false.
     """
     file = named_file(out, "--out", ".html") if out else None
-    from eit.report.run import write_report
+    with quick_imports(freeze=True):
+        from eit.report.run import write_report
 
     written = write_report(Path(run), file, data, images, start_alone(device, "eit report"))
     if as_json:

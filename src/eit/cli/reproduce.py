@@ -14,6 +14,7 @@ from eit.cli.options import Json, RedirectingGroup, refuse_before_command
 from eit.cli.output import exit_stopped, print_error, print_result
 from eit.errors import UserError, few
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 if TYPE_CHECKING:
     from eit.reproduce.experiment import Cell, Experiment
@@ -200,8 +201,9 @@ def run(
     experiment, budget, cells = _load(name, budget)
     roots = _roots(data or (), cells)
     chosen = _choose(cells, only or (), name)
-    from eit import distributed
-    from eit.reproduce import runs
+    with quick_imports(freeze=True):
+        from eit import distributed
+        from eit.reproduce import runs
 
     diverged = _train(lambda: runs.run(chosen, experiment.runs.measure, Path(results), roots))
     _print_tables(experiment, budget, Path(results), as_json, diverged)
@@ -257,7 +259,8 @@ def tables(name: Name, budget: BudgetOption = None, results: Results = "results"
 
     Nothing is trained; weights are not needed.
     """
-    from eit import distributed
+    with quick_imports(freeze=True):
+        from eit import distributed
 
     experiment, budget, _ = _load(name, budget)
     distributed.start()
@@ -294,8 +297,9 @@ def again(
     cell = next((cell for cell in cells if cell.name == run), None)
     if cell is None:
         raise UserError(f"RUN {run}: {name} has no such run with --budget {budget}, such as {cells[0].name}")
-    from eit import distributed
-    from eit.reproduce import runs
+    with quick_imports(freeze=True):
+        from eit import distributed
+        from eit.reproduce import runs
 
     second = _train(lambda: runs.rerun(cell, experiment, Path(results), roots, Path(out or f"runs/again/{run}")))
     if distributed.is_main():
@@ -330,9 +334,10 @@ def curve(
 
 def _train(function: Callable[[], T]) -> T:
     """Call a function that trains; a signal ends the process with the run saved."""
-    from eit import distributed
-    from eit.memory import keep_freed
-    from eit.training.trainer import Stopped
+    with quick_imports(freeze=True):
+        from eit import distributed
+        from eit.memory import keep_freed
+        from eit.training.trainer import Stopped
 
     keep_freed()
     distributed.start()
@@ -346,9 +351,10 @@ def _print_tables(
     experiment: "Experiment", budget: str, results: Path, as_json: bool, diverged: Sequence[str] = ()
 ) -> None:
     """Build the page of an experiment from its finished runs, and print it."""
-    from eit import distributed
-    from eit.reproduce.runs import read_results
-    from eit.reproduce.tables import build, verdicts
+    with quick_imports(freeze=True):
+        from eit import distributed
+        from eit.reproduce.runs import read_results
+        from eit.reproduce.tables import build, verdicts
 
     if not read_results(experiment, budget, results) and not diverged:
         folder = results / experiment.runs.name / budget

@@ -13,6 +13,7 @@ from eit.cli.output import exit_stopped, print_result, program
 from eit.cli.recipes import list_recipes
 from eit.errors import UserError
 from eit.files import expand_path
+from eit.imports import quick_imports
 
 Root = Annotated[
     str | None, typer.Option("--data", metavar="FOLDER", parser=expand_path, help="The data set: data.root=FOLDER.")
@@ -125,10 +126,11 @@ def run(recipe: str, words: Sequence[str], baseline: bool, as_json: bool) -> Non
     from eit.console import say
 
     resolved = load_recipe(recipe, words, say)
-    from eit import distributed
-    from eit.memory import keep_freed
-    from eit.training.trainer import Stopped
-    from eit.training.trainer import train as run_recipe
+    with quick_imports(freeze=True):
+        from eit import distributed
+        from eit.memory import keep_freed
+        from eit.training.trainer import Stopped
+        from eit.training.trainer import train as run_recipe
 
     keep_freed()
     try:
