@@ -1,6 +1,7 @@
 """Exported files: equal to torch when they are written, and models like any other afterwards."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from eit.export.exporter import (
     photos,
 )
 from eit.export.hub import without_paths
-from eit.inference.exported_models import ExportedModel
+from eit.inference.exported_models import ExportedModel, batches
 from eit.inference.predict import predict
+from eit.models import ops
 from eit.weights.card import Card
 from eit.weights.formats import read_weights, save_weights
 from eit.weights.load import load
@@ -192,6 +194,62 @@ def test_every_family(tmp_path, form, arguments, fixed):
             model.check_size(32)
 
 
+@pytest.mark.parametrize("form", ["onnx", "openvino", pytest.param("torch", marks=pytest.mark.project)])
+def test_a_fixed_batch_takes_any_number_of_images(tmp_path, form):
+    weights = small(tmp_path / "small.safetensors", depth=1)
+    done = run_eit("export", weights, "--format", form, "--fixed", "3")
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / FILES[form].replace("digits", "small-batch3")
+    assert "fixed batch of 3\nheight and width are fixed at 24\n" in done.stdout and file.exists()
+    model, own = eit.load(file), load(weights)
+    if form == "torch":  # the weights alone are read
+        program = torch.export.load(file).module()
+        with torch.no_grad():
+            torch.testing.assert_close(program(x := torch.randn(3, 3, 24, 24)), own(x))
+        return
+    assert model.fixed_size
+    for images in (0, 1, 3, 4, 7):
+        x = torch.randn(images, 3, 24, 24)
+        if images:
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), own(x), atol=1e-4, rtol=1e-4)
+        else:
+            with pytest.raises(eit.UserError, match="cannot be run on"):
+                model(x)
+    with pytest.raises(eit.UserError, match="was exported for 24 pixels alone"):
+        model.check_size(32)
+
+
+def test_images_are_divided_among_the_streams_of_openvino(tmp_path, monkeypatch):
+    export(model := load(small(tmp_path / "small.safetensors", depth=1)), file := tmp_path / "small.xml", "openvino")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    exported = eit.load(file)
+    for images in (1, 2, 5, 8):
+        x = torch.randn(images, 3, 24, 24)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "strides"), [("onnx", 2), ("openvino", 1)])
+def test_openvino_has_the_stem_without_strides(tmp_path, form, strides):
+    model = load(small(tmp_path / "small.safetensors", depth=1, kernel_size=4, stride=2))
+    export(model, file := tmp_path / FILES[form].replace("digits", "small"), form)
+    if form == "onnx":
+        stem = next(node for node in onnx.load(file).graph.node if node.op_type == "Conv")
+        assert {a.name: list(a.ints) for a in stem.attribute if a.ints}["strides"] == [strides] * 2
+    else:
+        assert re.search(r'type="Convolution".*?strides="(\d), \1"', file.read_text(), re.DOTALL)[1] == str(strides)
+    assert not ops.FOLD_STRIDES_ON
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "found"),
+    [(4, None, [[0, 1, 2, 3]]), (4, 2, [[0, 1], [2, 3]]), (3, 2, [[0, 1], [2, 0]]), (1, 3, [[0, 0, 0]]), (0, 2, [[]])],
+)
+def test_the_last_batch_is_filled_up(images, size, found):
+    assert [part.tolist() for part in batches(np.arange(images), size)] == found
+
+
 def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     import eit.export.exporter
 
@@ -295,6 +353,7 @@ def test_the_file_lies_beside_the_weights(tmp_path):
     assert default_file(str(tmp_path / "run"), "onnx", int8=True) == tmp_path / "run" / "best-int8.onnx"
     assert default_file(str(tmp_path / "w.v2.safetensors"), "openvino", int8=True) == tmp_path / "w.v2-int8.xml"
     assert default_file("digits", "onnx", int8=True) == Path("digits-int8.onnx")
+    assert default_file("digits", "onnx", int8=True, fixed=8) == Path("digits-int8-batch8.onnx")
 
 
 @pytest.mark.project
@@ -335,7 +394,9 @@ class Calibrated:
 
     def __init__(self, monkeypatch, fp32_top1, top1):
         found = Int8(100, top1, fp32_top1, 1000, 10)
-        monkeypatch.setattr("eit.export.exporter._quantise", lambda graph, file, images, view: file.write_bytes(b""))
+        monkeypatch.setattr(
+            "eit.export.exporter._quantise", lambda graph, file, images, view, fixed: file.write_bytes(b"")
+        )
         monkeypatch.setattr(
             "eit.export.exporter._convert", lambda graph, file, card: file.write_bytes(b"x") and load("digits")
         )

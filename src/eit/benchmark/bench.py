@@ -67,6 +67,7 @@ class Options:
     rounds: int = 5
     naive: bool = False
     memory: bool = True
+    fixed: bool = False  # export with a fixed batch
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -167,7 +168,7 @@ def bench(names: Sequence[str], options: Options) -> Record:
     models = open_models(names, options)
     with temporary_folder() as folder, _many_compilations():
         arms = [arm for name in models for arm in arms_of(name, models[name], runtimes, options, left_out)]
-        steps, files = prepare(arms, models, folder, options.device, left_out)
+        steps, files = prepare(arms, models, folder, options, left_out)
         if not steps:
             raise UserError(f"nothing to measure: {'; '.join(left_out)}")
         seconds, peaks = interleave(steps, options)
@@ -317,22 +318,27 @@ def macs_of(arm: Arm, model: Any) -> int:
 
 
 def prepare(
-    arms: Sequence[Arm], models: dict[str, Any], folder: Path, device: torch.device, left_out: list[str]
-) -> tuple[dict[Arm, Step], dict[tuple[str, str], Path]]:
-    """The step of each arm, after one run, and the exported files, by model and runtime.
+    arms: Sequence[Arm], models: dict[str, Any], folder: Path, options: Options, left_out: list[str]
+) -> tuple[dict[Arm, Step], dict[Arm, Path]]:
+    """The step of each arm, after one run, and the exported file of those that need one.
 
     Arms that cannot be exported or compiled are left out, with the reason.
     """
     steps: dict[Arm, Step] = {}
-    files: dict[tuple[str, str], Path] = {}
+    written: dict[tuple[str, str, int | None], Path] = {}
+    files: dict[Arm, Path] = {}
     failed: dict[tuple[str, str], str] = {}
     with progress("preparing", len(arms)) as advance:
         for arm in arms:
             if (arm.model, arm.runtime) not in failed:
                 try:
-                    if arm.runtime in FORMATS and (arm.model, arm.runtime) not in files:
-                        files[arm.model, arm.runtime] = _export(models[arm.model], arm.runtime, folder, len(files))
-                    step = make_step(arm, models[arm.model], files.get((arm.model, arm.runtime)), device)
+                    if arm.runtime in FORMATS:
+                        fixed = arm.batch if options.fixed else None
+                        key = arm.model, arm.runtime, fixed
+                        if key not in written:
+                            written[key] = _export(models[arm.model], arm.runtime, folder, len(written), fixed)
+                        files[arm] = written[key]
+                    step = make_step(arm, models[arm.model], files.get(arm), options.device)
                     step()
                     steps[arm] = step
                 except (UserError, FloatingPointError, RuntimeError) as error:
@@ -344,10 +350,10 @@ def prepare(
     return steps, files
 
 
-def _export(model: Any, runtime: str, folder: Path, number: int) -> Path:
+def _export(model: Any, runtime: str, folder: Path, number: int, fixed: int | None) -> Path:
     format = FORMATS[runtime]
     file = folder / f"{number}{'.onnx' if format == 'onnx' else '.xml'}"
-    export(model, file, format)
+    export(model, file, format, fixed=fixed)
     return file
 
 
@@ -461,7 +467,7 @@ def compare(record: Record) -> None:
         row.share = flops / median(row.seconds) / record.peak(row.arm.precision)
 
 
-def measure_memory(rows: Sequence[Measurement], files: dict[tuple[str, str], Path], options: Options) -> list[str]:
+def measure_memory(rows: Sequence[Measurement], files: dict[Arm, Path], options: Options) -> list[str]:
     """Fill in the peak memory of rows with the whole batch, each from its own process; return the failures.
 
     Compiled models are left out, because memory of the compiler would be counted.
@@ -471,7 +477,7 @@ def measure_memory(rows: Sequence[Measurement], files: dict[tuple[str, str], Pat
     with progress("memory", len(chosen)) as advance:
         for row in chosen:
             try:
-                row.memory = memory_of(row.arm, files.get((row.arm.model, row.arm.runtime)), options)
+                row.memory = memory_of(row.arm, files.get(row.arm), options)
             except RuntimeError as error:
                 failed.append(str(error))
             advance()

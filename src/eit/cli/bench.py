@@ -76,6 +76,9 @@ def bench(
     rounds: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of rounds; each round measures every combination once.")
     ] = 5,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="Export with a fixed batch, as eit export --fixed does.")
+    ] = False,
     naive: Annotated[
         bool, typer.Option("--naive", help="Also time a plain PyTorch implementation, as the baseline.")
     ] = False,
@@ -125,6 +128,7 @@ def bench(
         rounds,
         naive,
         memory,
+        fixed,
         start_alone(device, "eit bench"),
     )
     record = run(names, options)

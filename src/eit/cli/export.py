@@ -31,7 +31,16 @@ def export(
         typer.Option(
             metavar="FILE",
             parser=expand_path,
-            help="Write to FILE; default: next to the weights, with their name; -int8 is added for --int8.",
+            help="Write to FILE; default: next to the weights, with their name; -int8 is added for --int8, and -batchN "
+            "for --fixed N.",
+        ),
+    ] = None,
+    fixed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Fix the batch at N images, and height and width at the model's size: faster in OpenVINO.",
         ),
     ] = None,
     int8: Annotated[
@@ -67,11 +76,11 @@ def export(
 
     \b
     eit export runs/pets
-    eit export runs/pets --format openvino --out pets.xml
+    eit export runs/pets --format openvino --fixed 1 --out pets.xml
     eit export runs/pets --int8 pets/train
 
     The file is kept only if its results match torch's. eit predict and eit eval accept it. Batch,
-    height and width are dynamic; classes and preprocessing are in the metadata.
+    height and width are dynamic, unless --fixed is given; classes and preprocessing are in the metadata.
     """
     if data and not int8:
         raise UserError(f"--data {data} is for --int8, whose accuracy is measured on it: give --int8 PATH too")
@@ -79,11 +88,11 @@ def export(
         from eit.export import exporter
         from eit.weights.load import load
 
-    file = Path(out) if out else exporter.default_file(checkpoint, format, int8 is not None)
+    file = Path(out) if out else exporter.default_file(checkpoint, format, int8 is not None, fixed)
     exporter.check_request(format, file, int8 is not None)
     model = load(checkpoint)
     calibration = exporter.open_calibration(model.card, int8, images, data, max_pixels) if int8 else None
-    done = exporter.export(model, file, format, calibration, max_drop)
+    done = exporter.export(model, file, format, calibration, max_drop, fixed)
     print_result(json.loads(json.dumps(asdict(done), default=str)), as_json, export_text(done, model.card))
 
 
@@ -96,7 +105,7 @@ def export_text(done: "Export", card: "Card") -> str:
         top1 = f"top-1 equal on {shown - parity.ties} of {shown} photos, tied on the others,"
     lines = [
         f"{done.file}: {card.model}, {len(card.classes)} classes, {done.bytes / 1e6:.2f} MB; "
-        f"dynamic: {', '.join(done.dynamic)}",
+        + (f"dynamic: {', '.join(done.dynamic)}" if done.dynamic else f"fixed batch of {done.fixed}"),
         f"{done.runtime} and torch agree: {top1} at {sizes}, logits within {parity.max_error:.1e}",
     ]
     if "height" not in done.dynamic:

@@ -1,7 +1,7 @@
 """Export weights to ONNX, OpenVINO or torch.export. Each file is run by its runtime and compared with torch.
 
-The batch size is dynamic; so are height and width for this package's models. The file's metadata hold the card
-(classes, preprocessing).
+The batch size is dynamic; so are height and width for this package's models, unless they are asked to be fixed. The
+file's metadata hold the card (classes, preprocessing).
 """
 
 import copy
@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from eit.export.hub import without_paths
 from eit.files import temporary_folder, write_file
 from eit.inference.evaluate import evaluate
 from eit.inference.evaluation_data import evaluation_config, match_classes
-from eit.inference.exported_models import INPUT, KEY, OUTPUT, RUNTIMES, import_runtime
+from eit.inference.exported_models import INPUT, KEY, OUTPUT, RUNTIMES, batches, import_runtime
 from eit.models.eit import EIT
+from eit.models.ops import fold_strides
 from eit.weights.card import Card, serialize_card
 from eit.weights.formats import digest
 from eit.weights.load import find_weights
@@ -79,6 +80,7 @@ class Export:
     runtime: str  # name and version of the runtime that ran it
     parity: Parity  # comparison of the fp32 file
     int8: Int8 | None
+    fixed: int | None = None  # the batch, if the file takes no other
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ class Calibration:
     labelled: AnyImages
 
 
-def default_file(checkpoint: str, format: str, int8: bool = False) -> Path:
-    """Next to the weights, with their name, and -int8; in the working folder for included weights and the hub's."""
-    ending = ("-int8" if int8 else "") + _suffix(format)
+def default_file(checkpoint: str, format: str, int8: bool = False, fixed: int | None = None) -> Path:
+    """Next to the weights, with their name, and -int8 or -batch1; in the working folder for included weights and the
+    hub's."""
+    ending = ("-int8" if int8 else "") + (f"-batch{fixed}" if fixed else "") + _suffix(format)
     if Path(checkpoint).expanduser().exists():
         weights = find_weights(checkpoint)
         return weights.with_name(weights.stem + ending)
@@ -118,9 +121,17 @@ def check_request(format: str, file: Path, int8: bool) -> None:
 
 
 def export(
-    model: Any, file: Path, format: str, calibration: Calibration | None = None, max_drop: float = MAX_DROP
+    model: Any,
+    file: Path,
+    format: str,
+    calibration: Calibration | None = None,
+    max_drop: float = MAX_DROP,
+    fixed: int | None = None,
 ) -> Export:
     """Write a model of `eit.load`, on any device, to `file` in the format `format`; in int8 if `calibration` is given.
+
+    `fixed`: the batch is fixed at so many images, and height and width at the size of the card; some runtimes are
+    faster then.
 
     The file is kept only if its runtime runs it and every logit is within 1e-4 of the largest logit of torch's value,
     so that top-1 is equal except for ties; in int8 only if top-1 falls by at most `max_drop` points. The paths of this
@@ -139,16 +150,17 @@ def export(
     check_request(format, file, calibration is not None)
     model = copy.deepcopy(model).cpu().eval()  # the caller's model stays on its device
     model.card = without_paths(model.card)
-    dynamic = list(AXES) if _takes_any_size(model, format) else ["batch"]
+    dynamic = [] if fixed else list(AXES) if _takes_any_size(model, format) else ["batch"]
     with temporary_folder() as folder, _quiet():
         written = folder / file.name
         graph = folder / "graph.onnx"  # the source of ONNX and OpenVINO files
-        program = _program(model, dynamic)
+        with fold_strides() if format == "openvino" else nullcontext():
+            program = _program(model, dynamic, fixed or 2)
         if format == "torch":
             torch.export.save(
                 program, written, extra_files={KEY: serialize_card(model.card, sha256=digest(model.state_dict()))}
             )
-            run: Callable[[Tensor], Tensor] = torch.export.load(written).module()
+            run: Callable[[Tensor], Tensor] = _in_batches(torch.export.load(written).module(), fixed)
         else:
             _write_onnx(program, graph, model.card, dynamic)
             run = _convert(graph, written, model.card)
@@ -157,7 +169,7 @@ def export(
         if calibration is not None:
             fp32_bytes = _size(written)
             quantised = folder / "int8.onnx"
-            _quantise(graph, quantised, calibration.images, model.card.view)
+            _quantise(graph, quantised, calibration.images, model.card.view, fixed)
             run = _convert(quantised, written, model.card)
             int8 = _measure_int8(model, run, calibration, fp32_bytes)
             if int8.fp32_top1 - int8.top1 > max_drop:
@@ -168,7 +180,7 @@ def export(
         size = _size(written)
         for part in _parts(written)[::-1]:  # the files that it refers to come first
             write_file(file.with_suffix(part.suffix), part.read_bytes())
-    return Export(file, size, dynamic, _runtime(format), parity, int8)
+    return Export(file, size, dynamic, _runtime(format), parity, int8, fixed)
 
 
 def compare(model: Any, run: Callable[[Tensor], Tensor], any_size: bool) -> Parity:
@@ -270,9 +282,19 @@ def _takes_any_size(model: Any, format: str) -> bool:
     return format != "openvino" or model.pos_embed is None  # OpenVINO interpolates position tables differently
 
 
-def _program(model: Any, dynamic: list[str]) -> ExportedProgram:
+def _in_batches(run: Callable[[Tensor], Tensor], size: int | None) -> Callable[[Tensor], Tensor]:
+    """`run` on any number of images, if it takes `size` images alone."""
+
+    def whole(x: Tensor) -> Tensor:
+        parts = [run(torch.from_numpy(part)) for part in batches(x.numpy(), size)]
+        return torch.cat(parts)[: len(x)]
+
+    return whole
+
+
+def _program(model: Any, dynamic: list[str], batch: int) -> ExportedProgram:
     card = model.card
-    x = torch.zeros(2, card.in_chans, card.size, card.size)
+    x = torch.zeros(batch, card.in_chans, card.size, card.size)
     try:
         program = torch.export.export(model, (x,), dynamic_shapes=({AXES[name]: Dim.DYNAMIC for name in dynamic},))
     except Exception as error:  # each architecture raises its own errors
@@ -299,7 +321,7 @@ def _write_onnx(program: ExportedProgram, file: Path, card: Card, dynamic: list[
     proto.producer_name, proto.producer_version = "eit", card.version
     onnx.helper.set_model_props(proto, {KEY: serialize_card(card)})
     shape = proto.graph.input[0].type.tensor_type.shape.dim
-    names = {shape[axis].dim_param: name for name, axis in AXES.items()}
+    names = {shape[AXES[name]].dim_param: name for name in dynamic}
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -324,11 +346,11 @@ def _convert(graph: Path, file: Path, card: Card) -> Callable[[Tensor], Tensor]:
     return RUNTIMES[file.suffix](file)
 
 
-def _quantise(graph: Path, file: Path, images: Images, view: Preprocessing) -> None:
+def _quantise(graph: Path, file: Path, images: Images, view: Preprocessing, fixed: int | None) -> None:
     """Static quantisation: activation ranges from `images`, weights per channel."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-    loader = evaluation_loader(images, view, 32, 0, torch.device("cpu"))
+    loader = evaluation_loader(images, view, fixed or 32, 0, torch.device("cpu"))
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -336,7 +358,7 @@ def _quantise(graph: Path, file: Path, images: Images, view: Preprocessing) -> N
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch.images[: batch.valid].numpy()}
+            return None if batch is None else {INPUT: batches(batch.images[: batch.valid].numpy(), fixed)[0]}
 
     quantize_static(graph, file, Reader(), op_types_to_quantize=INT8_OPERATORS, per_channel=True)
 

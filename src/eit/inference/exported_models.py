@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ class ExportedModel(nn.Module):
     """An exported file in evaluation: images (B, in_chans, height, width) -> logits (B, num_classes), on the CPU.
 
     `card` is what the file says about classes and preprocessing. `fixed_size`: height and width are those of the card.
+    A file with a fixed batch takes any number of images too: they are run in batches, and the last one is filled up.
     """
 
     def __init__(self, file: Path, card: Card, run: Run, fixed_size: bool) -> None:
@@ -108,7 +110,12 @@ def open_onnx(file: Path) -> ExportedModel:
         raise UserError(f"{file} is not a readable ONNX file: {_line(error)}") from None
     ports = [(port.name, list(port.shape)) for port in (*session.get_inputs(), *session.get_outputs())]
     card = session.get_modelmeta().custom_metadata_map.get(KEY)
-    return _model(file, card, ports, lambda x: session.run([OUTPUT], {INPUT: x})[0])
+
+    def run(x: np.ndarray) -> np.ndarray:
+        parts = batches(x, _fixed_batch(ports))
+        return _joined([session.run([OUTPUT], {INPUT: part})[0] for part in parts], len(x))
+
+    return _model(file, card, ports, run)
 
 
 @cache
@@ -119,8 +126,12 @@ def openvino_core() -> Any:
 
 
 def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
-    """A .xml file, run by OpenVINO on as many threads as torch has, in `f32` or `bf16`."""
-    import_runtime("openvino", f"running {file}")
+    """A .xml file, run by OpenVINO on as many threads as torch has, in `f32` or `bf16`.
+
+    One image has all threads. More images are divided among streams of one thread each, which is faster.
+    """
+    openvino = import_runtime("openvino", f"running {file}")
+    threads = torch.get_num_threads()
     try:
         core = openvino_core()
         model = core.read_model(file)
@@ -129,11 +140,50 @@ def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
             (port.any_name, [dim.get_length() if dim.is_static else None for dim in port.partial_shape])
             for port in (*model.inputs, *model.outputs)
         ]
-        settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
-        compiled = core.compile_model(model, "CPU", settings)
+        settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=threads)
+        compiled = core.compile_model(model, "CPU", settings | dict(NUM_STREAMS=1))
     except Exception as error:  # RuntimeError in most cases, of several lines
         raise UserError(f"{file} is not a readable OpenVINO model: {_line(error)}") from None
-    return _model(file, card, ports, lambda x: compiled([x])[0])
+
+    one_at_a_time = Lock()
+
+    @cache
+    def streams() -> Any:
+        return openvino.AsyncInferQueue(core.compile_model(model, "CPU", settings | dict(NUM_STREAMS=threads)), threads)
+
+    def run(x: np.ndarray) -> np.ndarray:
+        parts = batches(x, _fixed_batch(ports) or -(-len(x) // threads))
+        if len(parts) == 1:
+            return _joined([compiled([parts[0]])[0]], len(x))
+        logits: list[np.ndarray] = [np.empty(0)] * len(parts)
+        with one_at_a_time:
+            queue = streams()
+            queue.set_callback(lambda request, i: logits.__setitem__(i, request.get_output_tensor().data.copy()))
+            for i, part in enumerate(parts):
+                queue.start_async([part], i)
+            queue.wait_all()
+        return _joined(logits, len(x))
+
+    return _model(file, card, ports, run)
+
+
+def batches(x: np.ndarray, size: int | None) -> list[np.ndarray]:
+    """`x` in batches of `size` images, the last one filled up with copies of the first images; None: whole."""
+    if not size or not len(x):
+        return [x]
+    if missing := -len(x) % size:
+        x = np.concatenate((x, np.resize(x, (missing, *x.shape[1:]))))
+    return [x[start : start + size] for start in range(0, len(x), size)]
+
+
+def _joined(logits: list[np.ndarray], images: int) -> np.ndarray:
+    return (np.concatenate(logits) if len(logits) > 1 else logits[0])[:images]
+
+
+def _fixed_batch(ports: list[Port]) -> int | None:
+    """The number of images that a file takes; None for any."""
+    size = ports[0][1][0]
+    return size if isinstance(size, int) else None
 
 
 RUNTIMES = {".onnx": open_onnx, ".xml": open_openvino}
