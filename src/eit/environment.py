@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from eit import distributed
+from eit import distributed, operators
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The current environment: everything besides the recipe that figures depend on."""
-    cuda, cpu = device.type == "cuda", _cpu()
+    cuda, cpu = device.type == "cuda", operators.cpu()
     return dict(
         eit=version("eit"),
         commit=_commit(),
@@ -100,6 +100,7 @@ def _settings() -> dict[str, Any]:
         cudnn_benchmark=backends.cudnn.benchmark,
         cudnn_deterministic=backends.cudnn.deterministic,
         CUBLAS_WORKSPACE_CONFIG=os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        cpu_operators=sorted(operators.chosen()),
         attention=[name for name, is_enabled in attention.items() if is_enabled()],
     )
 
@@ -116,13 +117,3 @@ def _commit() -> str | None:
         return head + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", here]).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu() -> dict[str, str]:
-    """Properties of the first core on Linux; on other systems only its name."""
-    cpu = {"model name": platform.processor() or platform.machine()}
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:
-        return cpu
-    return cpu | {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

@@ -55,7 +55,7 @@ def test_each_command_has_two_or_three_examples_that_parse(name):
 
 
 @pytest.mark.parametrize(
-    "line", ["eit eval x --colour", "eit train digits train.epoch=1", "eit bench", "eit demo --share"]
+    "line", ["eit eval x --colour", "eit train digits train.epoch=1", "eit export", "eit demo --share"]
 )
 def test_an_example_that_is_wrong_would_be_noticed(line):
     with pytest.raises(Exception, match=r"No such option|no key|unknown|Missing|epoch"):

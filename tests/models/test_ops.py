@@ -14,17 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eit.models import ops
 from eit.models.eit import EIT, Block
 from eit.models.ops import Linear, MaxPool2d, PatchConv2d, attention
+from eit.operators import OPERATORS
 
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    """The faster ways of a CPU with AVX-512 run on any."""
-    monkeypatch.setattr(ops, "AVX512", True)
+    """All faster operators run, whatever the CPU."""
+    monkeypatch.setattr(ops, "FASTER_ON_CPU", set(OPERATORS))
 
 
-@pytest.fixture(params=[True, False], ids=["avx512", "elsewhere"])
-def avx512(request, monkeypatch):
-    monkeypatch.setattr(ops, "AVX512", request.param)
+@pytest.fixture(params=[True, False], ids=["faster", "elsewhere"])
+def faster(request, monkeypatch):
+    monkeypatch.setattr(ops, "FASTER_ON_CPU", set(OPERATORS) if request.param else set())
     return request.param
 
 
@@ -151,14 +152,14 @@ def of(names, counts):
     return {name: counts[name] for name in names if counts[name]}
 
 
-def test_the_forward_pass_of_a_model_copies_only_what_it_must(avx512):
+def test_the_forward_pass_of_a_model_copies_only_what_it_must(faster):
     model = small().eval().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     with Operators() as seen, torch.no_grad():
         model(x)
     # cat: the class token joins the grid once, and in each of 2 layers with a convolution, whose parts are joined too.
     # bmm: the last layer computes only the class token.
-    if avx512:
+    if faster:
         assert of(PRODUCTS, seen.counts) == dict(convolution=1 + 3 * 4 - 1 + 2, addmm=2, bmm=4)
         # clone: squares of the image and of the kernel; in each layer the output of heads that were padded.
         assert of(MOVES, seen.counts) == dict(clone=2 + 2 + 1, cat=1 + 2 * 2, constant_pad_nd=1 + 2 * 3)
@@ -173,12 +174,12 @@ def block_step(block):
     block(x, 4, 4).square().sum().backward()
 
 
-def test_a_training_step_of_a_block_copies_only_what_it_must(avx512):
+def test_a_training_step_of_a_block_copies_only_what_it_must(faster):
     block = Block(32, 16, 1)
     with Operators() as seen:
         block_step(block)
-    forward = dict(convolution=5) if avx512 else dict(convolution=1, addmm=3)
-    backward = dict(convolution_backward=5) if avx512 else dict(convolution_backward=1, mm=1 + 8)
+    forward = dict(convolution=5) if faster else dict(convolution=1, addmm=3)
+    backward = dict(convolution_backward=5) if faster else dict(convolution_backward=1, mm=1 + 8)
     assert of(PRODUCTS, seen.counts) == forward | backward
     # cat: class token and convolved grid, and convolution and attention, are parted and joined, each way.
     # clone, stack: the gradients of q, k and v become one.
@@ -199,7 +200,7 @@ def test_a_compiled_model_takes_batches_and_sizes_of_every_kind():
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 14), reason="operators are counted as torch 2.14 leaves them")
-def test_a_compiled_block_is_one_graph_each_way_with_no_operators_more(avx512):
+def test_a_compiled_block_is_one_graph_each_way_with_no_operators_more(faster):
     graphs = []
 
     def keep(graph, _):
@@ -576,7 +577,7 @@ class Padded(TorchDispatchMode):
 
 
 def test_no_padding_costs_anything_by_token_and_none_is_left_in_evaluation(padding, monkeypatch):
-    monkeypatch.setattr(ops, "AVX512", False)
+    monkeypatch.setattr(ops, "FASTER_ON_CPU", set())
     with Padded() as training:
         narrow(device="meta")(torch.empty(7, 3, 16, 20, device="meta")).sum().backward()
     assert len(training.shapes) == 2 * 3 * 2  # weight and bias of qkv, weight of proj; their gradients; in two layers

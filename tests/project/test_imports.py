@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "imports"},
     {"files"},
     {"plain_yaml", "hub_access"},
-    {"config", "distributed", "memory", "precision", "randomness"},
+    {"config", "distributed", "memory", "operators", "precision", "randomness"},
     {"console", "environment"},
     {"plots"},
     {"pages"},
@@ -33,7 +33,7 @@ FLOORS = [
 # The same inside each package.
 ROOMS = {
     "pages": [{"__init__", "render"}],
-    "models": [{"__init__", "ops"}, {"eit"}, {"registry", "complexity"}],
+    "models": [{"ops"}, {"__init__", "eit"}, {"registry", "complexity"}],
     "data": [
         {"__init__", "shear", "images", "order"},
         {"folders", "random_crop"},
@@ -73,7 +73,7 @@ ROOMS = {
     "report": [{"__init__", "advice"}, {"outcome"}, {"mistakes", "run"}],
     "export": [{"__init__", "hub"}, {"exporter"}],
     "demo": [{"__init__", "explanation", "examples"}, {"page"}],
-    "benchmark": [{"__init__", "matmul_peak", "naive"}, {"bench"}, {"sections"}],
+    "benchmark": [{"__init__", "matmul_peak", "naive"}, {"bench"}, {"sections", "self_check"}],
     "reproduce": [
         {"__init__", "experiment", "published"},
         {"runs", "plan"},

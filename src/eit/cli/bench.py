@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from enum import StrEnum
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from eit.imports import quick_imports
 
 if TYPE_CHECKING:
     from eit.benchmark.bench import Measurement, Record
+    from eit.benchmark.self_check import SelfCheck
 
 
 class Mode(StrEnum):
@@ -36,7 +38,7 @@ class Runtime(StrEnum):
 
 def bench(
     names: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="MODEL...",
             parser=expand_path,
@@ -44,7 +46,7 @@ def bench(
             show_default=False,
             autocompletion=complete_model,
         ),
-    ],
+    ] = None,
     modes: Annotated[
         list[Mode] | None,
         typer.Option("--mode", metavar="infer|train", help="Measure inference or training; repeatable; default: both."),
@@ -88,6 +90,16 @@ def bench(
     keep: Annotated[
         bool, typer.Option("--keep-freed", help="Keep freed memory for the next step, as eit train does (Linux).")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--self-check",
+            help="Time each of this package's CPU operators against PyTorch's on this machine, with MODEL or eit_mini.",
+        ),
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Use the operators that --self-check found to be faster from now on.")
+    ] = False,
     out: Annotated[
         str | None,
         typer.Option(metavar="FILE", parser=expand_path, help="Draw a bar chart into FILE (.png, .pdf or .svg)."),
@@ -99,12 +111,20 @@ def bench(
 
     \b
     eit bench eit_mini timm/deit_tiny_patch16_224
-    eit bench eit_mini --mode infer --runtime eager --runtime compile
     eit bench runs/pets --batch-size 64 --out speed.png
+    eit bench --self-check --save
 
     It measures inference of one image and of a batch, training steps on random images, and the peak of this machine.
     Every round measures each combination once. The tables show medians and spread over the rounds.
     """
+    if not names and not check:
+        raise UserError("eit bench needs a model, such as eit_mini; or --self-check")
+    if save and not check:
+        raise UserError("--save keeps what --self-check finds: give --self-check too")
+    if save and rounds < 5:
+        raise UserError(f"--save --rounds {rounds}: a choice that stays needs at least 5 rounds")
+    if check and len(names or ()) > 1:
+        raise UserError(f"--self-check takes one model, not {len(names or ())}")
     picture = file_to_write(out, "--out") if out else None
     if threads is not None and threads > (cores := os.cpu_count() or 1):
         raise UserError(f"--threads {threads}: this machine has {cores} cores; give at most {cores}")
@@ -112,6 +132,7 @@ def bench(
         from eit.benchmark.bench import DEFAULT_PRECISIONS, MODES, Options
         from eit.benchmark.bench import bench as run
         from eit.benchmark.sections import panels
+        from eit.benchmark.self_check import self_check
         from eit.memory import keep_freed
         from eit.plots import bars
         from eit.precision import PRECISIONS
@@ -131,7 +152,10 @@ def bench(
         fixed,
         start_alone(device, "eit bench"),
     )
-    record = run(names, options)
+    if check:
+        print_self_check(self_check((names or ["eit_mini"])[0], options), save, as_json)
+        return
+    record = run(names or [], options)
     if picture:
         bars(panels(record), picture)
     if as_json:
@@ -143,6 +167,31 @@ def bench(
 def _values(given: list[Mode] | list[Precision] | list[Runtime] | None) -> list[str]:
     """Each value once, in the order in which they were given."""
     return list(dict.fromkeys(member.value for member in given or ()))
+
+
+def print_self_check(found: "SelfCheck", save: bool, as_json: bool) -> None:
+    from eit.operators import choice_file, save_choice
+
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        head = ["operators", "inference", "training", "pays"]
+        rows = []
+        for gain in found.gains:
+            speeds = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in (gain.infer, gain.train)]
+            rows.append([", ".join(gain.operators), *speeds, "yes" if gain.pays else "no"])
+        print_table(head, rows)
+        about = found.about
+        print(
+            f"{about['device']}, {about['threads']} threads, fp32, batch {about['batch_size']}; speed relative to "
+            f"PyTorch's operators, medians and spread of {about['rounds']} rounds"
+        )
+        print(f"faster here: {', '.join(found.choice) or 'none'}; in use: {', '.join(found.in_use) or 'none'}")
+    if save:
+        save_choice(found.choice)
+        print(f"saved in {choice_file()}; delete it to undo this", file=sys.stderr)
+    elif set(found.choice) != set(found.in_use):
+        print("add --save to use those that are faster here", file=sys.stderr)
 
 
 def print_record(record: "Record") -> None:

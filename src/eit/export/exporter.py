@@ -32,8 +32,8 @@ from eit.files import temporary_folder, write_file
 from eit.inference.evaluate import evaluate
 from eit.inference.evaluation_data import evaluation_config, match_classes
 from eit.inference.exported_models import INPUT, KEY, OUTPUT, RUNTIMES, batches, import_runtime
+from eit.models import ops
 from eit.models.eit import EIT
-from eit.models.ops import fold_strides
 from eit.weights.card import Card, serialize_card
 from eit.weights.formats import digest
 from eit.weights.load import find_weights
@@ -280,6 +280,18 @@ def _takes_any_size(model: Any, format: str) -> bool:
     ):  # the exporter would fix a grid of one token as a constant
         return False
     return format != "openvino" or model.pos_embed is None  # OpenVINO interpolates position tables differently
+
+
+@contextmanager
+def fold_strides() -> Iterator[None]:
+    """Programs that are exported here have the form of the stem without strides, which OpenVINO runs faster."""
+    before = set(ops.FOLD_STRIDES_ON)
+    ops.FOLD_STRIDES_ON.add("cpu")
+    try:
+        yield
+    finally:
+        ops.FOLD_STRIDES_ON.clear()
+        ops.FOLD_STRIDES_ON.update(before)
 
 
 def _in_batches(run: Callable[[Tensor], Tensor], size: int | None) -> Callable[[Tensor], Tensor]:

@@ -1,12 +1,10 @@
-"""Layers of PyTorch, with the same parameters and results, computed faster on a CPU with AVX-512 or on a GPU.
+"""Layers of PyTorch, with the same parameters and results, computed faster on some CPUs or on a GPU.
 
 docs/performance.md has the gain of each. On other devices, and in scripted and exported programs, PyTorch's operators
-run. In compiled programs they replace those for AVX-512, because Inductor cannot lay out these views if height and
+run. In compiled programs they replace those for CPUs, because Inductor cannot lay out these views if height and
 width are symbols. torch.fx traces each function as one operator, because it knows neither the device nor the width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+FASTER_ON_CPU: set[str] = set()  # of linear, stem, max_pool, attention; `eit.operators` has the choice
 NARROW = 16  # channels of a head: with fewer, fused attention takes longer than with 16
 MANY = 64  # tokens: with fewer, padding takes longer than it saves
 CACHE = 1 << 22  # bytes of attention weights
 WIDTH = 8  # flash attention needs head widths that are multiples of 8; otherwise a slower kernel runs
 PAD_HEADS_ON = {"cuda"}  # kinds of device
-FOLD_STRIDES_ON: set[str] = set()  # of the stem, besides CPUs with AVX-512: not yet measured on a GPU
+FOLD_STRIDES_ON: set[str] = set()  # of the stem, besides CPUs: not yet measured on a GPU
 
 
-def _on_avx512(x: Tensor) -> bool:
+def _is_faster(operator: str, x: Tensor) -> bool:
     known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
-    return AVX512 and known and not torch.compiler.is_compiling()
+    return operator in FASTER_ON_CPU and known and not torch.compiler.is_compiling()
 
 
 class Linear(nn.Linear):
@@ -44,7 +42,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
     else:  # TorchScript does not compile this
-        if not _on_avx512(x) or type(weight) not in (Tensor, nn.Parameter):  # quantised weights have their own product
+        if not _is_faster("linear", x) or type(weight) not in (
+            Tensor,
+            nn.Parameter,
+        ):  # quantised weights have their own product
             return F.linear(x, weight, bias)
         image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
         image = F.conv2d(image, weight[:, :, None, None], bias)  # (1, out_features, 1, pixels)
@@ -68,22 +69,10 @@ def patch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pa
         return F.conv2d(x, weight, bias, stride, padding)
     else:
         kernel = weight.shape[-1]
-        if stride == 1 or kernel % stride or not (_on_avx512(x) or x.device.type in FOLD_STRIDES_ON):
+        if stride == 1 or kernel % stride or not (_is_faster("stem", x) or x.device.type in FOLD_STRIDES_ON):
             return F.conv2d(x, weight, bias, stride, padding)
         x = F.pad(x, (padding, padding, padding, padding))
         return F.conv2d(_squares_as_channels(x, stride), _squares_as_channels(weight, stride), bias)
-
-
-@contextmanager
-def fold_strides() -> Iterator[None]:
-    """Programs that are exported here have the form of the stem without strides, which OpenVINO runs faster."""
-    before = set(FOLD_STRIDES_ON)
-    FOLD_STRIDES_ON.add("cpu")
-    try:
-        yield
-    finally:
-        FOLD_STRIDES_ON.clear()
-        FOLD_STRIDES_ON.update(before)
 
 
 def _squares_as_channels(x: Tensor, side: int) -> Tensor:
@@ -107,7 +96,7 @@ def max_pool(x: Tensor, size: int) -> Tensor:
     if torch.jit.is_scripting():
         return F.max_pool2d(x, size, size)
     else:
-        if torch.jit.is_tracing() or not (_on_avx512(x) and x.requires_grad):
+        if torch.jit.is_tracing() or not (_is_faster("max_pool", x) and x.requires_grad):
             return F.max_pool2d(x, size, size)
         return _MaxPool.apply(x, size)[0]
 
@@ -143,7 +132,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     if torch.jit.is_scripting():
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     else:
-        if not _on_avx512(q):
+        if not _is_faster("attention", q):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         # The fused kernel has no dropout, and its backward pass takes twice as long in bfloat16 as in float32.
         if q.requires_grad and (dropout or q.dtype == torch.bfloat16):
