@@ -125,10 +125,11 @@ def read_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Images:
         raise UserError(f"{folder} has no class folders (CLASS/image.png is expected)")
     number = {name: label for label, name in enumerate(classes)}
     labels, names, sources = [], [], []
+    start = len(os.path.join(folder, ""))  # of a name below the folder; os.path.relpath is slow
     for entry in sorted(inside, key=lambda entry: (number[compose(entry.name)], entry.name)):
         for file_path in _walk(entry.path, left_out, above=str(folder)):
             labels.append(number[compose(entry.name)])
-            names.append(os.path.relpath(file_path, folder))
+            names.append(file_path[start:])
             sources.append(file_path)
     used = set(labels)
     if empty := [name for label, name in enumerate(classes) if label not in used]:
