@@ -1,8 +1,9 @@
-"""Measure how training scales: `python benchmarks/scale.py [processes] [curves] [memory] [start] [digits] [figure]`.
+"""Measure how training scales: `python benchmarks/scale.py [PART...]`.
 
 processes  two processes on one core each, with DDP and gloo, compared with one process on one core
 curves     time of a training step against batch, resolution and depth
 memory     peak memory of the same steps, each in a separate process
+images     time and memory to list 10 to 1,000,000 images, and time from `eit train` to the first step
 start      time from the start of `eit train digits` to its first optimizer step, by phase
 digits     time of all of `eit train digits`, as `make demo` runs it
 figure     draw docs/images/scale.png from the saved results
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import eit
@@ -176,6 +178,52 @@ def memory_of(point: dict) -> None:
     print(json.dumps(dict(peak=peak_of_step, activations=sum(kept.values()), moments=moments)))
 
 
+# -- Number of images -------------------------------------------------------------------------------------------------
+
+COUNTS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
+FILES = 20  # that the images are links to
+TINY = ["model.depth=1", "model.embed_dim=20", "model.num_heads=2", "data.batch_size=4", "optim.lr_batch=null"]
+
+
+def images() -> None:
+    rows = []
+    for count in COUNTS:
+        with tempfile.TemporaryDirectory() as folder:
+            link_images(Path(folder), count)
+            command = [sys.executable, "-c", LISTER, f"{folder}/data"]
+            listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            words = ["train", "imagenet_mini", f"data.root={folder}/data", f"out={folder}/run", "data.workers=1", *TINY]
+            command = [sys.executable, "-c", DRIVER, str(time.time()), *words]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            marks = json.loads(done.stdout.partition("MARKS")[2])
+            rows.append(dict(images=count) | listed | dict(first_step=sum(marks.values()), imports=marks["imports"]))
+            print(rows[-1], flush=True)
+    save("images", rows=rows)
+
+
+def link_images(folder: Path, count: int) -> None:
+    """`count` training images, and a tenth as many to validate on, in at most 1,000 classes; links to few files."""
+    for i in range(FILES):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(folder / f"{i}.jpg")
+    classes = min(1000, count // 5)
+    for part, images in (("train", count), ("val", max(count // 10, classes))):
+        for name in range(classes):
+            (folder / "data" / part / f"class{name:04d}").mkdir(parents=True)
+        for i in range(images):
+            os.link(folder / f"{i % FILES}.jpg", folder / "data" / part / f"class{i % classes:04d}" / f"{i:07d}.jpg")
+
+
+LISTER = """
+import json, sys, time
+from eit.config import data_config
+from eit.data.datasets import open_data
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before, began = resident(), time.perf_counter()
+found = open_data(data_config(root=sys.argv[1]))
+print(json.dumps(dict(seconds=time.perf_counter() - began, bytes=resident() - before)))
+"""
+
 # -- Start ------------------------------------------------------------------------------------------------------------
 
 DRIVER = """
@@ -276,7 +324,9 @@ def figure() -> None:
     plots.save(shown, ROOT / "docs" / "images" / "scale.png")
 
 
-PARTS = dict(processes=processes, curves=curves, memory=memory, start=start, digits=digits, figure=figure)
+PARTS = dict(
+    processes=processes, curves=curves, memory=memory, images=images, start=start, digits=digits, figure=figure
+)
 
 if __name__ == "__main__":
     match sys.argv[1:]:

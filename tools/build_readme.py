@@ -208,6 +208,25 @@ def speed() -> str:
     return "\n".join([*table(HEAD, rows), "", note])
 
 
+def choices() -> str:
+    """The fastest runtime for each model, task and precision."""
+    tasks = {"one image": ("infer", 1), "many images": ("infer", None), "training": ("train", None)}
+    rows = []
+    for variant in VARIANTS:
+        found = benchmark(f"bench_{variant}")
+        cells = []
+        for mode, batch in tasks.values():
+            for precision in ("fp32", "bf16"):
+                wanted = (f"eit_{variant}", mode, batch or found["batch_size"], precision)
+                own = [r for r in found["rows"] if (r["label"], r["mode"], r["batch"], r["precision"]) == wanted]
+                best = max(own, key=lambda row: row["images_per_s"])
+                speed = f"{1e3 * best['median_s']:.0f} ms" if batch == 1 else f"{best['images_per_s']:.1f}/s"
+                cells.append(f"{best['runtime']}, {speed}")
+        rows.append([f"`eit_{variant}`", *cells])
+    head = f"| model | {' | '.join(f'{task}, {p}' for task in tasks for p in ('fp32', 'bf16'))} |"
+    return "\n".join([*table(head, rows), "", f"Fastest runtime and its speed: {about(benchmark('bench_mini'))}"])
+
+
 def keep_freed() -> str:
     return "\n".join(table(HEAD, speed_rows(benchmark("keep_freed"))))
 
@@ -243,6 +262,28 @@ def class_token() -> str:
     return "\n".join([*lines, "", f"fp32, eager, {found['cpu']['capability']}, {about(found)}"])
 
 
+def openvino_forms() -> str:
+    found, rows, columns = benchmark("openvino_forms"), {}, {}
+    for row in found["rows"]:
+        columns[f"{row['model']}, batch {row['batch']}"] = True
+        cell = f"{row['images_per_s']:.1f}/s, {row['gain']:.2f} ({row['min_gain']:.2f} to {row['max_gain']:.2f})"
+        rows.setdefault(row["form"], [row["form"]]).append(cell)
+    lines = table(f"| images/s, relative to one stream | {' | '.join(columns)} |", list(rows.values()))
+    versions = f"OpenVINO {found['packages']['openvino'].partition('-')[0]}"
+    return "\n".join([*lines, "", f"fp32, {found['cpu']['capability']}, {versions}, {about(found)}"])
+
+
+def self_check() -> str:
+    found = benchmark("self_check")
+    rows = []
+    for gain in found["gains"]:
+        cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in (gain["infer"], gain["train"])]
+        rows.append([", ".join(gain["operators"]), *cells, "yes" if gain["pays"] else "no"])
+    lines = table("| operators | inference | training step | pays |", rows)
+    note = f"`eit_mini`, fp32, batch {found['batch_size']}, {found['cpu']['capability']}, {about(found)}"
+    return "\n".join([*lines, "", note])
+
+
 def loading() -> str:
     found = benchmark("loading")["figures"]
     rows = []
@@ -269,6 +310,14 @@ def scale() -> str:
     ):
         rows.append([what, spread(part, ".1f", " s"), f"at most {goal} s"])
     return "\n".join(table("| 2 cores | median of 5 rounds (range) | goal |", rows))
+
+
+def image_counts() -> str:
+    rows = []
+    for row in benchmark("scale")["images"]["rows"]:
+        memory = f"{row['bytes'] / 2**20:,.0f} MiB"
+        rows.append([f"{row['images']:,}", f"{row['seconds']:.2f} s", memory, f"{row['first_step']:.1f} s"])
+    return "\n".join(table("| training images | listed and checked in | memory for it | first step after |", rows))
 
 
 # -- The paper's claims ------------------------------------------------------------------------------------------------
@@ -490,7 +539,19 @@ def main() -> None:
         "docs/export.md": named(int8),
         "docs/dense.md": named(segmentation),
         "docs/paper.md": named(in_short, claims) | {name: partial(experiment, name) for name in ANCHORS},
-        "docs/performance.md": named(speed, class_token, keep_freed, latency, step_memory, loading, scale),
+        "docs/performance.md": named(
+            choices,
+            speed,
+            class_token,
+            openvino_forms,
+            self_check,
+            keep_freed,
+            latency,
+            step_memory,
+            loading,
+            scale,
+            image_counts,
+        ),
     }
     for page, tables in pages.items():
         text = (ROOT / page).read_text()

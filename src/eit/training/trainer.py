@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from eit import distributed
+from eit import distributed, operators
 from eit.config import Recipe, is_extended
 from eit.console import progress as progress_bar
 from eit.console import say
@@ -41,6 +41,7 @@ from eit.environment import environment, versions
 from eit.errors import UserError, first_line, is_out_of_memory
 from eit.files import write_file
 from eit.inference.evaluate import evaluate
+from eit.models.eit import EIT
 from eit.precision import Precision, autocast, deterministic_algorithms, float32_products, resolve_precision
 from eit.randomness import Stream, set_seed
 from eit.training.checkpoint import (
@@ -340,6 +341,11 @@ class Trainer:
             gpu = [self.device.index] if self.device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=gpu)
         if (mode := self.recipe.train.compile) != "off":  # once, for batches of one size
+            if self.device.type == "cpu" and operators.chosen() and isinstance(self.model, EIT):
+                say(
+                    "train.compile: compiled models lack this package's operators for this processor, so they may be "
+                    "slower than train.compile=off; eit bench MODEL --runtime eager --runtime compile measures it"
+                )
             network = torch.compile(network, mode=None if mode == "default" else mode, dynamic=False)
         if order.world > 2:
             zeros = torch.zeros(order.batch_size, view.channels, view.size, view.size, device=self.device)
