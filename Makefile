@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 help:
 	@echo "make demo       set up, train the digits recipe (under a minute on 2 cores), predict a few"
-	@echo "make test       set up, run the tests (about 12 minutes on two cores)"
+	@echo "make test       set up, run the tests (about 6 minutes on two cores)"
 	@echo "make test-fast  the tests of single functions, in under a minute"
 	@echo "make test-slow  the tests that make test leaves out"
 	@echo "make check-results  the tables and sentences of README.md and docs/ against results/"

@@ -32,7 +32,7 @@ def chosen() -> frozenset[str]:
 
 
 def choice_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eit" / "operators.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "eit" / "operators.json"
 
 
 def read_choice() -> frozenset[str] | None:
@@ -44,9 +44,9 @@ def read_choice() -> frozenset[str] | None:
         if not set(saved["operators"]) <= set(OPERATORS):
             raise ValueError("operators")
         return frozenset(saved["operators"])
-    except FileNotFoundError:
+    except OSError:  # most often there is none
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         warnings.warn(f"{choice_file()} is damaged and not used: run eit bench --self-check --save again", stacklevel=2)
         return None
 

@@ -220,6 +220,19 @@ def test_a_fixed_batch_takes_any_number_of_images(tmp_path, form):
         model.check_size(32)
 
 
+def test_a_huge_fixed_batch_is_refused(tmp_path):
+    """One image would be filled up to it."""
+    export(load(small(tmp_path / "small.safetensors", depth=1)), file := tmp_path / "small.onnx", "onnx", fixed=2)
+    graph = onnx.load(file)
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 10**9
+    onnx.save(graph, file)
+    with pytest.raises(
+        eit.UserError, match="takes batches of 1,000,000,000 images; more than 4,096"
+    ):
+        eit.load(file)
+
+
 def test_images_are_divided_among_the_streams_of_openvino(tmp_path, monkeypatch):
     export(model := load(small(tmp_path / "small.safetensors", depth=1)), file := tmp_path / "small.xml", "openvino")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -40,6 +40,7 @@ def export(
         typer.Option(
             metavar="N",
             min=1,
+            max=4096,
             help="Fix the batch at N images, and height and width at the model's size: faster in OpenVINO.",
         ),
     ] = None,

@@ -26,6 +26,7 @@ from eit.weights.load import say_assumptions
 
 KEY = "eit"  # of the metadata that holds the card
 INPUT, OUTPUT = "images", "logits"
+MOST_FIXED = 4096  # images of a fixed batch: a single image is filled up to it
 Run = Callable[[np.ndarray], np.ndarray]
 Port = tuple[str, list[Any]]  # name and shape of an input or output; a dynamic axis is not an int
 
@@ -213,6 +214,8 @@ def _check_signature(file: Path, card: Card, ports: list[Port]) -> None:
     wanted = ["batch", card.in_chans, "height", "width"], ["batch", len(card.classes)]
     if (len(images), len(logits)) != (4, 2) or (images[1], logits[1]) != (card.in_chans, len(card.classes)):
         raise UserError(f"{file} takes {images} and gives {logits}, but its card says {wanted[0]} and {wanted[1]}")
+    if (fixed := _fixed_batch(ports) or 1) > MOST_FIXED:
+        raise UserError(f"{file} takes batches of {fixed:,} images; more than {MOST_FIXED:,} are not supported")
 
 
 def _line(error: Exception) -> str:

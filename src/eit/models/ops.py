@@ -42,10 +42,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
     else:  # TorchScript does not compile this
-        if not _is_faster("linear", x) or type(weight) not in (
-            Tensor,
-            nn.Parameter,
-        ):  # quantised weights have their own product
+        is_plain_weight = type(weight) in (Tensor, nn.Parameter)  # quantised weights have their own product
+        if not _is_faster("linear", x) or not is_plain_weight:
             return F.linear(x, weight, bias)
         image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
         image = F.conv2d(image, weight[:, :, None, None], bias)  # (1, out_features, 1, pixels)
