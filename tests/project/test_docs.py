@@ -188,7 +188,8 @@ def world(tmp_path_factory):
         run(world, f"eit train cifar10 data.root={data} name={name} model.family={family}")
     for name in ("pets", "pets-large"):
         shutil.copytree(world / "runs" / "eit", world / "runs" / name)
-    run(world, "eit push runs/pets --to small-data-smoke-digits-eit")
+    for name in ("pets-hub", "small-data-smoke-digits-eit"):
+        run(world, f"eit push runs/pets --to {name}")
     for name in ("shards", "imagenet-shards"):
         run(world, f"eit data shard imagenet {name}")
     torch.save({"model": eit.create_model("eit_mini", num_classes=3).state_dict()}, world / "best_checkpoint.pth")
