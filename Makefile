@@ -6,7 +6,10 @@ FAST := tests/models/test_eit.py tests/models/test_registry.py tests/models/test
   tests/test_plots.py tests/weights/test_load.py tests/training/test_optim.py tests/training/test_loss.py \
   tests/data/test_layouts.py tests/data/test_images.py tests/analysis/test_frequency.py tests/reproduce/test_verdict.py \
   tests/project/test_imports.py
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# An environment made by uv has no pip.
+PIP := installer="$(BIN)/python -m pip --disable-pip-version-check install"; \
+  $(BIN)/python -c 'import pip' 2>/dev/null || installer="uv pip install --python $(BIN)/python"; \
+  $$installer --quiet --constraint constraints.txt
 
 .PHONY: help demo test test-fast test-slow check-results check-project gpu lint format readme docs clean
 .DEFAULT_GOAL := help
