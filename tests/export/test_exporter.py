@@ -227,9 +227,7 @@ def test_a_huge_fixed_batch_is_refused(tmp_path):
     for value in (*graph.graph.input, *graph.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 10**9
     onnx.save(graph, file)
-    with pytest.raises(
-        eit.UserError, match="takes batches of 1,000,000,000 images; more than 4,096"
-    ):
+    with pytest.raises(eit.UserError, match="takes batches of 1,000,000,000 images; more than 4,096"):
         eit.load(file)
 
 
