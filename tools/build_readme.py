@@ -112,7 +112,8 @@ def distillation() -> str:
         for arm, text in texts.items()
         for top1 in [[s["last_top1"] for s in summaries(f"distillation/{arm}-seed-*")]]
     ]
-    head = "| 359 digits, teacher | seeds | agrees with digits, median (range) | last-epoch top-1, median (range) |"
+    what = "same class as results/digits/seed-0"
+    head = f"| 359 digits, teacher | seeds | {what}, median (range) | last-epoch top-1, median (range) |"
     return "\n".join([*table(head, rows), "", "From [results/distillation](../results/distillation)."])
 
 
@@ -317,7 +318,8 @@ def image_counts() -> str:
     for row in benchmark("scale")["images"]["rows"]:
         memory = f"{row['bytes'] / 2**20:,.0f} MiB"
         rows.append([f"{row['images']:,}", f"{row['seconds']:.2f} s", memory, f"{row['first_step']:.1f} s"])
-    return "\n".join(table("| training images | listed and checked in | memory for it | first step after |", rows))
+    head = "| training images | time to list and check | memory for that | time to the first step |"
+    return "\n".join(table(head, rows))
 
 
 # -- The paper's claims ------------------------------------------------------------------------------------------------
@@ -437,10 +439,11 @@ def in_five_lines() -> str:
     judged = sum(verdict.p is not None for verdict in primary)
     lines = [
         f"EIT is ahead of ViT: {figure('eit')} against {figure('vit')}, CIFAR-10, {SETTING}.",
-        "In the published code the class token's own values stand in for its convolved channels, the same update for "
-        f"every image. Without that update EIT has {figure('eit_zero')}, at no cost (`model.cls_conv=zero`).",
-        "The paper's lead over a constant half (LSRA) comes mostly from the same bypass: LSRA has "
-        f"{figure('lsra_identity')} with it and {figure('lsra')} without.",
+        "The class token is not on the grid, so it cannot be convolved. In the published code its convolved channels "
+        "pass through unchanged, which adds the same update for every image. Without that update EIT has "
+        f"{figure('eit_zero')}, at no cost (`model.cls_conv=zero`).",
+        "The paper reports that EIT beats LSRA, which convolves half of the channels in every layer. In our runs that "
+        f"lead comes mostly from the same update: LSRA has {figure('lsra_identity')} with it and {figure('lsra')} without.",
         "More high frequencies and more diverse heads do not explain it in our models: EIT has less of both than ViT "
         "([analysis](docs/analysis.md#three-models-on-cifar-10), one seed).",
         f"Of {len(primary)} primary claims {judged or 'none'} {'have' if judged > 1 else 'has'} a verdict yet: each "
