@@ -443,7 +443,8 @@ def in_five_lines() -> str:
         "pass through unchanged, which adds the same update for every image. Without that update EIT has "
         f"{figure('eit_zero')}, at no cost (`model.cls_conv=zero`).",
         "The paper reports that EIT beats LSRA, which convolves half of the channels in every layer. In our runs that "
-        f"lead comes mostly from the same update: LSRA has {figure('lsra_identity')} with it and {figure('lsra')} without.",
+        f"lead comes mostly from the same update: LSRA has {figure('lsra_identity')} with it and {figure('lsra')} "
+        "without.",
         "More high frequencies and more diverse heads do not explain it in our models: EIT has less of both than ViT "
         "([analysis](docs/analysis.md#three-models-on-cifar-10), one seed).",
         f"Of {len(primary)} primary claims {judged or 'none'} {'have' if judged > 1 else 'has'} a verdict yet: each "
