@@ -20,8 +20,8 @@ NAMES += ["line\nbreak\t", "not utf-8: \udcff", "_" + "x" * 50]
 def figures(monkeypatch):
     """The figures that are saved."""
     saved = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    draw = Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda self, *a, **k: (saved.append(self), draw(self, *a, **k)))
     return saved
 
 
@@ -109,13 +109,13 @@ def test_drawing_is_imported_without_matplotlib_and_draws_without_pyplot(tmp_pat
 
 
 def test_a_warning_that_is_not_about_letters_is_passed_on(tmp_path, monkeypatch):
-    figure, savefig = Figure(), Figure.savefig
+    figure, draw = Figure(), Figure.draw
 
     def warn(self, *arguments, **options):
         warnings.warn("the canvas is odd", RuntimeWarning, stacklevel=1)
-        savefig(self, *arguments, **options)
+        draw(self, *arguments, **options)
 
-    monkeypatch.setattr(Figure, "savefig", warn)
+    monkeypatch.setattr(Figure, "draw", warn)
     with pytest.warns(RuntimeWarning, match="the canvas is odd"):
         plots.save(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()
