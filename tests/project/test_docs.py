@@ -73,6 +73,7 @@ NOT_RUN = {
     "hf upload": "needs the hub",
     "eit bench eit_mini": "minutes; test_bench.py::test_runtimes_batches_and_modes_are_measured",
     "python benchmarks/scale.py": "10 minutes, of measuring",
+    "eit bench --self-check": "minutes; test_self_check.py::test_the_choice_is_used_by_later_processes",
     "eit reproduce run small_data --budget s": "minutes to hours; test_runs.py::test_finished_runs_are_kept",
     "eit reproduce tables frequency": "after hours; "
     "test_tables.py::test_tables_come_from_results_alone_without_weights",
