@@ -70,6 +70,7 @@ check-results: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m 'results and not slow'
 
 # What README.md, docs/ and examples/ say to run; the site, the wheel, `make gpu` on the CPU.
+# A file is for one process: its tests share folders that are long to make.
 check-project: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'project and not slow'
 

@@ -8,7 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
-from eit.benchmark.bench import Arm, Options, about, interleave, make_step, open_model
+from eit.benchmark.bench import Arm, Options, about, interleave, make_step, open_model, speeds_relative_to
 from eit.console import say
 
 RESULT = Path(__file__).parent / "results" / "class_token.json"
@@ -31,7 +31,7 @@ def main() -> None:
                     watcher.remove()
             seconds, _ = interleave(steps, options)
             naive, whole, ours = seconds.values()
-            gains = [w / o for w, o in zip(whole, ours, strict=True)]
+            gains = speeds_relative_to(whole, ours)
             row = dict(
                 model=name,
                 mode=mode,
@@ -40,7 +40,7 @@ def main() -> None:
                 gain=statistics.median(gains),
                 min_gain=min(gains),
                 max_gain=max(gains),
-                gain_over_naive=statistics.median([n / o for n, o in zip(naive, ours, strict=True)]),
+                gain_over_naive=statistics.median(speeds_relative_to(naive, ours)),
                 seconds=dict(naive=naive, all_tokens=whole, class_token=ours),
             )
             rows.append(row)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from eit.benchmark.bench import Arm, Options, about, interleave, open_model
+from eit.benchmark.bench import Arm, Options, about, interleave, open_model, speeds_relative_to
 from eit.console import say
 from eit.export import exporter
 from eit.inference.exported_models import open_onnx, open_openvino
@@ -58,7 +58,7 @@ def main() -> None:
                 by_label = {arm.model: values for arm, values in seconds.items()}
                 first = by_label["one stream"]
                 for label, values in by_label.items():
-                    gains = [a / b for a, b in zip(first, values, strict=True)]
+                    gains = speeds_relative_to(first, values)
                     rows.append(
                         dict(
                             model=name,

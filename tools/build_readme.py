@@ -253,12 +253,16 @@ def step_memory() -> str:
     return "\n".join(table("| training step, batch 16 | MiB, fp32 | MiB, bf16 |", rows))
 
 
+def gain(middle: float, low: float, high: float) -> str:
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 def class_token() -> str:
     found, rows, steps = benchmark("class_token"), {}, {}
     for row in found["rows"]:
         steps[f"{'inference' if row['mode'] == 'infer' else 'training step'}, batch {row['batch']}"] = True
-        gain = f"{row['gain']:.2f} ({row['min_gain']:.2f} to {row['max_gain']:.2f})"
-        rows.setdefault(row["model"], [row["model"]]).append(gain)
+        cell = gain(row["gain"], row["min_gain"], row["max_gain"])
+        rows.setdefault(row["model"], [row["model"]]).append(cell)
     lines = table(f"| speed relative to all tokens | {' | '.join(steps)} |", list(rows.values()))
     return "\n".join([*lines, "", f"fp32, eager, {found['cpu']['capability']}, {about(found)}"])
 
@@ -267,7 +271,7 @@ def openvino_forms() -> str:
     found, rows, columns = benchmark("openvino_forms"), {}, {}
     for row in found["rows"]:
         columns[f"{row['model']}, batch {row['batch']}"] = True
-        cell = f"{row['images_per_s']:.1f}/s, {row['gain']:.2f} ({row['min_gain']:.2f} to {row['max_gain']:.2f})"
+        cell = f"{row['images_per_s']:.1f}/s, {gain(row['gain'], row['min_gain'], row['max_gain'])}"
         rows.setdefault(row["form"], [row["form"]]).append(cell)
     lines = table(f"| images/s, relative to one stream | {' | '.join(columns)} |", list(rows.values()))
     versions = f"OpenVINO {found['packages']['openvino'].partition('-')[0]}"
@@ -277,9 +281,9 @@ def openvino_forms() -> str:
 def self_check() -> str:
     found = benchmark("self_check")
     rows = []
-    for gain in found["gains"]:
-        cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in (gain["infer"], gain["train"])]
-        rows.append([", ".join(gain["operators"]), *cells, "yes" if gain["pays"] else "no"])
+    for row in found["gains"]:
+        pays = "yes" if row["pays"] else "no"
+        rows.append([", ".join(row["operators"]), gain(*row["infer"]), gain(*row["train"]), pays])
     lines = table("| operators | inference | training step | pays |", rows)
     note = f"`eit_mini`, fp32, batch {found['batch_size']}, {found['cpu']['capability']}, {about(found)}"
     return "\n".join([*lines, "", note])

@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,14 +255,14 @@ def save(figure: Any, file: Path, **options: Any) -> None:
     """Write the picture whole or not at all; the suffix chooses the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure)
     picture, form = io.BytesIO(), file.suffix[1:].lower()
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "Glyph .* missing", UserWarning)
         if form in ("png", "svg") and "bbox_inches" not in options:
             figure.set_dpi(options.pop("dpi", figure.dpi))
-            draw_once(figure, form, picture, options)
+            draw_once(figure, form, picture, **options)
         else:
+            FigureCanvasAgg(figure)
             figure.savefig(picture, format=form, **options)
     try:
         write_file(file, picture.getvalue())
@@ -279,7 +279,7 @@ def save(figure: Any, file: Path, **options: Any) -> None:
         say(f"{file}: the font lacks {len(new)} letters of the names ({''.join(new[:10])}); boxes are drawn instead")
 
 
-def draw_once(figure: Any, form: str, file: Any, options: Mapping[str, Any]) -> None:
+def draw_once(figure: Any, form: str, file: Any, **options: Any) -> None:
     """Write a PNG or SVG in half the time of figure.savefig, which draws once for the layout and once for the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG

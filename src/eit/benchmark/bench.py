@@ -462,9 +462,14 @@ def compare(record: Record) -> None:
         naive = [other for other in same if other.arm.naive]
         own = [other for other in naive if other.arm.model == row.arm.model]
         base = (own or naive or same)[0]
-        row.ratios = [before / now for before, now in zip(base.seconds, row.seconds, strict=True)]
+        row.ratios = speeds_relative_to(base.seconds, row.seconds)
         flops = 2 * row.macs * row.arm.batch
         row.share = flops / median(row.seconds) / record.peak(row.arm.precision)
+
+
+def speeds_relative_to(base: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    """How many times as fast a step is as the base, one value per round."""
+    return [before / now for before, now in zip(base, seconds, strict=True)]
 
 
 def measure_memory(rows: Sequence[Measurement], files: dict[Arm, Path], options: Options) -> list[str]:

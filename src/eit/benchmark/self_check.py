@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-from eit.benchmark.bench import MODES, Arm, Options, about, interleave, make_step, open_model
+from eit.benchmark.bench import MODES, Arm, Options, about, interleave, make_step, open_model, speeds_relative_to
 from eit.errors import UserError
 from eit.models import ops
 from eit.models.eit import EIT
@@ -78,7 +78,7 @@ def measure(model: Any, sets: Sequence[Sequence[str]], options: Options) -> list
         for step in steps.values():
             step()
         first, *others = interleave(steps, options)[0].values()
-        found[mode] = [_spread([a / b for a, b in zip(first, values, strict=True)]) for values in others]
+        found[mode] = [_spread(speeds_relative_to(first, values)) for values in others]
     return [Gain(list(s), infer, train) for s, infer, train in zip(sets, *found.values(), strict=True)]
 
 

@@ -285,13 +285,12 @@ def _takes_any_size(model: Any, format: str) -> bool:
 @contextmanager
 def fold_strides() -> Iterator[None]:
     """Programs that are exported here have the form of the stem without strides, which OpenVINO runs faster."""
-    before = set(ops.FOLD_STRIDES_ON)
-    ops.FOLD_STRIDES_ON.add("cpu")
+    before = ops.FOLD_STRIDES_ON
+    ops.FOLD_STRIDES_ON = before | {"cpu"}
     try:
         yield
     finally:
-        ops.FOLD_STRIDES_ON.clear()
-        ops.FOLD_STRIDES_ON.update(before)
+        ops.FOLD_STRIDES_ON = before
 
 
 def _in_batches(run: Callable[[Tensor], Tensor], size: int | None) -> Callable[[Tensor], Tensor]:

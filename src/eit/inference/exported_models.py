@@ -112,8 +112,10 @@ def open_onnx(file: Path) -> ExportedModel:
     ports = [(port.name, list(port.shape)) for port in (*session.get_inputs(), *session.get_outputs())]
     card = session.get_modelmeta().custom_metadata_map.get(KEY)
 
+    fixed = _fixed_batch(ports)
+
     def run(x: np.ndarray) -> np.ndarray:
-        parts = batches(x, _fixed_batch(ports))
+        parts = batches(x, fixed)
         return _joined([session.run([OUTPUT], {INPUT: part})[0] for part in parts], len(x))
 
     return _model(file, card, ports, run)
@@ -146,14 +148,14 @@ def open_openvino(file: Path, precision: str = "f32") -> ExportedModel:
     except Exception as error:  # RuntimeError in most cases, of several lines
         raise UserError(f"{file} is not a readable OpenVINO model: {_line(error)}") from None
 
-    one_at_a_time = Lock()
+    one_at_a_time, fixed = Lock(), _fixed_batch(ports)
 
     @cache
     def streams() -> Any:
         return openvino.AsyncInferQueue(core.compile_model(model, "CPU", settings | dict(NUM_STREAMS=threads)), threads)
 
     def run(x: np.ndarray) -> np.ndarray:
-        parts = batches(x, _fixed_batch(ports) or -(-len(x) // threads))
+        parts = batches(x, fixed or -(-len(x) // threads))
         if len(parts) == 1:
             return _joined([compiled([parts[0]])[0]], len(x))
         logits: list[np.ndarray] = [np.empty(0)] * len(parts)

@@ -114,8 +114,7 @@ def draw_inline(
         draw(axis)
         text = io.StringIO()
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the fonts of the page have the glyphs
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        draw_once(canvas, "svg", text, dict(metadata=metadata))
+        draw_once(canvas, "svg", text, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     parts = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
     assert parts
     view_box, svg = parts.groups()
