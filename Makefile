@@ -6,12 +6,12 @@ FAST := tests/models/test_eit.py tests/models/test_registry.py tests/models/test
   tests/test_plots.py tests/weights/test_load.py tests/training/test_optim.py tests/training/test_loss.py \
   tests/data/test_layouts.py tests/data/test_images.py tests/analysis/test_frequency.py tests/reproduce/test_verdict.py \
   tests/project/test_imports.py
-# An environment made by uv has no pip.
-PIP := installer="$(BIN)/python -m pip --disable-pip-version-check install"; \
+# An environment made by uv has no pip. Python compiles what is imported; all of PyTorch would take half a minute.
+PIP := installer="$(BIN)/python -m pip --disable-pip-version-check install --no-compile"; \
   $(BIN)/python -c 'import pip' 2>/dev/null || installer="uv pip install --python $(BIN)/python"; \
   $$installer --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-fast test-slow check-results check-project gpu lint format readme docs clean
+.PHONY: help demo test test-fast test-slow check check-results check-project gpu lint format readme docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test       set up, run the tests (about 6 minutes on two cores)"
 	@echo "make test-fast  the tests of single functions, in under a minute"
 	@echo "make test-slow  the tests that make test leaves out"
+	@echo "make check      check-results and check-project, which are:"
 	@echo "make check-results  the tables and sentences of README.md and docs/ against results/"
 	@echo "make check-project     what README.md, docs/ and examples/ say to run, the site, the wheel"
 	@echo "make gpu        on a machine with a GPU: check, measure, train, in 10 minutes; GPU=\"--part check\" and other words"
@@ -34,17 +35,20 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 
+define install
+  @echo "installing the package into $(VENV) (a minute or two; about 5.5 GB)"
+  @$(PIP) --editable '$(1)' || \
+    { echo "installing failed: see the lines above; most often there is no network, or no room (5.5 GB) for PyTorch"; exit 1; }
+endef
+
 # The stamps are newer than what they were made from, so a changed dependency is installed again.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing the package into $(VENV) (a minute or two; about 5.5 GB)"
-	@$(PIP) --editable . || \
-	  { echo "installing failed: see the lines above; most often there is no network, or no room (5.5 GB) for PyTorch"; exit 1; }
+	$(call install,.)
 	@touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
-	@echo "installing the test dependencies"
-	@$(PIP) --editable '.[test]' || { echo "installing the test dependencies failed: see the lines above"; exit 1; }
-	@touch $@
+$(VENV)/installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,.[test])
+	@touch $(VENV)/installed $@
 
 demo: $(VENV)/installed
 	@rm -rf runs/demo
@@ -73,6 +77,9 @@ check-results: $(VENV)/installed-test
 # A file is for one process: its tests share folders that are long to make.
 check-project: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'project and not slow'
+
+check: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m '(results or project) and not slow'
 
 # With what is installed: the interpreter of .venv where it is there, else PYTHON.
 gpu:

@@ -125,6 +125,20 @@ def bench(
         raise UserError(f"--save --rounds {rounds}: a choice that stays needs at least 5 rounds")
     if check and len(names or ()) > 1:
         raise UserError(f"--self-check takes one model, not {len(names or ())}")
+    of_models = {
+        "--mode": modes,
+        "--precision": precisions,
+        "--runtime": runtimes,
+        "--fixed": fixed,
+        "--naive": naive,
+        "--no-memory": not memory,
+        "--keep-freed": keep,
+        "--out": out,
+    }
+    if check and (given := [option for option, value in of_models.items() if value]):
+        raise UserError(
+            f"--self-check does not take {', '.join(given)}: it times fp32 inference and training in PyTorch"
+        )
     picture = file_to_write(out, "--out") if out else None
     if threads is not None and threads > (cores := os.cpu_count() or 1):
         raise UserError(f"--threads {threads}: this machine has {cores} cores; give at most {cores}")
