@@ -7,8 +7,6 @@ import subprocess
 
 import pytest
 
-gc.disable()  # imports make no garbage, and looking for it takes a third of their time
-
 # The processes of pytest -n have one thread each. They inherit the environment of the first one, which sets two.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,6 +21,7 @@ from eit.report import run as report_of_run
 from tests.helpers.images import save_digits
 from tests.helpers.shared import SHARED, require
 
+gc.disable()  # imports make no garbage, and looking for it takes a third of their time
 logging.getLogger("torch.__trace").disabled = True  # pytest would keep pages of it for each test that compiles
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), os.cpu_count() or 1))
 
