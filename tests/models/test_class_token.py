@@ -5,13 +5,17 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import eit
 from eit import EIT, complexity, load_weights
+from eit.config import Loss
+from eit.data.images import Preprocessing
 from eit.models import ops
 from eit.models.complexity import training_macs
 from eit.models.registry import FAMILIES
+from eit.training.loss import Distillation
 from tests.helpers import reference
 from tests.models.test_eit import SMALL, small
 
@@ -63,6 +67,28 @@ def test_in_training_with_stochastic_depth_and_checkpointing():
     assert_same(model, torch.randn(8, 3, 32, 32))
     model.set_grad_checkpointing()
     assert_same(model, torch.randn(8, 3, 32, 32))
+
+
+def test_in_data_parallel_training_from_a_teacher():
+    """Every parameter has a gradient, so DistributedDataParallel need not look for unused ones."""
+    model, x, y = small(), torch.randn(4, 3, 32, 32), torch.arange(4)
+    view = Preprocessing(32, 32, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    distillation = Distillation(Loss(teacher="digits"), view, list("01234"), torch.device("cpu"))
+
+    def gradients(student):
+        logits = student(x)
+        distillation(F.cross_entropy(logits, y), logits, x).backward()
+        return [p.grad for p in student.parameters()]
+
+    expected = gradients(all_tokens(model))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        assert model._can_skip_tokens(x)
+        found = gradients(parallel)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
