@@ -33,7 +33,7 @@ from eit.benchmark import matmul_peak
 from eit.benchmark.bench import seconds_of, training_step
 from eit.config import load_recipe
 from eit.environment import environment
-from eit.memory import MALLOC, peak_bytes
+from eit.memory import MALLOC, keep_freed, peak_bytes
 from eit.models.complexity import training_macs
 from eit.training.setup import build_model
 
@@ -42,7 +42,7 @@ RESULT = ROOT / "benchmarks" / "results" / "scale.json"
 CPU = torch.device("cpu")
 ROUNDS = 5
 MIDDLE = dict(batch=8, size=224, depth=5)  # the point that all curves share
-AXES = dict(batch=(1, 2, 4, 8, 16, 32), size=(96, 160, 224, 288, 384), depth=(2, 5, 8, 12))
+AXES = dict(batch=(1, 2, 4, 8, 16, 32, 64, 128, 256), size=(96, 160, 224, 288, 384, 512), depth=(2, 5, 8, 12))
 POINTS = list(dict.fromkeys(tuple((MIDDLE | {a: v}).items()) for a, values in AXES.items() for v in values))
 
 
@@ -127,6 +127,7 @@ def step_of(batch: int, size: int, depth: int):
 
 
 def curves() -> None:
+    keep_freed()  # as `eit train` does
     steps = {point: step_of(**dict(point)) for point in POINTS}
     seconds: dict[tuple, list[float]] = {point: [] for point in POINTS}
     rates: list[float] = []
@@ -282,7 +283,7 @@ def figure() -> None:
     """Draw time and memory against each axis: points are measured, lines are theory."""
     whole = json.loads(RESULT.read_text())
     shown = Figure(figsize=(10, 5.4), dpi=110, layout="constrained")
-    axes = shown.subplots(2, 3, sharex="col")
+    axes = shown.subplots(2, 3, sharex="col", sharey="row")
     names = dict(batch="images a step", size="pixels of a side", depth="layers")
     middle = next(p for p in whole["curves"]["points"] if all(p[k] == v for k, v in MIDDLE.items()))
     rate = middle["macs"] / statistics.median(middle["seconds"])
@@ -308,7 +309,10 @@ def figure() -> None:
         bottom.plot(x, [p["peak"] / 2**20 for p in sizes], "o", color="#d55e00", label="measured")
         bottom.set_xlabel(names[axis_name])
         for axis in (top, bottom):
-            axis.set_ylim(0, 1.15 * axis.get_ylim()[1])  # room for a legend
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(x, [str(value) for value in x])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("seconds a training step")
