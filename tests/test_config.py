@@ -530,5 +530,8 @@ def test_single_underscores_stand_in_numbers():
 @pytest.mark.parametrize("key, section", [("data.root", "data"), ("train.epochs", "train"), ("model.name", "model")])
 def test_a_key_with_a_dot_in_a_file_is_told_where_to_go(tmp_path, key, section):
     (tmp_path / "r.yaml").write_text(f"{key}: 3\n")
-    with pytest.raises(UserError, match=f"{key}: in a file, write {key.partition('.')[2]}: below {section}:"):
+    with pytest.raises(
+        UserError,
+        match=f"{key} is not one key in a file: write the key {key.partition('.')[2]} inside the section {section}",
+    ):
         load_recipe(str(tmp_path / "r.yaml"))

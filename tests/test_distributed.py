@@ -101,7 +101,7 @@ def test_one_process_may_choose_its_gpu(machine):
         (
             "cuda:1",
             dict(gpus=8, **RANK_3),
-            "train.device=cuda:1 is for one process, and there are 8: give cuda, one GPU each",
+            "train.device=cuda:1 is for one process, and there are 8: give cuda, so that each has its own GPU",
         ),
         (
             "mps",
@@ -188,7 +188,7 @@ def test_ranks_on_devices_of_two_kinds_are_one_line_on_each(machine, devices):
     calls = machine(gpus=2)
     kinds = [device.partition(":")[0] for device in devices]
     for error in joined(devices):
-        assert str(error) == f"rank 0 computes on {kinds[0]} and rank 1 on {kinds[1]}: give all one device"
+        assert str(error) == f"rank 0 computes on {kinds[0]} and rank 1 on {kinds[1]}: give all the same kind"
     assert calls.made == []
 
 

@@ -107,7 +107,7 @@ class Model(Section):
     schedule: str | tuple[Whole, ...] | None = None
     """attention channels of each layer: eit, increasing, lsra, vit, or a list of ints"""
     cls_conv: Literal["identity", "zero", "mean"] | None = None
-    """the class token's update in place of the convolution: its own channels (the paper), zero, or the grid's mean"""
+    """what the class token gets in place of a convolution: its own channels (the paper), zero, or the grid's mean"""
     conv_branch: Literal["depthwise", "gated"] | None = None
     """a 3x3 convolution alone (the paper), or one between linear layers with a GLU (Lite Transformer)"""
     stem: Literal["conv_pool", "patch"] | None = None
@@ -178,7 +178,7 @@ class Data(Section):
     image_size: CountOrAuto = 224
     """pixels of the model's square input; auto: that of model.pretrained, otherwise by the size of the images"""
     batch_size: CountOrAuto = 64
-    """images per process and micro-batch; auto: by their number, and on a GPU what fits into its memory"""
+    """images per process and micro-batch; auto: by the number of training images, on a GPU what fits into memory"""
     workers: Annotated[Whole, Field(ge=0)] | None = None
     """loader processes; null: one per core that the process may use, at most 16"""
     val_fraction: ShareOrAuto | None = None
@@ -198,7 +198,7 @@ class Data(Section):
     max_pixels: Count = 89_478_485
     """images with more pixels are refused before they are decoded"""
     pixel_range: tuple[float, float] | None = None
-    """values that are black and white in grey images of more than 8 bits; null: 0 and 65535, and float is refused"""
+    """[black, white] of grey images of more than 8 bits; null: 0 and 65535, and float images are refused"""
 
     @field_validator("pixel_range")
     @classmethod
@@ -329,7 +329,7 @@ class Train(Section):
     save_every: Annotated[Whole, Field(ge=0)] = 0
     """steps between checkpoints within an epoch; 0: only after each epoch"""
     save_minutes: Positive | None = None
-    """minutes between checkpoints within an epoch; null: no limit in time"""
+    """minutes between checkpoints within an epoch; null: no checkpoints by time"""
     compile: Annotated[Literal["off", "default", "reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)] = (
         "off"
     )
@@ -339,7 +339,7 @@ class Train(Section):
     max_steps: Count | None = None
     """stop after this many steps; null: after the last epoch"""
     patience: Count | None = None
-    """stop after this many epochs without a better one (top-1, then validation loss); null: after the last epoch"""
+    """stop after this many epochs without a better one (by top-1; if equal, by validation loss); null: never early"""
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)] = ("tensorboard",)
     """where curves go besides log.jsonl: tensorboard, wandb (pip install 'eit[wandb]'), both in a list, or off"""
     report: bool = True
@@ -493,7 +493,8 @@ def load_recipe(
 ) -> Recipe:
     """An included recipe or a YAML file, with `key=value` overrides.
 
-    Values of the recipe that an override makes impossible follow it, and `say` is called with a line on each.
+    If an override makes another value of the recipe impossible, that value is changed, and `say` is called with a line
+    about it.
 
     Raises:
         UserError: no such recipe, unknown key, wrong type or impossible value, in one line.
@@ -546,7 +547,10 @@ def _follow(before: dict[str, Any], values: dict[str, Any], given: set[str], say
         is_timm = str(model.get("name")).startswith("timm/")
         model["pretrained"] = True if is_timm else None
         text = "its own pretrained weights" if is_timm else "initial values from the seed"
-        say(f"{model.get('name')} starts from {text}, because {old['pretrained']} is another model (model.pretrained)")
+        say(
+            f"{model.get('name')} starts from {text}: the recipe's weights, {old['pretrained']}, are of another model "
+            "(model.pretrained)"
+        )
     if not model.get("pretrained") and "model.reset_head" not in given:
         model.pop("reset_head", None)
 
@@ -685,7 +689,8 @@ def _explain(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
     if first["type"] == "extra_forbidden":
         what = "model argument" if section is Model else "recipe key"
         if key in known:  # a file that writes data.root: as one key
-            return f"{key}: in a file, write {parts[-1].partition('.')[2]}: below {key.partition('.')[0]}:"
+            section_name, _, inner = key.partition(".")
+            return f"{key} is not one key in a file: write the key {inner} inside the section {section_name}"
         return f"unknown {what} {key!r}" + (f": {_HINTS[key]}" if key in _HINTS else _nearest(key, known))
     if first["type"] == "model_type":
         such = next(k for k in known if k.startswith(f"{key}."))

@@ -33,7 +33,7 @@ err = Messages(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str, any_rank: bool = False) -> None:
-    """A line for the person who waits: from rank 0, or from the rank that has something of its own to say."""
+    """Print a message for the user: only on rank 0, or with `any_rank` on each rank that calls this."""
     if distributed.is_main():
         err.print(escape(printable(text)))
     elif any_rank:
@@ -42,7 +42,7 @@ def say(text: str, any_rank: bool = False) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the context, nothing is said: for work that was done, and told, before."""
+    """Suppress messages, for work that is repeated: its messages were printed before."""
     before, err.quiet = err.quiet, True
     try:
         yield
@@ -56,7 +56,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(title: str, total: int, start: int = 0, every: float = 10.0) -> Iterator[Advance]:
-    """A bar of `total` steps; call the value with the steps done and `name=value` fields to show behind it.
+    """A progress bar of `total` steps; yields a function of the steps done and `name=value` fields to show after it.
 
     Without a terminal, a plain line appears every `every` seconds, so a short task prints nothing.
     """

@@ -1,8 +1,8 @@
 """Rank, world and a few collectives; everything works without torchrun too.
 
 Two groups: that of the devices (NCCL on GPUs), for gradients and what a step shares, and one of gloo, for objects and
-for waiting. NCCL ends the process if a collective takes longer than its limit, which is therefore for training
-alone: what rank 0 does while the others wait (download, read, measure, write) goes through gloo.
+for waiting. NCCL ends the process if a collective takes longer than its limit, so it is used only in training
+steps. What rank 0 does while the others wait (download, read, measure, write) goes through gloo.
 """
 
 import os
@@ -35,7 +35,7 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def start(device: str = "auto") -> torch.device:
-    """Join the group that torchrun describes in the environment, if any; the device of this process.
+    """Join the group that torchrun describes in the environment, if any; return the device of this process.
 
     Raises:
         UserError: a device that this machine does not have.
@@ -47,7 +47,7 @@ def start(device: str = "auto") -> torch.device:
     ranks = _variable("WORLD_SIZE") if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
     if ranks > 1 and device.startswith("cuda:"):
         raise same_everywhere(
-            f"train.device={device} is for one process, and there are {ranks}: give cuda, one GPU each"
+            f"train.device={device} is for one process, and there are {ranks}: give cuda, so that each has its own GPU"
         )
     if ranks > 1 and device == "mps":
         raise same_everywhere(f"train.device=mps is for one process, and there are {ranks}: start one, or give cpu")
@@ -131,7 +131,9 @@ def _join(device: torch.device, store: dist.Store, rank: int, world: int) -> Non
     gpus = [store.get(f"eit/gpu/{other}").decode() for other in range(world)]
     kinds = [other.partition(" ")[0] for other in gpus]
     if other := next((other for other in range(world) if kinds[other] != kinds[0]), 0):
-        raise same_everywhere(f"rank 0 computes on {kinds[0]} and rank {other} on {kinds[other]}: give all one device")
+        raise same_everywhere(
+            f"rank 0 computes on {kinds[0]} and rank {other} on {kinds[other]}: give all the same kind"
+        )
     if device.type == "cuda":
         if len(sharing := [str(other) for other in range(world) if gpus[other] == gpu]) > 1:
             raise same_everywhere(f"ranks {few(sharing)} share one GPU: start as many processes as there are GPUs")
@@ -212,7 +214,8 @@ def is_main() -> bool:
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of each rank's `tensor`, in place.
 
-    On a GPU nothing waits for it, and it must be of a training step: ranks that come minutes apart use the CPU.
+    On a GPU the host does not wait for the result. Use it there only within a training step: where ranks may come
+    minutes apart, the tensor must be on the CPU.
     """
     if world_size() > 1:
         dist.all_reduce(tensor, group=_waiting if tensor.device.type == "cpu" else None)

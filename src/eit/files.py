@@ -32,7 +32,7 @@ def read_text(path: str | Path, what: str) -> str:
     """The text of a file in UTF-8, without a byte-order mark.
 
     Raises:
-        UserError: it cannot be read, or is not a text file; `what` it should be is named, such as `recipe`.
+        UserError: it cannot be read, or is not a text file. The message has `what` was expected, such as `recipe`.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -74,7 +74,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for the context. Windows leaves what a runtime still holds open; its clean-up removes that later."""
+    """A folder for the context. On Windows, files that are still open stay until Windows cleans up."""
     folder = Path(tempfile.mkdtemp(prefix="eit-"))
     try:
         yield folder
@@ -83,7 +83,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, if the system can: Windows opens no folders."""
+    """Write the entries of `folder` to the disk, if the system can: Windows cannot open a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
@@ -131,7 +131,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: as `read_regular`.
-        ValueError: it is not JSON, as NaN is not, or is nested too deeply, or a number is not finite.
+        ValueError: it is not JSON (NaN is not), is nested too deeply, or has a number that is not finite.
     """
 
     def finite(text: str) -> float:

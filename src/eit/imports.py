@@ -10,7 +10,7 @@ def quick_imports(freeze: bool = False) -> Iterator[None]:
     """Import without the cyclic garbage collector.
 
     It would walk through the functions and classes of torch and timm again and again and find nothing to free. With
-    `freeze` it leaves them alone afterwards too: at the end of the process that takes another second.
+    `freeze` it ignores them afterwards too; otherwise it takes another second at the end of the process.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -64,7 +64,7 @@ def save_choice(operators: Iterable[str]) -> Path:
 
 
 def processor() -> dict[str, str]:
-    """What the choice holds for."""
+    """The processor and the version of torch for which a choice is valid."""
     capability = torch.backends.cpu.get_cpu_capability()
     return dict(cpu=cpu()["model name"], capability=capability, torch=torch.__version__)
 

@@ -1,7 +1,7 @@
 """YAML without surprises: a value is read as the type that the schema wants, and text stays as it is written.
 
-YAML 1.1 alone reads `no` as false, 1.10 as 1.1, 010 as 8, 12:30 as 750 and 2024-05-01 as a date, where a name may be
-wanted.
+Without a schema, YAML 1.1 reads `no` as false, 1.10 as 1.1, 010 as 8, 12:30 as 750 and 2024-05-01 as a date, even
+where a name is wanted.
 """
 
 import re
@@ -40,7 +40,8 @@ def read_yaml(text: str, schema: Any, last_wins: bool = False) -> Any:
 
     Args:
         text: one document, without tags. Anchors, aliases and merge keys are allowed.
-        schema: a type annotation, such as a pydantic model. Text, what the schema does not know, and keys stay a str.
+        schema: a type annotation, such as a pydantic model. Text, keys, and values whose type the schema
+            does not give, stay a str.
         last_wins: of a key that is given twice, the last value counts.
 
     Raises:

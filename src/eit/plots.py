@@ -146,9 +146,10 @@ class Point(NamedTuple):
 
 
 def results(points: Sequence[Point], file: Path, highlight: str = "EIT", **options: Any) -> None:
-    """Draw top-1 against parameters and against multiply-accumulates: one line per family, dashed without a pyramid.
+    """Draw top-1 against parameters and against multiply-accumulates: one line per family.
 
-    Published results are hollow, measured results filled. `options` are those of `save`.
+    Lines of families without a pyramid are dashed. Published results are hollow, measured results filled.
+    `options` are those of `save`.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

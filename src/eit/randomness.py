@@ -10,7 +10,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """What randomness is for. Each stream has counters of its own, and so numbers of its own."""
+    """The uses of random numbers. Each has its own counters, and so its own numbers."""
 
     INITIAL_VALUES = 1  # seed
     ORDER = 2  # seed, epoch

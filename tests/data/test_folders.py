@@ -197,8 +197,10 @@ def test_folders_with_images_that_are_not_used_are_named(tmp_path, capsys, extra
     classes_of(tmp_path, "train", "val", extra)
     (tmp_path / "notes").mkdir()
     open_data(Data(root=str(tmp_path)))
-    assert f"not used of {tmp_path}: {extra}/" in capsys.readouterr().err
-    assert check(str(tmp_path), MAX_PIXELS)["notes"] == [f"not used of {tmp_path}: {extra}/"]
+    assert f"folders of {tmp_path} that have images and are not used: {extra}/" in capsys.readouterr().err
+    assert check(str(tmp_path), MAX_PIXELS)["notes"] == [
+        f"folders of {tmp_path} that have images and are not used: {extra}/"
+    ]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "test"])

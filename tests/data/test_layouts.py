@@ -280,7 +280,7 @@ def test_of_several_sets_in_one_folder_the_one_that_is_meant_is_read(tmp_path, m
     fails(tmp_path, "holds several data sets", dataset="cifar10")
     for name, pixel in (("mnist", 5), ("fashion_mnist", 12)):
         assert open_data(Data(root=str(tmp_path), dataset=name))[0].read(0, 1).getpixel((0, 0)) == pixel
-    fails(tmp_path, "data.dataset=cifra10; did you mean 'cifar10'?", dataset="cifra10")
+    fails(tmp_path, "data.dataset=cifra10 is not a known data set; did you mean 'cifar10'?", dataset="cifra10")
 
 
 # -- What is not unpacked, and downloads
@@ -357,7 +357,10 @@ def test_a_hugging_face_set_through_timm(folder, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("wdss/x", "data.dataset=wdss/x; did you mean 'wds'? (timm's begin with hfds/"),
+        (
+            "wdss/x",
+            "data.dataset=wdss/x is not a known data set; did you mean 'wds'? (names of timm's begin with hfds/",
+        ),
         ("torch/cifar11", "data.dataset=torch/cifar11, split train"),
         ("wds/x", "split train not found in info"),
         ("tfds/mnist", "pip install tensorflow-datasets"),

@@ -195,7 +195,7 @@ def test_every_policy_changes_images_and_draws_from_counters_alone(folder, polic
 )
 def test_a_policy_of_another_kind_is_one_line(folder, key, policy):
     images, _ = open_data(Data(root=str(folder)))
-    with pytest.raises(UserError, match=f"augment.{key}={policy}: timm does not know this policy"):
+    with pytest.raises(UserError, match=f"augment.{key}={policy} is not a policy that timm knows"):
         train_loader(images, VIEW, sample_order(), Data(), Augment(**{key: policy}), CPU)
 
 

@@ -591,7 +591,10 @@ def test_a_streamed_run_that_died_continues_to_the_same_weights(streamed, tmp_pa
 
 def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
     for workers in (5, 3):
-        with pytest.raises(UserError, match=rf"4 shards cannot be shared by 1 x {workers} .*: set data.workers="):
+        with pytest.raises(
+            UserError,
+            match=rf"4 shards cannot be divided equally among {workers} readers .*: set data.workers=",
+        ):
             stream(streamed.model_copy(update=dict(workers=workers)))
     with pytest.raises(UserError, match="write a multiple of 3"):
         stream(streamed, world=3)

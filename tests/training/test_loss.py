@@ -162,7 +162,7 @@ def test_a_grey_student_needs_a_grey_teacher():
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ({"crane": 2}, "names 'crane', as 2 classes are called"),
+        ({"crane": 2}, "names 'crane', but 2 classes have this name"),
         ({"e\u0301t\u00e9": 2, "\u00e9t\u00e9": 3}, "gives a class twice"),
         ({"dog": 2, "crane": 0}, "names 'crane'"),
     ],

@@ -83,7 +83,7 @@ def test_a_model_of_timm_is_trained_continued_and_loaded(folder, monkeypatch, ca
     start = [f"data.root={folder}", *TINY[6:], "model.name=timm/test_resnet", "model.in_chans=1"]
     r = load_recipe("cifar10", [*start, f"out={folder.parent / 'run'}", "train.max_steps=5"])
     train(r)
-    assert "timm/test_resnet has no such arguments: " in capsys.readouterr().err
+    assert "timm/test_resnet does not have these arguments, and they are left out: " in capsys.readouterr().err
     model = eit.load(r.run_folder())
     assert type(model).__name__ == "ResNet" and model.card.model == "timm/test_resnet" and model.card.in_chans == 1
     again = [

@@ -283,7 +283,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(folder, monkeypat
         (["model.in_chans=1", "augment.rand_augment=rand-m9"], "augment.rand_augment needs colour images"),
         (["train.device=cuda:7"], "train.device=cuda:7 is not there"),
         (["train.device=gpu"], "train.device=gpu is not one of auto, cpu, mps, cuda, cuda:N"),
-        (["augment.rand_augment=foo"], "augment.rand_augment=foo: timm does not know this policy"),
+        (["augment.rand_augment=foo"], "augment.rand_augment=foo is not a policy that timm knows"),
         (["optim.min_lr=0.1"], r"optim.min_lr=0.1 is larger than the peak rate \(optim.lr=0.00055"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The measurements as tidy tables, one per row, which are written to csv/NAME.csv."""
+"""The measurements as tidy tables with one measurement per row, written to csv/NAME.csv."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

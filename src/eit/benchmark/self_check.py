@@ -47,7 +47,7 @@ class SelfCheck:
 def self_check(name: str, options: Options) -> SelfCheck:
     """Time the model `name` with each operator, on the CPU, in fp32.
 
-    An operator is chosen if it pays alone; if those that pay do not pay together, none is.
+    An operator is chosen if the model is faster with it alone. If it is not faster with all of these together, none is.
 
     Raises:
         UserError: not on the CPU, or no model of this package.

@@ -53,7 +53,7 @@ class Commands(Group):
 
 
 def report(error: BaseException) -> int | None:
-    """Print the line that an error needs; the exit status. None: an error of this package's code, or typer's Exit."""
+    """Print one line for the error; return the exit status, or None for a fault in this code and for typer's Exit."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):

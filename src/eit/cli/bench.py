@@ -114,15 +114,17 @@ def bench(
     eit bench runs/pets --batch-size 64 --out speed.png
     eit bench --self-check --save
 
-    It measures inference of one image and of a batch, training steps on random images, and the peak of this machine.
-    Every round measures each combination once. The tables show medians and spread over the rounds.
+    It measures inference of one image and of a batch, training steps on random images, and the peak of this machine,
+    by matrix products. Every round measures each combination once. The tables show medians and spread over the rounds.
     """
     if not names and not check:
         raise UserError("eit bench needs a model, such as eit_mini; or --self-check")
     if save and not check:
         raise UserError("--save keeps what --self-check finds: give --self-check too")
     if save and rounds < 5:
-        raise UserError(f"--save --rounds {rounds}: a choice that stays needs at least 5 rounds")
+        raise UserError(
+            f"--rounds {rounds} is too few for --save: give at least 5, because the choice is used from then on"
+        )
     if check and len(names or ()) > 1:
         raise UserError(f"--self-check takes one model, not {len(names or ())}")
     of_models = {
@@ -248,7 +250,7 @@ def _footer(record: "Record") -> str:
         ways = sorted(((median(rates), name) for name, rates in routes.items()), reverse=True)
         others = "".join(f"; {name} {rate / 1e9:,.0f}" for rate, name in ways[1:])
         lines.append(f"matrix multiply peak, {precision}: {ways[0][0] / 1e9:,.0f} GFLOP/s by {ways[0][1]}{others}")
-    lines.append(f"ratio: speed by that of {record.baseline}; of peak: MACs x 2 x batch / time / peak of the precision")
+    lines.append(f"ratio: speed / that of {record.baseline}; of peak: MACs x 2 x batch / time / peak of the precision")
     if any(row.memory is not None for row in record.rows):
         lines.append("MiB: peak memory of a step beyond the model and its images")
     lines += [f"not measured: {reason}" for reason in record.left_out]

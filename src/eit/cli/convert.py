@@ -62,7 +62,8 @@ def convert(
             metavar="RATIO",
             min=0.1,
             max=1,
-            help="Centre crop divided by the resized shorter side; default: that of IN, otherwise assumed.",
+            help="Centre crop divided by the resized shorter side; default: that of IN; "
+            "without one it is assumed and printed.",
         ),
     ] = None,
     interpolation: Annotated[
@@ -86,8 +87,8 @@ def convert(
         embed_dim=192 depth=12 num_heads=3 --like timm/vit_tiny_patch16_224
 
     IN may come from the authors' code, from timm, or from a training loop of your own. Code in it is never executed. If
-    its shapes do not identify the model, name it with its arguments, as in the last example. What IN does not say and
-    you do not give is assumed, and OUT says so.
+    its shapes do not identify the model, name it with its arguments, as in the last example. What neither IN nor an
+    option gives is assumed, printed, and marked as assumed in OUT.
     """
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: give a name that ends in .safetensors for the file to write")
@@ -136,7 +137,7 @@ def read_numbers(text: str, option: str, channels: int) -> tuple[float, ...]:
     except ValueError:
         raise UserError(f"{option} {text}: give one number, or one per channel, such as 0.5,0.5,0.5") from None
     if not all(0 <= number <= 1 for number in numbers):
-        raise UserError(f"{option} {text}: it is of pixels in 0..1; divide numbers of pixels in 0..255 by 255")
+        raise UserError(f"{option} {text}: give numbers for pixels in 0..1; divide numbers for pixels in 0..255 by 255")
     if len(numbers) not in (1, channels):
         raise UserError(f"{option} {text}: the model has {channels} channels; give one number, or one per channel")
     return numbers if len(numbers) == channels else numbers * channels

@@ -22,8 +22,8 @@ PixelRange = Annotated[
     tuple[float, float] | None,
     typer.Option(
         metavar="LOW HIGH",
-        help="Values that are black and white in grey images of more than 8 bits, as data.pixel_range sets them; "
-        "default: 0 and 65535, and images of float pixels are refused.",
+        help="The values of black and white in grey images of more than 8 bits, as data.pixel_range sets them; "
+        "default: 0 and 65535, and float images are refused.",
     ),
 ]
 
@@ -60,7 +60,7 @@ def check(
     eit data check pets
     eit data check scans --pixel-range 0 4095
 
-    The exit status is 1 if training would fail. Warnings are about what training does not notice.
+    The exit status is 1 if training would fail. Warnings are about problems that do not stop training.
     """
     with quick_imports(freeze=True):
         from eit.data.datasets import check as run
@@ -155,7 +155,7 @@ def shard(
         typer.Option(
             metavar="N",
             min=1,
-            help="Number of training shards, best a multiple of the loader processes of all ranks.",
+            help="Number of training shards; best a multiple of the number of loader processes on all ranks together.",
         ),
     ] = 64,
     val_count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of validation shards.")] = 16,
@@ -170,8 +170,8 @@ def shard(
     eit data shard imagenet shards
     eit data shard pets shards --count 4 --val-count 1
 
-    With data.root=FOLDER they give the same batches as the data set. With data.dataset=wds/NAME they are streamed, as
-    from an object store.
+    With data.root=FOLDER training reads the shards in the same batches as the data set. With data.dataset=wds/NAME it
+    streams them, which also works from an object store.
     """
     with quick_imports(freeze=True):
         from eit.config import data_config

@@ -115,7 +115,7 @@ def evaluate(
     page = named_file(mistakes, "--mistakes", ".html") if mistakes else None
     views = len(set(sizes or [0])) * len(set(crop_ratios or [0]))
     if views > 1 and (given := f"--confusion {confusion}" if matrix else f"--mistakes {mistakes}" if page else ""):
-        raise UserError(f"{given} holds one size and crop ratio, {views} combinations are given: give one of each")
+        raise UserError(f"{given} is for one size and crop ratio, but {views} combinations are given: give one of each")
     with quick_imports(freeze=True):
         from eit import distributed
         from eit.data.datasets import open_evaluation

@@ -60,8 +60,8 @@ def export(
         typer.Option(
             metavar="PATH",
             parser=expand_path,
-            help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own, or if "
-            "it is not here the images of --int8 that set no range.",
+            help="Measure the accuracy of --int8 on this data set or folder of classes; default: the run's own; if "
+            "that is not on this machine, the images of --int8 that were not used for the ranges of activations.",
         ),
     ] = None,
     max_drop: Annotated[

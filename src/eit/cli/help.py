@@ -1,4 +1,4 @@
-"""How `eit COMMAND --help` reads: plain text in 80 columns, with metavars alone and the options in groups."""
+"""The format of `eit COMMAND --help`: plain text in 80 columns, one plain name for each value, options in groups."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def _help(parameter: Any) -> str:
 
 
 def _format_options(command: Any, context: Any, formatter: Any) -> None:
-    """Arguments, then the options: of a short list as they are, of a long one in their groups, `OTHERS` last."""
+    """Write the arguments, then the options. A long list of options is divided into groups, with `OTHERS` last."""
     shown = [p for p in command.get_params(context) if not p.hidden]
     options = [p for p in shown if p.param_type_name == "option"]
     sections: dict[str, list[Any]] = {title: [] for title in ("Arguments", *GROUPS, OTHERS)}

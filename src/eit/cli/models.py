@@ -31,7 +31,7 @@ def list_all(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """List models and weights, and say which weights are here.
+    """List models and weights, and say which weights are on this machine.
 
     \b
     eit models
@@ -87,7 +87,7 @@ def plot(
     eit models plot published.png
     eit models plot published.pdf
 
-    One panel has parameters, one multiply-accumulates on the axis. Many model families are shown.
+    One panel has parameters on its axis, the other has multiply-accumulates. Many model families are shown.
     """
     with quick_imports(freeze=True):
         from eit.models.registry import published_results
@@ -158,7 +158,7 @@ def weights_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 def print_legend() -> None:
     print(
-        "MACs: multiply-accumulates of one 224x224 image. for logits: those that model(images) computes, which leaves\n"
-        "out what the head does not read. paper's FLOPs: as the paper counts (no attention products, but norms and\n"
-        "pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus has no published results."
+        "MACs: multiply-accumulates of one 224x224 image. for logits: those of model(images), which does not compute\n"
+        "the tokens that the head does not read. paper's FLOPs: as the paper counts (no attention products, but norms\n"
+        "and pooling). top-1, top-5: ImageNet-1K as published, not measured here; eit_plus has no published results."
     )

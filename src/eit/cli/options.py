@@ -120,7 +120,7 @@ class RedirectingGroup(Group):
     """A group of commands that answers a known wrong spelling with the right one."""
 
     def redirect(self, words: list[str]) -> list[str] | None:
-        """The right words for `words`, none of which is a command of the group; None if they are unknown."""
+        """What to type in place of `words`, the first of which is not a command; None if that is unknown."""
         return None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -132,9 +132,10 @@ class RedirectingGroup(Group):
 
 
 def refuse_before_command(context: typer.Context, **options: bool) -> None:
-    """Raise a UserError if an option of a bare group stands before one of its commands, which would ignore it."""
+    """Raise a UserError if an option of the group alone is given before a command, which would ignore it."""
     if context.invoked_subcommand is not None and (given := [f"--{name}" for name, value in options.items() if value]):
-        raise UserError(f"{context.command_path} {given[0]} {context.invoked_subcommand}: leave {given[0]} out here")
+        command = context.invoked_subcommand
+        raise UserError(f"{context.command_path} {given[0]} {command}: {command} does not use {given[0]}; leave it out")
 
 
 def file_to_write(name: str, option: str, also: str | None = None) -> Path:

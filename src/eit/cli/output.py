@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def prepare_streams() -> None:
-    """Let the streams take any name: one outside the encoding is printed as \\u72ac, one that is not UTF-8 is read.
+    """Let stdin, stdout and stderr accept any file name: characters that the encoding lacks are printed as \\u72ac.
 
     What is written to a closed stream is lost, and a closed stdin is empty.
     """
@@ -32,7 +32,7 @@ def prepare_streams() -> None:
 
 
 def drop_output() -> None:
-    """Let the end of the process write what is left of stdout nowhere: its reader is gone, or its disk is full."""
+    """Discard what is left to write to stdout when the process ends: its reader is gone, or its disk is full."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -41,7 +41,7 @@ _options: set[str] = set()  # of the command that runs; none if it takes the key
 
 
 def use_options_of(command: Any) -> None:
-    """Let messages name the options of this command, if it takes no keys of a recipe."""
+    """Let messages name the options of this command in place of recipe keys, unless it takes recipe keys."""
     global _options
     _options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
     if any(parameter.name == "overrides" for parameter in command.params):

@@ -58,7 +58,10 @@ def predict(
     """
     table = table_to_write(out) if out else None
     if table and as_json:
-        raise UserError(f"--out {out} and --json: --json prints; give a file that ends in .jsonl, or leave one out")
+        raise UserError(
+            f"--out {out} and --json cannot be combined: --json prints; give --out a file that "
+            "ends in .jsonl, or leave one out"
+        )
     with quick_imports(freeze=True):
         from eit.distributed import start
         from eit.inference.exported_models import load

@@ -36,7 +36,7 @@ def push(
         str | None,
         typer.Option(
             metavar="TITLE",
-            help="Title of the model card or Space; default: the name of the repository; without one, of the recipe.",
+            help="Title of the model card or Space; default: the name of the repository, or of the recipe.",
         ),
     ] = None,
     license_: Annotated[

@@ -113,7 +113,7 @@ def _choose(cells: Sequence["Cell"], only: Sequence[str], name: str) -> list["Ce
     """The runs with one of the texts `only` in their name; without texts, all of them."""
     chosen = [cell for cell in cells if not only or any(text in cell.name for text in only)]
     if not chosen:
-        raise UserError(f"--only {' '.join(only)}: no run of {name} has it in its name, such as {cells[0].name}")
+        raise UserError(f"--only {' '.join(only)}: no run of {name} has this in its name; a name is {cells[0].name}")
     return chosen
 
 
@@ -129,7 +129,7 @@ def _roots(words: Sequence[str], cells: Sequence["Cell"]) -> dict[str, str]:
         if roots.setdefault(key, path) != path:
             raise UserError(f"--data {key}=... is given twice, with {roots[key]} and {path}: give one of them")
     if unknown := set(roots) - set(known):
-        raise UserError(f"--data {min(unknown)}=...: its data sets are {', '.join(known)}")
+        raise UserError(f"--data {min(unknown)}=... is not a data set of this experiment; they are {', '.join(known)}")
     return roots
 
 
@@ -157,7 +157,7 @@ def list_experiments(as_json: Json = False) -> None:
     eit reproduce list
     eit reproduce list --json
 
-    For each it prints what it shows, what it costs, and what would refute it.
+    Each has what it shows, what it costs, and which results would refute the claim.
     """
     from eit.reproduce.experiment import experiment_names, load
 
@@ -196,7 +196,7 @@ def run(
     eit reproduce run ablation --data cifar10=PATH --only vit
 
     Its runs are trained and measured; tables, a figure and verdicts are written to FOLDER/NAME/BUDGET. Finished runs
-    are kept, a stopped run is resumed. The tables are built from FOLDER alone.
+    are kept, a stopped run is resumed. The tables use only the runs in --results.
     """
     experiment, budget, cells = _load(name, budget)
     roots = _roots(data or (), cells)
@@ -226,7 +226,7 @@ def plan(
         typer.Option(
             metavar="RATE",
             min=0.001,
-            help="Estimate hours from this rate of all processes together; default: no hours.",
+            help="Estimate hours from this number of images per second, all processes together; default: no hours.",
         ),
     ] = None,
     as_json: Json = False,
@@ -296,7 +296,7 @@ def again(
     roots = _roots(data or (), cells)
     cell = next((cell for cell in cells if cell.name == run), None)
     if cell is None:
-        raise UserError(f"RUN {run}: {name} has no such run with --budget {budget}, such as {cells[0].name}")
+        raise UserError(f"RUN {run}: {name} has no run of this name with --budget {budget}; a name is {cells[0].name}")
     with quick_imports(freeze=True):
         from eit import distributed
         from eit.reproduce import runs

@@ -180,7 +180,7 @@ def image_transform(view: Preprocessing, augment: Augment) -> ImageTransform:
     begins = {"rand_augment": ("rand",), "augmix": ("augmix",), "auto_augment": ("original", "v0")}.get(key)
     try:
         if policy and begins and not policy.startswith(begins):
-            raise ValueError("of another kind")
+            raise ValueError(f"it does not begin with {' or '.join(begins)}")
         transform = create_transform(
             input_size=view.size,
             is_training=True,
@@ -194,7 +194,9 @@ def image_transform(view: Preprocessing, augment: Augment) -> ImageTransform:
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         of_auto = "original, originalr, v0 or v0r"
         such = {"augmix": "augmix-m5-w4-d2", "auto_augment": of_auto}.get(key, "rand-m9-mstd0.5-inc1")
-        raise UserError(f"augment.{key}={policy}: timm does not know this policy ({error}), such as {such}") from None
+        raise UserError(
+            f"augment.{key}={policy} is not a policy that timm knows ({error}): give one such as {such}"
+        ) from None
     _, *steps, _ = transform.transforms  # without timm's crop and its conversion to a tensor
     for step in steps:
         speed_up_shears(step)

@@ -40,7 +40,7 @@ def open_data(config: Data) -> tuple[AnyImages, AnyImages]:
 
     Layouts: `sklearn:digits`; those of `layouts.py` (CIFAR, idx files, Tiny-ImageNet-200, shards); train/CLASS/image
     and val/CLASS/image; with `data.val_fraction` train/CLASS/image or CLASS/image alone. `data.dataset` may name one of
-    timm instead. What was left out of folders is said.
+    timm instead. A message counts the files of folders that were left out.
 
     Raises:
         UserError: one line that names the folder, file or class at fault.
@@ -102,7 +102,7 @@ def _open(config: Data) -> tuple[AnyImages, AnyImages, list[str]]:
     if part != "train" and os.path.samefile(parts[part], parts["train"]):
         notes.append(f"{parts[part]} is the same folder as {parts['train']}: accuracy is that of training images")
     if parts["train"] != root and (unused := unused_folders(root, parts)):
-        notes.append(f"not used of {root}: {few(unused)}")
+        notes.append(f"folders of {root} that have images and are not used: {few(unused)}")
     if part == "test":
         notes.append(f"{root} has no val/ folder: {parts['test'].name}/ has the validation images")
     elif "test" in parts:
@@ -194,7 +194,7 @@ def _open_evaluation(config: Data) -> AnyImages:
 def open_unlabelled(config: Data, part: Literal["train", "val"], without: Path | None = None) -> Images:
     """Images whose labels do not matter: those of a part of a data set, else all below `data.root` but for `without`.
 
-    Training images are those that no validation image is taken from. What was left out of folders is said.
+    Training images are those that remain after a validation share is held out. A message counts what was left out.
 
     Raises:
         UserError: no such folder, no images there, or a stream of images.
@@ -501,7 +501,7 @@ def _check_images(name: str, images: Images) -> tuple[dict[str, Any], dict[str, 
 
 
 def distinct_names(classes: Sequence[str]) -> list[str]:
-    """Class names with their number behind those that stand there twice, as some of ImageNet's do."""
+    """Class names. A name that occurs twice, as some of ImageNet's do, has its class number behind it."""
     count = Counter(classes)
     return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(classes)]
 

@@ -1,7 +1,8 @@
 """Folders of images: which files below a folder are images, of which class, and which folder is which part of a set.
 
 One rule for everything that reads a folder: hidden entries and those of the system are left out at every depth, links
-are followed but lead nowhere twice, files of all extensions that Pillow reads are images. What is left out is counted.
+are followed but no folder is read twice, files of all extensions that Pillow reads are images. What is left
+out is counted.
 """
 
 import os
@@ -141,7 +142,7 @@ def read_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Images:
 def find_parts(root: Path) -> dict[str, Path]:
     """Part of a data set (train, val, test) -> its folder below `root`, by the names in `PARTS`.
 
-    A folder `test` without class folders is none.
+    A folder `test` without class folders is not a part.
     """
     parts = {}
     folders = {entry.name: Path(entry.path) for entry in _entries(root, Counter())[0]}
@@ -167,8 +168,8 @@ def unused_folders(root: Path, parts: dict[str, Path]) -> list[str]:
 def is_class_folder(root: Path, divided: bool = False) -> bool:
     """Whether the folders of `root` are classes, though one may be called train or val: images decide, not names.
 
-    A part has class folders. If only one folder of a part's name has any, it is a class as well if there are others
-    with images, unless train/ is known to be `divided` into training and validation images.
+    A part has class folders. If only one of the folders that are named like a part has them, and other folders next to
+    it have images, then it is a class too; not if train/ is known to be `divided` into training and validation images.
     """
     parts = find_parts(root)
     holding = [part for part, folder in parts.items() if any(map(_has_image, _folders(folder)))]
@@ -184,7 +185,7 @@ def is_class_folder(root: Path, divided: bool = False) -> bool:
 
 
 def holds_parts(root: Path) -> bool:
-    """Whether the folders of `root` are parts under names of their own: without images, and with the same folders."""
+    """Whether the folders of `root` are parts under unknown names: none has images, and all have the same folders."""
     inner = []
     for folder in _folders(root):
         folders, files = _entries(folder, Counter())

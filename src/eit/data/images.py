@@ -34,7 +34,7 @@ PixelRange = tuple[float, float]  # the values that become black and white
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be decoded, or is too large to be; the message names it and the reason."""
+    """An image that cannot be decoded, or is too large to decode. The message names it and the reason."""
 
 
 class TooManyPixels(UnreadableImage):
@@ -127,7 +127,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, bytes | None] | None:
-    """A PNG, JPEG, TIFF or AVIF file without metadata, and EXIF data that lay apart; None for other formats.
+    """A PNG, JPEG, TIFF or AVIF file without metadata, and its EXIF data if stored apart; None for other formats.
 
     For files that Pillow refuses: damaged metadata must not keep the pixels from being read.
     """
@@ -213,7 +213,7 @@ def declared_range(image: Image.Image, pixel_range: PixelRange | None = None) ->
     They may have fewer than 16 bits, such as 12, or the least of them may be white.
 
     Raises:
-        ValueError: pixels that Pillow reads as others: signed ones of 8 bits, unsigned ones of 32 beyond the signed.
+        ValueError: pixels that Pillow misreads: signed ones of 8 bits, and unsigned ones of 32 bits above 2^31.
     """
     tags = getattr(image, "tag_v2", {})
     bits = (tags.get(258) or (16,))[0]  # BitsPerSample
@@ -386,7 +386,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def careful_pillow(max_pixels: int) -> Iterator[None]:
-    """While it is open, other packages' `PIL.Image.open` reads as `decode` does: these formats, this many pixels.
+    """In the context, other packages' `PIL.Image.open` reads as `decode` does: its formats, at most `max_pixels`.
 
     What it returns is decoded and upright. For readers of data sets, which open images themselves.
     """
@@ -599,7 +599,8 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
 class Normaliser:
     """`normalise` of training batches, as they lie in memory: (B, height, width, channels) uint8.
 
-    Its constants wait on the device, so that no step waits for a copy. On the CPU images pass its cache one by one.
+    Its constants wait on the device, so that no step waits for a copy. On the CPU images are
+    processed one by one, so that each fits into the cache.
     """
 
     def __init__(self, view: "Preprocessing", device: torch.device) -> None:

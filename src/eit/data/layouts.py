@@ -302,14 +302,14 @@ class Sample(NamedTuple):
 
 
 def check_shard_name(name: Any, source: str) -> None:
-    """Raise a UserError unless `name`, which `source` gives, is one of a file below the folder of the shards."""
+    """Raise a UserError unless `name`, which `source` gives, names a file below the folder of the shards."""
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else [""]
     if "" in parts or ".." in parts or ":" in parts[0]:
         raise UserError(f"{source} names the shard {name!r}: a file below its own folder is expected")
 
 
 class PlainMember(tarfile.TarInfo):
-    """A member of a shard. One that would unpack to more than is there is refused before it is read."""
+    """A member of a shard. One that would unpack to more bytes than the shard has is refused before it is read."""
 
     def isreg(self) -> bool:
         if self.issparse() or self.size > MAX_MEMBER:
@@ -393,7 +393,8 @@ def read_layout(root: Path, max_pixels: int, dataset: str | None = None) -> Pair
     """
     if dataset is not None and dataset not in LAYOUTS:
         raise UserError(
-            f"data.dataset={dataset}{nearest(dataset, LAYOUTS)} (known: {', '.join(LAYOUTS)}, and timm's wds/NAME, ...)"
+            f"data.dataset={dataset} is not a known data set{nearest(dataset, LAYOUTS)} "
+            f"(known: {', '.join(LAYOUTS)}, and timm's wds/NAME, ...)"
         )
     folders = {name: folder for name, (find, _) in LAYOUTS.items() if (folder := find(root)) is not None}
     if len(folders) > 1 and dataset not in folders:

@@ -50,7 +50,9 @@ def train_loader(
     """The loader for these images: from memory if they are small and nothing augments image by image."""
     if config.cache and augment.by_image:
         key = augment.policy[0] if augment.policy else "crop_scale, simple_crop or color_jitter"
-        raise UserError(f"data.cache=true augments whole batches: it has no {key}")
+        raise UserError(
+            f"data.cache=true augments whole batches, without {key}: turn that off, or leave data.cache out"
+        )
     if isinstance(images, ImageStream):
         if config.cache or augment.repeats > 1:
             key = "data.cache=true" if config.cache else f"augment.repeats={augment.repeats}"

@@ -110,7 +110,9 @@ def read_devkit(archive: Path) -> Devkit:
         raise UserError(f"{archive}: {META} is damaged: {counts}")
     for wnid, count in train.items():
         if not re.fullmatch("n[0-9]{8}", wnid) or count < 1:
-            raise UserError(f"{archive}: {META} has class {wnid!r} of {count} images, not such as n01440764 of 1300")
+            raise UserError(
+                f"{archive}: {META} has a class {wnid!r} of {count} images; valid is a class such as n01440764 of 1300"
+            )
     return Devkit(words, train, Counter(truth), truth)
 
 
@@ -123,8 +125,8 @@ def _list_classes(archive: Path, devkit: Devkit) -> list[tarfile.TarInfo]:
         if wnid not in devkit.train:
             raise UserError(f"{archive} has {wnid}.tar, which is not a class of {DEVKIT}")
     if missing := sorted(devkit.train.keys() - set(names)):
-        some = f"{missing[0]}.tar, one of {len(missing)} missing of the {len(devkit.train)} in {DEVKIT}"
-        raise UserError(f"{archive} is truncated, or another archive: it has no {some}")
+        some = f"{len(missing)} of the {len(devkit.train)} classes in {DEVKIT} are missing, such as {missing[0]}.tar"
+        raise UserError(f"{archive} is truncated, or another archive: {some}")
     return members
 
 

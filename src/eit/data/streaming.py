@@ -56,11 +56,12 @@ class StreamLoader:
         if config.workers is None and fit:
             self.workers = fit[0]
         if images.shards % (max(self.workers, 1) * order.world):
-            parts = f"{order.world} x {max(self.workers, 1)} processes x data.workers"
+            readers = max(self.workers, 1)
+            parts = f"{order.world * readers} readers ({order.world} x data.workers={readers})"
             advice = (
                 f"set data.workers={fit[0]}" if fit else f"write a multiple of {order.world} (eit data shard --count)"
             )
-            raise UserError(f"{images.shards} shards cannot be shared by {parts}: {advice}")
+            raise UserError(f"{images.shards} shards cannot be divided equally among {parts}: {advice}")
 
     def prepare(self) -> None:
         """Nothing: the workers start with each epoch."""
@@ -95,7 +96,8 @@ class StreamLoader:
             if (batch := next(batches, None)) is None:
                 of = f"{number} of {order.steps * order.accumulate} batches"
                 raise UserError(
-                    f"data.dataset={self.images.config.dataset} ended after {of}: its description names more"
+                    f"data.dataset={self.images.config.dataset} ended after {of}: it has fewer images than its "
+                    "metadata say; write the data set again"
                 )
             self.bad.add_from(batch)
             if number >= first_step * order.accumulate:

@@ -154,8 +154,8 @@ def _create_timm(config: Data, split: str, training: bool = False, batch_size: i
     prefix = config.dataset.partition("/")[0].lower()
     if prefix not in TIMM_PREFIXES:
         raise UserError(
-            f"data.dataset={config.dataset}{nearest(prefix, TIMM_PREFIXES)} "
-            f"(timm's begin with {', '.join(p + '/' for p in TIMM_PREFIXES)})"
+            f"data.dataset={config.dataset} is not a known data set{nearest(prefix, TIMM_PREFIXES)} "
+            f"(names of timm's begin with {', '.join(p + '/' for p in TIMM_PREFIXES)})"
         )
     if prefix == "wds":
         if not config.root:

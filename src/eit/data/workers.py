@@ -68,14 +68,14 @@ class BadImages:
                     say(f"unreadable image, another is used instead: {fault}", any_rank=True)
 
     def add_from(self, batch: HostBatch) -> None:
-        """Count the faults of a batch. Raise a UserError if it has no images but the fault that ends the run."""
+        """Count the faults of a batch. Raise a UserError if it has, in place of images, the fault that ends the run."""
         _, labels, faults, _ = batch
         if not len(labels):
             raise UserError(faults[0])
         self.add(faults)
 
     def check(self, met: int) -> None:
-        """Raise a UserError if the budget is exceeded. `met` is the sum over ranks; each image counts once."""
+        """Raise a UserError if the budget is exceeded. `met` is the number of unreadable images over all ranks."""
         if met == self.checked:
             return
         self.checked = met
@@ -90,7 +90,7 @@ class BadImages:
 def collate(samples: list[Sample]) -> HostBatch:
     """A batch: pixels, labels, faults, (B, 5) boxes to erase or (B, 0).
 
-    If a sample has no pixels, the result has no images but the fault that ends the run. A fault is returned, not
+    If a sample has no pixels, the result has, in place of images, the fault that ends the run. A fault is returned, not
     raised: a worker's exception would arrive with its traceback as its message.
     """
     none = torch.empty(0)
@@ -148,7 +148,7 @@ class _Waiting:
         """The batches of a loader.
 
         Raises:
-            StopRequested: a stop signal arrived during the wait; on several ranks, and it lasted `POLL` seconds.
+            StopRequested: a stop signal arrived during the wait; on several ranks only after a wait of `POLL` seconds.
             LoaderStalled: no batch came for `STALLED` seconds.
         """
         try:

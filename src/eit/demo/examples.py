@@ -1,4 +1,4 @@
-"""Pictures to begin with, for a page that nobody has brought one to."""
+"""Example pictures of the page, for visitors without one of their own."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ DIGIT_CLASSES = [str(digit) for digit in range(10)]
 def write_examples(model: Any, folder: Path, own: bool) -> tuple[str, list[Path]]:
     """What the examples are, and their files, written into `folder`: images of the run's own validation data.
 
-    If those are not on this machine, or without `own`, which is for pages that others see: scanned digits for a model
-    of digits, otherwise the two photos of scikit-learn.
+    If those are not on this machine, or `own` is false (for pages that others see), they are scanned digits for a
+    model of digits, and otherwise the two photos of scikit-learn.
     """
     card: Card = model.card
     title, pictures = "Validation images of the run", _of_the_run(card) if own else []

@@ -133,9 +133,9 @@ def export(
     `fixed`: the batch is fixed at so many images, and height and width at the size of the card; some runtimes are
     faster then.
 
-    The file is kept only if its runtime runs it and every logit is within 1e-4 of the largest logit of torch's value,
-    so that top-1 is equal except for ties; in int8 only if top-1 falls by at most `max_drop` points. The paths of this
-    machine in its recipe are shortened to their last part. The caller's model stays as it is.
+    The file is kept only if its runtime runs it and no logit differs from torch's by more than 1e-4 times the largest
+    logit, so that top-1 is equal except for ties; in int8 only if top-1 falls by at most `max_drop` points. Paths of
+    this machine in its recipe are shortened to their last part. The caller's model stays as it is.
 
     Raises:
         UserError: no model with a card, a missing runtime, an architecture that cannot be exported, or int8 that costs
@@ -257,7 +257,7 @@ def _without(images: Images, others: Images) -> Images:
 def calibration_images(path: str, count: int, config: Data) -> Images:
     """At most `count` images, evenly spaced: a data set's training images, or otherwise all below the folder.
 
-    They are read as `config` says, the section of the data that int8 is measured on.
+    `config` says how they are read. It is the data section of what int8 is measured on.
 
     Raises:
         UserError: no such path, or no images there.

@@ -42,13 +42,13 @@ class Metrics:
 
     Attributes:
         images: how many.
-        top1: whose most likely class is right.
-        top5: whose class is among the first min(5, classes).
+        top1: images whose most likely class is right.
+        top5: images whose class is among the min(5, classes) most likely.
         loss: the mean cross-entropy, in nats.
         ece: the expected calibration error of the top-1 probability in 15 bins of equal width:
             sum_b n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3).
         correct1: images that are right.
-        correct5: images that are among the first five.
+        correct5: images whose class is among the five most likely.
         per_class: class -> images, top1 (recall; None without images), precision (None if it is never predicted), f1
             (None if neither exists).
         pairs: (truth, prediction) -> images, those that occur.
@@ -87,7 +87,10 @@ class Metrics:
 def check_matrix(classes: int, what: str) -> None:
     """Raise a UserError if a matrix of classes x classes would be too large."""
     if classes > LARGEST_MATRIX:
-        raise UserError(f"{what} has at most {LARGEST_MATRIX:,} classes, these are {classes:,}; --json has each class")
+        raise UserError(
+            f"{what} is for at most {LARGEST_MATRIX:,} classes, and there are {classes:,}; "
+            "--json has figures of each class"
+        )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def evaluation_config(
 ) -> Data:
     """Where to read images for `eit.data.datasets.open_evaluation`; default: where the weights' recipe read them.
 
-    Of the recipe in untrusted weights only a folder is believed: addresses of data sets can run commands.
+    Of the recipe in untrusted weights only a folder is used, because addresses of data sets can run commands.
 
     Raises:
         UserError: `dataset` is not a name of timm; or nothing is given and the weights name no trusted data set.
@@ -53,14 +53,15 @@ def evaluation_config(
         if own["root"] != DIGITS and not own.get("dataset") and not Path(str(own["root"])).expanduser().is_dir():
             if own["root"] != IN_THE_WILD:
                 raise UserError(f"the data set that these weights name, {own['root']}, is not here: give --data PATH")
-            say(
-                f"{IN_THE_WILD}/ is not here: these are the digits of scikit-learn that the weights were not trained on"
-            )
+            say(f"{IN_THE_WILD}/ is not here: evaluating digits of scikit-learn that the weights were not trained on")
             given["root"] = DIGITS
     share, folder = own.get("val_fraction"), Path(data or "").expanduser()
     if data and share and folder.is_dir() and is_class_folder(folder, True) and not _is_same(folder, own.get("root")):
         share = None
-        say(f"all images of {data} are evaluated: if these were trained on, give the folder of training itself")
+        say(
+            f"all images of {data} are evaluated. If the weights were trained on some of them, give the folder of that "
+            "training, whose held-out images are then found"
+        )
     given |= dict(val_fraction=share, pixel_range=card.pixel_range)
     return data_config(max_pixels=max_pixels or card.max_pixels, **{k: v for k, v in given.items() if v is not None})
 
@@ -77,8 +78,8 @@ def match_classes(card: Card, images: ImageSet) -> ImageSet:
     so: most training loops number the folders in the order of their names. Other classes are matched by name.
 
     Raises:
-        UserError: the images have classes that the model does not know, names that stand for two classes, or other
-            class numbers where they are read in turn.
+        UserError: the images have classes that the model does not know, a name that several classes have, or
+            other class numbers in a stream.
     """
     if images.classes == card.classes:
         return images
@@ -104,7 +105,7 @@ def match_classes(card: Card, images: ImageSet) -> ImageSet:
     if isinstance(images, ImageStream):
         raise UserError(
             f"the data have the model's classes in another order or number ({len(images.classes)} classes, the "
-            f"model {len(card.classes)}), and are read in turn, where they cannot be renumbered"
+            f"model {len(card.classes)}), and classes of a stream cannot be renumbered"
         )
     counts = Counter(card.classes), Counter(images.classes)
     if twice := [name for name in counts[1] if max(count[name] for count in counts) > 1]:

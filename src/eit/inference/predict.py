@@ -86,7 +86,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         - `card`: an `eit.Card`, what the weights say of the model, its classes and its preprocessing
         - `predict(images, top=5)`: `eit.predict` with this model
         - `transform(image)`: an image as `eit.predict` takes it -> the normalised tensor that `predict` uses
-        - `pretrained_cfg`: the same for timm, as `timm.data.resolve_data_config` reads it (not of exported files)
+        - `pretrained_cfg`: the preprocessing as `timm.data.resolve_data_config` reads it (exported files have none)
 
     Raises:
         UserError: no such file, damaged, untrusted, or one that does not say which model it is.
@@ -277,7 +277,7 @@ def _in_memory(name: str, image: Any, card: Card, limit: int) -> Image.Image:
 
 
 def expand(paths: Sequence[str]) -> list[str]:
-    """Files, and the images below each folder, sorted. A missing file is left to be reported, if others are there.
+    """Files, and the images below each folder, sorted. If some files exist, missing ones stay in the list.
 
     Raises:
         UserError: a folder without images, or none of the files is there.

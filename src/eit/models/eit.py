@@ -596,7 +596,7 @@ class EIT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what outputs of blocks `indices`, as in `forward_intermediates`, do not need; return the indices."""
+        """Remove what the outputs of blocks `indices` (see `forward_intermediates`) do not need; return indices."""
         wanted = self._chosen_blocks(indices)
         self.blocks = self.blocks[: max(wanted) + 1]
         if prune_norm:

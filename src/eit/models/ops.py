@@ -1,7 +1,7 @@
 """Layers of PyTorch, with the same parameters and results, computed faster on some CPUs or on a GPU.
 
 docs/performance.md has the gain of each. On other devices, and in scripted and exported programs, PyTorch's operators
-run. In compiled programs they replace those for CPUs, because Inductor cannot lay out these views if height and
+run. So do they in compiled programs on CPUs, because Inductor cannot lay out the views of this module if height and
 width are symbols. torch.fx traces each function as one operator, because it knows neither the device nor the width.
 """
 

@@ -275,7 +275,7 @@ def eit_plus_large(pretrained: bool = False, **arguments: Any) -> "eit.models.ei
 def resnet24_small(num_classes: int = 1000, in_chans: int = 3, pretrained: bool = False, **of_timm: Any) -> Any:
     """torchvision's ResNet with 2, 3, 3, 3 basic blocks and a stem for small images, for eit reproduce.
 
-    It has 17.4 M parameters with 10 classes. EIT's 3.08 M at 32x32 are 17.7% of them, the paper's ratio to its ResNet.
+    It has 17.4 M parameters with 10 classes. EIT at 32x32 has 3.08 M, which is 17.7% of that, as in the paper.
     """
     from torchvision.models.resnet import BasicBlock, ResNet
 

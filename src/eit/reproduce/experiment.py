@@ -27,7 +27,7 @@ Settings = Annotated[dict[str, Any], KeysOf(Recipe)]
 
 
 class Level(Section):
-    """One value of an axis: what it sets in the recipe, another base recipe, the number of processes of its batch."""
+    """One value of an axis: keys of the recipe; optionally another base recipe and a number of processes."""
 
     recipe: str | None = None
     processes: Count | None = None

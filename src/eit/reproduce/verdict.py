@@ -40,8 +40,8 @@ class Effect:
         low: lower end of the 95% interval (90% for an equivalence); None if there are fewer than two runs of a level,
             no spread, or no convergence of Dunnett's interval.
         high: its upper end.
-        p: two-sided, of the claimed sign; for an equivalence, of a difference within the margin (TOST). None if there
-            is no spread.
+        p: two-sided p of a difference with the claimed sign; for an equivalence, p of a difference within the margin
+            (TOST). None if there is no spread.
         opposite: p of the opposite of the claim.
         runs: number of runs of the higher and of the lower level.
         judged: whether all planned runs are finished, at least five of each level.
@@ -259,7 +259,7 @@ def _equivalence(effect: Effect, a: Sequence[float], b: Sequence[float], within:
 
 
 def runs_needed(values: Runs, claim: Claim, power: float = 0.8, most: int = 10_000) -> int | None:
-    """Runs of each level with which the two one-sided tests find equal levels equal, at the spread of `values`."""
+    """Runs of each level that the two one-sided tests need to confirm that equal levels are equal; from the spread."""
     lower, higher = claim.levels
     spread = math.sqrt((variance(values[lower]) + variance(values[higher])) / 2)
     for n in range(2, most):

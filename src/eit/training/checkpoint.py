@@ -90,7 +90,7 @@ def extended_epochs(card: Card | None, state: State, recipe: Recipe) -> int | No
 
 
 def of_older_version(recipe: Recipe) -> Recipe:
-    """A recorded recipe, with the values that its version had for keys that are younger."""
+    """A recorded recipe. Keys that were added later have the values that its version used."""
     if recipe.model.family == "lsra" and "cls_conv" not in recipe.model.model_fields_set:
         return recipe.model_copy(update=dict(model=recipe.model.model_copy(update=dict(cls_conv="identity"))))
     return recipe
@@ -235,7 +235,10 @@ def _checkpoints(run: Path) -> Path:
     """The folder of the checkpoints. What a link leads to belongs to somebody else, and checkpoints are deleted."""
     folder = run / "checkpoints"
     if folder.is_symlink():
-        raise UserError(f"{folder} is a link, through which nothing is deleted: link the whole run folder instead")
+        raise UserError(
+            f"{folder} is a link. Old checkpoints are deleted there, which is not done through a "
+            "link: link the whole run folder"
+        )
     return folder
 
 
@@ -340,7 +343,7 @@ def _check_files(folder: Path) -> None:
         digests = read_json(folder / "manifest.json")["sha256"]
         for name in ("model.safetensors", "state.pt", *digests):
             if name != os.path.basename(name):
-                raise DamagedCheckpoint(f"manifest.json names {name}")
+                raise DamagedCheckpoint(f"manifest.json names {name}, which is not in the folder of the checkpoint")
             with open_regular(folder / name) as file:
                 try:
                     digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()

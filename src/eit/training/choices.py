@@ -60,7 +60,7 @@ def resolve_choices(
 
 
 def find_own_run(recipe: Recipe, recorded: Recipe | None, data: str) -> tuple[Recipe, Recipe | None]:
-    """The recipe, called NAME-2 and so on if a finished run of that name is another one, and the run's own recipe.
+    """The recipe, and the recorded one of its run. The name is NAME-2 if a finished run of NAME has other settings.
 
     A folder that the user names in `out` is the run's, whatever is in it. `recorded` is the recipe in the run folder,
     and `data` the digest of the images.

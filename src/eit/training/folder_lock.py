@@ -70,7 +70,7 @@ class FolderLock:
         try:
             is_same = os.path.samestat(os.stat(self.file), os.fstat(self._open.fileno()))
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{self.folder} was removed while this process trained in it; it ends here") from None
+            raise UserError(f"{self.folder} was removed while this process trained in it; the run ends") from None
         except OSError:  # a server that is away for a while
             return
         if self._is_lost() or not (is_same or self._holder()):  # some file systems give a file another number

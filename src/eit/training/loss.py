@@ -64,7 +64,7 @@ def class_weights(config: Loss, classes: list[str], labels: list[int] | None) ->
         known = ", ".join(classes[:5]) + (" ..." if len(classes) > 5 else "")
         raise UserError(f"loss.class_weights names {unknown[0]!r}; the classes are {known}")
     if twice := [name for name in by_name if classes.count(name) > 1]:
-        raise UserError(f"loss.class_weights names {twice[0]!r}, as {classes.count(twice[0])} classes are called")
+        raise UserError(f"loss.class_weights names {twice[0]!r}, but {classes.count(twice[0])} classes have this name")
     weights = torch.tensor([float(by_name.get(name, 1.0)) for name in classes])
     if not weights.any():
         raise UserError("loss.class_weights are all 0: nothing would be learned")
@@ -139,7 +139,7 @@ def _open_teacher(config: Loss, view: Preprocessing, classes: list[str]) -> tupl
         if not config.teacher_weights and known != len(classes):
             raise UserError(
                 f"loss.teacher={name} knows {known} classes, the data have {len(classes)}: set loss.teacher_weights to "
-                "a file of it that was trained on them"
+                "weights of this teacher that were trained on the data's classes"
             )
         model: Any = create_model(name, num_classes=len(classes), img_size=config.teacher_size, **arguments)
         return model, torch.arange(len(classes)), model.pretrained_cfg["input_size"][-1]

@@ -301,7 +301,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
 
 
 def best_line(log: Sequence[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
-    """The line of the best epoch, as the trainer chooses it: top-1, then with `train.patience` the validation loss."""
+    """The line of the best epoch, as the trainer chooses it: by top-1; with `train.patience`, if equal by loss."""
     if recipe.train.patience:
         return max(log, key=lambda line: (line["val_top1"], -line["val_loss"]))
     return max(log, key=lambda line: line["val_top1"])

@@ -23,7 +23,8 @@ RATES = {"drop_rate", "drop_path_rate", "attn_drop_rate", "pos_drop_rate", "proj
 def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recipe:
     """The recipe with the architecture of `model.pretrained`, and without arguments that its model does not have.
 
-    `recorded` is the model of the run that continues. It replaces the file of the same weights, which may be gone.
+    `recorded` is the model section of the run that continues. It is used in place of the file of the weights, which may
+    be gone.
     """
     section = recipe.model
     if recorded is not None and recorded.pretrained != section.pretrained:
@@ -51,7 +52,10 @@ def resolve_architecture(recipe: Recipe, recorded: Model | None = None) -> Recip
             replaced = [change for change in changes if ": null -> " not in change]
             say(": ".join([f"the model is that of {section.pretrained}", *([", ".join(replaced)] if replaced else [])]))
         else:
-            say(f"{name} has no such arguments: {', '.join(change.partition(':')[0] for change in changes)}")
+            say(
+                f"{name} does not have these arguments, and they are left out: "
+                f"{', '.join(change.partition(':')[0] for change in changes)}"
+            )
     return changed_recipe
 
 

@@ -14,7 +14,7 @@ from eit.data.workers import STOP_SIGNALS, waiting
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], list[float]]]:
-    """Within the context, `STOP_SIGNALS` do not end the process; the value, called, has 1.0 for each that was received.
+    """`STOP_SIGNALS` do not end the process; yields a function that returns 1.0 for each that was received, else 0.0.
 
     The training loop reads it and stops. A second SIGINT ends the process at once.
 

@@ -31,7 +31,7 @@ def share_step(
     save_is_due: bool,
     signals: Sequence[float],
 ) -> Tensor:
-    """The numbers of a `StepReport`, in its order and still on the device, from those of each rank: one collective."""
+    """Add up the numbers of all ranks in one collective: the fields of a `StepReport`, in its order, on the device."""
     means = torch.stack((loss, gradient_norm, loss_scale)) / distributed.world_size()
     counts = from_host([unreadable_images, writer_failed, save_is_due, *signals], means.device)
     return distributed.sum_over_ranks(torch.cat((means, counts)))

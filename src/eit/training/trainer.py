@@ -311,7 +311,7 @@ class Trainer:
             if epochs:
                 say(
                     f"{epochs} epochs are extended to {self.recipe.train.epochs}: the learning rate jumps back to the "
-                    "cosine of the longer run, so the result differs from a run planned like that (name=NEW)"
+                    "cosine of the longer run, so the result differs from one long run (for such a run, set name=NEW)"
                 )
             self.folder.cut_log(step, state["progress"]["last"])
             return weights, averaged, state
@@ -321,7 +321,7 @@ class Trainer:
             self.restore(*checkpoint)
 
     def restore(self, weights: StateDict, averaged: StateDict | None, state: State) -> None:
-        """Load what a checkpoint holds. Any exception: it does not fit the recipe."""
+        """Load what a checkpoint holds. An exception of any type means that it does not fit the recipe."""
         progress, (epoch, step) = state["progress"], (0, state["progress"]["step"])
         if progress["last"]:
             epoch = progress["last"]["epoch"] + 1
@@ -458,7 +458,7 @@ class Trainer:
             self.ema.update(self.model, self.progress.step)
 
     def backward(self, batches: Iterator[Batch], micro: int) -> Tensor:
-        """Add the gradients of the next micro-batch; its share of the loss of the step."""
+        """Add the gradients of the next micro-batch, and return its share of the loss of the step."""
         images, labels, _ = next(batches)
         set_seed(Stream.STEP, self.recipe.seed, self.progress.step, micro, distributed.rank())
         images, target = self.mixup(images, labels) if self.mixup else (images, labels)

@@ -208,7 +208,7 @@ def _preset(card: Card) -> dict[str, str]:
 
 
 def serialize_card(card: Card, **more: str) -> str:
-    """The card as files hold it, with the whole preset, which may change later, and with `more` keys; in ASCII."""
+    """The card as ASCII text for a file. It has all arguments of the preset, which may change later, and `more`."""
     header = card.model_dump(mode="json", exclude={"guessed"} if card.recipe is not None else None)
     if not card.model.startswith(TIMM):
         header["arguments"] = _preset(card) | card.arguments

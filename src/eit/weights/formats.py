@@ -58,7 +58,10 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Card | None]:
     if file.suffix == ".pt2":
         return read_pt2(file)
     if file.suffix in (".onnx", ".xml"):
-        raise UserError(f"{file} is an exported model, which eit eval and eit predict take: give the weights it is of")
+        raise UserError(
+            f"{file} is an exported model, which only eit eval and eit predict read: give the weights "
+            "that were exported"
+        )
     is_archive, is_pickle = start.startswith(b"PK\x03\x04"), start.startswith(b"\x80")
     is_safetensors = start[8:9] == b"{" or (file.suffix == ".safetensors" and not is_pickle)  # a length, then JSON
     state, card = read_safetensors(file) if is_safetensors and not is_archive else (_read_pth(file), None)
@@ -79,7 +82,7 @@ def strip_prefixes(state: StateDict) -> dict[str, Tensor]:
             break
         prefix = prefixes[0]
         if others := [name for name in state if not name.startswith(prefix)]:
-            say(f"of the weights those under {prefix[:-1]} are used; left out: {few(others)}")
+            say(f"only the weights under {prefix[:-1]} are used; left out: {few(others)}")
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     return state
 
@@ -160,7 +163,10 @@ def _check_archive(archive: zipfile.ZipFile) -> None:
     if sum(member.file_size for member in members) > Path(str(archive.filename)).stat().st_size:
         raise ValueError("its members claim to be larger than the file")
     if any(member.filename.partition("/")[2] == "constants.pkl" for member in members):
-        raise ValueError("it is a TorchScript program, which would run; torch.save(model.state_dict(), 'weights.pth')")
+        raise ValueError(
+            "it is a TorchScript program, which would run. Save its weights: "
+            "torch.save(model.state_dict(), 'weights.pth')"
+        )
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
@@ -174,7 +180,10 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
             odd = [f"{k} ({type(content[k]).__name__})" for k in keys if k not in tensors or not isinstance(k, str)]
             what = f"these are no tensors: {few(odd)}" if odd else "none of its tensors has floating-point numbers"
             kept = "{k: v for k, v in checkpoint.items() if torch.is_tensor(v)}"
-            raise UserError(f"{file} holds more than weights, or none: {what}; torch.save({kept}, 'weights.pth')")
+            raise UserError(
+                f"{file} holds more than weights, or none: {what}. To save the tensors alone: "
+                f"torch.save({kept}, 'weights.pth')"
+            )
         found = (
             f"its keys are {few(list(map(str, keys)), 8)}" if keys else f"it is of the type {type(content).__name__}"
         )
@@ -193,7 +202,7 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
 def check_dense(state: StateDict, source: str) -> None:
     """Raise a UserError if some values are not tensors, or not ones that a model can hold."""
     if odd := [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]:
-        raise UserError(f"{source}: names and tensors are expected, which these are not: {few(odd)}")
+        raise UserError(f"{source}: each entry must be a name and a tensor; these are not: {few(odd)}")
     if odd := [k for k, v in state.items() if v.layout is not torch.strided or v.is_meta or v.is_quantized]:
         raise UserError(f"{source}: {few(odd)} {'is' if len(odd) == 1 else 'are'} sparse, quantised or without values")
 

@@ -159,7 +159,7 @@ def sample_images(name: str) -> list[str]:
 
 
 def is_weights_name(name: str) -> bool:
-    """Whether `find_weights` has a place to look for `name`."""
+    """Whether `name` is an existing path, included weights, or an address on the hub."""
     return Path(name).expanduser().exists() or name in INCLUDED or name.startswith(HUB)
 
 
