@@ -31,7 +31,7 @@ def list_all(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """List models and weights, and say which weights are on this machine.
+    """List models and weights, and where the weights are.
 
     \b
     eit models
