@@ -211,7 +211,7 @@ def test_many_classes_take_memory_by_image_not_by_class():
     metrics = evaluate(torch.nn.Identity(), Rows(logits, labels))
     assert metrics.pairs == {(3, 3): 1, (7, 499_998): 1, (499_999, 3): 1} and metrics.correct1 == 1
     assert metrics.per_class["c3"] == dict(images=1, top1=100, precision=50, f1=pytest.approx(200 / 3))
-    with pytest.raises(eit.UserError, match="at most 4,096 classes, these are 500,000"):
+    with pytest.raises(eit.UserError, match="at most 4,096 classes, and there are 500,000"):
         assert metrics.confusion
 
 
