@@ -446,9 +446,9 @@ def in_five_lines() -> str:
     lines = [
         f"EIT is ahead of ViT on CIFAR-10: {figure('eit')} against {figure('vit')}. Each model has 80 "
         "channels and sees 500,000 training images (10 epochs).",
-        "The class token is not on the grid, so it cannot be convolved. In the published code each layer adds the "
-        "token's own normalised values to its convolved channels, almost the same ones for every image. Without that "
-        f"update EIT has {figure('eit_zero')}, at no cost (`model.cls_conv=zero`).",
+        "The class token is not on the grid, so it cannot be convolved. In the channels that each layer convolves, the "
+        "published code adds the token's own normalised values to it, almost the same ones for every image. Without "
+        f"that update EIT has {figure('eit_zero')}, at no cost (`model.cls_conv=zero`).",
         "The paper reports that EIT beats LSRA, which convolves half of the channels in every layer. In our runs "
         "that lead comes mostly from this update, which costs LSRA more: LSRA has "
         f"{figure('lsra_identity')} with it and {figure('lsra')} without.",
