@@ -105,7 +105,7 @@ class Model(Section):
     num_heads: Channels | None = None
     """attention heads of each layer"""
     schedule: str | tuple[Whole, ...] | None = None
-    """attention channels of each layer: eit, increasing, lsra, vit, or a list of ints"""
+    """attention channels of each layer: eit, increasing (the convolution), lsra, vit, or a list of ints"""
     cls_conv: Literal["identity", "zero", "mean"] | None = None
     """what the class token gets in place of a convolution: its own channels (the paper), zero, or the grid's mean"""
     conv_branch: Literal["depthwise", "gated"] | None = None
@@ -415,8 +415,9 @@ def _explained(section: Section, indent: str = "") -> Iterable[str]:
             yield f"{indent}{name}: {_flow(value)}".ljust(42) + f"  # {field.description}"
 
 
-# A run may be resumed with other values of these keys: they change no result. Splitting the global batch into processes
-# and micro-batches changes rounding, mixup's pairs and dropout, but neither the batch nor the order of the images.
+# A run may be resumed with other values of these keys: they change no result, with one exception. Dividing the global
+# batch differently into processes and micro-batches changes rounding, mixup's pairs and dropout, but neither the batch
+# nor the order of the images.
 FREE_KEYS = {
     *("out", "data.root", "data.download", "data.workers", "data.bad_image_budget"),
     *("data.batch_size", "train.accumulate", "train.save_every", "train.save_minutes", "train.log", "train.report"),
@@ -664,7 +665,7 @@ def _parse_value(text: str, schema: Any) -> Any:
         # `~` alone is the home folder; `null` is the one word that stands for no value
         return text if text == "~" else read_scalar(text, kinds)
     try:
-        return read_yaml(text, schema, last_wins=True)  # as of key=value words themselves
+        return read_yaml(text, schema, last_wins=True)  # as the last of equal words does
     except UserError:
         return text
 

@@ -99,7 +99,7 @@ def _variable(name: str) -> int:
 
 @contextmanager
 def _said_after(seconds: float, line: str) -> Iterator[None]:
-    """Print a line if the context lasts longer. Ctrl-C ends the process in it: torch waits where Python cannot."""
+    """Print a line if the context lasts longer. Ctrl-C ends the process there: Python cannot act while torch waits."""
     timer = Timer(seconds, lambda: print(f"eit: {line}", file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()

@@ -93,7 +93,7 @@ def _settings() -> dict[str, Any]:
         math=backends.cuda.math_sdp_enabled,
     )
     return dict(
-        # allow_tf32 raises an error if fp32_precision was set; fp32_precision follows both.
+        # Reading allow_tf32 raises an error if fp32_precision was set; fp32_precision is right whichever was set.
         tf32_matmul=backends.cuda.matmul.fp32_precision == "tf32",
         tf32_conv=backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
         deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-# glibc returns large blocks as soon as they are freed, and has one arena: resident memory is memory in use.
+# With these, glibc returns large blocks as soon as they are freed, and has one arena: resident memory is memory in use.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -88,7 +88,7 @@ def member(schema: Any, key: str) -> Any:
 
 
 def read_scalar(text: str, kinds: list[Any]) -> Any:
-    """A plain scalar as a value of one of `kinds`. If str is one, only null, true, false and plain numbers differ."""
+    """A plain scalar as a value of one of `kinds`. If str is one, all but null, booleans and numbers stay text."""
     is_text = str in kinds
     if NoneType in kinds and text in NULLS:
         return None

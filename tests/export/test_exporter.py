@@ -557,7 +557,7 @@ def unusable(home):
         (["predict", "card.onnx", "images"], "card.onnx: its metadata 'eit' is damaged"),
         (["predict", "nested.onnx", "images"], "nested.onnx: its metadata 'eit' is damaged"),
         (["predict", "recipe.onnx", "images"], "recipe.onnx: its description of the model is damaged"),
-        (["predict", "other.onnx", "images"], "other.onnx has x, y, instead of images and logits"),
+        (["predict", "other.onnx", "images"], "other.onnx has inputs and outputs x, y instead of images and logits"),
         (["predict", "fewer.onnx", "images"], "its card says ['batch', 3, 'height', 'width'] and ['batch', 2]"),
         (["train", "digits", "model.pretrained=digits.onnx", "out=run"], "digits.onnx is an exported model"),
     ],

@@ -85,7 +85,7 @@ def report(error: BaseException) -> int | None:
     return None
 
 
-# Packages whose errors are about what the user gave, the network or the machine, if nothing here named them before
+# Packages whose errors are about the user's input, the network or the machine, if no code of ours has explained them
 OTHERS = {
     *("httpx", "httpx2", "huggingface_hub", "jinja2", "onnxruntime", "PIL", "pydantic_core", "requests", "safetensors"),
     *("safetensors_rust", "tarfile", "urllib3", "webdataset", "yaml", "zipfile", "zlib"),

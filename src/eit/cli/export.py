@@ -115,6 +115,6 @@ def export_text(done: "Export", card: "Card") -> str:
         lines[-1] = f"before int8: {lines[-1]}"
         lines.append(
             f"int8: top-1 {int8.top1:.2f}%, fp32 {int8.fp32_top1:.2f}%, on {int8.images:,} images; "
-            f"{int8.fp32_bytes / 1e6:.2f} MB without; ranges from {int8.calibrated_on} images"
+            f"{int8.fp32_bytes / 1e6:.2f} MB in fp32; ranges of activations from {int8.calibrated_on} images"
         )
     return "\n".join([*lines, f"next: {program()} predict {shlex.quote(str(done.file))} IMAGE..."])

@@ -135,7 +135,7 @@ def refuse_before_command(context: typer.Context, **options: bool) -> None:
     """Raise a UserError if an option of the group alone is given before a command, which would ignore it."""
     if context.invoked_subcommand is not None and (given := [f"--{name}" for name, value in options.items() if value]):
         command = context.invoked_subcommand
-        raise UserError(f"{context.command_path} {given[0]} {command}: {command} does not use {given[0]}; leave it out")
+        raise UserError(f"{context.command_path} {given[0]} {command}: put {given[0]} after {command}, or leave it out")
 
 
 def file_to_write(name: str, option: str, also: str | None = None) -> Path:

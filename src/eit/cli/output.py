@@ -62,7 +62,7 @@ def name_options(text: str) -> str:
         key, value = match[1].replace("_", "-"), match[2]
         name = "--data" if key == "root" else f"--{key}"
         if name not in _options:
-            return value if key == "root" and value and _options else match[0]  # PATH, without an option
+            return value if key == "root" and value and _options else match[0]  # the argument PATH, not an option
         if value and value.startswith("[") and key != "root":
             value = value.strip("[]").replace(",", " ")
         return name if value is None else f"{name} {value}"

@@ -44,7 +44,7 @@ def list_images(folder: str | os.PathLike[str]) -> Listing:
 
 
 def _walk(folder: str, left_out: Counter[str], above: str = "") -> Iterator[str]:
-    """Images below `folder`, whose split folder is `above`: first those of a folder, then those of its folders."""
+    """Images below `folder`: first its files, then those of its folders. `above`: the train/ or val/ that holds it."""
     seen: set[str] = set()
     todo = [(folder, (_real(above),) if above else ())]
     while todo:
@@ -168,8 +168,9 @@ def unused_folders(root: Path, parts: dict[str, Path]) -> list[str]:
 def is_class_folder(root: Path, divided: bool = False) -> bool:
     """Whether the folders of `root` are classes, though one may be called train or val: images decide, not names.
 
-    A part has class folders. If only one of the folders that are named like a part has them, and other folders next to
-    it have images, then it is a class too; not if train/ is known to be `divided` into training and validation images.
+    A part has class folders. Suppose that only one of the folders that are named like a part has class folders, and
+    that other folders next to it have images. Then it is a class too, unless train/ is known to be `divided` into
+    training and validation images.
     """
     parts = find_parts(root)
     holding = [part for part, folder in parts.items() if any(map(_has_image, _folders(folder)))]

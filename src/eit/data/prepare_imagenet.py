@@ -71,7 +71,7 @@ def prepare_imagenet(source: Path, target: Path) -> dict[str, Any]:
         with _locked(target):
             val_done, train_done, todo = completed()  # by the process that held the lock until now
             with _writing(target):
-                if (work / "train").exists():  # the class that a stopped run was at; its val/ may be all
+                if (work / "train").exists():  # the class that a stopped run was unpacking; val/ may be complete
                     shutil.rmtree(work / "train")
                 for folder in (work, train, val):
                     folder.mkdir(parents=True, exist_ok=True)

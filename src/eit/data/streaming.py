@@ -105,7 +105,7 @@ class StreamLoader:
 
 
 def _worker_count(images: ImageStream, workers: int | None) -> int:
-    """Number of loader processes of an evaluation: one at least if a server is read, for only that wait has an end."""
+    """Number of loader processes of an evaluation: at least 1 for a server: only a wait for a process has a limit."""
     return max(worker_count(workers), 1 if "://" in images.config.root else 0)
 
 
@@ -251,8 +251,9 @@ def _skipped(reader: Any, max_pixels: int) -> Iterator[tuple[list[str], list[str
 
     Images are read as everywhere (`careful_pillow`), shards as tar files that are not packed, with plain members.
     """
-    # timm's ReaderWds takes no webdataset `handler`: it hard-codes `log_and_continue`, which logs the error, skips the
-    # sample or shard, and raises TypeErrors. Exchanging it would need private parts of both; its log needs none.
+    # timm's ReaderWds takes no webdataset `handler`: it hard-codes `log_and_continue`, which logs the error and skips
+    # the sample or shard, but raises TypeErrors again. Exchanging it would need private parts of both; its log needs
+    # none.
     shards = {os.path.join(reader.root, name) for name in shard_names(reader)}
     faults: list[str] = []
     lost: list[str] = []

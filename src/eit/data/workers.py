@@ -215,7 +215,7 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     sys.excepthook = _unless_the_trainer_is_gone
     Queue._on_queue_feeder_error = _send_fault  # type: ignore[attr-defined]
-    keep_freed(64 << 20)  # a few photos, not the largest so far
+    keep_freed(64 << 20)  # keep as much as a few photos take, not as the largest so far took
     for signum in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()  # not os.getppid(), which may be the fork server

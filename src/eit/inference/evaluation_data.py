@@ -14,7 +14,9 @@ from eit.errors import UserError, few
 from eit.weights.card import Card
 
 ImageSet = TypeVar("ImageSet", bound=AnyImages)
-IN_THE_WILD = "digits_in_the_wild"  # the folder of tools/make_digits.py, which has the other digits of scikit-learn
+IN_THE_WILD = (
+    "digits_in_the_wild"  # what tools/make_digits.py writes; it has the digits of scikit-learn that are not held out
+)
 
 
 def evaluation_config(

@@ -123,8 +123,8 @@ def open_onnx(file: Path) -> ExportedModel:
 
 @cache
 def openvino_core() -> Any:
-    """The one of this process. Its plugin gives the main thread a stack for signals, and takes its memory back with the
-    last core: the next signal would then end the process."""
+    """The one `Core` of this process. OpenVINO's plugin gives the main thread a stack for signals, and frees it with
+    the last `Core`: the next signal would then end the process."""
     return importlib.import_module("openvino").Core()
 
 
@@ -211,7 +211,10 @@ def _read_card(file: Path, text: str | None) -> Card:
 def _check_signature(file: Path, card: Card, ports: list[Port]) -> None:
     """Raise a UserError if inputs and outputs are not those of the card's model."""
     if [name for name, _ in ports] != [INPUT, OUTPUT]:
-        raise UserError(f"{file} has {', '.join(name for name, _ in ports)}, instead of {INPUT} and {OUTPUT}")
+        raise UserError(
+            f"{file} has inputs and outputs {', '.join(name for name, _ in ports)} instead of {INPUT} and {OUTPUT}: "
+            "export the weights with eit export"
+        )
     images, logits = (shape for _, shape in ports)
     wanted = ["batch", card.in_chans, "height", "width"], ["batch", len(card.classes)]
     if (len(images), len(logits)) != (4, 2) or (images[1], logits[1]) != (card.in_chans, len(card.classes)):

@@ -48,8 +48,8 @@ VARIANTS = {
 
 _EIT = dict(schedule="eit", cls_conv="identity", conv_branch="depthwise", stem="conv_pool", pos_embed="none")
 
-# The paper's configuration of LSRA for images is not known. `lsra` and `lite` are two interpretations. `lsra`: half of
-# the channels in each layer, none bypasses the mixer. `lite`: branch and positions of the Lite Transformer's code.
+# The paper's configuration of LSRA for images is not known. `lsra` and `lite` are two interpretations. `lsra`: in each
+# layer half of the channels are convolved, the others attend. `lite`: branch and positions of Lite Transformer's code.
 FAMILIES: dict[str, dict[str, str]] = {
     "eit": _EIT,
     "eit_plus": _EIT | dict(cls_conv="zero"),  # better than published, at no cost

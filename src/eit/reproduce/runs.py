@@ -384,7 +384,7 @@ def rerun(cell: Cell, experiment: Experiment, results: Path, roots: Mapping[str,
 
 
 def _drop_log_without_weights(folder: Path) -> None:
-    """Let a recorded run be trained again, of which results/ has no weights: its log would be that of a begun run."""
+    """Let a recorded run without weights in results/ be trained again: with its log it would look begun."""
     if (folder / "summary.json").is_file() and not saved_steps(folder) and not (folder / WEIGHTS).exists():
         (folder / "log.jsonl").unlink(missing_ok=True)
 

@@ -66,7 +66,7 @@ def _logistic(train: np.ndarray[Any, Any], labels: Tensor, val: np.ndarray[Any, 
 
 @torch.no_grad()
 def _features(model: Any, pixels: list[Tensor], view: Any) -> Tensor:
-    """(images, channels), of length 1."""
+    """(images, channels); each row is a vector of length 1."""
     parts = []
     for start in range(0, len(pixels), BATCH):
         x = normalise(torch.stack(pixels[start : start + BATCH]), view.mean, view.std)

@@ -29,7 +29,7 @@ from eit.weights.card import default_mean_std
 from eit.weights.load import read_card
 
 LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST = 64, 1024, 8  # images in a batch that is chosen
-STEPS = 6  # at least as many of them in an epoch
+STEPS = 6  # batches that an epoch has at least
 SAMPLE = 16  # images that are read to choose a size
 IMBALANCE = 1.5  # from this ratio of the largest to the smallest class on, classes are weighed
 Choice = tuple[Any, str]  # the value, and why
@@ -129,7 +129,7 @@ def _val_fraction(recipe: Recipe, train: AnyImages, val: AnyImages, *_: Any) -> 
     return share, f"held out {len(val):,} of {len(train) + len(val):,} images for validation, {each} of each class"
 
 
-# Without pretrained weights: pixels of the input, and of the images' shorter side from which on it is taken
+# Without pretrained weights: pixels of the input -> shorter side of the images from which on this input is chosen
 SIZES = {32: 0, 64: 64, 96: 160}
 
 

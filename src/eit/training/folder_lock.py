@@ -86,7 +86,7 @@ class FolderLock:
             return
         self._ended.set()
         if self._refresher.is_alive():
-            self._refresher.join(REFRESH)  # no longer: it may hang in a file system that does
+            self._refresher.join(REFRESH)  # at most: the thread hangs if its file system does
         is_lost = self._is_lost()
         if not is_lost:
             with suppress(OSError):
@@ -108,7 +108,7 @@ class FolderLock:
             try:
                 fcntl.flock(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return None
-            except (BlockingIOError, PermissionError):  # held, as most and as some file systems say
+            except (BlockingIOError, PermissionError):  # it is held; some file systems raise the second
                 holder = self._holder()
             except OSError as error:
                 if error.errno in NO_FLOCK:

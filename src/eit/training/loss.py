@@ -33,7 +33,7 @@ def make_criterion(config: Loss, smoothing: float, weights: Tensor | None, class
         def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
             present = F.one_hot(target, classes).float() if target.ndim == 1 else (target > floor).float()
             loss = F.binary_cross_entropy_with_logits(logits, present, reduction="none").mean(dim=1)
-            if weights is not None:  # of the image, by its classes: weights per column would balance nothing
+            if weights is not None:  # one per image, by its classes: one per column would balance nothing
                 loss = loss * (present * weights).sum(dim=1) / present.sum(dim=1)  # autocast rounds matrix products
             return loss.mean()
 

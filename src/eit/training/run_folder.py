@@ -103,7 +103,7 @@ class RunFolder:
         write_file(self.path / "log.jsonl", "".join(map(_json_line, self._lines)))
 
     def start_logging(self, environment: dict[str, Any], step: int) -> None:
-        """Write environment.json, with those of earlier starts, and open what `train.log` names, after `step`."""
+        """Write environment.json, with earlier starts. Open the loggers of `train.log`, which go on after `step`."""
         earlier: list[Any] = []
         try:
             before = read_json(self.path / "environment.json")
@@ -253,7 +253,7 @@ def _check_is_run(path: Path) -> None:
         return
     if "recipe.yaml" not in names:
         raise UserError(f"{path} is not empty and is not a run folder (it has no recipe.yaml); set another out=")
-    if names.isdisjoint(MARKS):  # an own recipe, unless a run ended before it began
+    if names.isdisjoint(MARKS):  # the user's recipe, or that of a run that wrote nothing else
         text = read_regular(path / "recipe.yaml").decode(errors="replace")
         try:
             is_written = parse_recipe(parse_yaml(text, "recipe.yaml")).to_yaml() == text
@@ -325,7 +325,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            # NaN, which earlier versions wrote, and numbers beyond a float are not known
+            # NaN, which earlier versions wrote, and numbers too large for a float are read as None: not known
             values = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)
             EpochLine.model_validate(values)
             lines.append(values)

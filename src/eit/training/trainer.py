@@ -148,7 +148,7 @@ def prepare(recipe: Recipe, device: torch.device, precision: Precision) -> Prepa
     recorded = distributed.on_main(lambda: resumable_recipe(typed.run_folder()))
     resolved = resolve_architecture(typed, None if recorded is None else recorded.model)
     train_images, val_images = open_data(resolved.data)
-    data = f"{train_images.digest()} {val_images.digest()}"  # of a million names: once
+    data = f"{train_images.digest()} {val_images.digest()}"  # computed once: of a million names it takes long
     own, recorded = distributed.on_main(lambda: find_own_run(resolved, recorded, data))
     recipe = resolve_choices(own, recorded, train_images, val_images, device, precision)
     classes = train_images.classes
@@ -614,7 +614,7 @@ class Throughput:
         self.first_step = step
 
     def end_step(self, step: int, is_last: bool) -> float:
-        """Count a step, of which `step` are taken by now; its seconds."""
+        """Count a step, after which `step` steps are taken; return its seconds."""
         now = time.monotonic()
         seconds, self.step_began = now - self.step_began, now
         self.images_per_s = (step - self.first_step) * self.global_batch / (now - self.began)

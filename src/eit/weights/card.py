@@ -33,8 +33,8 @@ class Card(BaseModel):
         version: of this package, that wrote the weights.
         recipe: that of the run, section by section; None of converted weights.
         metrics: on the validation images of the run, percentages.
-        guessed: fields that are assumed, because the weights came without them. They are not facts: classes are then
-            matched by position, not by name.
+        guessed: fields that are assumed, because the weights came without them. They are not facts: guessed classes are
+            matched with those of a data set by position, not by name.
 
     Examples:
         >>> import eit

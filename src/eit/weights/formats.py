@@ -88,7 +88,7 @@ def strip_prefixes(state: StateDict) -> dict[str, Tensor]:
 
 
 def _holds_classifier(state: StateDict, prefix: str) -> bool:
-    """Whether there is a linear layer at the top below `prefix`, such as model.head, but none outside of it."""
+    """Whether a linear layer, such as model.head, is directly below `prefix`, and none is at the top outside of it."""
     linear = {name for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2}
     inside = {
         re.sub(f"^({'|'.join(map(re.escape, PREFIXES))})+", "", name) for name in linear if name.startswith(prefix)
@@ -242,7 +242,7 @@ def read_pickle(file: Path) -> Any:
                 _check_archive(archive)
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings(), open(file, "rb") as f:
             warnings.simplefilter("ignore")  # on pickle protocols, ahead of the refusal
-            return torch.load(f, map_location="cpu", weights_only=True)  # of a name it would judge by the suffix
+            return torch.load(f, map_location="cpu", weights_only=True)  # given a name, it would judge by the suffix
     except pickle.UnpicklingError as error:
         with open(file, "rb") as f:
             start = f.read(1)

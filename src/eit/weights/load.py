@@ -69,7 +69,7 @@ def load(path: str | os.PathLike[str]) -> EIT:
 
 
 def say_assumptions(card: Card, source: str) -> None:
-    """Print what is guessed about weights, and how to say it; nothing if all is known."""
+    """Print what is guessed about weights, and which options set it; nothing if all is known."""
     if card.guessed:
         say(
             f"{source} does not say how it was trained; assumed: {card.assumptions}. If that is wrong, set it with "
