@@ -105,7 +105,7 @@ class Model(Section):
     num_heads: Channels | None = None
     """attention heads of each layer"""
     schedule: str | tuple[Whole, ...] | None = None
-    """attention channels of each layer: eit, increasing (the convolution), lsra, vit, or a list of ints"""
+    """attention channels of each layer: eit, increasing (more convolution with depth), lsra, vit, or a list of ints"""
     cls_conv: Literal["identity", "zero", "mean"] | None = None
     """what the class token gets in place of a convolution: its own channels (the paper), zero, or the grid's mean"""
     conv_branch: Literal["depthwise", "gated"] | None = None

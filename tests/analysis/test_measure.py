@@ -92,7 +92,7 @@ def test_every_sub_block_and_both_kinds_of_channels_are_seen():
         ("eva02_tiny_patch14_224", (8, 8), 14, 3, []),
         ("vit_relpos_small_patch16_224", (7, 7), 16, 6, ["image-dependent share of the class token: "]),
         # two attentions of 6 heads side by side
-        ("vit_small_patch16_18x2_224", (7, 7), 16, 12, ["transfer of layers 1, 2: "]),
+        ("vit_small_patch16_18x2_224", (7, 7), 16, 12, ["gain of mixer and MLP in layers 1, 2: "]),
         ("pit_ti_224", (13, 13), 8, 2, []),
         ("torchvision", (7, 7), 16, 3, []),
     ],

@@ -96,10 +96,13 @@ def test_claims_speak_of_levels_and_metrics_that_are_measured():
         ("shows: x", "refuted"),
         (TINY.replace("rises: [vit, eit]", "rises: [eit]"), "claims.dearer.rises"),
         (TINY.replace("rises: [vit, eit]", ""), "a claim has one of rises, equal and reaches"),
-        (TINY.replace("rises: [vit, eit]", "equal: [vit, eit]"), "within is the margin of equal, or of reaches"),
+        (
+            TINY.replace("rises: [vit, eit]", "equal: [vit, eit]"),
+            "equal needs within, its margin; rises does not take it",
+        ),
         (
             TINY.replace("rises: [vit, eit]", "rises: [vit, eit], within: 1"),
-            "within is the margin of equal, or of reaches",
+            "equal needs within, its margin; rises does not take it",
         ),
         (TINY.replace("recipe: digits", "control: vat\nrecipe: digits", 1), "control=vat: model has no such level"),
         (TINY.replace("cost: seconds", "cost: seconds\n    levels: {model: [vat]}"), "model=vat"),

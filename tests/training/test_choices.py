@@ -121,7 +121,10 @@ def test_the_batch_follows_the_images(included, images, batch):
 def test_a_batch_larger_than_the_data_is_capped(folder, capsys, words, batch):
     r = recipe(folder, "data.batch_size=400", *words)
     assert resolve_choices(r, None, *open_data(r.data), CPU, "fp32").data.batch_size == batch
-    assert f"batch size {batch}, because there are 36 training images (data.batch_size=400)" in capsys.readouterr().err
+    assert (
+        f"batch size {batch} instead of 400, because there are 36 training images (data.batch_size)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("most", [1, 5, 64, 100])

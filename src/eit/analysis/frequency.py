@@ -67,7 +67,7 @@ def annuli(grid: Grid) -> list[tuple[float, float, Tensor]]:
 
 
 def noise_shares(grid: Grid, rho: float = RHO) -> tuple[float, float]:
-    """The mean `share` and `share_with_dc` of white noise: k high coefficients of all without DC, and of all."""
+    """Mean `share` and `share_with_dc` of white noise: high coefficients divided by all but DC, and by all."""
     n, k = grid[0] * grid[1], int(is_high(grid, rho).sum())
     return k / (n - 1), k / n
 

@@ -267,7 +267,9 @@ class _Measurement:
                 f"comparable shares on {grid[0]}x{grid[1]} tokens: all their frequencies are on the same side of rho"
             )
         for (where, reason), numbers in self.missing.items():
-            what = dict(heads="attention distances", transfer="transfer").get(where, f"frequencies ({where})")
+            what = dict(heads="attention distances", transfer="gain of mixer and MLP").get(
+                where, f"frequencies ({where})"
+            )
             lines.append(f"{what} of {_layers(sorted(numbers))}: {reason}")
         told = {layer for (where, _), numbers in self.missing.items() if where == "heads" for layer in numbers}
         known = told | {layer for layer, _ in self.attention} | {layer for layer, _ in self.single}
@@ -289,7 +291,9 @@ class _Measurement:
             layer for (where, _), numbers in self.missing.items() if where == "transfer" for layer in numbers
         }
         if unseen := [n for n in range(1, self.depth + 1) if n not in shown | {layer for layer, _ in self.single}]:
-            lines.append(f"transfer of {_layers(unseen)}: {name} has no blocks with a mixer and an MLP there")
+            lines.append(
+                f"gain of mixer and MLP in {_layers(unseen)}: {name} has no blocks with a mixer and an MLP there"
+            )
         if not self.logits.count:
             lines.append(f"spread of the logits: the output of {name} is not one row per image")
         return lines

@@ -32,7 +32,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Gains of each operator alone and of those that pay together, and the operators to use."""
+    """Gains of each operator alone, and of all that pay alone, used together; and the operators to use."""
 
     gains: list[Gain]
     choice: list[str]

@@ -24,7 +24,8 @@ def analyze(
         typer.Argument(
             metavar="MODEL...",
             parser=expand_path,
-            help="Weights files, run folders, digits; eit_mini, lsra/eit_mini; timm/NAME, torchvision/NAME. A quoted "
+            help="Weights files, run folders, the included weights digits; eit_mini, lsra/eit_mini; timm/NAME, "
+            "torchvision/NAME. A quoted "
             "pattern ('runs/eit*') stands for several runs, which are shown as one curve.",
             show_default=False,
         ),
@@ -64,7 +65,10 @@ def analyze(
     ] = 0.5,
     renormalize: Annotated[
         bool,
-        typer.Option("--renormalize/--no-renormalize", help="Ignore attention to the class token in distances."),
+        typer.Option(
+            "--renormalize/--no-renormalize",
+            help="Leave attention to the class token out of the heads' attention distances.",
+        ),
     ] = True,
     size: Size = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images per batch.")] = 16,

@@ -42,7 +42,7 @@ def bench(
         typer.Argument(
             metavar="MODEL...",
             parser=expand_path,
-            help="eit_mini, lsra/eit_mini; timm/NAME; weights files, run folders, digits.",
+            help="eit_mini, lsra/eit_mini; timm/NAME; weights files, run folders, the included weights digits.",
             show_default=False,
             autocompletion=complete_model,
         ),

@@ -65,7 +65,8 @@ Checkpoint = Annotated[
     typer.Argument(
         metavar="CKPT",
         parser=expand_path,
-        help="A weights file, a run folder (its best.safetensors is used), digits, or hf-hub:USER/NAME.",
+        help="A weights file, a run folder (its best.safetensors is used), the included weights digits, "
+        "or hf-hub:USER/NAME.",
         show_default=False,
     ),
 ]

@@ -168,9 +168,8 @@ def unused_folders(root: Path, parts: dict[str, Path]) -> list[str]:
 def is_class_folder(root: Path, divided: bool = False) -> bool:
     """Whether the folders of `root` are classes, though one may be called train or val: images decide, not names.
 
-    A part has class folders. Suppose that only one of the folders that are named like a part has class folders, and
-    that other folders next to it have images. Then it is a class too, unless train/ is known to be `divided` into
-    training and validation images.
+    A part has class folders. If only one folder that is named like a part has class folders, and other folders next to
+    it have images, it is a class too, unless train/ is known to be `divided` into training and validation images.
     """
     parts = find_parts(root)
     holding = [part for part, folder in parts.items() if any(map(_has_image, _folders(folder)))]

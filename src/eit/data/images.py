@@ -297,7 +297,8 @@ def decode(
     def convert(image: Image.Image) -> Image.Image:
         if pixel_range is not None and _is_reduced(image):
             raise UnreadableImage(
-                f"{name or file}: data.pixel_range is for grey pixels; Pillow reads 8 of the 16 bits of a colour image"
+                f"{name or file}: data.pixel_range is for grey pixels, and this is a colour image; leave "
+                "data.pixel_range out, or store the image in grey"
             )
         used_range = declared_range(image, pixel_range)
         if examine is not None:

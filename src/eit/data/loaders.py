@@ -1,8 +1,8 @@
 """Images -> normalised batches on the device. Order and augmentation are functions of counters, not of random state.
 
 `CachedLoader` holds small images as uint8 and augments whole batches; `WorkerLoader` reads and augments image by image
-in worker processes, with timm's policies, and normalises and erases whole batches on the device; `streaming.py` has the
-loaders of streams. `EvaluationLoader` gives the same batches on any number of ranks.
+in worker processes, with timm's policies, and does normalising and random erasing of whole batches on the device;
+`streaming.py` has the loaders of streams. `EvaluationLoader` gives the same batches on any number of ranks.
 """
 
 import os
@@ -177,7 +177,7 @@ class _Batches(Sampler[list[tuple[int, int, int]]]):
 
 
 class WorkerLoader:
-    """Images read, cropped and augmented one by one in worker processes; normalised and erased on the device."""
+    """Images read, cropped, augmented one by one in worker processes; normalised, and erased at random, on the device."""
 
     def __init__(
         self,

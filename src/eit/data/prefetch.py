@@ -20,7 +20,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Prefetcher:
-    """Copies, normalises and erases batches; on CUDA while the GPU still computes the step before."""
+    """Copies and normalises batches, with random erasing; on CUDA while the GPU still computes the step before."""
 
     def __init__(self, view: Preprocessing, augment: Augment, seed: int, device: torch.device) -> None:
         self.view, self.seed, self.device = view, seed, device

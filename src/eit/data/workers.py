@@ -139,7 +139,7 @@ class _Waiting:
         self.stop, self._is_waiting = Event(), False
 
     def request_stop(self) -> None:
-        """Ask for the end, in a signal handler. Raise StopRequested if a batch is awaited and no other rank waits."""
+        """Ask for the end, in a signal handler. Raise StopRequested if a batch is awaited and this is the only rank."""
         self.stop.set()
         if self._is_waiting and distributed.world_size() == 1:
             raise StopRequested
@@ -156,7 +156,10 @@ class _Waiting:
         except RuntimeError as error:  # workers that are kept must answer before an epoch
             if not _is_timeout(error):
                 raise
-            raise LoaderStalled(f"the loader processes gave no answer for {POLL} s at the start of an epoch") from None
+            raise LoaderStalled(
+                f"the loader processes gave no answer for {POLL} s at the start of an epoch: see if the "
+                "disk or server of the data answers"
+            ) from None
         while True:
             began, is_said = time.monotonic(), False
             while True:

@@ -211,7 +211,7 @@ def push(checkpoint: str, repo: str, name: str | None = None, license: str | Non
 
 
 def without_paths(card: Card) -> Card:
-    """`card` with only the last part of each path and address in its recipe, to publish no folders and no keys.
+    """`card` with only the last part of each path and address in its recipe: no folder or access key is published.
 
     Names that are not paths stay.
     """

@@ -61,8 +61,8 @@ def evaluation_config(
     if data and share and folder.is_dir() and is_class_folder(folder, True) and not _is_same(folder, own.get("root")):
         share = None
         say(
-            f"all images of {data} are evaluated. If the weights were trained on some of them, give the folder of that "
-            "training, whose held-out images are then found"
+            f"all images of {data} are evaluated. If the weights were trained on some of them, give the data folder of "
+            "that training: then its held-out images are found"
         )
     given |= dict(val_fraction=share, pixel_range=card.pixel_range)
     return data_config(max_pixels=max_pixels or card.max_pixels, **{k: v for k, v in given.items() if v is not None})

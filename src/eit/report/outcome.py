@@ -68,7 +68,7 @@ def describe(model: Any, metrics: Metrics, images: Any, view: Preprocessing) -> 
     """The tables and pictures of an evaluation that kept `MISTAKES` mistakes.
 
     Args:
-        model: the model that was evaluated; its attention is looked at if it is one of torch.
+        model: the model that was evaluated; if it is a torch module, its attention is looked at.
         metrics: of `evaluate`.
         images: the images that were evaluated, for the names of files; a stream has none.
         view: the model's preprocessing.

@@ -91,7 +91,7 @@ class Claim(Section):
         if sum(kind is not None for kind in (self.rises, self.equal, self.reaches)) != 1:
             raise ValueError("a claim has one of rises, equal and reaches")
         if (self.equal and not self.within) or (self.rises and self.within):
-            raise ValueError("within is the margin of equal, or of reaches")
+            raise ValueError("equal needs within, its margin; rises does not take it")
         return self
 
     @property

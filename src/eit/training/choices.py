@@ -115,14 +115,17 @@ def _with_fitting_batch(recipe: Recipe, images: int) -> Recipe:
         most -= most % 2  # pairs are mixed
     if not 0 < most < recipe.data.batch_size:
         return recipe
-    say(f"batch size {most}, because there are {images} training images (data.batch_size={recipe.data.batch_size})")
+    say(
+        f"batch size {most} instead of {recipe.data.batch_size}, because there are {images} training images "
+        "(data.batch_size)"
+    )
     return _with(recipe, "data.batch_size", most)
 
 
 def _val_fraction(recipe: Recipe, train: AnyImages, val: AnyImages, *_: Any) -> Choice:
     share = getattr(val, "held_out", None)
     if share is None or not isinstance(val, Images):
-        return None, f"validation on the {len(val):,} images of the data set"
+        return None, f"validation on the {len(val):,} validation images of the data set"
     counts = Counter(val.labels)
     few, many = min(counts.values()), max(counts.values())
     each = f"{few}" if few == many else f"{few} to {many}"

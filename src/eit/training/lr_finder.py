@@ -84,7 +84,7 @@ def _sweep(trainer: Trainer, steps: int) -> tuple[list[float], list[float]]:
 
 
 def steepest(rates: list[float], losses: list[float]) -> float:
-    """The rate at which the loss falls most per factor of the rate, before its minimum.
+    """The rate at which the loss falls most steeply over the logarithm of the rate, before its minimum.
 
     Raises:
         UserError: the loss never falls.

@@ -124,7 +124,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     if str(path).startswith(HUB):
         return _fetch(str(path))
     if not str(path).strip():  # a variable that is not set; it is not the folder that the process is in
-        raise UserError("no weights are named: give a weights file, a run folder, or digits")
+        raise UserError("no weights are named: give a weights file, a run folder, or included weights such as digits")
     path = Path(path).expanduser()
     if found := _weights_in(path):
         return found
