@@ -177,7 +177,7 @@ class _Batches(Sampler[list[tuple[int, int, int]]]):
 
 
 class WorkerLoader:
-    """Images read, cropped, augmented one by one in worker processes; normalised, and erased at random, on the device."""
+    """Images read, cropped, augmented one by one in worker processes; normalised, erased at random, on the device."""
 
     def __init__(
         self,

@@ -19,9 +19,9 @@ class ResizedCrop:
 
     The box is drawn from the size in the file's header. If it is at least twice as large as the output, a JPEG is
     decoded at a half, a quarter or an eighth of its size, never smaller than the output. torch resizes: it computes as
-    Pillow does on 8-bit images, several times as fast. Scaled decoding uses other filters than resizing, of about the same
-    sharpness: pixels change less than by a shift of half a pixel. An image that its EXIF data rotate or flip is never
-    scaled: the stored size is rounded up at the right and the bottom, which would move the upright box.
+    Pillow does on 8-bit images, several times as fast. Scaled decoding uses other filters than resizing, of about the
+    same sharpness: pixels change less than by a shift of half a pixel. An image that its EXIF data rotate or flip is
+    never scaled: the stored size is rounded up at the right and the bottom, which would move the upright box.
     """
 
     def __init__(self, view: Preprocessing, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
