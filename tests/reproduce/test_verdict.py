@@ -123,7 +123,7 @@ def test_against_a_control_the_test_is_dunnett_s():
 
 @pytest.mark.parametrize("runs", [2, 3, 5])
 def test_dunnetts_interval_that_does_not_converge_is_left_out_without_a_warning(monkeypatch, recwarn, runs):
-    levels = dict(eit=HIGH[:runs], vit=[58, 60, 61, 59, 63][:runs])
+    levels = dict(eit=HIGH[:runs], vit=[58, 60, 61, 59, 63][:runs], lsra=[57, 60, 62, 59, 61][:runs])
     confidence_interval = scipy.stats._multicomp.DunnettResult.confidence_interval
     seen = []
 
@@ -143,6 +143,16 @@ def test_dunnetts_interval_that_does_not_converge_is_left_out_without_a_warning(
         assert len(seen) == (min(fails + 1, 5))
     _dunnett.cache_clear()
     assert not recwarn.list
+
+
+def test_one_comparison_with_a_control_is_the_t_test_with_equal_variances():
+    arms = dict(eit=HIGH, vit=[58, 60, 61, 59, 63])
+    (effect,) = judged(made(arms), control="eit").effects
+    exact = scipy.stats.ttest_ind(arms["eit"], arms["vit"])
+    interval = exact.confidence_interval(0.95)
+    assert (effect.p, effect.low, effect.high) == pytest.approx((exact.pvalue, interval.low, interval.high))
+    dunnett = scipy.stats.dunnett(np.array(arms["vit"]), control=np.array(arms["eit"]))
+    assert effect.p == pytest.approx(dunnett.pvalue[0], abs=1e-3)
 
 
 def test_a_control_is_compared_with_what_is_whole():
