@@ -365,6 +365,7 @@ BUDGETS = ("full", "medium", "short")  # best first
 WAITING = "not yet judged, because runs are missing"
 
 
+@cache
 def evidence(name: str) -> tuple[experiments.Experiment, str, list[Result]]:
     """The best budget of an experiment that is complete; otherwise the one with the most results."""
     experiment = experiments.load(name)
@@ -419,15 +420,12 @@ def claims() -> str:
 def unpooled() -> str:
     """Comparisons with the control by Welch's test, which does not pool the variances of other models, as a check."""
     rows = []
-    for name in experiments.experiment_names():
+    for name, _, claim, verdict in judged_claims():
         experiment, budget, found = evidence(name)
-        planned, control = experiment.cells(budget), experiment.control
-        for claim in experiment.claims.values():
-            if control in claim.levels and claim.rises and claim.metric not in experiments.COUNTED:
-                effects = [judge_claim(claim, found, planned, test).effects for test in (control, None)]
-                rows += [
-                    [claim.says, *(effect_text(e, claim.metric) for e in both)] for both in zip(*effects, strict=True)
-                ]
+        if experiment.control in claim.levels and claim.rises and claim.metric not in experiments.COUNTED:
+            welch = judge_claim(claim, found, experiment.cells(budget))
+            for both in zip(verdict.effects, welch.effects, strict=True):
+                rows.append([claim.says, *(effect_text(effect, claim.metric) for effect in both)])
     return "\n".join(table("| claim | Dunnett's test | Welch's test, not corrected |", rows))
 
 

@@ -108,7 +108,7 @@ def test_without_a_choice_the_processors_that_were_measured_have_theirs(monkeypa
     [
         ([], "eit bench needs a model, such as eit_mini; or --self-check"),
         (["eit_mini", "--save"], "--save keeps what --self-check finds"),
-        (["--self-check", "--save", "--rounds", "4"], "--rounds 4 is too few for --save"),
+        (["--self-check", "--save", "--rounds", "4"], "--rounds 4 is too few for --save: give at least 5"),
         (["--self-check", "--fixed", "--mode", "infer"], "--self-check does not take --mode, --fixed"),
         (["--self-check", "--no-memory"], "--self-check does not take --no-memory"),
         (["--self-check", "eit_mini", "eit_tiny"], "--self-check takes one model, not 2"),

@@ -31,7 +31,10 @@ def test_a_plan_is_made_of_commands():
         ("run nowhere.yaml", ["cannot read", "nowhere.yaml"]),
         ("run small_data --budget huge", ["--budget huge", "smoke, short, long, medium, full"]),
         ("run small_data --data cifar10", ["--data cifar10 is not NAME=PATH"]),
-        ("run small_data --data imagenet=x", ["--data imagenet=", "they are cifar10, cifar100_half, "]),
+        (
+            "run small_data --data imagenet=x",
+            ["--data imagenet=", "=... is not a data set of this experiment; they are cifar10, cifar100_half, "],
+        ),
         ("run small_data --data cifar10=nowhere", ["nowhere is not a folder"]),
         ("run small_data --data cifar10=a --data cifar10=b", ["--data cifar10=... is given twice"]),
         ("run small_data --only swin", ["--only swin", "small_data"]),

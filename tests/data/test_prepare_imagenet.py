@@ -219,7 +219,7 @@ DAMAGE = [  # where, what it is set to, and the line
     (("cut",), {TRAIN: 0.0}, f"{TRAIN} is truncated or damaged: empty file"),
     (("cut",), {VAL: 0.45}, f"{VAL} is truncated or damaged: unexpected end of data"),
     (("cut",), {DEVKIT: 0.5}, f"{DEVKIT} is truncated or damaged: "),
-    (("train", SECOND), None, f"{TRAIN} is truncated, or another archive: 1 of "),
+    (("train", SECOND), None, f"are missing, such as {SECOND}"),
     (("train", "n02000000.tar"), {"n02000000_1.JPEG": b"x"}, "n02000000.tar, which is not a class of"),
     (("train", "readme.txt"), b"x", f"{TRAIN} holds 'readme.txt', but plain files named n[0-9]"),
     (("train", f"../{SECOND}"), {IMAGE: b"x"}, f"{TRAIN} holds '../{SECOND}'"),

@@ -593,7 +593,8 @@ def test_what_a_stream_cannot_do_is_one_line(streamed, tmp_path):
     for workers in (5, 3):
         with pytest.raises(
             UserError,
-            match=rf"4 shards cannot be divided equally among {workers} readers .*: set data.workers=",
+            match=rf"4 shards cannot be divided equally among {workers} readers \(1 x data.workers={workers}\): "
+            "set data.workers=",
         ):
             stream(streamed.model_copy(update=dict(workers=workers)))
     with pytest.raises(UserError, match="write a multiple of 3"):

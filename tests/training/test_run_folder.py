@@ -279,7 +279,9 @@ def test_checkpoints_are_not_deleted_through_a_link(folder):
     run = begin(folder)
     (run.parent / "other" / "step-1").mkdir(parents=True)
     (run / "checkpoints").symlink_to("../other")
-    with pytest.raises(UserError, match="checkpoints is a link"):
+    with pytest.raises(
+        UserError, match="checkpoints is a link. Old checkpoints are deleted there, which is not done through a link"
+    ):
         RunFolder(run, recipe(folder))
     assert (run.parent / "other" / "step-1").is_dir()
 

@@ -25,8 +25,7 @@ def analyze(
             metavar="MODEL...",
             parser=expand_path,
             help="Weights files, run folders, the included weights digits; eit_mini, lsra/eit_mini; timm/NAME, "
-            "torchvision/NAME. A quoted "
-            "pattern ('runs/eit*') stands for several runs, which are shown as one curve.",
+            "torchvision/NAME. A quoted pattern ('runs/eit*') stands for several runs, which are shown as one curve.",
             show_default=False,
         ),
     ],

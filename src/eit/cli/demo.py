@@ -15,8 +15,8 @@ def demo(
         typer.Argument(
             metavar="MODEL...",
             parser=expand_path,
-            help="Weights files, run folders, names of included weights, or hf-hub:USER/NAME; default: "
-            "the included weights.",
+            help="Weights files, run folders, names of included weights, or hf-hub:USER/NAME; "
+            "default: the included weights.",
             show_default=False,
         ),
     ] = None,

@@ -87,8 +87,8 @@ def finetune(
     eit finetune pets
     eit finetune pets train.epochs=20 data.image_size=64
 
-    Short for eit train photos data.root=FOLDER name=FOLDER. Each setting that is chosen to suit
-    the photos is printed, with the key that changes it.
+    Short for eit train photos data.root=FOLDER name=FOLDER. Each setting that is chosen to suit the photos
+    is printed, with the key that changes it.
     """
     if not Path(folder).is_dir():
         what = "is a file" if Path(folder).exists() else "does not exist"

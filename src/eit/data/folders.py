@@ -1,8 +1,8 @@
 """Folders of images: which files below a folder are images, of which class, and which folder is which part of a set.
 
 One rule for everything that reads a folder: hidden entries and those of the system are left out at every depth, links
-are followed but no folder is read twice, files of all extensions that Pillow reads are images. What is left
-out is counted.
+are followed but no folder is read twice, files of all extensions that Pillow reads are images. What is left out is
+counted.
 """
 
 import os

@@ -210,7 +210,7 @@ UNSIGNED = 2**31  # the first value that signed pixels of 32 bits do not have
 def declared_range(image: Image.Image, pixel_range: PixelRange | None = None) -> PixelRange | None:
     """The values of black and white in an opened TIFF file that says what its grey pixels mean; else `pixel_range`.
 
-    They may have fewer than 16 bits, such as 12, or the least of them may be white.
+    They may have fewer than 16 bits, such as 12, or 0 may be white.
 
     Raises:
         ValueError: pixels that Pillow misreads: signed ones of 8 bits, and unsigned ones of 32 bits above 2^31.
@@ -600,8 +600,8 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
 class Normaliser:
     """`normalise` of training batches, as they lie in memory: (B, height, width, channels) uint8.
 
-    Its constants wait on the device, so that no step waits for a copy. On the CPU images are
-    processed one by one, so that each fits into the cache.
+    Its constants wait on the device, so that no step waits for a copy. On the CPU images are processed one
+    by one, so that each fits into the cache.
     """
 
     def __init__(self, view: "Preprocessing", device: torch.device) -> None:

@@ -55,9 +55,9 @@ class StreamLoader:
         fit = [n for n in range(self.workers, 0, -1) if images.shards % (n * order.world) == 0]
         if config.workers is None and fit:
             self.workers = fit[0]
-        if images.shards % (max(self.workers, 1) * order.world):
-            readers = max(self.workers, 1)
-            parts = f"{order.world * readers} readers ({order.world} x data.workers={readers})"
+        each = max(self.workers, 1)
+        if images.shards % (readers := order.world * each):
+            parts = f"{readers} readers ({order.world} x data.workers={each})"
             advice = (
                 f"set data.workers={fit[0]}" if fit else f"write a multiple of {order.world} (eit data shard --count)"
             )

@@ -14,9 +14,8 @@ from eit.errors import UserError, few
 from eit.weights.card import Card
 
 ImageSet = TypeVar("ImageSet", bound=AnyImages)
-IN_THE_WILD = (
-    "digits_in_the_wild"  # what tools/make_digits.py writes; it has the digits of scikit-learn that are not held out
-)
+# What tools/make_digits.py writes; it has the digits of scikit-learn that are not held out
+IN_THE_WILD = "digits_in_the_wild"
 
 
 def evaluation_config(

@@ -209,14 +209,14 @@ def _compare(data: str, claim: Claim, values: Runs, control: str | None) -> Effe
         return effect
     if claim.equal:
         return _equivalence(effect, a, b, claim.within)
-    if control in claim.levels:
-        others = {level: runs for level, runs in values.items() if level != control and len(runs) > 1}
+    others = {level: runs for level, runs in values.items() if level != control and len(runs) > 1}
+    if control in claim.levels and len(others) > 1:
         index = list(others).index(higher if lower == control else lower)
         p, low, high = _dunnett(tuple(map(tuple, others.values())), tuple(values[str(control)]), index)
         if higher == control and low is not None and high is not None:
             low, high = -high, -low
-    else:
-        test = stats.ttest_ind(a, b, equal_var=False)
+    else:  # Welch's test; or Dunnett's with one other level, which is the t-test with equal variances
+        test = stats.ttest_ind(a, b, equal_var=control in claim.levels)
         interval = test.confidence_interval(1 - ALPHA)
         p, low, high = float(test.pvalue), float(interval.low), float(interval.high)
     up = effect.difference > 0
@@ -230,12 +230,7 @@ def _dunnett(
     """Two-sided p and 95% interval of one of `others` minus the control; None if scipy's interval does not converge.
 
     scipy integrates with random numbers. Their seed is fixed; other seeds are tried if the interval does not converge.
-    With one other level it is the t-test with equal variances, which needs no random numbers.
     """
-    if len(others) == 1:
-        t_test = stats.ttest_ind(others[0], control)
-        interval = t_test.confidence_interval(1 - ALPHA)
-        return float(t_test.pvalue), float(interval.low), float(interval.high)
     p = None
     for seed in range(5):
         rng = np.random.default_rng(seed)

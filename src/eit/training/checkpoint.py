@@ -236,8 +236,8 @@ def _checkpoints(run: Path) -> Path:
     folder = run / "checkpoints"
     if folder.is_symlink():
         raise UserError(
-            f"{folder} is a link. Old checkpoints are deleted there, which is not done through a "
-            "link: link the whole run folder"
+            f"{folder} is a link. Old checkpoints are deleted there, which is not done through a link: "
+            "link the whole run folder"
         )
     return folder
 
